@@ -1,0 +1,75 @@
+"""RAT-SWA of about one million parameters on the bytes of Python's standard library: a few minutes on a laptop.
+
+Every field that a config can have stands here with its value for this run; `rat_jax/config.py` has the meanings. Other
+configs start from this one and change lines.
+
+  python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out data/python-stdlib-bytes
+  python train.py --config=configs/default.py --workdir=runs/default
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = config_dict.ConfigDict()
+    config.seed = 0
+
+    config.model = config_dict.ConfigDict()
+    config.model.vocab_size = 257  # 256 bytes and the end of a document
+    config.model.width = 128
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.mlp_width = 512
+    config.model.pattern = ("rat", "local_attention")
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+
+    config.model.attention = config_dict.ConfigDict()
+    config.model.attention.rope = True
+    config.model.attention.rope_base = 10_000.0
+
+    config.model.local_attention = config_dict.ConfigDict()
+    config.model.local_attention.window = 32  # tokens
+    config.model.local_attention.rope = True
+    config.model.local_attention.rope_base = 10_000.0
+
+    config.model.rnn = config_dict.ConfigDict()
+    config.model.rnn.max_timescale = 256  # tokens; the sequence length, as in the release
+
+    config.model.rat = config_dict.ConfigDict()
+    config.model.rat.chunk_size = 16  # tokens
+    config.model.rat.num_groups = 2
+    config.model.rat.rope = True
+    config.model.rat.rope_base = 10_000.0
+
+    config.data = config_dict.ConfigDict()
+    config.data.path = "data/python-stdlib-bytes"
+    config.data.seq_len = 256  # tokens
+    config.data.global_batch_size = 16  # sequences
+    config.data.segment_documents = False
+    config.data.num_workers = 0
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.min_learning_rate = 1e-5
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.accumulation_steps = 1
+
+    config.training = config_dict.ConfigDict()
+    config.training.num_steps = 1000
+    config.training.log_every_steps = 10
+    config.training.validate_every_steps = 250
+    config.training.validation_batches = 32
+    config.training.checkpoint_every_steps = 250
+    config.training.checkpoints_to_keep = 2
+    config.training.wandb_project = config_dict.placeholder(str)
+
+    config.mesh = config_dict.ConfigDict()
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    return config

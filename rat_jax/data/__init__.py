@@ -1,0 +1,5 @@
+"""Text to token files (`python -m rat_jax.data.prepare`), and token files to batches (`rat_jax.data.pipeline`)."""
+
+
+class DataError(ValueError):
+    """Text, tokens or a tokenizer that cannot be used; the message names the file and says what to change."""

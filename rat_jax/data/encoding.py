@@ -1,0 +1,109 @@
+"""Encodes a stream of documents, in several processes and in order."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from rat_jax.data.corpus import Split
+from rat_jax.data.tokenizer import Tokenizer
+
+_BATCH_CHARACTERS = 1 << 20  # of documents that a worker gets at a time
+
+
+@dataclasses.dataclass
+class Part:
+    """Some encoded documents of one split."""
+
+    split: Split
+    ids: np.ndarray  # of all documents, each with its end
+    num_documents: int
+    byte_counts: np.ndarray  # [256], of the text as UTF-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Makes token ids of texts and sends each document to its split."""
+
+    tokenizer: Tokenizer
+    validation_fraction: float
+
+    def encode(self, documents: list[tuple[Split | None, str]]) -> list[Part]:
+        """The parts of some documents; a split of None is settled by `split_of`."""
+        texts: dict[Split, list[str]] = {}
+        for split, text in documents:
+            texts.setdefault(split or split_of(text, self.validation_fraction), []).append(text)
+        return [
+            Part(
+                split=split,
+                ids=np.concatenate([self.tokenizer.encode_document(text) for text in part]),
+                num_documents=len(part),
+                byte_counts=np.bincount(np.frombuffer("".join(part).encode(), np.uint8), minlength=256),
+            )
+            for split, part in texts.items()
+        ]
+
+
+def split_of(text: str, validation_fraction: float) -> Split:
+    """The split of a document, by its content alone: equal texts never stand in both splits."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
+
+
+def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, num_workers: int) -> Iterator[Part]:
+    """Encodes all documents in order, with at most two batches of them a worker in memory.
+
+    Args:
+      documents: texts that are not empty, with their split where it is known already.
+      encoder: what is done with them.
+      num_workers: processes; 0 encodes in this one. The result does not depend on it.
+    """
+    if num_workers == 0:
+        for batch in _batches(documents):
+            yield from encoder.encode(batch)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(encoder,),
+    )
+    under_way: collections.deque[concurrent.futures.Future[list[Part]]] = collections.deque()
+    try:
+        for batch in _batches(documents):
+            under_way.append(pool.submit(_encode_in_worker, batch))
+            if len(under_way) >= 2 * num_workers:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterable[tuple[Split | None, str]]) -> Iterator[list[tuple[Split | None, str]]]:
+    batch, size = [], 0
+    for split, text in documents:
+        batch.append((split, text))
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _start_worker(encoder: Encoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
+    _worker_encoder.append(encoder)
+
+
+def _encode_in_worker(documents: list[tuple[Split | None, str]]) -> list[Part]:
+    return _worker_encoder[0].encode(documents)
+
+
+_worker_encoder: list[Encoder] = []  # one, set by `_start_worker` in worker processes

@@ -1,0 +1,273 @@
+"""Token files to batches: windows of fixed length, shuffled without end for training, in order for validation.
+
+Record i of a split is the window of tokens i T .. i T + T: T inputs and, one further, T targets. Neighbouring records
+share one token, so that each token is a target once. Global batch k holds the B records k B .. k B + B - 1 of the
+order, and of P hosts, host p yields its rows p B/P .. (p+1) B/P - 1. Neither the number of hosts nor of reading
+processes changes which records form a batch.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Float32, Int32
+
+from rat_jax.config import DataConfig
+from rat_jax.data import DataError
+from rat_jax.data.corpus import Corpus, Split
+from rat_jax.data.token_file import TokenFile
+
+FORMAT_VERSION = 1  # of the order and the content of batches
+_BATCHES_AHEAD = 2  # that a reading thread or process may be ahead of what was asked for
+
+
+class Batch(NamedTuple):
+    """The rows of a global batch that belong to this host."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]  # the token after each one
+    loss_weights: Float32[np.ndarray, "B T"]  # 1; 0 where the input ends a document, and on padding
+    segment_ids: Int32[np.ndarray, "B T"] | None  # 1, 2, ... per document of the row, 0 on padding; None: not asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The records of a token file."""
+
+    file: TokenFile
+    seq_len: int
+    segment_documents: bool
+
+    @property
+    def num_full(self) -> int:
+        """Records that need no padding."""
+        return max(len(self.file) - 1, 0) // self.seq_len
+
+    @property
+    def num_all(self) -> int:
+        """Records, with the last one that may be shorter."""
+        return -(-max(len(self.file) - 1, 0) // self.seq_len)
+
+    def rows(self, indices: list[int]) -> Batch:
+        """The records of these indices, one a row; an index at or past `num_all` is a row of padding.
+
+        Raises:
+          DataError: if a token id is outside the vocabulary, naming file, record and position.
+        """
+        shape = (len(indices), self.seq_len + 1)
+        windows, lengths = np.zeros(shape, np.int32), np.zeros(len(indices), np.int64)
+        for row, index in enumerate(indices):
+            ids = self.file.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+            self._check(ids, index)
+            windows[row, : len(ids)], lengths[row] = ids, len(ids)
+        tokens, targets = windows[:, :-1], windows[:, 1:]
+        is_end = tokens == self.file.header.eos_id
+        is_token = np.arange(self.seq_len) < lengths[:, None] - 1  # tokens that have a target
+        segment_ids = None
+        if self.segment_documents:
+            ends_before = np.cumsum(is_end, axis=1, dtype=np.int32) - is_end
+            segment_ids = np.where(is_token, 1 + ends_before, 0).astype(np.int32)
+        return Batch(
+            tokens=np.ascontiguousarray(tokens),
+            targets=np.where(is_token, targets, 0),
+            loss_weights=(is_token & ~is_end).astype(np.float32),
+            segment_ids=segment_ids,
+        )
+
+    def _check(self, ids: np.ndarray, index: int) -> None:
+        vocab_size = self.file.header.vocab_size
+        outside = ids >= vocab_size
+        if outside.any():
+            position = int(outside.argmax())
+            raise DataError(
+                f"{self.file.path}, record {index} of {self.seq_len} tokens, position {position} (token "
+                f"{index * self.seq_len + position} of the file): id {ids[position]} is outside the vocabulary of "
+                f"{vocab_size}; the file was changed, prepare it again"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalBatches:
+    """The rows of every global batch that belong to this host, as a Grain data source: item k is of batch k."""
+
+    windows: Windows
+    order: grain.MapDataset  # of record indices; endless if shuffled
+    num_batches: int
+    global_batch_size: int
+    first_row: int
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, k: int) -> Batch:
+        start = k * self.global_batch_size + self.first_row
+        return self.windows.rows([self.order[i] for i in range(start, start + self.num_rows)])
+
+
+class TrainData(Iterator[Batch]):
+    """Endless batches of the training split: every record once an epoch, in a new order each time.
+
+    An epoch is `num_records` records; batches run across its end. Tokens after the last full window are left out.
+    `state` before a step and `restore` after a restart give the same batches again, on any number of hosts.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        seed: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        """Opens the split.
+
+        Args:
+          config: which files, and how they are cut.
+          vocab_size: of the model; the files must have the same.
+          seed: of the order.
+          process_index: this host among `process_count`; None asks jax.
+          process_count: hosts that each yield their rows; None asks jax.
+
+        Raises:
+          DataError: if the files are missing, damaged, too short or of another vocabulary, or if the batch does not
+            divide among the hosts.
+        """
+        windows = _open(config, "train", vocab_size)
+        if windows.num_full == 0:
+            raise DataError(
+                f"{windows.file.path} holds {len(windows.file)} tokens, less than one sequence of data.seq_len "
+                f"{config.seq_len} and its next token"
+            )
+        self.num_records = windows.num_full
+        self.fingerprint: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "num_tokens": len(windows.file),
+            "content_hash": windows.file.header.content_hash,
+            "tokenizer_hash": windows.file.header.tokenizer_hash,
+            "vocab_size": vocab_size,
+            "seq_len": config.seq_len,
+            "global_batch_size": config.global_batch_size,
+            "segment_documents": config.segment_documents,
+            "seed": seed,
+        }
+        order = grain.MapDataset.range(self.num_records).seed(seed).shuffle()
+        first_row, num_rows = _local_rows(config.global_batch_size, process_index, process_count)
+        num_batches = sys.maxsize // config.global_batch_size
+        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
+        self._batches = grain.MapDataset.source(batches)
+        self._num_workers = config.num_workers
+        self._next_batch = 0
+        self._iterator = _read(self._batches, 0, self._num_workers)
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._next_batch += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, as values that JSON can hold: equal on all hosts."""
+        return {"next_batch": self._next_batch, "fingerprint": self.fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues as the iterator whose `state` this is would have.
+
+        Raises:
+          DataError: if that iterator had other files or another order, naming what differs.
+        """
+        check_fingerprint(state["fingerprint"], self.fingerprint)
+        self._iterator.close()
+        self._next_batch = int(state["next_batch"])
+        self._iterator = _read(self._batches, self._next_batch, self._num_workers)
+
+    def close(self) -> None:
+        """Ends reading processes and threads."""
+        self._iterator.close()
+
+
+class ValidationData:
+    """The validation split in order: each `iter` is one pass in which every token is a target once.
+
+    The last window is filled with padding, and the last batch with rows of it (loss weight 0, segment 0), so that all
+    hosts yield `len` batches of one shape.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        vocab_size: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        """Opens the split; arguments and errors are those of `TrainData`."""
+        windows = _open(config, "validation", vocab_size)
+        if windows.num_all == 0:
+            raise DataError(f"{windows.file.path} holds {len(windows.file)} tokens, too few to predict one")
+        self.num_records = windows.num_all
+        self.num_tokens = len(windows.file)
+        num_batches = -(-self.num_records // config.global_batch_size)
+        order = grain.MapDataset.range(num_batches * config.global_batch_size)
+        first_row, num_rows = _local_rows(config.global_batch_size, process_index, process_count)
+        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
+        self._batches = grain.MapDataset.source(batches)
+        self._num_workers = config.num_workers
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _read(self._batches, 0, self._num_workers)
+
+
+def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuses to continue batches of `saved` with those of `current`.
+
+    Raises:
+      DataError: naming every field that differs, with both values.
+    """
+    names = [*current, *(name for name in saved if name not in current)]
+    differing = [name for name in names if name not in saved or name not in current or saved[name] != current[name]]
+    if differing:
+        changes = "; ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing)
+        raise DataError(f"the saved position belongs to other batches: {changes}; set it back, or start a new run")
+
+
+def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows:
+    file = Corpus.open(config.path).token_file(split)
+    if file.header.vocab_size != vocab_size:
+        raise DataError(
+            f"{file.path} has a vocabulary of {file.header.vocab_size}, but the model's is {vocab_size}: set "
+            f"model.vocab_size to {file.header.vocab_size}, or data.path to files of that vocabulary"
+        )
+    return Windows(file, config.seq_len, config.segment_documents)
+
+
+def _local_rows(global_batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:
+    """First row and number of rows of this host."""
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if global_batch_size % process_count:
+        raise DataError(
+            f"data.global_batch_size {global_batch_size} does not divide among {process_count} hosts: each yields the "
+            f"same number of sequences"
+        )
+    num_rows = global_batch_size // process_count
+    return process_index * num_rows, num_rows
+
+
+def _read(batches: grain.MapDataset, first: int, num_workers: int) -> grain.DatasetIterator:
+    """The batches from number `first` on, read ahead by one thread, or by `num_workers` processes."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
+    dataset = batches[first:].to_iter_dataset(options)
+    if num_workers > 0:
+        if not flags.FLAGS.is_parsed():  # as in library use: Grain's workers look at flags, which then have defaults
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD))
+    return iter(dataset)

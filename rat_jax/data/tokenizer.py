@@ -1,0 +1,330 @@
+"""Tokenizers: text to token ids and back.
+
+A tokenizer travels with the tokens it made: `save` writes it into their folder, `load_tokenizer` reads it from there,
+and its `hash` stands in the header of every token file. The two model formats are read by the packages `tokenizers` and
+`sentencepiece`, imported where they are used, so that bytes need neither.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from rat_jax.data import DataError
+
+INFO_FILE = "tokenizer_info.json"
+BPE_EOS_TOKEN = "<|endoftext|>"
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+
+
+class Tokenizer(abc.ABC):
+    """Turns text into ids below `vocab_size` and back. Text never encodes to `eos_id`, which only ends documents."""
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with nothing added before or after."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; `eos_id` stands for no text. Bytes that are no character become U+FFFD."""
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The ids of `text` and then `eos_id`, in the dtype of a token file."""
+        return np.asarray([*self.encode(text), self.eos_id], dtype=token_dtype(self.vocab_size))
+
+    @property
+    @abc.abstractmethod
+    def model(self) -> tuple[str, bytes] | None:
+        """Name and content of the file that defines the tokenizer; None if `kind` and the sizes say it all."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides which ids a text gets."""
+        digest = hashlib.sha256(f"{self.kind} {self.vocab_size} {self.eos_id}\n".encode())
+        if self.model is not None:
+            digest.update(self.model[1])
+        return digest.hexdigest()
+
+    def save(self, folder: pathlib.Path | str) -> None:
+        """Writes the tokenizer into `folder`, for `load_tokenizer`."""
+        folder = pathlib.Path(folder)
+        if self.model is not None:
+            (folder / self.model[0]).write_bytes(self.model[1])
+        info = {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id, "hash": self.hash}
+        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes, and 256 for the end of a document."""
+
+    kind = "bytes"
+    vocab_size = 257
+    eos_id = 256
+    model = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_document(self, text: str) -> np.ndarray:
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        return np.append(ids, np.uint16(self.eos_id))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size)
+        return bytes(i for i in ids if i != self.eos_id).decode(errors="replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class IdTokenizer(Tokenizer):
+    """Ids written as numbers, `"12 7 931"`: for token files whose tokenizer is not at hand, and synthetic tasks."""
+
+    vocab_size: int
+    eos_id: int
+    kind = "ids"
+    model = None
+
+    def __post_init__(self):
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise DataError(
+                f"tokenizer ids: the end of a document, {self.eos_id}, is outside 0 .. {self.vocab_size - 1}"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise DataError(f"this tokenizer reads token ids separated by spaces, not text: {error}") from None
+        _check_ids(ids, self.vocab_size)
+        if self.eos_id in ids:
+            raise DataError(f"text may not hold {self.eos_id}, the id that ends a document")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size)
+        return "".join(f"{int(i)} " for i in ids if i != self.eos_id)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` package, without the special tokens it may add around a text."""
+
+    kind = "huggingface"
+
+    def __init__(self, content: bytes, eos_id: int):
+        import tokenizers
+
+        self._content = content
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.eos_id = eos_id
+        _check_ids([eos_id], self.vocab_size)
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, (self._content, self.eos_id)
+
+    @property
+    def model(self) -> tuple[str, bytes]:
+        return "tokenizer.json", self._content
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size)
+        return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; with LLaMA-2's, the RAT paper's recipe: no BOS, EOS (2) after each document."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, content: bytes, eos_id: int):
+        import sentencepiece
+
+        self._content = content
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id = eos_id
+        _check_ids([eos_id], self.vocab_size)
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self._content, self.eos_id)
+
+    @property
+    def model(self) -> tuple[str, bytes]:
+        return "tokenizer.model", self._content
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, add_bos=False, add_eos=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        _check_ids(ids, self.vocab_size)
+        return self._processor.decode([int(i) for i in ids if i != self.eos_id])
+
+
+class StreamDecoder:
+    """Decodes ids that arrive one by one: `"".join` of all that `push` and `flush` return is the text of all ids.
+
+    A character whose last bytes are still to come is held back.
+    """
+
+    # The window of ids that is decoded again with each push; a short past is kept since some tokenizers write an id
+    # differently at the start of a text.
+    _MOST_IDS = 64
+    _PAST_IDS = 16
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._num_written = 0  # characters of the window's text that were returned
+
+    def push(self, ids: int | Sequence[int]) -> str:
+        """The text that is certain after one more id, or several."""
+        self._ids.extend([ids] if isinstance(ids, (int, np.integer)) else ids)
+        text = self._tokenizer.decode(self._ids)
+        certain = text.rstrip(_REPLACEMENT)
+        new = certain[self._num_written :]
+        self._num_written += len(new)
+        if len(self._ids) > self._MOST_IDS and certain == text:
+            self._ids = self._ids[-self._PAST_IDS :]
+            self._num_written = len(self._tokenizer.decode(self._ids))
+        return new
+
+    def flush(self) -> str:
+        """What was held back; the decoder is then as new."""
+        rest = self._tokenizer.decode(self._ids)[self._num_written :]
+        self._ids, self._num_written = [], 0
+        return rest
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of ids below `vocab_size` on disk, little endian: uint16 where they fit, else uint32."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into `folder`.
+
+    Raises:
+      DataError: if the folder holds none, or its model file is not the one that was saved.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        info = json.loads((folder / INFO_FILE).read_text())
+        match info["kind"]:
+            case "bytes":
+                tokenizer = ByteTokenizer()
+            case "ids":
+                tokenizer = IdTokenizer(info["vocab_size"], info["eos_id"])
+            case "huggingface":
+                tokenizer = HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes(), info["eos_id"])
+            case "sentencepiece":
+                tokenizer = SentencePieceTokenizer((folder / "tokenizer.model").read_bytes(), info["eos_id"])
+            case kind:
+                raise DataError(f"{folder / INFO_FILE}: unknown kind of tokenizer {kind!r}")
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no tokenizer: {error.filename} is missing") from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{folder / INFO_FILE} is damaged: {error!r}") from None
+    if tokenizer.hash != info["hash"]:
+        raise DataError(
+            f"{folder}: the tokenizer is not the one that was saved there (its hash differs); its file was changed"
+        )
+    return tokenizer
+
+
+def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer:
+    """A tokenizer from a Hugging Face `tokenizer.json` or a SentencePiece `.model` file.
+
+    Args:
+      path: of the file.
+      eos_token: what ends a document, as the tokenizer writes it. None takes it from the `.model` file, or from the
+        `tokenizer_config.json` beside a `tokenizer.json`.
+    """
+    path = pathlib.Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    if path.suffix == ".model":
+        return _read_sentencepiece(path, content, eos_token)
+    if path.suffix == ".json":
+        return _read_huggingface(path, content, eos_token)
+    raise DataError(f"tokenizer {path}: expected a tokenizer.json or a SentencePiece .model file")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: bpe:{vocab_size} is below 257")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BPE_EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"the corpus is too small for bpe:{vocab_size}: no pair of tokens is left to merge at "
+            f"{tokenizer.get_vocab_size()}; use bpe:{tokenizer.get_vocab_size()} or less"
+        )
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), tokenizer.token_to_id(BPE_EOS_TOKEN))
+
+
+def _read_sentencepiece(path: pathlib.Path, content: bytes, eos_token: str | None) -> SentencePieceTokenizer:
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError as error:
+        raise DataError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
+    eos_id = processor.eos_id() if eos_token is None else processor.piece_to_id(eos_token)
+    if eos_id < 0 or (eos_token is not None and processor.id_to_piece(eos_id) != eos_token):
+        raise DataError(f"tokenizer {path} has no token {eos_token or '</s>'}; name its last token with --eos_token")
+    return SentencePieceTokenizer(content, eos_id)
+
+
+def _read_huggingface(path: pathlib.Path, content: bytes, eos_token: str | None) -> HuggingFaceTokenizer:
+    import tokenizers
+
+    config_path = path.parent / "tokenizer_config.json"
+    if eos_token is None and config_path.is_file():
+        eos_token = json.loads(config_path.read_text()).get("eos_token")
+        if isinstance(eos_token, dict):
+            eos_token = eos_token["content"]
+    if eos_token is None:
+        raise DataError(f"{path} does not say which token ends a document: name it with --eos_token")
+    try:
+        eos_id = tokenizers.Tokenizer.from_buffer(content).token_to_id(eos_token)
+    except ValueError as error:
+        raise DataError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
+    if eos_id is None:
+        raise DataError(
+            f"tokenizer {path} has no token {eos_token!r}; name the one that ends a document with --eos_token"
+        )
+    return HuggingFaceTokenizer(content, eos_id)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    for position, i in enumerate(ids):
+        if not 0 <= i < vocab_size:
+            raise DataError(f"token id {i} at position {position} is outside the vocabulary of {vocab_size}")

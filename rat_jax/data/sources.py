@@ -152,6 +152,9 @@ class Parquet(Source):
         if self.options.field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
             raise DataError(f"{path} has no column {self.options.field!r} (it has: {columns}); name one with --field")
+        type_ = file.schema_arrow.field(self.options.field).type
+        if type_ not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
+            raise DataError(f"{path}: column {self.options.field!r} must hold text, it is of type {type_}")
         return file
 
 
@@ -229,7 +232,9 @@ def parse_source(spec: str, options: ReadOptions) -> Source:
 def _find(pattern: str, names_in_folder: str) -> tuple[pathlib.Path, ...]:
     """The file of that name, the files below a folder, or those a glob pattern matches; sorted."""
     path = pathlib.Path(pattern).expanduser()
-    if path.is_dir():
+    if not pattern:
+        found = []
+    elif path.is_dir():
         found = [file for file in path.rglob(names_in_folder) if not file.is_dir() and not _is_hidden(file, path)]
     elif path.exists():
         found = [path]
@@ -237,7 +242,7 @@ def _find(pattern: str, names_in_folder: str) -> tuple[pathlib.Path, ...]:
         found = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
         found = [file for file in found if not file.is_dir()]
     if not found:
-        raise DataError(f"source {pattern}: no such file, and no folder or pattern with {names_in_folder} files")
+        raise DataError(f"source {pattern}: no such file, and no folder or pattern with files {names_in_folder}")
     return tuple(sorted(found, key=pathlib.PurePath.as_posix))
 
 

@@ -1,0 +1,215 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from rat_jax.data import DataError
+from rat_jax.data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    IdTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    token_dtype,
+    train_bpe,
+)
+
+TEXTS = [
+    "",
+    "plain words",
+    "  leading, two  inner   and trailing spaces  ",
+    "tabs\tand\nlines\r\n\n",
+    "naïve café €5 🦊 漢字 \U0001f469\u200d\U0001f680",
+    "literal <|endoftext|> and </s> and <s> are text",
+    "\x00\x7f control",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(sentencepiece_model, tmp_path_factory) -> dict[str, Tokenizer]:
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    path.write_bytes(sentencepiece_model)
+    return {
+        "bytes": ByteTokenizer(),
+        "bpe": train_bpe(iter(TEXTS * 3), 300),
+        "sentencepiece": read_tokenizer(path, None),
+    }
+
+
+@pytest.fixture(params=["bytes", "bpe", "sentencepiece"])
+def tokenizer(request, tokenizers) -> Tokenizer:
+    return tokenizers[request.param]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id for i in ids)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_document_is_ids_and_end(tokenizer, text):
+    document = tokenizer.encode_document(text)
+    assert document.dtype == token_dtype(tokenizer.vocab_size) == np.uint16
+    assert document.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert tokenizer.decode(document.tolist()) == text
+
+
+@pytest.mark.parametrize("text", ["".join(TEXTS), "".join(TEXTS) * 5, "🦊" * 40, " " * 100 + "x", "\ufffd real \ufffd"])
+def test_stream_is_the_text(tokenizer, text):
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.push(i) for i in tokenizer.encode(text)]
+    assert "".join(pieces) + decoder.flush() == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stream_of_several_ids_at_once(tokenizer, text):
+    decoder, ids = StreamDecoder(tokenizer), tokenizer.encode(text)
+    pieces = [decoder.push(ids[i : i + 3]) for i in range(0, len(ids), 3)]
+    assert "".join(pieces) + decoder.flush() == text
+
+
+def test_stream_holds_back_half_a_character():
+    decoder = StreamDecoder(ByteTokenizer())
+    assert [decoder.push(byte) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
+    assert decoder.push(0xE2) == ""
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(ord("c")) == "c"
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert type(loaded) is type(tokenizer)
+    assert (loaded.vocab_size, loaded.eos_id, loaded.hash) == (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.hash)
+    text = "".join(TEXTS)
+    assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_pickle(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.hash == tokenizer.hash
+    assert copy.encode(TEXTS[4]) == tokenizer.encode(TEXTS[4])
+
+
+def test_hashes_differ(tokenizers):
+    others = [train_bpe(iter(TEXTS * 3), 290), IdTokenizer(257, 256), IdTokenizer(257, 0)]
+    assert len({tokenizer.hash for tokenizer in [*tokenizers.values(), *others]}) == 6
+
+
+def test_sentencepiece_is_the_paper_recipe(tokenizers):
+    tokenizer = tokenizers["sentencepiece"]
+    assert tokenizer.eos_id == 2
+    assert 1 not in tokenizer.encode("some text")  # no BOS
+
+
+def test_bpe_merges_and_is_reproducible(tokenizers):
+    tokenizer = tokenizers["bpe"]
+    assert tokenizer.vocab_size == 300
+    assert len(tokenizer.encode(TEXTS[2])) < len(TEXTS[2].encode())
+    assert train_bpe(iter(TEXTS * 3), 300).hash == tokenizer.hash
+
+
+def test_bpe_sizes():
+    with pytest.raises(DataError, match="bpe:256 is below 257"):
+        train_bpe(iter(TEXTS), 256)
+    with pytest.raises(DataError, match=r"too small for bpe:5000: .* use bpe:\d+ or less"):
+        train_bpe(iter(TEXTS), 5000)
+
+
+def test_ids():
+    tokenizer = IdTokenizer(10, 0)
+    assert tokenizer.encode("3 1 4") == [3, 1, 4]
+    assert tokenizer.encode(tokenizer.decode([3, 1, 4])) == [3, 1, 4]
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(i) for i in (3, 0, 4)] == ["3 ", "", "4 "]
+    with pytest.raises(DataError, match="id 10 at position 1 is outside the vocabulary of 10"):
+        tokenizer.encode("3 10")
+    with pytest.raises(DataError, match="ids separated by spaces"):
+        tokenizer.encode("three")
+    with pytest.raises(DataError, match="the id that ends a document"):
+        tokenizer.encode("3 0")
+    with pytest.raises(DataError, match=r"outside 0 \.\. 9"):
+        IdTokenizer(10, 10)
+
+
+def test_decode_refuses_foreign_ids(tokenizer):
+    with pytest.raises(DataError, match="at position 1 is outside the vocabulary"):
+        tokenizer.decode([1, tokenizer.vocab_size])
+    with pytest.raises(DataError, match="id -1 at position 0"):
+        tokenizer.decode([-1])
+
+
+def test_huggingface_file(tokenizers, tmp_path):
+    name, content = tokenizers["bpe"].model
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert read_tokenizer(path, "<|endoftext|>").hash == tokenizers["bpe"].hash
+    with pytest.raises(DataError, match="does not say which token ends a document: name it with --eos_token"):
+        read_tokenizer(path, None)
+    with pytest.raises(DataError, match="has no token '<end>'"):
+        read_tokenizer(path, "<end>")
+    for eos_token in ("<|endoftext|>", {"content": "<|endoftext|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+        assert read_tokenizer(path, None).eos_id == 0
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
+        read_tokenizer(path, "<|endoftext|>")
+
+
+def test_huggingface_adds_nothing_and_cuts_nothing(tokenizers):
+    """A file with a BOS template, truncation and padding, as published ones have, gives the ids of the text alone."""
+    import tokenizers as library
+    from tokenizers import processors
+
+    plain = tokenizers["bpe"]
+    changed = library.Tokenizer.from_buffer(plain.model[1])
+    changed.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    changed.enable_truncation(4)
+    changed.enable_padding(length=4)
+    text = "".join(TEXTS)
+    assert HuggingFaceTokenizer(changed.to_str().encode(), 0).encode(text) == plain.encode(text)
+
+
+def test_sentencepiece_file(tmp_path, sentencepiece_model):
+    path = tmp_path / "x.model"
+    path.write_bytes(sentencepiece_model)
+    assert read_tokenizer(path, "<s>").eos_id == 1
+    with pytest.raises(DataError, match="has no token <end>"):
+        read_tokenizer(path, "<end>")
+    path.write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"x\.model is not a SentencePiece model"):
+        read_tokenizer(path, None)
+
+
+def test_files_that_are_not_tokenizers(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.model cannot be read: No such file"):
+        read_tokenizer(tmp_path / "gone.model", None)
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(DataError, match=r"expected a tokenizer\.json or a SentencePiece \.model file"):
+        read_tokenizer(tmp_path / "x.txt", None)
+
+
+def test_load_refuses_what_was_changed(tokenizers, tmp_path):
+    with pytest.raises(DataError, match=r"holds no tokenizer: .*tokenizer_info\.json is missing"):
+        load_tokenizer(tmp_path)
+    tokenizers["bpe"].save(tmp_path)
+    other = train_bpe(iter(TEXTS * 3), 290)
+    (tmp_path / "tokenizer.json").write_bytes(other.model[1])
+    with pytest.raises(DataError, match="not the one that was saved there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_info.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_dtype_by_vocabulary():
+    assert token_dtype(2**16) == np.uint16
+    assert token_dtype(2**16 + 1) == np.uint32

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import multiprocessing
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from rat_jax.data import DataError
 from rat_jax.data.corpus import Split
 from rat_jax.data.tokenizer import Tokenizer
 
@@ -62,6 +64,9 @@ def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, n
       documents: texts that are not empty, with their split where it is known already.
       encoder: what is done with them.
       num_workers: processes; 0 encodes in this one. The result does not depend on it.
+
+    Raises:
+      DataError: if the tokenizer refuses a text, or a process dies.
     """
     if num_workers == 0:
         for batch in _batches(documents):
@@ -81,6 +86,8 @@ def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, n
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise DataError("a process that encodes died, perhaps for want of memory: use fewer --num_workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

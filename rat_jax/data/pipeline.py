@@ -139,6 +139,8 @@ class TrainData(Iterator[Batch]):
           DataError: if the files are missing, damaged, too short or of another vocabulary, or if the batch does not
             divide among the hosts.
         """
+        if not 0 <= seed < 2**32:
+            raise DataError(f"seed must lie between 0 and 2**32 - 1, got {seed}")
         windows = _open(config, "train", vocab_size)
         if windows.num_full == 0:
             raise DataError(
@@ -181,6 +183,8 @@ class TrainData(Iterator[Batch]):
         Raises:
           DataError: if that iterator had other files or another order, naming what differs.
         """
+        if missing := {"next_batch", "fingerprint"} - set(state):
+            raise DataError(f"the saved position of the data is damaged: it has no {' and no '.join(sorted(missing))}")
         check_fingerprint(state["fingerprint"], self.fingerprint)
         self._iterator.close()
         self._next_batch = int(state["next_batch"])

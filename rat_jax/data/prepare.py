@@ -11,8 +11,6 @@ import dataclasses
 import os
 import pathlib
 import platform
-import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +21,7 @@ import tqdm
 from rat_jax.data import DataError
 from rat_jax.data.corpus import METADATA_FILE, SPLITS, Corpus, Split, Statistics, byte_entropy
 from rat_jax.data.encoding import Encoder, encode, split_of
+from rat_jax.data.new_folder import new_folder
 from rat_jax.data.sources import ReadOptions, parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer, train_bpe
@@ -81,24 +80,19 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
       DataError: naming what is wrong; `out` is then as it was.
     """
     _check(settings)
+    if num_workers < 0:
+        raise DataError(f"--num_workers must be 0 or more, got {num_workers}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / METADATA_FILE).is_file():
             raise DataError(f"{out} exists and is not a prepared corpus; it is left alone: choose another --out")
         if not overwrite:
             return _finished(settings, out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    partial = out.with_name(f"{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with new_folder(out) as folder:
         if any(spec.startswith(_RELEASE_BIN) for spec in settings.source + settings.validation_source):
-            corpus = _wrap_release(settings, partial)
+            corpus = _wrap_release(settings, folder)
         else:
-            corpus = _encode(settings, partial, num_workers)
+            corpus = _encode(settings, folder, num_workers)
         corpus.write_metadata()
-        _replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Corpus.open(out)
 
 
@@ -125,39 +119,14 @@ def _finished(settings: Settings, out: pathlib.Path) -> Corpus:
         raise DataError(f"{out} was prepared with other settings ({changes}); choose another --out, or --overwrite")
     for split in SPLITS:
         corpus.token_file(split)
-    corpus.tokenizer()
+    tokenizer = corpus.tokenizer()
+    if _is_file(settings.tokenizer) and _make_tokenizer(settings).hash != tokenizer.hash:
+        raise DataError(
+            f"{out} was prepared with what {settings.tokenizer} held before it was changed; choose another --out, or "
+            f"--overwrite"
+        )
     print(f"{out}: already prepared")
     return corpus
-
-
-def _remove_leftovers(out: pathlib.Path) -> None:
-    """Removes the partial folders of killed runs of this machine."""
-    prefix = f"{out.name}.partial-{socket.gethostname()}-"
-    for folder in out.parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix)
-        if pid.isdigit() and not _is_running(int(pid)):
-            print(f"removing {folder}, left by a run that was killed", file=sys.stderr)
-            shutil.rmtree(folder)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _replace(partial: pathlib.Path, out: pathlib.Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        old = partial.with_name(f"{partial.name}-old")
-        os.rename(out, old)
-        os.rename(partial, out)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, out)  # onto nothing or onto an empty folder
 
 
 def _wrap_release(settings: Settings, folder: pathlib.Path) -> Corpus:
@@ -233,20 +202,26 @@ def _corpus(
 
 
 def _make_tokenizer(settings: Settings) -> Tokenizer:
-    try:
-        match settings.tokenizer.split(":"):
-            case ["bytes"]:
-                return ByteTokenizer()
-            case ["bpe", size]:
-                bar = tqdm.tqdm(_train_texts(settings), unit="doc", desc="training the tokenizer")
-                return train_bpe(bar, int(size))
-            case ["ids", vocab_size, eos_id]:
-                return IdTokenizer(int(vocab_size), int(eos_id))
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"--tokenizer {settings.tokenizer}: a size or an id is not a number") from None
-    return read_tokenizer(settings.tokenizer, settings.eos_token)
+    if _is_file(settings.tokenizer):
+        return read_tokenizer(settings.tokenizer, settings.eos_token)
+    kind, *numbers = settings.tokenizer.split(":")
+    if not all(number.isdecimal() for number in numbers):
+        raise DataError(f"--tokenizer {settings.tokenizer}: what stands after a colon must be a number")
+    match kind, [int(number) for number in numbers]:
+        case "bytes", []:
+            return ByteTokenizer()
+        case "bpe", [size]:
+            return train_bpe(tqdm.tqdm(_train_texts(settings), unit="doc", desc="training the tokenizer"), size)
+        case "ids", [vocab_size, eos_id]:
+            return IdTokenizer(vocab_size, eos_id)
+    raise DataError(
+        f"--tokenizer {settings.tokenizer}: expected bytes, bpe:SIZE, ids:VOCAB_SIZE:EOS_ID, a tokenizer.json or a "
+        f"SentencePiece .model file"
+    )
+
+
+def _is_file(tokenizer: str) -> bool:
+    return tokenizer.endswith((".json", ".model"))
 
 
 def _train_texts(settings: Settings) -> Iterator[str]:

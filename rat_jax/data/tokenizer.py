@@ -246,7 +246,7 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
 
 
 def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer:
-    """A tokenizer from a Hugging Face `tokenizer.json` or a SentencePiece `.model` file.
+    """A tokenizer from a SentencePiece `.model` file or, by any other name, a Hugging Face `tokenizer.json`.
 
     Args:
       path: of the file.
@@ -260,9 +260,7 @@ def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer
         raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from None
     if path.suffix == ".model":
         return _read_sentencepiece(path, content, eos_token)
-    if path.suffix == ".json":
-        return _read_huggingface(path, content, eos_token)
-    raise DataError(f"tokenizer {path}: expected a tokenizer.json or a SentencePiece .model file")
+    return _read_huggingface(path, content, eos_token)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:

@@ -7,7 +7,9 @@ import pytest
 from rat_jax.data.prepare import Settings, prepare
 from rat_jax.data.sources import ReadOptions
 
-TEXTS = [f"document {i}: the quick brown fox jumps over {i * 7919} lazy dogs, naïve café €{i} 🦊\n" * 3 for i in range(40)]
+TEXTS = [
+    f"document {i}: the quick brown fox jumps over {i * 7919} lazy dogs, naïve café €{i} 🦊\n" * 3 for i in range(40)
+]
 
 
 @pytest.fixture

@@ -80,7 +80,10 @@ def overwrite(start, new):
         (set_field(dtype="int8"), r"the header of .*x\.bin is damaged: dtype 'int8'"),
         (set_field(color="red"), r"the header of .*x\.bin is damaged: .*color"),
         (set_field(num_tokens=5), r"x\.bin has 8200 bytes, but the header of .* promises 5 tokens, 8202 bytes"),
-        (lambda content: content.pop(), r"x\.bin has 8199 bytes, but .* promises 4 tokens, 8200 bytes: the file was cut"),
+        (
+            lambda content: content.pop(),
+            r"x\.bin has 8199 bytes, but .* promises 4 tokens, 8200 bytes: the file was cut",
+        ),
         (lambda content: content.append(0), r"x\.bin has 8201 bytes"),
         (lambda content: content.__delitem__(slice(100, None)), r"the header of .*x\.bin is damaged"),
         (lambda content: content.clear(), "is not a token file"),

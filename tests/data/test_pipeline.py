@@ -1,0 +1,333 @@
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from rat_jax.config import DataConfig
+from rat_jax.data import DataError
+from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint
+from rat_jax.data.prepare import Settings, prepare
+
+EOS = 2
+VOCAB_SIZE = 500
+SEQ_LEN = 8
+
+
+def make_ids(num_tokens: int) -> np.ndarray:
+    """Ids that are all different from their neighbours, with an end of a document now and then."""
+    ids = 3 + np.arange(num_tokens) % (VOCAB_SIZE - 3)
+    ids[np.random.default_rng(num_tokens).random(num_tokens) < 0.15] = EOS
+    return ids.astype("<u2")
+
+
+TRAIN = make_ids(29 * SEQ_LEN + 4)  # 29 records and some tokens that fill none
+VALIDATION = make_ids(9 * SEQ_LEN + 6)  # 9 records and one of 5 targets
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    return make_corpus(folder, TRAIN, VALIDATION)
+
+
+def make_corpus(folder, train, validation):
+    train.tofile(folder / "train_ids.bin")
+    validation.tofile(folder / "validation_ids.bin")
+    settings = Settings(
+        source=(f"release-bin:{folder / 'train_ids.bin'}",),
+        validation_source=(f"release-bin:{folder / 'validation_ids.bin'}",),
+        validation_fraction=0.1,
+        tokenizer=f"ids:{VOCAB_SIZE}:{EOS}",
+        eos_token=None,
+        field="text",
+        document_separator=None,
+        invalid_utf8="refuse",
+    )
+    return prepare(settings, folder / "corpus", num_workers=0, overwrite=True).path
+
+
+@pytest.fixture
+def config(path) -> DataConfig:
+    return DataConfig(path=str(path), seq_len=SEQ_LEN, global_batch_size=4, segment_documents=False, num_workers=0)
+
+
+def train_data(config, *, seed=0, host=0, hosts=1) -> TrainData:
+    return TrainData(config, vocab_size=VOCAB_SIZE, seed=seed, process_index=host, process_count=hosts)
+
+
+def validation_data(config, *, host=0, hosts=1) -> ValidationData:
+    return ValidationData(config, vocab_size=VOCAB_SIZE, process_index=host, process_count=hosts)
+
+
+def take(data, count) -> list[Batch]:
+    return list(itertools.islice(data, count))
+
+
+def assert_equal(left: list[Batch], right: list[Batch]):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        for name in Batch._fields:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+def windows(ids, seq_len=SEQ_LEN):
+    """Inputs and targets of each record, by slices of a list."""
+    ids = ids.tolist()
+    return [
+        (ids[i : i + seq_len], ids[i + 1 : i + seq_len + 1]) for i in range(0, len(ids) - 1, seq_len) if ids[i + 1 :]
+    ]
+
+
+def test_train_epochs_hold_every_record_once(config):
+    full = [tuple(inputs) for inputs, targets in windows(TRAIN) if len(targets) == SEQ_LEN]
+    target_of = dict(zip(full, (tuple(targets) for _, targets in windows(TRAIN)), strict=False))
+    data = train_data(config)
+    assert data.num_records == len(full) == len(set(full)) == 29
+    batches = take(data, 29)  # 4 epochs
+    rows = [tuple(row) for batch in batches for row in batch.tokens.tolist()]
+    epochs = [rows[i : i + 29] for i in range(0, len(rows), 29)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(full)
+    assert len({tuple(epoch) for epoch in [full, *epochs]}) == 5  # each in another order
+    for batch in batches:
+        for inputs, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            assert tuple(targets) == target_of[tuple(inputs)]
+
+
+def test_shapes_and_types(config):
+    (batch,) = take(train_data(dataclasses.replace(config, segment_documents=True)), 1)
+    for value, dtype in zip(batch, (np.int32, np.int32, np.float32, np.int32), strict=True):
+        assert value.shape == (4, SEQ_LEN)
+        assert value.dtype == dtype
+        assert value.flags.c_contiguous
+    assert take(train_data(config), 1)[0].segment_ids is None
+
+
+def test_seeds(config):
+    first, same, other = (take(train_data(config, seed=seed), 10) for seed in (3, 3, 4))
+    assert_equal(first, same)
+    assert any((a.tokens != b.tokens).any() for a, b in zip(first, other, strict=True))
+    # A second seed is not the first one an epoch later.
+    rows = [[tuple(row) for batch in batches for row in batch.tokens.tolist()] for batches in (first, other)]
+    assert rows[0][29:] != rows[1][: len(rows[0][29:])]
+    for seed in (-1, 2**32):
+        with pytest.raises(DataError, match=f"seed must lie between 0 and 2\\*\\*32 - 1, got {seed}"):
+            train_data(config, seed=seed)
+
+
+def test_order_is_fixed(config):
+    """The order of records belongs to the file format: with another one, saved runs could not be continued."""
+    number = {tuple(inputs): i for i, (inputs, _) in enumerate(windows(TRAIN))}
+    rows = [number[tuple(row)] for batch in take(train_data(config, seed=1), 3) for row in batch.tokens.tolist()]
+    assert rows == [10, 5, 25, 3, 8, 23, 9, 2, 0, 22, 6, 1]
+
+
+def test_loss_is_masked_where_the_input_ends_a_document(config):
+    batches = [*take(train_data(config), 8), *list(validation_data(config))[:2]]
+    for batch in batches:
+        np.testing.assert_array_equal(batch.loss_weights, np.where(batch.tokens == EOS, 0.0, 1.0))
+    assert any((batch.tokens == EOS).any() for batch in batches)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_segments_count_documents(config, split):
+    config = dataclasses.replace(config, segment_documents=True)
+    batches = take(train_data(config), 8) if split == "train" else list(validation_data(config))[:2]
+    most = 0
+    for batch in batches:
+        for tokens, segments in zip(batch.tokens.tolist(), batch.segment_ids.tolist(), strict=True):
+            expected, segment = [], 1
+            for token in tokens:
+                expected.append(segment)
+                segment += token == EOS
+            assert segments == expected
+            most = max(most, *segments)
+    assert most >= 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 16])
+@pytest.mark.parametrize("segment_documents", [False, True])
+def test_validation_is_every_token_once_in_order(config, batch_size, segment_documents):
+    config = dataclasses.replace(config, global_batch_size=batch_size, segment_documents=segment_documents)
+    data = validation_data(config)
+    batches = list(data)
+    assert len(batches) == len(data) == -(-10 // batch_size)
+    joined = [None if field[0] is None else np.concatenate(field) for field in zip(*batches, strict=True)]
+    tokens, targets, weights, segments = joined
+    assert len(tokens) == len(data) * batch_size
+    num = len(VALIDATION) - 1
+    flat = [values.reshape(-1) for values in (tokens, targets, weights)]
+    np.testing.assert_array_equal(flat[0][:num], VALIDATION[:-1])
+    np.testing.assert_array_equal(flat[1][:num], VALIDATION[1:])
+    np.testing.assert_array_equal(flat[2][:num], VALIDATION[:-1] != EOS)
+    assert not flat[1][num:].any()
+    assert not flat[2][num:].any()
+    if segment_documents:
+        assert (segments.reshape(-1)[:num] > 0).all()
+        assert not segments.reshape(-1)[num:].any()
+    assert_equal(list(data), batches)  # another pass is the same
+
+
+@pytest.mark.parametrize(("num_tokens", "num_records", "num_targets"), [(9, 1, 8), (10, 2, 9), (2, 1, 1), (17, 2, 16)])
+def test_validation_lengths(tmp_path, config, num_tokens, num_records, num_targets):
+    ids = 3 + np.arange(num_tokens, dtype="<u2")
+    data = validation_data(dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN, ids))))
+    assert (data.num_records, data.num_tokens) == (num_records, num_tokens)
+    assert sum(batch.loss_weights.sum() for batch in data) == num_targets
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_one_global_batch(config, hosts):
+    config = dataclasses.replace(config, segment_documents=True)
+    expected = [take(train_data(config), 12), list(validation_data(config))]
+    for make, batches in zip((train_data, validation_data), expected, strict=True):
+        parts = [take(make(config, host=host, hosts=hosts), len(batches)) for host in range(hosts)]
+        for part in itertools.chain(*parts):
+            assert part.tokens.shape == (4 // hosts, SEQ_LEN)
+        together = [Batch(*map(np.concatenate, zip(*rows, strict=True))) for rows in zip(*parts, strict=True)]
+        assert_equal(together, batches)
+
+
+def test_hosts_default_to_those_of_jax(config):
+    assert_equal(take(TrainData(config, vocab_size=VOCAB_SIZE, seed=0), 3), take(train_data(config), 3))
+
+
+@pytest.mark.parametrize("make", [train_data, validation_data])
+def test_hosts_that_do_not_divide_the_batch(config, make):
+    with pytest.raises(DataError, match=r"data\.global_batch_size 4 does not divide among 3 hosts"):
+        make(config, hosts=3)
+
+
+def test_resume_at_every_step(config):
+    """Over the end of the first epoch (after 7.25 batches), through JSON, on another number of hosts."""
+    expected = take(train_data(config), 20)
+    data = train_data(config)
+    for step in range(16):
+        state = json.loads(json.dumps(data.state()))
+        resumed = train_data(config)
+        next(resumed)  # whatever was read before
+        resumed.restore(state)
+        assert_equal(take(resumed, 4), expected[step : step + 4])
+        assert resumed.state()["next_batch"] == step + 4
+        half = train_data(config, host=1, hosts=2)
+        half.restore(state)
+        np.testing.assert_array_equal(next(half).tokens, expected[step].tokens[2:])
+        assert_equal([next(data)], [expected[step]])
+
+
+def test_resume_far_ahead(config):
+    """After many epochs, without reading what came before."""
+    data = train_data(config)
+    data.restore(data.state() | {"next_batch": 10**12})
+    again = train_data(config)
+    again.restore(again.state() | {"next_batch": 10**12 - 1})
+    next(again)
+    assert_equal(take(data, 3), take(again, 3))
+
+
+def test_worker_processes_change_nothing(config):
+    config = dataclasses.replace(config, segment_documents=True)
+    workers = dataclasses.replace(config, num_workers=2)
+    expected = take(train_data(config), 13)
+    data = train_data(workers)
+    assert_equal(take(data, 5), expected[:5])
+    alone = train_data(config)
+    alone.restore(data.state())
+    assert_equal(take(alone, 3), expected[5:8])
+    data.restore(alone.state())
+    assert_equal(take(data, 5), expected[8:])
+    data.close()
+    passes = validation_data(dataclasses.replace(workers, num_workers=1))
+    assert_equal(list(passes), list(validation_data(config)))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("seq_len", {"seq_len": 7}),
+        ("global_batch_size", {"global_batch_size": 8}),
+        ("segment_documents", {"segment_documents": True}),
+    ],
+)
+def test_resume_with_another_config_is_refused(config, name, changes):
+    state = train_data(config).state()
+    with pytest.raises(DataError, match=f"belongs to other batches: {name} was"):
+        train_data(dataclasses.replace(config, **changes)).restore(state)
+
+
+def test_resume_with_another_seed_or_corpus_is_refused(config, tmp_path):
+    state = train_data(config).state()
+    with pytest.raises(DataError, match="belongs to other batches: seed was 0, is 1;"):
+        train_data(config, seed=1).restore(state)
+    ids = TRAIN.copy()
+    ids[3] += 1
+    other = dataclasses.replace(config, path=str(make_corpus(tmp_path, ids, VALIDATION)))
+    with pytest.raises(DataError, match="other batches: content_hash was"):
+        train_data(other).restore(state)
+
+
+def test_check_fingerprint(config):
+    current = train_data(config).fingerprint
+    assert set(current) == {
+        *("format_version", "num_tokens", "content_hash", "tokenizer_hash", "vocab_size"),
+        *("seq_len", "global_batch_size", "segment_documents", "seed"),
+    }
+    check_fingerprint(json.loads(json.dumps(current)), current)
+    for name in current:
+        with pytest.raises(DataError, match=f"other batches: {name} was 'x', is "):
+            check_fingerprint(current | {name: "x"}, current)
+        with pytest.raises(DataError, match=f"other batches: {name} was None, is "):
+            check_fingerprint({key: value for key, value in current.items() if key != name}, current)
+    with pytest.raises(DataError, match="seq_len was 1, is 8; seed was 2, is 0; later was 3, is None"):
+        check_fingerprint(current | {"seq_len": 1, "seed": 2, "later": 3}, current)
+
+
+def test_moved_corpus_is_the_same_corpus(config, tmp_path):
+    """Other paths, same content."""
+    state = train_data(config).state()
+    moved = train_data(dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN, VALIDATION))))
+    moved.restore(state)
+    assert_equal([next(moved)], take(train_data(config), 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_id_outside_the_vocabulary(config, tmp_path, num_workers):
+    path = make_corpus(tmp_path, TRAIN, VALIDATION)
+    ids = VALIDATION.copy()
+    ids[3 * SEQ_LEN + 5] = VOCAB_SIZE
+    ids.tofile(tmp_path / "validation_ids.bin")
+    data = validation_data(dataclasses.replace(config, path=str(path), global_batch_size=1, num_workers=num_workers))
+    batches = iter(data)
+    assert len(take(batches, 3)) == 3
+    message = r"validation\.bin, record 3 of 8 tokens, position 5 \(token 29 of the file\): id 500 is outside the vocab"
+    with pytest.raises(DataError, match=message):
+        next(batches)
+
+
+@pytest.mark.parametrize("make", [TrainData, ValidationData])
+def test_vocabulary_of_another_size(config, make):
+    arguments = {"seed": 0} if make is TrainData else {}
+    for vocab_size in (499, 501):
+        with pytest.raises(DataError, match=rf"has a vocabulary of 500, but the model's is {vocab_size}: set"):
+            make(config, vocab_size=vocab_size, **arguments)
+
+
+def test_splits_that_are_too_short(config, tmp_path):
+    config = dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN[:8], VALIDATION[:1])))
+    with pytest.raises(DataError, match=r"train\.bin holds 8 tokens, less than one sequence of data\.seq_len 8"):
+        train_data(config)
+    with pytest.raises(DataError, match=r"validation\.bin holds 1 tokens, too few to predict one"):
+        validation_data(config)
+
+
+def test_one_record_is_enough(config, tmp_path):
+    config = dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN[:9], VALIDATION)))
+    (batch,) = take(train_data(config), 1)
+    np.testing.assert_array_equal(batch.tokens, np.stack([TRAIN[:8]] * 4))
+
+
+def test_missing_corpus(config, tmp_path):
+    with pytest.raises(DataError, match="is not a prepared corpus"):
+        train_data(dataclasses.replace(config, path=str(tmp_path / "gone")))

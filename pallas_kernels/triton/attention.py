@@ -1,0 +1,198 @@
+"""Attention of every token to the summaries of earlier chunks and to its own running key and value.
+
+With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), own score s_t, summaries (K, V), running value v~_t:
+
+    out_t = sigmoid(z_t) o_t,   o_t = (2^(s_t - m) v~_t + sum_c 2^(s_tc - m) V_c) / (2^(s_t - m) + sum_c 2^(s_tc - m)).
+
+The online softmax starts from the token's own pair (m = s_t, sum 1, acc = v~_t), so that a token without earlier chunks
+needs no case of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from pallas_kernels.triton.call import Launch
+from pallas_kernels.triton.problem import Problem, cdiv
+
+
+@triton.jit
+def rat_attention_forward(
+    projected,  # [B, T, 3 D + 2 G H], of which z is read
+    running_values,  # [B, T, N, H]
+    own_scores,  # [B, N, T] float32
+    rotated_queries,  # [B, T, G, H], scaled
+    summary_keys,  # [B, C, N, H]
+    summary_values,  # [B, C, N, H]
+    segment_ids,  # [B, T] int32; read only if SEGMENTED, as are the next three
+    first_slots,  # [B, T] int32: the first slot that may belong to the token's document
+    slot_tokens,  # [B, C] int32: array index of the token that completes the slot's chunk, -1 if none does
+    slot_segments,  # [B, C] int32
+    tokens,  # T
+    out,  # [B, T, D]
+    lse,  # [B, N, T] float32
+    L: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program computes QUERIES tokens of one head; the last blocks of queries, the longest, start first."""
+    D: tl.constexpr = N * H
+    WIDTH: tl.constexpr = 3 * D + 2 * G * H
+    blocks = tl.cdiv(tokens, QUERIES)
+    if HEADS_FIRST:
+        n = tl.program_id(0) % N
+        block = blocks - 1 - tl.program_id(0) // N
+    else:
+        n = tl.program_id(0) // blocks
+        block = blocks - 1 - tl.program_id(0) % blocks
+    row = tl.program_id(1).to(tl.int64)
+    slots = tl.cdiv(tokens, L)
+    start = block * QUERIES
+    token = start + tl.arange(0, QUERIES)
+    channel = tl.arange(0, PADDED)
+    in_row = token < tokens
+    mask = in_row[:, None] & (channel < H)[None, :]
+    offset = (row * tokens + token)[:, None]
+
+    q = tl.load(rotated_queries + offset * (G * H) + (n % G) * H + channel[None, :], mask=mask, other=0.0)
+    m = tl.load(own_scores + (row * N + n) * tokens + token, mask=in_row, other=0.0)
+    acc = tl.load(running_values + offset * D + n * H + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    weight = tl.full([QUERIES], 1.0, tl.float32)
+
+    segment = token
+    begin = 0
+    if SEGMENTED:
+        segment = tl.load(segment_ids + row * tokens + token, mask=in_row, other=0)
+        begin = tl.load(first_slots + row * tokens + start) // KEYS * KEYS
+        whole = begin
+        end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
+    else:
+        whole = start // L // KEYS * KEYS
+        end = (tl.minimum(start + QUERIES, tokens) - 1) // L
+    key_base = summary_keys + row * slots * D + n * H
+    value_base = summary_values + row * slots * D + n * H
+    slot_base = row * slots
+    for first in range(begin, whole, KEYS):
+        m, weight, acc = _attend(
+            q, m, weight, acc, key_base, value_base, slot_tokens + slot_base, slot_segments + slot_base, first, end,
+            token, segment, D, L, H, KEYS, PADDED, False, SEGMENTED, PRECISION,
+        )  # fmt: skip
+    for first in range(whole, end, KEYS):
+        m, weight, acc = _attend(
+            q, m, weight, acc, key_base, value_base, slot_tokens + slot_base, slot_segments + slot_base, first, end,
+            token, segment, D, L, H, KEYS, PADDED, True, SEGMENTED, PRECISION,
+        )  # fmt: skip
+    z = tl.load(projected + offset * WIDTH + n * H + channel[None, :], mask=mask, other=0.0)
+    result = acc / weight[:, None] * tl.sigmoid(z.to(tl.float32))
+    tl.store(out + offset * D + n * H + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + (row * N + n) * tokens + token, m + tl.log2(weight), mask=in_row)
+
+
+@triton.jit
+def _attend(
+    q, m, weight, acc, key_base, value_base, slot_tokens, slot_segments, first, end, token, segment,
+    D: tl.constexpr, L: tl.constexpr, H: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr,
+    MASKED: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of summaries joins the online softmax."""
+    slot = first + tl.arange(0, KEYS)
+    valid, slot_token, slot_segment = read_slots(slot, end, slot_tokens, slot_segments, MASKED, SEGMENTED)
+    k = load_summaries(key_base, slot, valid, D, H, PADDED, MASKED)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    if MASKED:
+        seen = sees(
+            token[:, None], segment[:, None],
+            slot[None, :], valid[None, :], slot_token[None, :], slot_segment[None, :], L, SEGMENTED,
+        )  # fmt: skip
+        scores = tl.where(seen, scores, -float("inf"))
+    largest = tl.maximum(m, tl.max(scores, axis=1))
+    p = tl.exp2(scores - largest[:, None])
+    shrink = tl.exp2(m - largest)
+    v = load_summaries(value_base, slot, valid, D, H, PADDED, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return largest, weight * shrink + tl.sum(p, axis=1), acc
+
+
+@triton.jit
+def read_slots(slot, end, slot_tokens, slot_segments, MASKED: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Which slots of a block may be read, and where their chunks end."""
+    valid = slot < end
+    slot_token = slot
+    slot_segment = slot
+    if MASKED and SEGMENTED:
+        slot_token = tl.load(slot_tokens + slot, mask=valid, other=-1)
+        slot_segment = tl.load(slot_segments + slot, mask=valid, other=0)
+        valid = valid & (slot_token >= 0)
+    return valid, slot_token, slot_segment
+
+
+@triton.jit
+def sees(token, segment, slot, valid, slot_token, slot_segment, L: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Whether a token attends to a slot: the slot's chunk is complete, earlier, and of the token's document."""
+    if SEGMENTED:
+        return valid & (slot_token < token) & (slot_segment == segment)
+    return valid & (slot < token // L)
+
+
+@triton.jit
+def load_summaries(base, slot, valid, D: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    channel = tl.arange(0, PADDED)
+    at = base + slot.to(tl.int64)[:, None] * D + channel[None, :]
+    if MASKED:
+        return tl.load(at, mask=valid[:, None] & (channel < H)[None, :], other=0.0)
+    if H != PADDED:
+        return tl.load(at, mask=(channel < H)[None, :], other=0.0)
+    return tl.load(at)
+
+
+def forward_launch(problem: Problem) -> Launch:
+    """`rat_attention_forward` for these sizes; the inputs are those of the kernel in their order."""
+    p = problem
+    queries, keys, num_warps, num_stages = forward_blocks(p)
+    return Launch(
+        kernel=rat_attention_forward,
+        grid=(p.num_heads * cdiv(p.tokens, queries), p.batch),
+        integers=(p.tokens,),
+        outputs=(
+            ((p.batch, p.tokens, p.width), p.dtype),
+            ((p.batch, p.num_heads, p.tokens), "float32"),
+        ),
+        constants=(
+            *attention_constants(p, queries, keys),
+            ("HEADS_FIRST", p.slots <= 1024),
+        ),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def attention_constants(p: Problem, queries: int, keys: int) -> tuple[tuple[str, int | bool | str], ...]:
+    """The constants that the attention kernels share."""
+    return (
+        ("L", p.chunk_size),
+        ("N", p.num_heads),
+        ("G", p.num_groups),
+        ("H", p.head_dim),
+        ("SEGMENTED", p.segmented),
+        ("QUERIES", queries),
+        ("KEYS", keys),
+        ("PADDED", p.padded_head_dim),
+        ("PRECISION", "ieee"),
+    )
+
+
+def forward_blocks(p: Problem) -> tuple[int, int, int, int]:
+    """Queries and keys of a block, warps and pipeline stages."""
+    if p.dtype == "float32":
+        return (64, 32, 8, 1) if p.padded_head_dim <= 128 else (32, 16, 8, 1)
+    if p.padded_head_dim <= 64:
+        return 128, 64, 4, 3
+    if p.padded_head_dim == 128:
+        return 128, 64, 8, 3
+    return 64, 32, 8, 2

@@ -1,0 +1,188 @@
+"""What the tests of the Triton kernels share: a float64 reference, and a launcher of the same launches over torch tensors.
+
+Run as a program it is the interpreter test: `TRITON_INTERPRET=1 python triton_twin.py CASE` (triton reads that variable
+when a kernel is defined, so the tests start a process for it).
+"""
+
+import dataclasses
+import math
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from pallas_kernels.triton import rat
+from pallas_kernels.triton.problem import Problem, check
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem and what its inputs look like."""
+
+    problem: Problem
+    lengths: tuple[tuple[int, ...], ...] = ()  # of each row's documents; negative is padding
+    gate_shift: float = 0.0
+
+    @property
+    def segment_ids(self) -> np.ndarray:
+        rows = []
+        for row in self.lengths:
+            ids = [np.full(abs(n), 0 if n < 0 else i + 1) for i, n in enumerate(row)]
+            rows.append(np.concatenate(ids))
+        return np.stack(rows).astype(np.int32)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.stack([np.concatenate([np.arange(abs(n)) for n in row]) for row in self.lengths]).astype(np.int32)
+
+
+def inputs(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random `projected`, `gate_bias` and `d_out`."""
+    p = case.problem
+    rng = np.random.default_rng(seed)
+    projected = rng.standard_normal((p.batch, p.tokens, p.projected_width), np.float32)
+    projected[..., 2 * p.width : 3 * p.width] += case.gate_shift
+    gate_bias = rng.standard_normal(p.width).astype(np.float32)
+    d_out = rng.standard_normal((p.batch, p.tokens, p.width), np.float32)
+    dtype = DTYPES[p.dtype]
+    return torch.tensor(projected).to(dtype), torch.tensor(gate_bias), torch.tensor(d_out).to(dtype)
+
+
+def reference(case: Case, projected, gate_bias, rope_base: float) -> torch.Tensor:
+    """The op in float64, token by token, by the definition; padding gives zero."""
+    p = case.problem
+    n, g, h, d = p.num_heads, p.num_groups, p.head_dim, p.width
+    z, v, gate, q, k = torch.split(projected, [d, d, d, g * h, g * h], dim=-1)
+    forget = torch.sigmoid(gate + gate_bias)
+    group = torch.arange(n) % g
+    rows = []
+    for b in range(p.batch):
+        segments = case.segment_ids[b] if p.segmented else np.ones(p.tokens, int)
+        positions = case.positions[b] if p.segmented else np.arange(p.tokens)
+        out, keys, values, document = [], [], [], None
+        for t in range(p.tokens):
+            if segments[t] == 0:
+                out.append(torch.zeros(d, dtype=projected.dtype))
+                continue
+            if segments[t] != document:
+                document, keys, values = segments[t], [], []
+            chunk, place = divmod(int(positions[t]), p.chunk_size)
+            if place == 0:
+                k_state = v_state = torch.zeros(n, h, dtype=projected.dtype)
+            f = forget[b, t].reshape(n, h)
+            v_state = f * v_state + (1 - f) * v[b, t].reshape(n, h)
+            k_state = f * k_state + (1 - f) * k[b, t].reshape(g, h)[group]
+            query = q[b, t].reshape(g, h)[group]
+            scores = [(query * k_state).sum(-1)]
+            turned = turn(query, chunk, rope_base) if p.rope else query
+            scores += [(turned * key).sum(-1) for key in keys]
+            weights = torch.softmax(torch.stack(scores) / math.sqrt(h), dim=0)
+            mixed = sum(w[:, None] * x for w, x in zip(weights, [v_state, *values], strict=True))
+            out.append(torch.sigmoid(z[b, t]) * mixed.reshape(-1))
+            if place == p.chunk_size - 1:
+                keys.append(turn(k_state, chunk, rope_base) if p.rope else k_state)
+                values.append(v_state)
+        rows.append(torch.stack(out))
+    return torch.stack(rows)
+
+
+def turn(x: torch.Tensor, index: int, base: float) -> torch.Tensor:
+    """RoPE by the angle of one index."""
+    half = x.shape[-1] // 2
+    angle = index * base ** (-torch.arange(half, dtype=x.dtype) / half)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+
+
+def run(launch, *arrays):
+    """Runs a launch on torch tensors; new outputs start as NaN, so that an unwritten element shows."""
+    new = [torch.full(shape, math.nan, dtype=DTYPES[dtype], device=arrays[0].device) for shape, dtype in launch.outputs]
+    kept = [arrays[i] for i in launch.overwritten]
+    launch.kernel[launch.grid](
+        *arrays,
+        *launch.integers,
+        *new,
+        *kept,
+        **dict(launch.constants),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return (*new, *kept)
+
+
+def twin(case: Case, projected, gate_bias, d_out, rope_base: float):
+    """The kernels' out, d_projected and d_gate_bias."""
+    p = case.problem
+    check(p)
+    device = projected.device
+
+    def tensor(x):
+        return torch.tensor(np.array(x), device=device)
+
+    tables = [tensor(x) for x in rat._angles(p, rope_base if p.rope else None)]
+    ids = (jnp.asarray(case.segment_ids), jnp.asarray(case.positions)) if p.segmented else (None, None)
+    documents = rat._documents(p, *ids)
+    documents = rat.Documents(*(tensor(getattr(documents, f.name)) for f in dataclasses.fields(documents)))
+    out, residuals = rat.forward(run, p, projected, gate_bias, tables, documents)
+    d_projected, d_bias = rat.backward(run, p, residuals, projected, gate_bias, d_out, tables, documents)
+    return out, d_projected, d_bias.sum((0, 1))
+
+
+def errors(case: Case, seed: int = 0, device: str = "cpu", rope_base: float = 10000.0) -> dict[str, float]:
+    """Norm of the error over norm of the float64 result, for out and every gradient."""
+    p = case.problem
+    projected, gate_bias, d_out = inputs(case, seed)
+    exact = projected.double().requires_grad_(), gate_bias.double().requires_grad_()
+    wanted = reference(case, *exact, rope_base)
+    wanted_gradients = torch.autograd.grad(wanted, exact, d_out.double())
+    got = twin(case, projected.to(device), gate_bias.to(device), d_out.to(device), rope_base)
+    widths = [p.width] * 3 + [p.num_groups * p.head_dim] * 2
+    pairs = {"out": (got[0], wanted), "d_bias": (got[2], wanted_gradients[1])}
+    for name, a, b in zip("zvgqk", got[1].split(widths, -1), wanted_gradients[0].split(widths, -1), strict=True):
+        pairs[f"d_{name}"] = a, b
+    return {
+        name: float((a.double().cpu() - b.detach()).norm() / b.detach().norm().clamp_min(1e-30)) for name, (a, b) in pairs.items()
+    }
+
+
+def problem(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope=True, segmented=False) -> Problem:
+    return Problem(batch, tokens, heads, groups, head_dim, chunk, dtype, rope, segmented)
+
+
+CASES = {
+    "plain": Case(problem(2, 70, 4, 2, 16, 4)),
+    "bfloat16": Case(problem(1, 64, 4, 2, 32, 8, "bfloat16")),
+    "odd_sizes": Case(problem(1, 53, 3, 1, 20, 5)),
+    "no_rope_odd_head": Case(problem(1, 23, 2, 1, 7, 3, rope=False)),
+    "one_token": Case(problem(2, 1, 2, 2, 16, 16)),
+    "chunk_of_one": Case(problem(1, 33, 2, 1, 16, 1)),
+    "long_chunk": Case(problem(1, 90, 2, 1, 16, 37)),
+    "one_chunk": Case(problem(1, 40, 2, 1, 16, 40)),
+    "gates_open": Case(problem(1, 40, 2, 1, 16, 4), gate_shift=8.0),
+    "gates_shut": Case(problem(1, 40, 2, 1, 16, 4), gate_shift=-8.0),
+    "documents": Case(problem(2, 60, 2, 1, 16, 4, segmented=True), ((9, 2, 30, 1, 18), (-3, 27, -5, 21, -4))),
+    "long_chunk_documents": Case(problem(1, 90, 2, 1, 16, 20, segmented=True), ((47, -6, 37),)),
+}
+
+
+def mend_interpreter() -> None:
+    """Triton 3.6 reads loop bounds as int(array of shape [1]), which numpy 2.4 refuses; triton 3.7 squeezes them."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_squeeze(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_and_squeeze
+
+
+if __name__ == "__main__":
+    mend_interpreter()
+    for name in sys.argv[1:] or CASES:
+        found = errors(CASES[name])
+        print(name, *(f"{key}={value:.3g}" for key, value in found.items()), flush=True)

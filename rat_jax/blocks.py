@@ -1,0 +1,45 @@
+"""The residual block: a mixer moves information between tokens, an MLP works on each token."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rat_jax.config import ModelConfig
+from rat_jax.layers import RmsNorm, projection
+from rat_jax.layout import TokenLayout
+from rat_jax.mixers import MixerCache, make_mixer
+from rat_jax.shapes import Array, Float
+
+
+class Mlp(nnx.Module):
+    """W_2 gelu(W_1 x) with the exact (erf) GELU and no biases."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.up = projection(config.width, config.mlp_width, dtype, rngs)
+        self.down = projection(config.mlp_width, config.width, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the MLP to every token."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class ResidualBlock(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.mixer_norm = RmsNorm(config.width)
+        self.mixer = make_mixer(kind, config, rngs)
+        self.mlp_norm = RmsNorm(config.width)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: MixerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
+        """The block's output and, where a cache was given, the new one."""
+        with jax.named_scope("mixer"):
+            mixed, cache = self.mixer(self.mixer_norm(x), layout, cache)
+            x = x + mixed
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, cache

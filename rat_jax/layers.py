@@ -1,0 +1,46 @@
+"""Layers without a memory of other tokens: projections, norms and their initial values."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rat_jax.shapes import Array, Float, Float32
+
+NORM_EPSILON = 1e-6  # of the release
+INITIAL_STD = 0.02  # of every weight matrix of the release, the embedding too
+
+
+def projection(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """x W without bias, W of shape (inputs, outputs) from Normal(0, 0.02); products in `dtype`, W in float32."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=nnx.initializers.normal(INITIAL_STD),
+        rngs=rngs,
+    )
+
+
+class RmsNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the channels (arXiv 1910.07467), in float32, returned in x's dtype."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        """Normalises every vector of D channels."""
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
+        return (x32 * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def timescale_gate_bias(key: Array, width: int, max_timescale: int) -> Float32[Array, " D"]:
+    """Forget-gate biases log(Uniform(1, max_timescale - 1)): memories of 1 .. max_timescale tokens (arXiv 1804.11188).
+
+    A recurrence no longer than two tokens has no such range and starts from 0.
+    """
+    if max_timescale <= 2:
+        return jnp.zeros((width,), jnp.float32)
+    return jnp.log(jax.random.uniform(key, (width,), jnp.float32, 1.0, max_timescale - 1.0))

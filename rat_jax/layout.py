@@ -1,0 +1,93 @@
+"""Where each token of a call stands: its document, its position there, its place in the row.
+
+Every mixer reads the same layout, so that document boundaries and padding mean the same thing to all of them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.shapes import Array, Bool, Int
+
+PADDING = 0  # the segment id of tokens that are not there
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Documents, positions and order of the tokens of one call, shape [B, T] each.
+
+    A document is a run of tokens with one non-zero segment id. Neighbouring documents of a row have different ids.
+    Padding (segment 0) may stand before, after or between documents, not inside one.
+    """
+
+    segment_ids: Int[Array, "B T"]
+    positions: Int[Array, "B T"]  # counted from the start of the token's document
+    order: Int[Array, "B T"]  # counted over all tokens of the row that are not padding, earlier calls included
+    contiguous: bool = dataclasses.field(metadata={"static": True})
+    """Known when tracing: every row is one document from its position 0 on, without padding."""
+
+    @property
+    def is_token(self) -> Bool[Array, "B T"]:
+        return self.segment_ids != PADDING
+
+    def starts(self, period: int | None = None) -> Bool[Array, "B T"]:
+        """True at the first token of every document, and then of every `period` tokens of it."""
+        offsets = self.positions if period is None else self.positions % period
+        return (offsets == 0) & self.is_token
+
+    def ends(self, period: int) -> Bool[Array, "B T"]:
+        """True at the last token of every full run of `period` tokens of a document."""
+        return (self.positions % period == period - 1) & self.is_token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowEnd:
+    """Where each row stood after the last call: what the next call's layout continues from."""
+
+    segment_id: Int[Array, " B"]  # of the last token; 0 before the first
+    position: Int[Array, " B"]  # of the next token, should it belong to the same document
+    num_tokens: Int[Array, " B"]  # so far, padding not counted
+
+    @classmethod
+    def empty(cls, batch_size: int) -> "RowEnd":
+        zeros = jnp.zeros((batch_size,), jnp.int32)
+        return cls(segment_id=zeros, position=zeros, num_tokens=zeros)
+
+
+def whole_rows(batch_size: int, num_tokens: int) -> TokenLayout:
+    """The layout of rows that are one document each, from its start, without padding."""
+    indices = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch_size, num_tokens))
+    return TokenLayout(segment_ids=jnp.ones_like(indices), positions=indices, order=indices, contiguous=True)
+
+
+def from_segments(segment_ids: Int[Array, "B T"], end: RowEnd | None = None) -> tuple[TokenLayout, RowEnd]:
+    """The layout that segment ids describe, continuing rows that stood at `end` (None: nothing came before)."""
+    segment_ids = segment_ids.astype(jnp.int32)
+    if end is None:
+        end = RowEnd.empty(segment_ids.shape[0])
+    is_token = segment_ids != PADDING
+    seen = jnp.cumsum(is_token, axis=1, dtype=jnp.int32)  # tokens of this call up to and with this one
+    earlier = end.segment_id[:, None]
+    # The segment of the last token before each one, over padding: ids of tokens carried forward.
+    indices = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    last_token = jax.lax.cummax(jnp.where(is_token, indices, -1), axis=1)
+    before = jnp.concatenate([jnp.full_like(last_token[:, :1], -1), last_token[:, :-1]], axis=1)
+    segment_before = jnp.where(before < 0, earlier, jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1))
+    starts = is_token & (segment_ids != segment_before)
+    # `seen` at the start of the running document; a document that began in an earlier call started before this one.
+    origin = jax.lax.cummax(jnp.where(starts, seen - 1, jnp.iinfo(jnp.int32).min), axis=1)
+    origin = jnp.maximum(origin, -end.position[:, None])
+    positions = jnp.where(is_token, seen - 1 - origin, 0)
+    order = end.num_tokens[:, None] + seen - 1
+    layout = TokenLayout(segment_ids=segment_ids, positions=positions, order=order, contiguous=False)
+    any_token = last_token[:, -1] >= 0
+    last = jnp.maximum(last_token[:, -1:], 0)
+    new_end = RowEnd(
+        segment_id=jnp.where(any_token, jnp.take_along_axis(segment_ids, last, axis=1)[:, 0], end.segment_id),
+        position=jnp.where(any_token, jnp.take_along_axis(positions, last, axis=1)[:, 0] + 1, end.position),
+        num_tokens=end.num_tokens + seen[:, -1],
+    )
+    return layout, new_end

@@ -1,0 +1,76 @@
+"""Causal softmax attention over all earlier tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rat_jax.config import ModelConfig
+from rat_jax.layers import projection
+from rat_jax.layout import TokenLayout
+from rat_jax.ops.attention import Place, attention
+from rat_jax.ops.rope import rotate
+from rat_jax.shapes import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionCache:
+    """Keys (rotated) and values of every token so far; slot s holds token s of the row, padding not counted."""
+
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N H"]
+    segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
+
+
+class Attention(nnx.Module):
+    """y = W_o softmax(q k^T / sqrt(H)) v with q, k rotated by position; one projection gives v, q, k in this order."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        self.in_proj = projection(config.width, 3 * config.width, dtype, rngs)
+        self.out_proj = projection(config.width, config.width, dtype, rngs)
+
+    def init_cache(self, batch_size: int, capacity: int) -> AttentionCache:
+        """An empty cache with room for `capacity` tokens a row; tokens past that are not remembered."""
+        shape = (batch_size, capacity, self.config.num_heads, self.config.head_dim)
+        zeros = jnp.zeros(shape, self.config.dtype)
+        return AttentionCache(zeros, zeros, jnp.zeros(shape[:2], jnp.int32))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: AttentionCache | None = None
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
+        """Mixes tokens; see `rat_jax.mixers` for the contract."""
+        query, key, value = split_heads(self.in_proj(x), self.config.num_heads)
+        if self.config.attention.rope:
+            base = self.config.attention.rope_base
+            query, key = rotate(query, layout.positions, base), rotate(key, layout.positions, base)
+        place = Place(layout.segment_ids, layout.order)
+        key_place = place
+        if cache is not None:
+            cache = _append(cache, key, value, layout)
+            key, value = cache.key, cache.value
+            slots = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+            key_place = Place(cache.segment_ids, jnp.broadcast_to(slots, cache.segment_ids.shape))
+        mixed = attention(query, key, value, query_place=place, key_place=key_place)
+        return self.out_proj(mixed.out.reshape(x.shape)), cache
+
+
+def split_heads(
+    projected: Float[Array, "B T 3*D"], num_heads: int
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    """Queries, keys and values of a projection that holds v, q, k."""
+    value, query, key = (x.reshape(*x.shape[:2], num_heads, -1) for x in jnp.split(projected, 3, axis=-1))
+    return query, key, value
+
+
+def _append(cache: AttentionCache, key: Array, value: Array, layout: TokenLayout) -> AttentionCache:
+    slots = jnp.where(layout.is_token, layout.order, cache.key.shape[1])
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return AttentionCache(
+        key=cache.key.at[rows, slots].set(key, mode="drop"),
+        value=cache.value.at[rows, slots].set(value, mode="drop"),
+        segment_ids=cache.segment_ids.at[rows, slots].set(layout.segment_ids, mode="drop"),
+    )

@@ -1,0 +1,1 @@
+"""Differentiable functions of arrays: the equation, its XLA body, and the choice between bodies."""

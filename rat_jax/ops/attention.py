@@ -1,0 +1,125 @@
+"""Softmax attention under the visibility rules of this project, in memory linear in the number of tokens."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.shapes import Array, Bool, Float, Float32, Int
+
+_MASKED = -1e30  # finite, so that a row that sees nothing has finite gradients
+_MAX_SCORES = 1 << 23  # scores (B N T S) held at a time: 32 MiB of float32
+_MIN_BLOCK = 16  # queries
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where queries or keys stand: a document (0 sees nothing and is not seen) and an order within the row."""
+
+    segment_ids: Int[Array, "B X"]
+    order: Int[Array, "B X"]
+
+
+class Attended(NamedTuple):
+    """What a query read, and how much there was to read."""
+
+    out: Float[Array, "B T N H"]  # zero where a query sees no key
+    log_sum_exp: Float32[Array, "B T N"]  # of the scaled scores; very negative where a query sees no key
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    query_place: Place,
+    key_place: Place,
+    window: int | None = None,
+    aligned: bool = False,
+) -> Attended:
+    """out_t = sum_s p_ts v_s, p_t = softmax over the visible s of q_t . k_s / sqrt(H).
+
+    Key s is visible to query t when both belong to the same document and 0 <= order_t - order_s (<= `window` where one
+    is given). Scores and softmax are float32; the result has the dtype of `value`. Head n reads key head
+    n // (N / K). Queries are taken in blocks, and the backward pass computes each block's scores again, so that memory
+    grows with T + S, not with T S.
+
+    Args:
+      aligned: promises that the last T keys stand at the places of the T queries in the same order, so that a window
+        needs only the keys near a block of queries.
+
+    Raises:
+      ValueError: if N is not a multiple of K.
+    """
+    heads, key_heads = query.shape[2], key.shape[2]
+    if heads % key_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
+    batch, tokens = query.shape[:2]
+    keys = key.shape[1]
+    block = _block_size(batch * heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
+    if block == tokens:
+        return _attend(query, key, value, _visible(query_place, key_place, window))
+
+    span = block + window if aligned and window is not None else keys
+    cut_keys = span < keys
+    if cut_keys:  # keys in front that nobody sees, so that every block's span lies inside
+        key, value, key_place = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (span, 0)] + [(0, 0)] * (x.ndim - 2)), (key, value, key_place)
+        )
+    tail = [(0, 0), (0, -tokens % block)]
+    query = jnp.pad(query, [*tail, (0, 0), (0, 0)])
+    query_place = jax.tree.map(lambda x: jnp.pad(x, tail), query_place)
+    if cut_keys:  # the last block may reach past the last key
+        key, value, key_place = jax.tree.map(
+            lambda x: jnp.pad(x, tail + [(0, 0)] * (x.ndim - 2)), (key, value, key_place)
+        )
+
+    @jax.checkpoint
+    def attend_block(start: Array) -> Attended:
+        def cut(x, first, length):
+            return jax.lax.dynamic_slice_in_dim(x, first, length, axis=1)
+
+        block_query, block_place = jax.tree.map(lambda x: cut(x, start, block), (query, query_place))
+        block_keys = (key, value, key_place)
+        if cut_keys:
+            first = start + keys - tokens + span - window
+            block_keys = jax.tree.map(lambda x: cut(x, first, span), block_keys)
+        block_key, block_value, block_key_place = block_keys
+        return _attend(block_query, block_key, block_value, _visible(block_place, block_key_place, window))
+
+    blocks = jax.lax.map(attend_block, jnp.arange(0, tokens, block, dtype=jnp.int32))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens], blocks)
+
+
+def _block_size(rows: int, tokens: int, keys: int) -> int:
+    """Queries whose scores fit the limit: all of them, or a power of two."""
+    if rows * tokens * keys <= _MAX_SCORES:
+        return tokens
+    limit = max(_MIN_BLOCK, _MAX_SCORES // (rows * keys))
+    return min(tokens, 1 << (limit.bit_length() - 1))
+
+
+def _visible(query: Place, key: Place, window: int | None) -> Bool[Array, "B T S"]:
+    distance = query.order[:, :, None] - key.order[:, None, :]
+    same = (query.segment_ids[:, :, None] == key.segment_ids[:, None, :]) & (key.segment_ids[:, None, :] != 0)
+    visible = same & (distance >= 0)
+    return visible if window is None else visible & (distance <= window)
+
+
+def _attend(query: Array, key: Array, value: Array, visible: Array) -> Attended:
+    batch, tokens, heads, head_dim = query.shape
+    key_heads = key.shape[2]
+    grouped = query.reshape(batch, tokens, key_heads, heads // key_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores * head_dim**-0.5, _MASKED)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    total = jnp.where(total == 0.0, 1.0, total)
+    probabilities = (weights / total).astype(value.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, value).reshape(batch, tokens, heads, head_dim)
+    log_sum_exp = (top + jnp.log(total))[..., 0]
+    return Attended(out, jnp.moveaxis(log_sum_exp, -1, 1).reshape(batch, tokens, heads))

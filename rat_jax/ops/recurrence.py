@@ -1,0 +1,88 @@
+"""The gated linear recurrence shared by the RNN and RAT mixers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.shapes import Array, Bool, Float, Float32
+
+
+def gated_recurrence(
+    gate: Float[Array, "B T *c"],
+    value: Float[Array, "B T *c"],
+    *,
+    starts: Bool[Array, "B T"],
+    is_token: Bool[Array, "B T"],
+    initial_state: Float32[Array, "B *c"] | None = None,
+    block_size: int = 64,
+) -> Float32[Array, "B T *c"]:
+    """The running mean h_t = f_t h_{t-1} + (1 - f_t) v_t of arXiv 2507.04416, equation 1, with f = sigmoid(gate).
+
+    The state is zero before every token where `starts` holds, and padding (`is_token` false) leaves it as it is. All
+    arithmetic is float32. `gate` and `value` broadcast against each other over the channel axes *c.
+
+    Args:
+      initial_state: h before the first token; None is zero.
+      block_size: tokens that are scanned side by side before states are carried from block to block.
+    """
+    forget = jax.nn.sigmoid(gate.astype(jnp.float32))
+    shape = jnp.broadcast_shapes(gate.shape, value.shape)
+    starts, is_token = (jnp.expand_dims(mask, range(2, len(shape))) for mask in (starts, is_token))
+    decay = jnp.broadcast_to(jnp.where(is_token, jnp.where(starts, 0.0, forget), 1.0), shape)
+    update = jnp.where(is_token, (1.0 - forget) * value.astype(jnp.float32), 0.0)
+    if initial_state is None:
+        initial_state = jnp.zeros(shape[:1] + shape[2:], jnp.float32)
+    return linear_recurrence(decay, update, initial_state, block_size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_recurrence(
+    decay: Float32[Array, "B T *c"],
+    update: Float32[Array, "B T *c"],
+    initial_state: Float32[Array, "B *c"],
+    block_size: int,
+) -> Float32[Array, "B T *c"]:
+    """h_t = decay_t h_{t-1} + update_t with h_{-1} = `initial_state`, by associative scans.
+
+    The backward pass is the same recurrence run from the end: it keeps `decay` and h alone, however deep the scan.
+    """
+    return _scan(decay, update, initial_state, block_size)
+
+
+def _forward(decay, update, initial_state, block_size):
+    states = _scan(decay, update, initial_state, block_size)
+    return states, (decay, states, initial_state)
+
+
+def _backward(block_size, residuals, d_states):
+    decay, states, initial_state = residuals
+    later_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
+    d_update = jnp.flip(
+        _scan(jnp.flip(later_decay, 1), jnp.flip(d_states, 1), jnp.zeros_like(initial_state), block_size), 1
+    )
+    earlier_states = jnp.concatenate([initial_state[:, None], states[:, :-1]], axis=1)
+    return d_update * earlier_states, d_update, d_update[:, 0] * decay[:, 0]
+
+
+linear_recurrence.defvjp(_forward, _backward)
+
+
+def _scan(decay: Array, update: Array, initial_state: Array, block_size: int) -> Array:
+    """Scans blocks side by side, then carries states from block to block."""
+    batch, tokens, *channels = update.shape
+    size = min(block_size, tokens)
+    padding = [(0, 0), (0, -tokens % size)] + [(0, 0)] * len(channels)
+    blocks = (batch, -1, size, *channels)
+    decay = jnp.pad(decay, padding, constant_values=1.0).reshape(blocks)
+    update = jnp.pad(update, padding).reshape(blocks)
+
+    def compose(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    decay, inner = jax.lax.associative_scan(compose, (decay, update), axis=2)
+    whole_decay, whole_update = jax.lax.associative_scan(compose, (decay[:, :, -1], inner[:, :, -1]), axis=1)
+    ends = whole_decay * initial_state[:, None] + whole_update
+    before = jnp.concatenate([initial_state[:, None], ends[:, :-1]], axis=1)
+    states = decay * before[:, :, None] + inner
+    return states.reshape(batch, -1, *channels)[:, :tokens]

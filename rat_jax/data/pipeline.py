@@ -74,7 +74,7 @@ class Windows:
             segment_ids = np.where(is_token, 1 + ends_before, 0).astype(np.int32)
         return Batch(
             tokens=np.ascontiguousarray(tokens),
-            targets=np.where(is_token, targets, 0),
+            targets=np.ascontiguousarray(targets),
             loss_weights=(is_token & ~is_end).astype(np.float32),
             segment_ids=segment_ids,
         )

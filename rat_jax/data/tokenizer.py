@@ -198,9 +198,15 @@ class StreamDecoder:
         new = certain[self._num_written :]
         self._num_written += len(new)
         if len(self._ids) > self._MOST_IDS and certain == text:
-            self._ids = self._ids[-self._PAST_IDS :]
-            self._num_written = len(self._tokenizer.decode(self._ids))
+            self._forget(text)
         return new
+
+    def _forget(self, text: str) -> None:
+        for count in range(self._PAST_IDS, self._PAST_IDS + 4):  # a character has at most 4 bytes: cut none in two
+            past = self._tokenizer.decode(self._ids[-count:])
+            if text.endswith(past):
+                self._ids, self._num_written = self._ids[-count:], len(past)
+                return
 
     def flush(self) -> str:
         """What was held back; the decoder is then as new."""

@@ -35,11 +35,27 @@ def tokenizers(sentencepiece_model, tmp_path_factory) -> dict[str, Tokenizer]:
     return {
         "bytes": ByteTokenizer(),
         "bpe": train_bpe(iter(TEXTS * 3), 300),
+        "byte_fallback": byte_fallback_tokenizer(),
         "sentencepiece": read_tokenizer(path, None),
     }
 
 
-@pytest.fixture(params=["bytes", "bpe", "sentencepiece"])
+def byte_fallback_tokenizer() -> HuggingFaceTokenizer:
+    """A `tokenizer.json` as LLaMA's is converted: spaces as "▁", bytes for unknown characters, a space put before."""
+    import tokenizers as library
+    from tokenizers import decoders, models, normalizers
+
+    pieces = ["<s>", "</s>", "▁", *map(chr, range(33, 127)), *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = library.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), 1)
+
+
+@pytest.fixture(params=["bytes", "bpe", "byte_fallback", "sentencepiece"])
 def tokenizer(request, tokenizers) -> Tokenizer:
     return tokenizers[request.param]
 
@@ -59,7 +75,10 @@ def test_document_is_ids_and_end(tokenizer, text):
     assert tokenizer.decode(document.tolist()) == text
 
 
-@pytest.mark.parametrize("text", ["".join(TEXTS), "".join(TEXTS) * 5, "🦊" * 40, " " * 100 + "x", "\ufffd real \ufffd"])
+@pytest.mark.parametrize(
+    "text",
+    ["".join(TEXTS), "".join(TEXTS) * 5, "🦊" * 40, "€" * 60, " " * 100 + "x", "x  y   z" * 30, "\ufffd real \ufffd"],
+)
 def test_stream_is_the_text(tokenizer, text):
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.push(i) for i in tokenizer.encode(text)]
@@ -98,7 +117,7 @@ def test_pickle(tokenizer):
 
 def test_hashes_differ(tokenizers):
     others = [train_bpe(iter(TEXTS * 3), 290), IdTokenizer(257, 256), IdTokenizer(257, 0)]
-    assert len({tokenizer.hash for tokenizer in [*tokenizers.values(), *others]}) == 6
+    assert len({tokenizer.hash for tokenizer in [*tokenizers.values(), *others]}) == 7
 
 
 def test_sentencepiece_is_the_paper_recipe(tokenizers):
@@ -170,7 +189,7 @@ def test_huggingface_adds_nothing_and_cuts_nothing(tokenizers):
     changed = library.Tokenizer.from_buffer(plain.model[1])
     changed.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
     changed.enable_truncation(4)
-    changed.enable_padding(length=4)
+    changed.enable_padding(length=5000)
     text = "".join(TEXTS)
     assert HuggingFaceTokenizer(changed.to_str().encode(), 0).encode(text) == plain.encode(text)
 

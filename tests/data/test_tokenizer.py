@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from rat_jax.data import DataError
+from rat_jax.data.stream_decoder import StreamDecoder
 from rat_jax.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     IdTokenizer,
-    StreamDecoder,
     Tokenizer,
     load_tokenizer,
     read_tokenizer,

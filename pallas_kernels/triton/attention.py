@@ -15,7 +15,7 @@ from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_attention_forward(
     projected,  # [B, T, 3 D + 2 G H], of which z is read
     running_values,  # [B, T, N, H]
@@ -104,7 +104,7 @@ def _attend(
     slot = first + tl.arange(0, KEYS)
     valid, slot_token, slot_segment = read_slots(slot, end, slot_tokens, slot_segments, MASKED, SEGMENTED)
     k = load_summaries(key_base, slot, valid, D, H, PADDED, MASKED)
-    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = sees(
             token[:, None], segment[:, None],

@@ -19,7 +19,7 @@ from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_output_backward(
     projected,  # of which z is read
     out,  # [B, T, D]
@@ -55,7 +55,7 @@ def rat_output_backward(
     tl.store(delta + (row * N + n) * tokens + token, tl.sum(product, axis=1), mask=token < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_queries_backward(
     d_heads,
     delta,
@@ -143,18 +143,18 @@ def _attend_backward(
     valid, slot_token, slot_segment = read_slots(slot, end, slot_tokens, slot_segments, MASKED, SEGMENTED)
     k = load_summaries(key_base, slot, valid, D, H, PADDED, MASKED)
     v = load_summaries(value_base, slot, valid, D, H, PADDED, MASKED)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) - log_sum[:, None])
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) - log_sum[:, None])
     if MASKED:
         seen = sees(
             token[:, None], segment[:, None],
             slot[None, :], valid[None, :], slot_token[None, :], slot_segment[None, :], L, SEGMENTED,
         )  # fmt: skip
         p = tl.where(seen, p, 0.0)
-    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - own[:, None])
+    ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - own[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), total + tl.sum(ds, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_summaries_backward(
     d_heads,
     delta,
@@ -237,7 +237,7 @@ def _gather_backward(
     offset = (row * tokens + token)[:, None]
     q = tl.load(rotated_queries + offset * (G * H) + (n % G) * H + channel[None, :], mask=mask, other=0.0)
     log_sum = tl.load(lse + (row * N + n) * tokens + token, mask=in_row, other=float("inf"))
-    p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) - log_sum[None, :])
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) - log_sum[None, :])
     if MASKED:
         segment = token
         if SEGMENTED:
@@ -250,7 +250,7 @@ def _gather_backward(
     do = tl.load(d_heads + offset * (N * H) + n * H + channel[None, :], mask=mask, other=0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     own = tl.load(delta + (row * N + n) * tokens + token, mask=in_row, other=0.0)
-    ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - own[None, :])
+    ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - own[None, :])
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 

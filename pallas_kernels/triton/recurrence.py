@@ -12,7 +12,7 @@ from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv, next_power_of_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_recurrence_forward(
     projected,  # [B, T, 3 D + 2 G H]
     gate_bias,  # [D] float32
@@ -35,7 +35,7 @@ def rat_recurrence_forward(
     SCORE_SCALE: tl.constexpr,
     CHUNKS: tl.constexpr,  # chunks of a program, side by side
     HALF_PADDED: tl.constexpr,
-    AHEAD: tl.constexpr,  # tokens loaded before the first of them is used
+    AHEAD: tl.constexpr,  # tokens loaded before the first of them is used; divides the steps
 ):
     """One program scans one head of CHUNKS chunks, channels i and i + H / 2 side by side so that they can be rotated."""
     D: tl.constexpr = N * H
@@ -72,7 +72,7 @@ def rat_recurrence_forward(
         ahead = ()
         for i in tl.static_range(AHEAD):
             j = start + i
-            in_row = (first + j < tokens) & (j < STEPS)
+            in_row = first + j < tokens
             if SEGMENTED:
                 position = tl.load(positions + token_row + j, mask=in_row, other=0)
                 chunk_start = tl.load(chunk_starts + token_row + j, mask=in_row, other=-1)
@@ -95,17 +95,15 @@ def rat_recurrence_forward(
             j = start + i
             position, starts, use, is_padding = ahead[2 * i]
             value, gate, query, key = ahead[2 * i + 1]
-            f_low = tl.sigmoid(gate[0].to(tl.float32) + bias_low)
-            f_high = tl.sigmoid(gate[1].to(tl.float32) + bias_high)
+            f_low, w_low = gates(gate[0].to(tl.float32) + bias_low, use[:, None])
+            f_high, w_high = gates(gate[1].to(tl.float32) + bias_high, use[:, None])
             if SEGMENTED:
                 keep = tl.where(starts, 0.0, 1.0)[:, None]
                 v_low, v_high, k_low, k_high = v_low * keep, v_high * keep, k_low * keep, k_high * keep
-                f_low = tl.where(use[:, None], f_low, 1.0)
-                f_high = tl.where(use[:, None], f_high, 1.0)
-            v_low = value[0].to(tl.float32) + f_low * (v_low - value[0].to(tl.float32))
-            v_high = value[1].to(tl.float32) + f_high * (v_high - value[1].to(tl.float32))
-            k_low = key[0].to(tl.float32) + f_low * (k_low - key[0].to(tl.float32))
-            k_high = key[1].to(tl.float32) + f_high * (k_high - key[1].to(tl.float32))
+            v_low = f_low * v_low + w_low * value[0].to(tl.float32)
+            v_high = f_high * v_high + w_high * value[1].to(tl.float32)
+            k_low = f_low * k_low + w_low * key[0].to(tl.float32)
+            k_high = f_high * k_high + w_high * key[1].to(tl.float32)
             q_low = query[0].to(tl.float32) * SCORE_SCALE
             q_high = query[1].to(tl.float32) * SCORE_SCALE
             if SEGMENTED:
@@ -136,6 +134,14 @@ def rat_recurrence_forward(
             (summary_keys + slot, summary_values + slot), (k_low, k_high), (v_low, v_high), (cos, sin),
             first + L <= tokens, low, high, HALF, ROPE,
         )  # fmt: skip
+
+
+@triton.jit
+def gates(x, use):
+    """The gate f = sigmoid(x) and w = 1 - f, each to full relative precision; the identity (1, 0) unless `use`."""
+    ratio = tl.exp2(tl.maximum(x, -80.0) * -1.4426950408889634)
+    f = 1.0 / (1.0 + ratio)
+    return tl.where(use, f, 1.0), tl.where(use, ratio * f, 0.0)
 
 
 @triton.jit
@@ -173,6 +179,7 @@ def _store_summary(at, key, value, angles, rows, low, high, HALF: tl.constexpr, 
 def forward_launch(problem: Problem) -> Launch:
     """`rat_recurrence_forward` for these sizes; the inputs are those of the kernel in their order."""
     p = problem
+    steps = 2 * p.chunk_size if p.segmented else p.chunk_size
     half_padded = next_power_of_2(cdiv(p.head_dim, 2))
     chunks = max(1, min(next_power_of_2(p.slots), 512 // half_padded))
     return Launch(
@@ -191,7 +198,7 @@ def forward_launch(problem: Problem) -> Launch:
             ("SCORE_SCALE", p.score_scale),
             ("CHUNKS", chunks),
             ("HALF_PADDED", half_padded),
-            ("AHEAD", 2),
+            ("AHEAD", 2 if steps % 2 == 0 else 1),
         ),
         num_warps=4,
         num_stages=1,

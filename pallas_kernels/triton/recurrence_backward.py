@@ -17,10 +17,10 @@ import triton.language as tl
 
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import SEGMENT_TOKENS, Problem, cdiv, next_power_of_2
-from pallas_kernels.triton.recurrence import size_constants
+from pallas_kernels.triton.recurrence import gates, size_constants
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rat_recurrence_backward(
     projected,  # [B, T, 3 D + 2 G H]
     gate_bias,  # [D] float32
@@ -76,7 +76,7 @@ def rat_recurrence_backward(
         if PIECES > 1:
             v_state, k_state = zero, zero
             for piece in range(PIECES - 1):
-                for j in range(PIECE):
+                for j in tl.static_range(PIECE):
                     v_state, k_state = _advance(
                         projected, bias, positions, chunk_starts, row, first, piece * PIECE + j, tokens, g, at, channel,
                         mask, v_state, k_state, L, N, G, H, SEGMENTED,
@@ -121,59 +121,54 @@ def _piece_backward(
     D: tl.constexpr = N * H
     WIDTH: tl.constexpr = 3 * D + 2 * G * H
     in_head = channel < H
+    begin = row * tokens + first + offset
+    tile_from = projected + begin * WIDTH + at
+    shared_from = projected + begin * WIDTH + 3 * D + g * H + channel
+    d_heads_from = d_heads + begin * D + at
+    scores_from = (row * N + head) * tokens + first + offset
+    tile_to = d_projected + begin * WIDTH + at
+    shared_to = d_projected + begin * WIDTH + 3 * D + g * H + channel
+    dtype = d_projected.dtype.element_ty
     ahead = ()
     for j in tl.static_range(PIECE):
-        token = first + offset + j
         use, write, starts, position = _flags(positions, chunk_starts, row, first, offset + j, tokens, L, SEGMENTED)
-        here = row * tokens + token
-        wide = projected + here * WIDTH
         tile = mask & use
-        v = tl.load(wide + D + at, mask=tile, other=0.0)
-        gate = tl.load(wide + 2 * D + at, mask=tile, other=0.0)
-        do = tl.load(d_heads + here * D + at, mask=tile, other=0.0)
-        q = tl.load(wide + 3 * D + g * H + channel, mask=in_head & use, other=0.0)
-        k = tl.load(wide + 3 * D + (G + g) * H + channel, mask=in_head & use, other=0.0)
+        v = tl.load(tile_from + (j * WIDTH + D), mask=tile, other=0.0)
+        gate = tl.load(tile_from + (j * WIDTH + 2 * D), mask=tile, other=0.0)
+        do = tl.load(d_heads_from + j * D, mask=tile, other=0.0)
+        q = tl.load(shared_from + j * WIDTH, mask=in_head & use, other=0.0)
+        k = tl.load(shared_from + (j * WIDTH + G * H), mask=in_head & use, other=0.0)
         ahead = ahead + ((v, gate, do, q, k, use, write, starts, position),)
 
     kept = ()
     for j in tl.static_range(PIECE):
         v, gate, do, q, k, use, write, starts, position = ahead[j]
-        token = first + offset + j
-        f = tl.where(use, tl.sigmoid(gate.to(tl.float32) + bias), 1.0)
+        f, w = gates(gate.to(tl.float32) + bias, use)
         if SEGMENTED:
             v_state = tl.where(starts, 0.0, v_state)
             k_state = tl.where(starts, 0.0, k_state)
         v_step = f * (v_state - v.to(tl.float32))
         k_step = f * (k_state - k.to(tl.float32)[None, :])
-        v_state = v.to(tl.float32) + v_step
-        k_state = k.to(tl.float32)[None, :] + k_step
-        scores_at = (row * N + head) * tokens + token
+        v_state = f * v_state + w * v.to(tl.float32)
+        k_state = f * k_state + w * k.to(tl.float32)[None, :]
         rows = (head < N) & use
-        ds = tl.load(d_own_scores + scores_at, mask=rows, other=0.0) * SOFTMAX_SCALE
-        p = tl.exp2(
-            tl.load(own_scores + scores_at, mask=rows, other=-float("inf"))
-            - tl.load(lse + scores_at, mask=rows, other=0.0)
-        )
+        ds = tl.load(d_own_scores + scores_from + j, mask=rows, other=0.0) * SOFTMAX_SCALE
+        own = tl.load(own_scores + scores_from + j, mask=rows, other=-float("inf"))
+        p = tl.exp2(own - tl.load(lse + scores_from + j, mask=rows, other=0.0))
         dq = tl.sum(ds[:, None] * k_state, axis=0)
-        here = row * tokens + token
         dq += _rotate_back(
-            d_rotated_queries + (here * G + g) * H, cosines, sines, position // L, channel, in_head & write, H, ROPE
+            d_rotated_queries + ((begin + j) * G + g) * H, cosines, sines, position // L, channel, in_head & write, H, ROPE
         )
-        tl.store(
-            d_projected + here * WIDTH + 3 * D + g * H + channel,
-            dq.to(d_projected.dtype.element_ty),
-            mask=in_head & write,
-        )
-        kept = kept + ((f, v_step, k_step, ds, p),)
+        tl.store(shared_to + j * WIDTH, dq.to(dtype), mask=in_head & write)
+        kept = kept + ((f, w, v_step, k_step, ds, p),)
 
     for back in tl.static_range(PIECE):
-        j: tl.constexpr = PIECE - 1 - back
-        v, gate, do, q, k, use, write, starts, position = ahead[j]
-        f, v_step, k_step, ds, p = kept[j]
+        v, gate, do, q, k, use, write, starts, position = ahead[PIECE - 1 - back]
+        f, w, v_step, k_step, ds, p = kept[PIECE - 1 - back]
         d_v_state += p[:, None] * do.to(tl.float32)
         d_k_state += ds[:, None] * q.to(tl.float32)[None, :]
         if SEGMENTED:
-            token = first + offset + j
+            token = first + offset + PIECE - 1 - back
             ends = use & (position % L == L - 1)
             d_v_end, d_k_end = _summary_gradients(
                 d_summary_keys, d_summary_values, cosines, sines, row * slots + token // L, position // L,
@@ -181,15 +176,14 @@ def _piece_backward(
             )  # fmt: skip
             d_v_state += d_v_end
             d_k_state += d_k_end
-        dv = (1.0 - f) * d_v_state
-        dk = (1.0 - f) * d_k_state
+        dv = w * d_v_state
+        dk = w * d_k_state
         dg = dv * v_step + dk * k_step
         bias_sum += dg
-        wide = d_projected + (row * tokens + first + offset + j) * WIDTH
-        dtype = d_projected.dtype.element_ty
-        tl.store(wide + D + at, dv.to(dtype), mask=mask & write)
-        tl.store(wide + 2 * D + at, dg.to(dtype), mask=mask & write)
-        tl.store(wide + 3 * D + (G + g) * H + channel, tl.sum(dk, axis=0).to(dtype), mask=in_head & write)
+        to = (PIECE - 1 - back) * WIDTH
+        tl.store(tile_to + (to + D), dv.to(dtype), mask=mask & write)
+        tl.store(tile_to + (to + 2 * D), dg.to(dtype), mask=mask & write)
+        tl.store(shared_to + (to + G * H), tl.sum(dk, axis=0).to(dtype), mask=in_head & write)
         d_v_state = f * d_v_state
         d_k_state = f * d_k_state
         if SEGMENTED:
@@ -225,11 +219,11 @@ def _advance(
     v = tl.load(wide + D + at, mask=mask & use, other=0.0).to(tl.float32)
     gate = tl.load(wide + 2 * D + at, mask=mask & use, other=0.0).to(tl.float32)
     k = tl.load(wide + 3 * D + (G + g) * H + channel, mask=(channel < H) & use, other=0.0).to(tl.float32)[None, :]
-    f = tl.where(use, tl.sigmoid(gate + bias), 1.0)
+    f, w = gates(gate + bias, use)
     if SEGMENTED:
         v_state = tl.where(starts, 0.0, v_state)
         k_state = tl.where(starts, 0.0, k_state)
-    return v + f * (v_state - v), k + f * (k_state - k)
+    return f * v_state + w * v, f * k_state + w * k
 
 
 @triton.jit

@@ -154,7 +154,7 @@ def problem(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope
 
 CASES = {
     "plain": Case(problem(2, 70, 4, 2, 16, 4)),
-    "bfloat16": Case(problem(1, 64, 4, 2, 32, 8, "bfloat16")),
+    "float16": Case(problem(1, 64, 4, 2, 32, 8, "float16")),  # the interpreter multiplies no bfloat16 matrices
     "odd_sizes": Case(problem(1, 53, 3, 1, 20, 5)),
     "no_rope_odd_head": Case(problem(1, 23, 2, 1, 7, 3, rope=False)),
     "one_token": Case(problem(2, 1, 2, 2, 16, 16)),

@@ -64,20 +64,18 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """hidden E^T with the embedding E; products in the compute dtype, sums in float32."""
-        embedding = self.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, embedding, preferred_element_type=jnp.float32)
+        return _logits(hidden, self.embedding)
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """An empty cache for rows of at most `capacity` tokens."""
-        return ModelCache(
-            layers=tuple(self._layer(i).mixer.init_cache(batch_size, capacity) for i in range(self.config.num_layers)),
-            end=RowEnd.empty(batch_size),
-        )
+        return Decoder(self).init_cache(batch_size, capacity)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float32[Array, "B T V"], ModelCache]:
         """Reads tokens that follow those in the cache: a prompt, a part of one, or a single step.
+
+        For many calls make a `Decoder` once: this makes one each time.
 
         Args:
           segment_ids: as in `__call__`; a row goes on with the document it stood in if the id is the same. Rows of
@@ -86,20 +84,13 @@ class LanguageModel(nnx.Module):
         Returns:
           The logits after each token (of no meaning at padding), and the cache with these tokens read.
         """
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        layout, end = from_segments(segment_ids, cache.end)
-        x = self._embed(tokens)
-        layers = []
-        for i, layer_cache in enumerate(cache.layers):
-            x, layer_cache = self._layer(i)(x, layout, layer_cache)
-            layers.append(layer_cache)
-        return self.logits(self.final_norm(x)), ModelCache(layers=tuple(layers), end=end)
+        hidden, cache = Decoder(self).extend(tokens, cache, segment_ids)
+        return self.logits(hidden), cache
 
     def _embed(self, tokens: Array) -> Array:
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        return _embed(tokens, self.embedding, self.config)
 
-    def _layer(self, index: int) -> ResidualBlock:
+    def layer(self, index: int) -> ResidualBlock:
         """Layer `index` by itself."""
         place = index % len(self.config.pattern)
         block = self.blocks[block_name(place, self.config.pattern[place])]
@@ -117,6 +108,57 @@ class LanguageModel(nnx.Module):
             return x, None
 
         return jax.lax.scan(run_pattern, x, states)[0]
+
+
+class Decoder(nnx.Module):
+    """A `LanguageModel` laid out to read tokens into a cache: one block a layer, matrices in the compute dtype.
+
+    Stacked float32 parameters would be cut and cast again at every step. Results are those of the model: its matrix
+    products take place in the compute dtype too, and vectors (norm scales, gate biases) stay float32.
+    """
+
+    def __init__(self, model: LanguageModel):
+        def cast(x: Array) -> Array:
+            return x.astype(model.config.dtype) if x.ndim >= 2 else x
+
+        self.config = model.config
+        self.embedding = nnx.Param(cast(model.embedding[...]))
+        parts = [nnx.split(model.layer(i)) for i in range(model.config.num_layers)]
+        self.layers = nnx.List([nnx.merge(graphdef, jax.tree.map(cast, state)) for graphdef, state in parts])
+        self.final_norm = model.final_norm
+
+    def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
+        """An empty cache for rows of at most `capacity` tokens."""
+        return ModelCache(
+            layers=tuple(layer.mixer.init_cache(batch_size, capacity) for layer in self.layers),
+            end=RowEnd.empty(batch_size),
+        )
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], ModelCache]:
+        """As `LanguageModel.extend`, but with the final norm's output, of which `logits` may take a part."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        layout, end = from_segments(segment_ids, cache.end)
+        x = _embed(tokens, self.embedding, self.config)
+        layer_caches = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x, layer_cache = layer(x, layout, layer_cache)
+            layer_caches.append(layer_cache)
+        return self.final_norm(x), ModelCache(layers=tuple(layer_caches), end=end)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """As `LanguageModel.logits`."""
+        return _logits(hidden, self.embedding)
+
+
+def _embed(tokens: Array, embedding: nnx.Param, config: ModelConfig) -> Array:
+    return embedding[...][tokens].astype(config.dtype)
+
+
+def _logits(hidden: Array, embedding: nnx.Param) -> Array:
+    return jnp.einsum("btd,vd->btv", hidden, embedding[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def block_name(place: int, kind: str) -> str:

@@ -60,7 +60,7 @@ def rotations(plan: Plan, chunks: jax.Array, base: float | None) -> tuple[jax.Ar
         shape = (*chunks.shape, plan.lanes)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     frequencies = base ** (-2.0 * jnp.arange(half, dtype=jnp.float32) / plan.head_dim)
-    angles = chunks[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.einsum("...,h->...h", chunks.astype(jnp.float32), frequencies, precision="highest")
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
@@ -79,6 +79,16 @@ def rotate_query(plan: Plan, projected: jax.Array, chunks: jax.Array, base: floa
         cos, sin = rotations(plan, chunks, base)
         query = rotate(query.reshape(plan.batch, plan.rows, plan.groups, plan.lanes), cos[:, :, None], sin[:, :, None])
     return query.reshape(plan.batch, plan.rows, width).astype(plan.dtype)
+
+
+def rotate_back_query(plan: Plan, d_query: jax.Array, chunks: jax.Array, base: float | None) -> jax.Array:
+    """The transpose of `rotate_query`, float32 [B, rows, G lanes] to the same."""
+    d_query = d_query * plan.head_dim**-0.5
+    if base is None:
+        return d_query
+    cos, sin = rotations(plan, chunks, base)
+    d_query = d_query.reshape(plan.batch, plan.rows, plan.groups, plan.lanes)
+    return rotate(d_query, cos[:, :, None], -sin[:, :, None]).reshape(plan.batch, plan.rows, -1)
 
 
 def pad_heads(plan: Plan, x: jax.Array) -> jax.Array:

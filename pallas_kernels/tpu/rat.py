@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import attention, prepare, recurrence
+from pallas_kernels.tpu import attention, gradients, prepare, recurrence
 from pallas_kernels.tpu.launch import Interpret
 from pallas_kernels.tpu.plan import LANES, Plan, Tiles, make_plan
 
-KERNEL_NAMES = (recurrence.NAME, attention.NAME)
+FORWARD_KERNELS = (recurrence.NAME, attention.NAME)
+BACKWARD_KERNELS = (gradients.SLOTS_NAME, gradients.TOKENS_NAME)
 MAX_HEAD_DIM = 512
 
 
@@ -97,6 +98,68 @@ def rat_forward(
     return out, residuals
 
 
+@functools.partial(jax.jit, static_argnames=("num_groups", "chunk_size", "rope_base", "interpret", "tiles"))
+def rat_backward(
+    residuals: RatResiduals,
+    projected: jax.Array,
+    gate_bias: jax.Array,
+    d_out: jax.Array,
+    *,
+    num_groups: int,
+    chunk_size: int,
+    rope_base: float | None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    interpret: Interpret = False,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `projected` (in its shape and dtype) and `gate_bias` (float32 [D]) from that of `out`, [B, T, D].
+
+    Arguments are those of `rat_forward`, which gave `residuals`; what `residuals` holds is not recomputed, the running
+    pairs are.
+    """
+    plan = _plan(projected, gate_bias, num_groups, chunk_size, rope_base, positions, segment_ids, tiles)
+    padded = prepare.pad_chunks(plan, prepare.pad_heads(plan, projected))
+    bias = prepare.pad_heads(plan, gate_bias.astype(jnp.float32))[None]
+    where = prepare.places(plan, positions, segment_ids)
+    query = prepare.rotate_query(plan, padded, where.row_chunks, rope_base)
+    keys, values = (
+        _slot_blocks(plan, prepare.pad_heads(plan, x.reshape(plan.batch, plan.slots, -1)))
+        for x in (residuals.summary_key, residuals.summary_value)
+    )
+    d_out = d_out.astype(plan.dtype)
+    sums = _sums(plan, residuals, d_out)
+    d_out, out = (prepare.pad_chunks(plan, prepare.pad_heads(plan, x)) for x in (d_out, residuals.out))
+    unused = plan.slot_blocks * plan.slot_block - plan.slots
+    cos, sin = prepare.rotations(plan, jnp.pad(where.slot_chunks[:, : plan.slots], ((0, 0), (0, unused))), rope_base)
+    d_slots = gradients.slot_gradients(
+        plan, padded, query, keys, values, d_out, sums, cos, sin, where.rows, where.slots, interpret
+    )
+    state = (residuals.tile_key[:, :, None], residuals.tile_value[:, :, None]) if plan.carries else None
+    grads = gradients.token_gradients(
+        plan,
+        padded,
+        bias,
+        query,
+        keys,
+        values,
+        out,
+        d_out,
+        sums,
+        tuple(prepare.slots_to_tiles(plan, x) for x in d_slots),
+        where.rows,
+        where.slots,
+        where.slot_ends,
+        state,
+        interpret,
+    )
+    d_query = prepare.rotate_back_query(plan, grads["d_rotated_query"], where.row_chunks, rope_base) + grads["d_query"]
+    parts = (grads["d_output_gate"], grads["d_value"], grads["d_gate"], d_query, grads["d_key"])
+    d_padded = jnp.concatenate([part.astype(plan.dtype) for part in parts], axis=2)
+    d_projected = prepare.unpad_heads(plan, prepare.unpad_chunks(plan, d_padded))
+    return d_projected, prepare.unpad_heads(plan, jnp.sum(grads["d_bias"], axis=(0, 1, 2)))
+
+
 def refusal(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, width: int, num_groups: int, rope_base: float | None
 ) -> str | None:
@@ -147,6 +210,14 @@ def _plan(projected, gate_bias, num_groups, chunk_size, rope_base, positions, se
         segmented=segment_ids is not None,
         tiles=tiles,
     )
+
+
+def _sums(plan: Plan, residuals: RatResiduals, d_out: jax.Array) -> jax.Array:
+    """Log-sum-exp and delta_t = sum(d_out out) of every token and head: float32 [B, N, tiles, 2, tile]."""
+    product = d_out.astype(jnp.float32) * residuals.out.astype(jnp.float32)
+    delta = jnp.sum(product.reshape(plan.batch, plan.tokens, plan.heads, plan.head_dim), axis=3)
+    sums = jnp.stack([jnp.moveaxis(residuals.log_sum_exp, 1, 2), delta], axis=3)
+    return jnp.moveaxis(prepare.to_tiles(plan, jnp.moveaxis(prepare.pad_chunks(plan, sums), 1, 3)), 2, 3)
 
 
 def _slot_blocks(plan: Plan, x: jax.Array) -> jax.Array:

@@ -1,0 +1,240 @@
+"""A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from rat_jax.checkpoint import Checkpoints, Manifest, abstract_model
+from rat_jax.config import Config
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint
+from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.interruption import Interruption
+from rat_jax.metrics import MetricLog, check_wandb, flops_per_token, peak_flops, read_log
+from rat_jax.progress import NonFiniteError, Progress
+from rat_jax.sharding import check_divides, global_batch, make_mesh
+from rat_jax.train_step import StepMetrics, TrainState, abstract_state, batch_loss, initial_state, train_step
+from rat_jax.workdir import CheckpointError, Workdir, check_same_model, check_same_run
+
+__all__ = ["NonFiniteError", "StepMetrics", "TrainResult", "TrainState", "batch_loss", "train", "train_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands."""
+
+    step: int  # optimizer steps done
+    finished: bool  # False: a signal ended it before the last step; the same command goes on
+    validation_loss: float | None  # after the last step; None if not finished
+
+
+def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
+    """Trains, or goes on training, in a workdir; see `rat_jax.workdir` for what it then holds.
+
+    Raises:
+      ConfigError, CheckpointError, DataError: if something does not fit, before anything is written.
+      NonFiniteError: if the loss or its gradient is no finite number; checkpoints of earlier steps remain.
+    """
+    workdir = Workdir(pathlib.Path(workdir))
+    check_wandb(config)
+    checkpoints = Checkpoints(workdir, config, _say)
+    newest = None if workdir.is_new() else checkpoints.peek()
+    if newest is not None:
+        _check_fits(newest, config, workdir)
+    corpus = Corpus.open(config.data.path)
+    _check_tokenizer(corpus, workdir, newest)
+
+    mesh = make_mesh(config.mesh)
+    check_divides(config, mesh)
+    data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
+    validation = ValidationData(config.data, vocab_size=config.model.vocab_size)
+    if newest is not None and newest.data is not None:
+        check_fingerprint(newest.data["fingerprint"], data.fingerprint)
+    try:
+        with jax.set_mesh(mesh):
+            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish()
+    finally:
+        data.close()
+
+
+class _Run:
+    """A run whose settings were found to fit."""
+
+    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation):
+        self.config: Config = config
+        self.workdir: Workdir = workdir
+        self.checkpoints: Checkpoints = checkpoints
+        self.corpus: Corpus = corpus
+        self.mesh: jax.sharding.Mesh = mesh
+        self.data: TrainData = data
+        self.validation: ValidationData = validation
+        self.graphdef = abstract_model(config.model)[0]
+
+    def finish(self) -> TrainResult:
+        """Does the steps that remain."""
+        state, start = self._restore()
+        num_steps = self.config.training.num_steps
+        if start >= num_steps:
+            loss = _last_validation(self.workdir)
+            _say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
+            self._report(loss)
+            return TrainResult(num_steps, True, loss)
+        is_first_host = jax.process_index() == 0
+        if is_first_host:
+            self.workdir.mark(self.config)
+            self.workdir.tokenizer.mkdir(exist_ok=True)
+            self.corpus.tokenizer().save(self.workdir.tokenizer)
+        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        _say(_summary(self.config, self.mesh, num_parameters, start))
+        log = MetricLog(self.workdir, self.config, start) if is_first_host else None
+        progress = Progress(self.config, log, start, self._least_step_secs(num_parameters))
+        try:
+            with Interruption() as interruption:
+                result = self._loop(state, start, progress, interruption)
+            self.checkpoints.close()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                _say(self._out_of_memory())
+            raise
+        finally:
+            progress.close()
+            if log is not None:
+                log.close()
+        if result.finished:
+            self._report(result.validation_loss)
+        return result
+
+    def _restore(self) -> tuple[TrainState, int]:
+        """The state to go on from, and the steps it has done."""
+        found = None if self.workdir.is_new() else self.checkpoints.latest()
+        if found is None:
+            return initial_state(self.config, self.mesh), 0
+        path, manifest = found
+        target = abstract_state(self.config, self.mesh)
+        params = self.checkpoints.restore(path, manifest, "params", target.params)
+        if manifest.data is None:
+            _say(f"starting from the model in {path}")
+            return initial_state(self.config, self.mesh, params), 0
+        self.data.restore(manifest.data)
+        opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
+        if manifest.step < self.config.training.num_steps:
+            _say(f"going on from {path}")
+        step = jax.device_put(np.int32(manifest.step), target.step.sharding)
+        return TrainState(step, params, opt_state), manifest.step
+
+    def _loop(self, state: TrainState, start: int, progress: Progress, interruption: Interruption) -> TrainResult:
+        training = self.config.training
+        loss = None
+        for done in range(start + 1, training.num_steps + 1):
+            batch = global_batch(next(self.data), self.mesh)
+            state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
+            progress.step(done, metrics)
+            is_last = done == training.num_steps
+            interrupted = not is_last and interruption.agreed(done, training.log_every_steps)
+            if is_last or interrupted or done % training.checkpoint_every_steps == 0:
+                progress.settle()  # nothing is saved after a step that was not finite
+                with progress.pause():
+                    self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
+            if interrupted:
+                self.checkpoints.wait()
+                progress.say(f"interrupted after step {done}; the same command goes on from there")
+                return TrainResult(done, False, None)
+            if is_last or done % training.validate_every_steps == 0:
+                progress.settle()
+                with progress.pause():
+                    loss = self._validate(state, interruption)
+                if loss is not None:
+                    progress.validation(done, loss)
+        return TrainResult(training.num_steps, True, loss)
+
+    def _validate(self, state: TrainState, interruption: Interruption) -> float | None:
+        """Mean loss of the first batches of the validation split; None if a signal came meanwhile."""
+        sums = []
+        num_batches = min(len(self.validation), self.config.training.validation_batches)
+        for _, batch in zip(range(num_batches), self.validation, strict=False):
+            if jax.process_count() == 1 and interruption.requested:
+                return None
+            sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
+        weight = sum(float(part.weight) for part in sums)
+        return sum(float(part.loss) for part in sums) / weight if weight > 0 else None
+
+    def _least_step_secs(self, num_parameters: int) -> float | None:
+        """Seconds of a step at the devices' peak; None where that is not known."""
+        peak = peak_flops(self.mesh.devices.flat[0])
+        if peak is None:
+            return None
+        tokens = self.config.data.global_batch_size * self.config.data.seq_len
+        flops = flops_per_token(self.config.model, num_parameters, self.config.data.seq_len)
+        return tokens * flops / (peak * self.mesh.size)
+
+    def _out_of_memory(self) -> str:
+        """What the step needs, and what to change."""
+        state = abstract_state(self.config, self.mesh)
+        batch = jax.eval_shape(lambda: global_batch(next(self.data), self.mesh))
+        needs = (
+            train_step.lower(self.graphdef, self.config.optimizer, self.config.training.num_steps, state, batch)
+            .compile()
+            .memory_analysis()
+        )
+        return f"{needs}"
+
+    def _report(self, loss: float | None) -> None:
+        """Compares the last validation loss with the entropy of single bytes."""
+        entropy = self.corpus.total.byte_entropy_nats
+        if loss is None:
+            return
+        _say(f"validation loss {loss:.4f} nats a token")
+        if entropy is None:
+            return
+        is_bytes = self.corpus.tokenizer().kind == "bytes"
+        per_byte = loss if is_bytes else loss / self.corpus.splits["validation"].bytes_per_token
+        if not is_bytes:
+            _say(f"validation loss {per_byte:.4f} nats a byte")
+        _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {per_byte / entropy:.1%} of it")
+
+
+def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
+    if newest.data is None:
+        check_same_model(newest.config, config, workdir.path)
+    else:
+        check_same_run(newest.config, config, workdir.path)
+
+
+def _check_tokenizer(corpus: Corpus, workdir: Workdir, newest: Manifest | None) -> None:
+    if (
+        newest is not None
+        and workdir.tokenizer.is_dir()
+        and load_tokenizer(workdir.tokenizer).hash != corpus.tokenizer_hash
+    ):
+        raise CheckpointError(
+            f"{corpus.path} was made by another tokenizer than the one in {workdir.tokenizer}: choose the data of that "
+            f"tokenizer (data.path), or another --workdir"
+        )
+
+
+def _last_validation(workdir: Workdir) -> float | None:
+    losses = [record["validation_loss"] for record in read_log(workdir.log_file) if "validation_loss" in record]
+    return losses[-1] if losses else None
+
+
+def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:
+    device = mesh.devices.flat[0]
+    model, data = config.model, config.data
+    return "\n".join(
+        [
+            f"devices     {mesh.size} x {device.device_kind}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}",
+            f"parameters  {num_parameters:,}",
+            f"model       {model.num_layers} layers of {', '.join(model.pattern)}; width {model.width}, "
+            f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",
+            f"data        {data.path}: {data.global_batch_size} sequences of {data.seq_len} tokens a step",
+            f"steps       {start} of {config.training.num_steps} done",
+        ]
+    )
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)

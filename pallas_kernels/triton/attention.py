@@ -4,8 +4,8 @@ With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), own score s_t, 
 
     out_t = sigmoid(z_t) o_t,   o_t = (2^(s_t - m) v~_t + sum_c 2^(s_tc - m) V_c) / (2^(s_t - m) + sum_c 2^(s_tc - m)).
 
-The online softmax starts from the token's own pair (m = s_t, sum 1, acc = v~_t), so that a token without earlier chunks
-needs no case of its own.
+The online softmax starts from the token's own pair (m = s_t, sum 1), so that a token without earlier chunks needs no case
+of its own; the own value joins at the end, when it is read together with z.
 """
 
 import triton
@@ -39,6 +39,7 @@ def rat_attention_forward(
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
+    ONE_LOOP: tl.constexpr,  # mask every block: fewer loops to start, for short rows
     PRECISION: tl.constexpr,
 ):
     """One program computes QUERIES tokens of one head; the last blocks of queries, the longest, start first."""
@@ -61,8 +62,9 @@ def rat_attention_forward(
     offset = (row * tokens + token)[:, None]
 
     q = tl.load(rotated_queries + offset * (G * H) + (n % G) * H + channel[None, :], mask=mask, other=0.0)
-    m = tl.load(own_scores + (row * N + n) * tokens + token, mask=in_row, other=0.0)
-    acc = tl.load(running_values + offset * D + n * H + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    own = tl.load(own_scores + (row * N + n) * tokens + token, mask=in_row, other=0.0)
+    m = own
+    acc = tl.zeros([QUERIES, PADDED], tl.float32)
     weight = tl.full([QUERIES], 1.0, tl.float32)
 
     segment = token
@@ -73,7 +75,7 @@ def rat_attention_forward(
         whole = begin
         end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
     else:
-        whole = start // L // KEYS * KEYS
+        whole = 0 if ONE_LOOP else start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L
     key_base = summary_keys + row * slots * D + n * H
     value_base = summary_values + row * slots * D + n * H
@@ -88,7 +90,9 @@ def rat_attention_forward(
             q, m, weight, acc, key_base, value_base, slot_tokens + slot_base, slot_segments + slot_base, first, end,
             token, segment, D, L, H, KEYS, PADDED, True, SEGMENTED, PRECISION,
         )  # fmt: skip
+    value = tl.load(running_values + offset * D + n * H + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(projected + offset * WIDTH + n * H + channel[None, :], mask=mask, other=0.0)
+    acc += value * tl.exp2(own - m)[:, None]
     result = acc / weight[:, None] * tl.sigmoid(z.to(tl.float32))
     tl.store(out + offset * D + n * H + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + (row * N + n) * tokens + token, m + tl.log2(weight), mask=in_row)
@@ -165,7 +169,8 @@ def forward_launch(problem: Problem) -> Launch:
         ),
         constants=(
             *attention_constants(p, queries, keys),
-            ("HEADS_FIRST", p.slots <= 1024),
+            ("HEADS_FIRST", is_short(p)),
+            ("ONE_LOOP", is_short(p)),
         ),
         num_warps=num_warps,
         num_stages=num_stages,
@@ -187,6 +192,11 @@ def attention_constants(p: Problem, queries: int, keys: int) -> tuple[tuple[str,
     )
 
 
+def is_short(p: Problem) -> bool:
+    """Whether memory rather than matrix products takes most of the time."""
+    return p.slots <= 1024
+
+
 def forward_blocks(p: Problem) -> tuple[int, int, int, int]:
     """Queries and keys of a block, warps and pipeline stages."""
     if p.dtype == "float32":
@@ -194,5 +204,5 @@ def forward_blocks(p: Problem) -> tuple[int, int, int, int]:
     if p.padded_head_dim <= 64:
         return 128, 64, 4, 3
     if p.padded_head_dim == 128:
-        return 128, 64, 8, 3
+        return (64, 64, 4, 2) if is_short(p) else (128, 64, 8, 3)
     return 64, 32, 8, 2

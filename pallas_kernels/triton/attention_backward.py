@@ -14,7 +14,7 @@ import math
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton.attention import attention_constants, load_summaries, read_slots, sees
+from pallas_kernels.triton.attention import attention_constants, is_short, load_summaries, read_slots, sees
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv
 
@@ -67,15 +67,18 @@ def rat_queries_backward(
     first_slots,
     slot_tokens,
     slot_segments,
+    own_scores,
     tokens,  # T
     d_rotated_queries,  # [B, T, G, H] float32: sum over the group's heads, of the unscaled rotated query
-    d_own_scores,  # [B, N, T] float32, of the scores in natural units
+    d_own_scores,  # [B, N, T] float32, of the scores in natural units, times SOFTMAX_SCALE
+    own_weights,  # [B, N, T] float32: what the softmax gives the own pair
     L: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
     SEGMENTED: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -106,7 +109,7 @@ def rat_queries_backward(
         whole = begin
         end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
     else:
-        whole = start // L // KEYS * KEYS
+        whole = 0 if ONE_LOOP else start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L
     slot_base = row * slots
     for n in range(g, N, G):
@@ -128,7 +131,10 @@ def rat_queries_backward(
                 slot_segments + slot_base, first, end, token, segment,
                 D, L, H, KEYS, PADDED, True, SEGMENTED, PRECISION,
             )  # fmt: skip
-        tl.store(d_own_scores + (row * N + n) * tokens + token, -total, mask=in_row)
+        scores_at = (row * N + n) * tokens + token
+        score = tl.load(own_scores + scores_at, mask=in_row, other=-float("inf"))
+        tl.store(own_weights + scores_at, tl.exp2(score - log_sum), mask=in_row)
+        tl.store(d_own_scores + scores_at, -total * SOFTMAX_SCALE, mask=in_row)
     tl.store(d_rotated_queries + query_at, dq * SOFTMAX_SCALE, mask=mask)
 
 
@@ -290,8 +296,13 @@ def queries_launch(problem: Problem) -> Launch:
         outputs=(
             ((p.batch, p.tokens, p.num_groups, p.head_dim), "float32"),
             ((p.batch, p.num_heads, p.tokens), "float32"),
+            ((p.batch, p.num_heads, p.tokens), "float32"),
         ),
-        constants=(*attention_constants(p, queries, keys), ("SOFTMAX_SCALE", 1 / math.sqrt(p.head_dim))),
+        constants=(
+            *attention_constants(p, queries, keys),
+            ("SOFTMAX_SCALE", 1 / math.sqrt(p.head_dim)),
+            ("ONE_LOOP", is_short(p)),
+        ),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -317,7 +328,7 @@ def queries_blocks(p: Problem) -> tuple[int, int, int, int]:
     if p.dtype == "float32":
         return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
     if p.padded_head_dim <= 128:
-        return 128, 64, 8, 2
+        return (64, 64, 4, 1) if is_short(p) else (128, 64, 8, 3)
     return 64, 32, 8, 1
 
 
@@ -326,5 +337,5 @@ def summaries_blocks(p: Problem) -> tuple[int, int, int, int]:
     if p.dtype == "float32":
         return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
     if p.padded_head_dim <= 128:
-        return 64, 64 if p.slots <= 1024 else 128, 4 if p.slots <= 1024 else 8, 2
+        return 64, 64, 4, 2
     return 32, 64, 8, 1

@@ -8,7 +8,7 @@ LOG2_E = math.log2(math.e)
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_DIM = 256
 MAX_GRID_ROWS = 65535
-SEGMENT_TOKENS = 8  # tokens of a chunk whose states the backward recurrence keeps in registers
+PIECE_TOKENS = 16  # tokens of a chunk whose states the backward recurrence keeps in registers
 
 
 @dataclasses.dataclass(frozen=True)

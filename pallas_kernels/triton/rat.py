@@ -118,7 +118,9 @@ def backward(
     r = residuals
     d_projected, d_heads, delta = run(attention_backward.output_launch(problem), projected, r.out, d_out)
     shared = (d_heads, delta, r.lse, r.rotated_queries, r.summary_keys, r.summary_values)
-    d_queries, d_own_scores = run(attention_backward.queries_launch(problem), *shared, *documents.of_slots)
+    d_queries, d_own_scores, own_weights = run(
+        attention_backward.queries_launch(problem), *shared, *documents.of_slots, r.own_scores
+    )
     segment_ids, _, slot_tokens, slot_segments = documents.of_slots
     d_keys, d_values = run(
         attention_backward.summaries_launch(problem),
@@ -126,7 +128,7 @@ def backward(
     )  # fmt: skip
     d_bias, _, d_projected = run(
         recurrence_backward.backward_launch(problem),
-        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, r.own_scores, r.lse, d_own_scores,
+        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, own_weights, d_own_scores,
         d_heads, d_queries, d_keys, d_values, d_projected,
     )  # fmt: skip
     return d_projected, d_bias

@@ -95,8 +95,8 @@ def rat_recurrence_forward(
             j = start + i
             position, starts, use, is_padding = ahead[2 * i]
             value, gate, query, key = ahead[2 * i + 1]
-            f_low, w_low = gates(gate[0].to(tl.float32) + bias_low, use[:, None])
-            f_high, w_high = gates(gate[1].to(tl.float32) + bias_high, use[:, None])
+            f_low, w_low = gates(gate[0].to(tl.float32) + bias_low, use[:, None], SEGMENTED)
+            f_high, w_high = gates(gate[1].to(tl.float32) + bias_high, use[:, None], SEGMENTED)
             if SEGMENTED:
                 keep = tl.where(starts, 0.0, 1.0)[:, None]
                 v_low, v_high, k_low, k_high = v_low * keep, v_high * keep, k_low * keep, k_high * keep
@@ -137,11 +137,15 @@ def rat_recurrence_forward(
 
 
 @triton.jit
-def gates(x, use):
-    """The gate f = sigmoid(x) and w = 1 - f, each to full relative precision; the identity (1, 0) unless `use`."""
+def gates(x, use, IDENTITY: tl.constexpr):
+    """The gate f = sigmoid(x) and w = 1 - f, each to full relative precision; if IDENTITY, (1, 0) unless `use`."""
     ratio = tl.exp2(tl.maximum(x, -80.0) * -1.4426950408889634)
     f = 1.0 / (1.0 + ratio)
-    return tl.where(use, f, 1.0), tl.where(use, ratio * f, 0.0)
+    w = ratio * f
+    if IDENTITY:
+        f = tl.where(use, f, 1.0)
+        w = tl.where(use, w, 0.0)
+    return f, w
 
 
 @triton.jit

@@ -24,20 +24,21 @@ class Progress:
     Hosts other than the first only check figures.
     """
 
-    def __init__(self, config: Config, log: MetricLog | None, start_step: int, flops_per_step: float | None):
+    def __init__(self, config: Config, log: MetricLog | None, start_step: int, least_step_secs: float | None):
         """Starts the bar.
 
         Args:
           config: of the run.
           log: where figures go; None on hosts other than the first.
           start_step: steps done already.
-          flops_per_step: model FLOPs of a step over the peak FLOP/s of all devices, in seconds; None if not known.
+          least_step_secs: what a step would take at the peak of all devices, for the MFU; None if not known.
         """
         self._config = config
         self._log = log
-        self._least_secs = flops_per_step
+        self._least_step_secs = least_step_secs
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
+        self._speed_text = ""
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=config.training.num_steps,
@@ -68,7 +69,7 @@ class Progress:
             return
         (done, metrics), self._pending = self._pending, None
         figures = {name: float(value) for name, value in metrics._asdict().items()}
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(figures[name]):
                 raise NonFiniteError(
                     f"{name} is {figures[name]} at step {done}; the checkpoints before it are good. A lower "
@@ -81,8 +82,6 @@ class Progress:
         if done % self._config.training.log_every_steps == 0:
             self._record(done, figures)
 
-    _speed_text = ""
-
     def _record(self, done: int, figures: dict[str, float]) -> None:
         tokens_per_step = self._config.data.global_batch_size * self._config.data.seq_len
         record = figures | {"tokens": done * tokens_per_step}
@@ -91,8 +90,8 @@ class Progress:
             secs_per_step = (now - self._clock_secs) / steps
             record["tokens_per_sec"] = tokens_per_step / secs_per_step
             self._speed_text = f", {record['tokens_per_sec']:,.0f} tokens/s"
-            if self._least_secs is not None:
-                record["mfu"] = self._least_secs / secs_per_step
+            if self._least_step_secs is not None:
+                record["mfu"] = self._least_step_secs / secs_per_step
                 self._speed_text += f", MFU {record['mfu']:.1%}"
         self._clock_step, self._clock_secs = done, now
         if self._log is not None:

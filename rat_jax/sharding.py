@@ -99,7 +99,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         ):
             if leaf.size > _LARGEST_REPLICATED and "fsdp" not in spec:
                 raise ValueError(f"{name} {leaf.shape} would be whole on all {mesh.shape['fsdp']} devices of fsdp")
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, _shortest(spec, mesh)), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -138,6 +140,14 @@ def global_batch(tree: Any, mesh: Mesh) -> Any:
     """Arrays of all hosts' rows on the mesh, from the rows of this host."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def _shortest(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec as jit writes it for its results, so that they are no new kind of argument: without axes of size 1."""
+    axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def _spec(name: str, ndim: int) -> PartitionSpec:

@@ -15,7 +15,7 @@ from rat_jax.loss import LossSums, next_token_loss
 from rat_jax.model import LanguageModel
 from rat_jax.optimizer import learning_rate_schedule, make_optimizer
 from rat_jax.shapes import Array, Float32, Int
-from rat_jax.sharding import constrain, constrain_rows, shardings
+from rat_jax.sharding import batch_sharding, constrain, constrain_rows, shardings
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +33,7 @@ class StepMetrics(NamedTuple):
 
     loss: Float32[Array, ""]  # mean over the batch's targets, before the step
     grad_norm: Float32[Array, ""]  # global L2 norm, before clipping
+    param_norm: Float32[Array, ""]  # global L2 norm, after the step
     learning_rate: Float32[Array, ""]
     num_targets: Float32[Array, ""]
 
@@ -67,6 +68,7 @@ def train_step(
     metrics = StepMetrics(
         loss=loss,
         grad_norm=optax.global_norm(grads),
+        param_norm=optax.global_norm(params),
         learning_rate=learning_rate_schedule(optimizer, num_steps)(state.step),
         num_targets=total_weight,
     )
@@ -87,28 +89,37 @@ def initial_state(config: Config, mesh: jax.sharding.Mesh, params: nnx.State | N
       mesh: of the devices.
       params: start from these instead, already on the mesh.
     """
-
-    def make(params):
-        if params is None:
-            params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)))
-        opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
-        return TrainState(jnp.int32(0), params, opt_state)
-
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, params), mesh))(params)
+    places = shardings(_abstract(config), mesh)
+    return jax.jit(functools.partial(_make_state, config), out_shardings=places)(params)
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's state."""
+    state = _abstract(config)
+    return jax.tree.map(_placed, state, shardings(state, mesh))
 
-    def make():
+
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a run's batches."""
+    shape = (config.data.global_batch_size, config.data.seq_len)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    return Batch(integers, integers, weights, integers if config.data.segment_documents else None)
+
+
+def _make_state(config: Config, params: nnx.State | None) -> TrainState:
+    if params is None:
         params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)))
-        opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
-        return TrainState(jnp.int32(0), params, opt_state)
+    opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
+    return TrainState(jnp.int32(0), params, opt_state)
 
-    state = jax.eval_shape(make)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings(state, mesh)
-    )
+
+def _abstract(config: Config) -> TrainState:
+    return jax.eval_shape(functools.partial(_make_state, config, None))
+
+
+def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _loss_sums(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> LossSums:
@@ -129,11 +140,8 @@ def _accumulate(value_and_grad: Any, params: nnx.State, batch: Batch, num_parts:
         return constrain_rows(parts, axis=1)
 
     def add_part(sums, part):
-        return jax.tree.map(jnp.add, sums, value_and_grad(params, part)), None
-
-    def add_part_constrained(sums, part):
-        (loss, grads), _ = add_part(sums, part)
+        loss, grads = jax.tree.map(jnp.add, sums, value_and_grad(params, part))
         return (loss, constrain(grads)), None
 
     zeros = (jnp.float32(0), constrain(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(add_part_constrained, zeros, jax.tree.map(cut, batch))[0]
+    return jax.lax.scan(add_part, zeros, jax.tree.map(cut, batch))[0]

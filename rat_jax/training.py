@@ -13,6 +13,7 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.interruption import Interruption
+from rat_jax.memory import explain_out_of_memory, is_out_of_memory
 from rat_jax.metrics import MetricLog, check_wandb, flops_per_token, peak_flops, read_log
 from rat_jax.progress import NonFiniteError, Progress
 from rat_jax.sharding import check_divides, global_batch, make_mesh
@@ -77,8 +78,8 @@ class _Run:
         """Does the steps that remain."""
         state, start = self._restore()
         num_steps = self.config.training.num_steps
-        if start >= num_steps:
-            loss = _last_validation(self.workdir)
+        loss = _validation_loss(self.workdir, num_steps)
+        if start >= num_steps and loss is not None:
             _say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
             return TrainResult(num_steps, True, loss)
@@ -94,15 +95,15 @@ class _Run:
         try:
             with Interruption() as interruption:
                 result = self._loop(state, start, progress, interruption)
-            self.checkpoints.close()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                _say(self._out_of_memory())
+            if is_out_of_memory(error):
+                _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
             raise
         finally:
             progress.close()
             if log is not None:
                 log.close()
+            self.checkpoints.close()
         if result.finished:
             self._report(result.validation_loss)
         return result
@@ -127,39 +128,46 @@ class _Run:
 
     def _loop(self, state: TrainState, start: int, progress: Progress, interruption: Interruption) -> TrainResult:
         training = self.config.training
-        loss = None
-        for done in range(start + 1, training.num_steps + 1):
-            batch = global_batch(next(self.data), self.mesh)
-            state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
-            progress.step(done, metrics)
-            is_last = done == training.num_steps
-            interrupted = not is_last and interruption.agreed(done, training.log_every_steps)
-            if is_last or interrupted or done % training.checkpoint_every_steps == 0:
-                progress.settle()  # nothing is saved after a step that was not finite
-                with progress.pause():
-                    self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
-            if interrupted:
+        done, saved, loss = start, start, None
+        validated = _validation_loss(self.workdir, start) is not None  # else a kill came between the two
+        while True:
+            if done > saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
+                self._save(done, state, progress)
+                saved = done
+            is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
+            if is_due and not validated:
+                loss = self._validate(done, state, progress, interruption)
+            if done == training.num_steps and loss is not None:
+                return TrainResult(done, True, loss)
+            if interruption.agreed(done, training.log_every_steps):
+                if done > saved:
+                    self._save(done, state, progress)
                 self.checkpoints.wait()
                 progress.say(f"interrupted after step {done}; the same command goes on from there")
                 return TrainResult(done, False, None)
-            if is_last or done % training.validate_every_steps == 0:
-                progress.settle()
-                with progress.pause():
-                    loss = self._validate(state, interruption)
-                if loss is not None:
-                    progress.validation(done, loss)
-        return TrainResult(training.num_steps, True, loss)
+            batch = global_batch(next(self.data), self.mesh)
+            state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
+            done, validated = done + 1, False
+            progress.step(done, metrics)
 
-    def _validate(self, state: TrainState, interruption: Interruption) -> float | None:
+    def _save(self, done: int, state: TrainState, progress: Progress) -> None:
+        progress.settle()  # nothing is saved after a step that was not finite
+        with progress.pause():
+            self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
+
+    def _validate(self, done: int, state: TrainState, progress: Progress, interruption: Interruption) -> float | None:
         """Mean loss of the first batches of the validation split; None if a signal came meanwhile."""
+        progress.settle()
         sums = []
         num_batches = min(len(self.validation), self.config.training.validation_batches)
-        for _, batch in zip(range(num_batches), self.validation, strict=False):
-            if jax.process_count() == 1 and interruption.requested:
-                return None
-            sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
-        weight = sum(float(part.weight) for part in sums)
-        return sum(float(part.loss) for part in sums) / weight if weight > 0 else None
+        with progress.pause():
+            for _, batch in zip(range(num_batches), self.validation, strict=False):
+                if jax.process_count() == 1 and interruption.requested:
+                    return None
+                sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
+            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
+        progress.validation(done, loss)
+        return loss
 
     def _least_step_secs(self, num_parameters: int) -> float | None:
         """Seconds of a step at the devices' peak; None where that is not known."""
@@ -170,22 +178,9 @@ class _Run:
         flops = flops_per_token(self.config.model, num_parameters, self.config.data.seq_len)
         return tokens * flops / (peak * self.mesh.size)
 
-    def _out_of_memory(self) -> str:
-        """What the step needs, and what to change."""
-        state = abstract_state(self.config, self.mesh)
-        batch = jax.eval_shape(lambda: global_batch(next(self.data), self.mesh))
-        needs = (
-            train_step.lower(self.graphdef, self.config.optimizer, self.config.training.num_steps, state, batch)
-            .compile()
-            .memory_analysis()
-        )
-        return f"{needs}"
-
-    def _report(self, loss: float | None) -> None:
+    def _report(self, loss: float) -> None:
         """Compares the last validation loss with the entropy of single bytes."""
         entropy = self.corpus.total.byte_entropy_nats
-        if loss is None:
-            return
         _say(f"validation loss {loss:.4f} nats a token")
         if entropy is None:
             return
@@ -215,8 +210,13 @@ def _check_tokenizer(corpus: Corpus, workdir: Workdir, newest: Manifest | None) 
         )
 
 
-def _last_validation(workdir: Workdir) -> float | None:
-    losses = [record["validation_loss"] for record in read_log(workdir.log_file) if "validation_loss" in record]
+def _validation_loss(workdir: Workdir, step: int) -> float | None:
+    """What the log says of a step."""
+    losses = [
+        record["validation_loss"]
+        for record in read_log(workdir.log_file)
+        if record["step"] == step and "validation_loss" in record
+    ]
     return losses[-1] if losses else None
 
 

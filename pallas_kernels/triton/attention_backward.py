@@ -263,7 +263,7 @@ def _gather_backward(
 def output_launch(problem: Problem) -> Launch:
     """`rat_output_backward` for these sizes."""
     p = problem
-    tokens = max(1, 4096 // p.padded_head_dim)
+    tokens = max(1, 2048 // p.padded_head_dim)
     return Launch(
         kernel=rat_output_backward,
         grid=(p.num_heads * cdiv(p.tokens, tokens), p.batch),

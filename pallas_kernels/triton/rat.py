@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton import attention, attention_backward, call, recurrence, recurrence_backward
+from pallas_kernels.triton import attention, attention_backward, call, decode, recurrence, recurrence_backward
 from pallas_kernels.triton.problem import Problem, cdiv, check, problem_of
 
 
@@ -166,12 +166,7 @@ def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_id
 
 
 def _angles(problem: Problem, rope_base: float | None) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [C, H / 2] of every chunk index's rotation, float32; placeholders without RoPE."""
-    if rope_base is None:
-        return (jnp.zeros((1, 1), jnp.float32),) * 2
-    frequencies = rope_base ** (-jnp.arange(0, problem.head_dim, 2, dtype=jnp.float32) / problem.head_dim)
-    phases = jnp.arange(problem.slots, dtype=jnp.float32)[:, None] * frequencies
-    return jnp.cos(phases), jnp.sin(phases)
+    return decode.angle_tables(problem.head_dim, problem.slots, rope_base)
 
 
 def _documents(problem: Problem, segment_ids: jax.Array | None, positions: jax.Array | None) -> Documents:

@@ -85,10 +85,10 @@ def rat_recurrence_forward(
             at = base + j * WIDTH
             ahead = ahead + (
                 (
-                    _load_halves(at + D + n * H, use, low, high, HALF),
-                    _load_halves(at + 2 * D + n * H, use, low, high, HALF),
-                    _load_halves(at + 3 * D + g * H, use, low, high, HALF),
-                    _load_halves(at + 3 * D + (G + g) * H, use, low, high, HALF),
+                    load_halves(at + D + n * H, use, low, high, HALF),
+                    load_halves(at + 2 * D + n * H, use, low, high, HALF),
+                    load_halves(at + 3 * D + g * H, use, low, high, HALF),
+                    load_halves(at + 3 * D + (G + g) * H, use, low, high, HALF),
                 ),
             )
         for i in tl.static_range(AHEAD):
@@ -113,14 +113,14 @@ def rat_recurrence_forward(
             else:
                 write = use
                 out_low, out_high = v_low, v_high
-            _store_halves(value_base + j * D, (out_low, out_high), write, low, high, HALF)
+            store_halves(value_base + j * D, (out_low, out_high), write, low, high, HALF)
             tl.store(score_base + j, tl.sum(q_low * k_low + q_high * k_high, axis=1), mask=write)
             if SEGMENTED and ROPE:
                 cos, sin = _load_angles(cosines, sines, position // L, write, half, HALF)
             if n < G:
                 if ROPE:
                     q_low, q_high = q_low * cos - q_high * sin, q_high * cos + q_low * sin
-                _store_halves(query_base + j * (G * H), (q_low, q_high), write, low, high, HALF)
+                store_halves(query_base + j * (G * H), (q_low, q_high), write, low, high, HALF)
             if SEGMENTED:
                 ends = use & (position % L == L - 1)
                 slot = ((row * slots + (first + j) // L) * D)[:, None] + n * H + half[None, :]
@@ -149,7 +149,7 @@ def gates(x, use, IDENTITY: tl.constexpr):
 
 
 @triton.jit
-def _load_halves(at, rows, low, high, HALF: tl.constexpr):
+def load_halves(at, rows, low, high, HALF: tl.constexpr):
     """The channels i < H / 2 and the channels H / 2 + i of [rows, H] values."""
     return (
         tl.load(at, mask=rows[:, None] & low, other=0.0),
@@ -158,7 +158,7 @@ def _load_halves(at, rows, low, high, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store_halves(at, halves, rows, low, high, HALF: tl.constexpr):
+def store_halves(at, halves, rows, low, high, HALF: tl.constexpr):
     tl.store(at, halves[0].to(at.dtype.element_ty), mask=rows[:, None] & low)
     tl.store(at + HALF, halves[1].to(at.dtype.element_ty), mask=rows[:, None] & high)
 
@@ -176,8 +176,8 @@ def _store_summary(at, key, value, angles, rows, low, high, HALF: tl.constexpr, 
     if ROPE:
         cos, sin = angles
         key = (key[0] * cos - key[1] * sin, key[1] * cos + key[0] * sin)
-    _store_halves(at[0], key, rows, low, high, HALF)
-    _store_halves(at[1], value, rows, low, high, HALF)
+    store_halves(at[0], key, rows, low, high, HALF)
+    store_halves(at[1], value, rows, low, high, HALF)
 
 
 def forward_launch(problem: Problem) -> Launch:
@@ -185,7 +185,7 @@ def forward_launch(problem: Problem) -> Launch:
     p = problem
     steps = 2 * p.chunk_size if p.segmented else p.chunk_size
     half_padded = next_power_of_2(cdiv(p.head_dim, 2))
-    chunks = max(1, min(next_power_of_2(p.slots), 512 // half_padded))
+    chunks = max(1, min(next_power_of_2(p.slots), 256 // half_padded))
     return Launch(
         kernel=rat_recurrence_forward,
         grid=(p.num_heads * cdiv(p.slots, chunks), p.batch),
@@ -202,9 +202,9 @@ def forward_launch(problem: Problem) -> Launch:
             ("SCORE_SCALE", p.score_scale),
             ("CHUNKS", chunks),
             ("HALF_PADDED", half_padded),
-            ("AHEAD", 2 if steps % 2 == 0 else 1),
+            ("AHEAD", next(n for n in (4, 2, 1) if steps % n == 0)),
         ),
-        num_warps=4,
+        num_warps=2,
         num_stages=1,
     )
 

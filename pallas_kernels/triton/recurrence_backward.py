@@ -200,13 +200,13 @@ def _head_backward(
         k_state = f * k_state + w * k
         ds = tl.load(d_own_scores + scores_from + j, mask=use, other=0.0)
         new_dq = new_dq + (dq[j] + ds * k_state,)
-        kept = kept + ((f, w, v_step, k_step),)
+        kept = kept + ((w, v_step, k_step),)
 
     bias_sum = tl.zeros_like(bias)
     new_dk = ()
     for back in tl.static_range(PIECE):
         v, gate, do, use, write, starts, position = ahead[PIECE - 1 - back]
-        f, w, v_step, k_step = kept[PIECE - 1 - back]
+        w, v_step, k_step = kept[PIECE - 1 - back]
         q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
         ds = tl.load(d_own_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
         p = tl.load(own_weights + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
@@ -228,8 +228,8 @@ def _head_backward(
         to = head_to + (PIECE - 1 - back) * WIDTH
         tl.store(to + D, dv.to(dtype), mask=in_head & write)
         tl.store(to + 2 * D, dg.to(dtype), mask=in_head & write)
-        d_v_state = f * d_v_state
-        d_k_state = f * d_k_state
+        d_v_state -= dv
+        d_k_state -= d_key
         if SEGMENTED:
             d_v_state = tl.where(starts, 0.0, d_v_state)
             d_k_state = tl.where(starts, 0.0, d_k_state)

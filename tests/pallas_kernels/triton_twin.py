@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pallas_kernels.triton import rat
+from pallas_kernels.triton import decode, rat
 from pallas_kernels.triton.problem import Problem, check
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
@@ -148,6 +148,40 @@ def errors(case: Case, seed: int = 0, device: str = "cpu", rope_base: float = 10
     }
 
 
+def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu", rope_base: float = 10000.0) -> float:
+    """Error of decoding token by token from an empty cache; the last row takes every third step off."""
+    p = dataclasses.replace(case.problem, tokens=1)
+    projected, gate_bias, _ = inputs(case, seed)
+    wanted = reference(case, projected.double(), gate_bias.double(), rope_base)
+    tables = [
+        torch.tensor(np.array(x), device=device)
+        for x in decode.angle_tables(p.head_dim, capacity + 1, rope_base if p.rope else None)
+    ]
+    state = (p.batch, p.num_heads, p.head_dim)
+    slots = (p.batch, capacity, p.num_heads, p.head_dim)
+    cache = [torch.full(state, math.nan, device=device) for _ in range(2)]
+    cache += [torch.full(slots, math.nan, device=device, dtype=projected.dtype) for _ in range(2)]
+    done = torch.zeros(p.batch, dtype=torch.int32)
+    out = torch.zeros(wanted.shape, dtype=torch.float64)
+    count = 0
+    while done.min() < case.problem.tokens:
+        is_token = (done < case.problem.tokens).to(torch.int32)
+        is_token[-1] *= int(count % 3 != 2)
+        now = done.clamp_max(case.problem.tokens - 1).long()
+        token = projected[torch.arange(p.batch), now][:, None].contiguous().to(device)
+        y, *cache = decode.step(
+            run, p, token, gate_bias.to(device), tables, done.to(device), is_token.to(device), tuple(cache)
+        )
+        for b in range(p.batch):
+            if is_token[b]:
+                out[b, done[b]] = y[b, 0].double().cpu()
+            else:
+                assert not y[b].any()
+        done += is_token
+        count += 1
+    return float((out - wanted).norm() / wanted.norm())
+
+
 def problem(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope=True, segmented=False) -> Problem:
     return Problem(batch, tokens, heads, groups, head_dim, chunk, dtype, rope, segmented)
 
@@ -180,9 +214,19 @@ def mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_and_squeeze
 
+DECODE_CASES = {
+    "decode": (Case(problem(2, 11, 4, 2, 16, 2)), 6),
+    "decode_split": (Case(problem(1, 9, 2, 1, 12, 1)), 260),
+    "decode_odd_head": (Case(problem(2, 7, 2, 1, 7, 3, rope=False)), 3),
+}
+
 
 if __name__ == "__main__":
     mend_interpreter()
-    for name in sys.argv[1:] or CASES:
+    for name in sys.argv[1:] or DECODE_CASES:
+        if name in DECODE_CASES:
+            case, capacity = DECODE_CASES[name]
+            print(name, f"out={decode_error(case, capacity):.3g}", flush=True)
+    for name in [name for name in sys.argv[1:] if name in CASES] if sys.argv[1:] else CASES:
         found = errors(CASES[name])
         print(name, *(f"{key}={value:.3g}" for key, value in found.items()), flush=True)

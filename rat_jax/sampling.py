@@ -13,13 +13,11 @@ import numpy as np
 from flax import nnx
 
 from rat_jax.model import Decoder, LanguageModel, ModelCache
+from rat_jax.prefill import cache_capacity, prefill
 from rat_jax.shapes import Array, Bool, Float, Int
 from rat_jax.token_rule import TokenRule, choose_tokens
 
 STEPS_PER_CALL = 16  # tokens of a row that the device chooses before the host looks at them
-PREFILL_TOKENS = 1 << 14  # of all rows together, read in one call: what bounds the memory of long prompts
-MAX_PREFILL_CHUNK = 1024  # tokens of a row read in one call
-MIN_PREFILL_CHUNK = 16
 _FINISHED = -1  # stands for a token in rows that have met the end
 _NOT_FINITE = -2  # stands for a token where the logits are NaN or infinite
 
@@ -39,14 +37,14 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    batch_size: int | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt.
 
-    All prompts are one batch. A row's result does not depend on the other rows: with `temperature` above 0 its random
-    numbers follow from `seed`, the prompt itself, and how many equal prompts stand before it in `prompts` (so that n
-    equal prompts give n samples). Hence n different prompts give, one by one, what they give together, up to rounding
-    of the logits.
+    A prompt's result does not depend on the others: with `temperature` above 0 its random numbers follow from `seed`,
+    the prompt itself, and how many equal prompts stand before it in `prompts` (so that n equal prompts give n samples).
+    Hence n different prompts give one by one what they give together, up to rounding of the logits.
 
     Args:
       model: what predicts.
@@ -59,7 +57,9 @@ def generate(
       repetition_penalty: above 1 makes tokens less likely that the prompt or the new tokens hold. 1: does not.
       seed: of the random numbers.
       eos_id: the token that ends a row; it is not part of the result. None: rows end at `max_new_tokens`.
-      on_tokens: called with a row's index and its next new tokens, as soon as they are there.
+      batch_size: prompts that are continued at a time. None: all.
+      on_tokens: called with a prompt's index and its next new tokens as soon as they are there, and with an empty list
+        when there will be no more.
 
     Returns:
       The new tokens of each prompt, without the prompt.
@@ -75,21 +75,43 @@ def generate(
     _require(0 <= seed < 2**32, f"seed must lie between 0 and 2**32 - 1, got {seed}")
     if eos_id is not None:
         _require(0 <= eos_id < vocab_size, f"eos_id {eos_id} is outside the vocabulary of {vocab_size}")
-    rows: list[list[int]] = [[] for _ in prompts]
+    _require(batch_size is None or batch_size >= 1, f"batch_size must be 1 or more, got {batch_size}")
     if not prompts:
-        return rows
-    keys = _row_keys(prompts, seed)
-    for block in _token_blocks(Decoder(model), prompts, rule, keys, max_new_tokens, eos_id):
-        for row, tokens in enumerate(block):
+        return []
+    decoder, keys = Decoder(model), _row_keys(prompts, seed)
+    results: list[list[int]] = []
+    while len(results) < len(prompts):
+        first = len(results)
+        part = slice(first, len(prompts) if batch_size is None else first + batch_size)
+        blocks = _token_blocks(decoder, prompts[part], rule, keys[part], max_new_tokens, eos_id)
+        results += _collect(blocks, len(prompts[part]), first, on_tokens or (lambda row, tokens: None))
+    return results
+
+
+def _collect(
+    blocks: Iterator[np.ndarray], num_rows: int, first_row: int, on_tokens: Callable[[int, list[int]], None]
+) -> list[list[int]]:
+    """The tokens of each row of a batch, from its blocks."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    open_rows = dict.fromkeys(range(num_rows))
+    for block in blocks:
+        for row in list(open_rows):
+            tokens = block[row]
             if _NOT_FINITE in tokens:
+                position = len(rows[row]) + int(np.argmax(tokens == _NOT_FINITE))
                 raise SamplingError(
-                    f"row {row}: the logits of new token {len(rows[row]) + int(np.argmax(tokens == _NOT_FINITE))} are "
-                    f"not finite; the model's parameters are damaged, or too large for {model.config.dtype}"
+                    f"prompt {first_row + row}: the logits of new token {position} are not finite: the model's "
+                    f"parameters are damaged, or too large for its dtype"
                 )
             new = tokens[tokens != _FINISHED].tolist()
             rows[row] += new
-            if new and on_tokens is not None:
-                on_tokens(row, new)
+            if new:
+                on_tokens(first_row + row, new)
+            if len(new) < len(tokens):
+                del open_rows[row]
+                on_tokens(first_row + row, [])
+    for row in open_rows:
+        on_tokens(first_row + row, [])
     return rows
 
 
@@ -128,7 +150,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _row_keys(prompts: Sequence[Sequence[int]], seed: int) -> Array:
-    """One key for each row, from the seed, the prompt and the number of equal prompts before it."""
+    """One key for each prompt, from the seed, the prompt and the number of equal prompts before it."""
     digests = [zlib.crc32(np.asarray(prompt, "<u4").tobytes()) for prompt in prompts]
     before: Counter[int] = Counter()
     copies = []
@@ -166,8 +188,8 @@ def _token_blocks(
     """New tokens of all rows, [B, up to STEPS_PER_CALL] at a time; the device computes one block ahead of the host."""
     graphdef, params = nnx.split(decoder)
     eos_id = jnp.int32(_FINISHED if eos_id is None else eos_id)
-    capacity = _round_up(max(map(len, prompts)) + max_new_tokens - 1)  # the last token is never read
-    hidden, cache = _read_prompts(graphdef, params, prompts, capacity)
+    capacity = cache_capacity(max(map(len, prompts)) + max_new_tokens - 1)  # the last token is never read
+    hidden, cache = prefill(graphdef, params, prompts, capacity)
     rows = _first_tokens(graphdef, params, rule, hidden, cache, keys, _seen(prompts, decoder, rule), eos_id)
     block, num_chosen = jnp.copy(rows.token)[:, None], 1
     while block is not None:
@@ -188,69 +210,6 @@ def _seen(prompts: Sequence[Sequence[int]], decoder: Decoder, rule: TokenRule) -
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
     return seen
-
-
-def _read_prompts(
-    graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Sequence[int]], capacity: int
-) -> tuple[Float[Array, "B D"], ModelCache]:
-    """The hidden state of each prompt's last token, and the cache after it."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    hidden, cache = _empty(graphdef, params, len(prompts), capacity)
-    start = 0
-    for size in prefill_chunks(int(lengths.max()), len(prompts)):
-        tokens = np.zeros((len(prompts), size), np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[start : start + size]
-            tokens[row, : len(part)] = part
-        hidden, cache = _read_chunk(graphdef, params, tokens, lengths - start, hidden, cache)
-        start += size
-    return hidden, cache
-
-
-def prefill_chunks(num_tokens: int, num_rows: int) -> list[int]:
-    """Tokens of a row in each call that reads prompts: full chunks, then a power of two. Few shapes, few compilations.
-
-    Args:
-      num_tokens: of the longest prompt.
-      num_rows: prompts; the more there are, the shorter the chunks.
-    """
-    limit = max(MIN_PREFILL_CHUNK, min(MAX_PREFILL_CHUNK, PREFILL_TOKENS // num_rows))
-    chunk = 1 << (limit.bit_length() - 1)
-    rest = num_tokens % chunk
-    last = [] if rest == 0 else [max(MIN_PREFILL_CHUNK, 1 << (rest - 1).bit_length())]
-    return [chunk] * (num_tokens // chunk) + last
-
-
-def _round_up(num_tokens: int) -> int:
-    """The next multiple of an eighth of the next power of two: at most four cache sizes to compile for an octave."""
-    unit = max(MIN_PREFILL_CHUNK, (1 << (num_tokens - 1).bit_length()) // 8)
-    return -(-num_tokens // unit) * unit
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_rows", "capacity"))
-def _empty(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int) -> tuple[Array, ModelCache]:
-    decoder = nnx.merge(graphdef, params)
-    hidden = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)
-    return hidden, decoder.init_cache(num_rows, capacity)
-
-
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("hidden", "cache"))
-def _read_chunk(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    tokens: Int[Array, "B T"],
-    num_left: Int[Array, " B"],
-    hidden: Float[Array, "B D"],
-    cache: ModelCache,
-) -> tuple[Float[Array, "B D"], ModelCache]:
-    """Reads one chunk of prompts of which `num_left` tokens were left; `hidden` changes where a prompt ends in it."""
-    indices = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    is_token = (indices < num_left[:, None]).astype(jnp.int32)
-    new, cache = nnx.merge(graphdef, params).extend(tokens, cache, is_token)
-    last = num_left - 1
-    ends_here = (last >= 0) & (last < tokens.shape[1])
-    at_last = jnp.take_along_axis(new, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(ends_here[:, None], at_last, hidden), cache
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("cache", "seen"))

@@ -96,7 +96,7 @@ def rat_mix(
         projected, [width, 2 * width, 3 * width, 3 * width + num_groups * head_dim], axis=-1
     )
     heads = (batch, tokens, num_heads, head_dim)
-    value, gate = value.reshape(heads), gate.astype(jnp.float32).reshape(heads) + gate_bias.reshape(heads[2:])
+    value, gate = value.reshape(heads), gate.astype(jnp.float32).reshape(heads) + gate_bias.reshape(1, 1, *heads[2:])
     query, key = (
         jnp.tile(x.reshape(batch, tokens, num_groups, head_dim), (1, 1, num_heads // num_groups, 1))
         for x in (query, key)
@@ -150,7 +150,7 @@ def _summarise(
         at = jnp.broadcast_to(at, (batch, blocks))
         key, value = running_key[:, at[0]], running_value[:, at[0]]
     else:
-        at = jnp.arange(0, blocks * size, size) + jnp.argmax(ends, axis=-1)
+        at = jnp.arange(0, blocks * size, size)[None] + jnp.argmax(ends, axis=-1)
         key, value = (jnp.take_along_axis(x, at[:, :, None, None], axis=1) for x in (running_key, running_value))
 
     def pick(x):

@@ -23,5 +23,5 @@ def angles(
 ) -> tuple[Float32[Array, "B T H/2"], Float32[Array, "B T H/2"]]:
     """Cosine and sine of every rotation angle."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    phases = positions[..., None].astype(jnp.float32) * frequencies
+    phases = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(phases), jnp.sin(phases)

@@ -1,0 +1,62 @@
+# make train   a RAT model learns from real text, is evaluated and writes a sample: minutes on a laptop
+# make test    lint and the whole test suite
+# Each sets up what it needs in .venv first. PYTHON names another interpreter: make train PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/default
+CORPUS := data/python-stdlib-bytes
+# Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
+TPU_VENV ?= .venv-tpu
+
+.PHONY: train test lint test-slow test-gpu test-tpu clean
+
+train: $(VENV)/ready
+	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out $(CORPUS)
+	$(BIN)/python train.py --config=configs/default.py --workdir=$(WORKDIR)
+	$(BIN)/python eval.py --workdir=$(WORKDIR)
+	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "def " --max_new_tokens 300 --temperature 0.7
+
+test: $(VENV)/ready-for-tests test-tpu
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not gpu and not tpu"
+
+lint: $(VENV)/ready-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-slow: $(VENV)/ready-for-tests
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: # in the environment at hand, where jax sees a GPU
+	$(PYTHON) -m pytest -m gpu
+
+test-tpu: $(TPU_VENV)/ready
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m tpu
+
+clean:
+	rm -rf $(VENV) $(TPU_VENV)
+
+define new-venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; name one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+endef
+
+$(VENV)/ready: requirements.txt
+	$(call new-venv,$(VENV))
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/ready-for-tests: requirements.txt requirements-test.txt
+	$(call new-venv,$(VENV))
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	@touch $@ $(VENV)/ready
+
+$(TPU_VENV)/ready: requirements.txt requirements-tpu.txt
+	$(call new-venv,$(TPU_VENV))
+	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt pytest pytest-timeout
+	@touch $@

@@ -1,0 +1,16 @@
+"""RAT at 1.3 billion parameters, chunks of 16 tokens (arXiv 2507.04416).
+
+The recipe and the figures to expect are those of `configs/attention_1b.py`.
+
+  python train.py --config=configs/rat_1b.py --workdir=runs/rat_1b
+"""
+
+from ml_collections import config_dict
+
+from configs import attention_1b
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = attention_1b.get_config()
+    config.model.pattern = ("rat",)
+    return config

@@ -1,0 +1,169 @@
+"""What every pattern of mixers must hold: one forward for all uses, causality, documents, padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.model import LanguageModel
+from tests.small import PATTERNS, small_model
+
+TOKENS = 14  # three chunks of 4 and a part of one; nearly three windows of 5
+ATOL = 2e-5  # of logits of order 10, float32
+
+
+@pytest.fixture(scope="module", params=PATTERNS, ids="+".join)
+def functions(request):
+    return Functions(small_model(request.param, num_layers=len(request.param)))
+
+
+class Functions:
+    """Jitted forms of a model, compiled once for each shape."""
+
+    def __init__(self, model: LanguageModel):
+        graphdef, params = nnx.split(model)
+        self.model = model
+        forward = jax.jit(lambda params, tokens, segments: nnx.merge(graphdef, params)(tokens, segments))
+        extend = jax.jit(lambda params, *args: nnx.merge(graphdef, params).extend(*args))
+        self.forward = lambda tokens, segments=None: forward(params, tokens, segments)
+        self.extend = lambda tokens, cache, segments=None: extend(params, tokens, cache, segments)
+
+
+def random_tokens(rows: int, tokens: int = TOKENS, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (rows, tokens), 0, 31)
+
+
+def test_one_pass_equals_prefill_and_steps_at_every_split(functions):
+    tokens = random_tokens(2)
+    whole = functions.forward(tokens)
+    cache = functions.model.init_cache(2, TOKENS)
+    for t in range(TOKENS):  # `cache` holds the first t tokens, read one by one
+        rest, _ = functions.extend(tokens[:, t:], cache)
+        np.testing.assert_allclose(rest, whole[:, t:], atol=ATOL, rtol=0)
+        step, cache = functions.extend(tokens[:, t : t + 1], cache)
+        np.testing.assert_allclose(step[:, 0], whole[:, t], atol=ATOL, rtol=0)
+    for split in range(1, TOKENS):
+        _, cache = functions.extend(tokens[:, :split], functions.model.init_cache(2, TOKENS))
+        for t in range(split, TOKENS):
+            step, cache = functions.extend(tokens[:, t : t + 1], cache)
+            np.testing.assert_allclose(step[:, 0], whole[:, t], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padded-right", "padded-left"])
+def test_ragged_rows_equal_each_row_alone(functions, left):
+    lengths = [1, 4, 9, TOKENS]
+    tokens = random_tokens(len(lengths))
+    columns = np.arange(TOKENS)[None]
+    lengths_column = np.array(lengths)[:, None]
+    segments = (columns >= TOKENS - lengths_column) if left else (columns < lengths_column)
+    segments = jnp.array(segments, jnp.int32)
+    logits, cache = functions.extend(tokens, functions.model.init_cache(4, 32), segments)
+    more = random_tokens(len(lengths), 7, seed=1)
+    # The second part is ragged too, and padded on the other side.
+    more_segments = jnp.array([[1] * 7, [0] * 3 + [1] * 4, [0] * 7, [1] * 7], jnp.int32)
+    more_logits, _ = functions.extend(more, cache, more_segments)
+    for row in range(len(lengths)):
+        first, second = segments[row] == 1, more_segments[row] == 1
+        alone = functions.forward(jnp.concatenate([tokens[row][first], more[row][second]])[None])[0]
+        batched = np.concatenate([logits[row][first], more_logits[row][second]])
+        np.testing.assert_allclose(batched, alone, atol=ATOL, rtol=0)
+
+
+SEGMENTS = [[1] * 3 + [2] * 6 + [0] * 2 + [3] * 3, [4] * 1 + [2] * 5 + [3] * 8]
+
+
+def test_packed_documents_equal_each_alone(functions):
+    tokens, segments = random_tokens(2), jnp.array(SEGMENTS)
+    packed = functions.forward(tokens, segments)
+    _, first_cache = functions.extend(tokens[:, :7], functions.model.init_cache(2, TOKENS), segments[:, :7])
+    cached, _ = functions.extend(tokens[:, 7:], first_cache, segments[:, 7:])
+    for row in range(2):
+        for document in set(SEGMENTS[row]) - {0}:
+            inside = segments[row] == document
+            alone = functions.forward(tokens[row][inside][None])[0]
+            np.testing.assert_allclose(packed[row][inside], alone, atol=ATOL, rtol=0)
+            later = int(inside[7:].sum())
+            np.testing.assert_allclose(cached[row][inside[7:]], alone[len(alone) - later :], atol=ATOL, rtol=0)
+
+
+def test_no_token_depends_on_a_later_one_or_on_another_document(functions):
+    tokens, segments = random_tokens(1), jnp.array(SEGMENTS[:1])
+    graphdef, params = nnx.split(functions.model)
+
+    def one_logit(offsets, at, segments):
+        model = nnx.merge(graphdef, params)
+        # Offsets of the embedded tokens: what the logit at `at` depends on has a gradient.
+        embed = model._embed
+        object.__setattr__(model, "_embed", lambda tokens: embed(tokens) + offsets)
+        return model(tokens, segments)[0, at, 3]
+
+    gradient = jax.jit(jax.grad(one_logit))
+    offsets = jnp.zeros((1, TOKENS, functions.model.config.width))
+    for at in (0, 3, 4, TOKENS - 1):
+        reached = np.abs(gradient(offsets, at, None)).max(axis=(0, 2)) > 0
+        assert not reached[at + 1 :].any()
+        assert reached[at]
+    for at in (2, 3, 8, 12):
+        reached = np.abs(gradient(offsets, at, segments)).max(axis=(0, 2)) > 0
+        assert not reached[np.array(SEGMENTS[0]) != SEGMENTS[0][at]].any()
+        assert reached[at]
+
+
+def test_padding_changes_nothing_and_gradients_stay_finite(functions):
+    graphdef, params = nnx.split(functions.model)
+    tokens, segments = random_tokens(2), jnp.array([[0] * TOKENS, [0] * 3 + [1] * 6 + [0] * 5])
+
+    @jax.jit
+    def gradients(tokens):
+        def loss(params):
+            logits = nnx.merge(graphdef, params)(tokens, segments)
+            return jnp.sum(jnp.where((segments == 1)[..., None], logits, 0.0) ** 2)
+
+        return jax.grad(loss)(params)
+
+    first = gradients(tokens)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(first))
+    other = jnp.where(segments == 1, tokens, (tokens + 5) % 31)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(gradients(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_remat_changes_no_gradient(remat):
+    tokens = random_tokens(2, 12)
+
+    def gradients(model):
+        graphdef, params = nnx.split(model)
+        return jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(tokens) ** 2)))(params)
+
+    pattern = ("rat", "local_attention")
+    plain, recomputed = gradients(small_model(pattern)), gradients(small_model(pattern, remat=remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def test_bfloat16_stays_near_float32():
+    tokens = random_tokens(2)
+    pattern = ("rat", "local_attention")
+    exact = small_model(pattern)(tokens)
+    rounded = small_model(pattern, dtype="bfloat16")(tokens)
+    assert rounded.dtype == jnp.float32
+    assert np.sqrt(np.mean((rounded - exact) ** 2)) < 0.05 * np.std(exact)
+
+
+def test_parameters_are_stacked_float32_and_named_by_place():
+    state = nnx.state(small_model(("rat", "local_attention"), num_layers=4))
+    shapes = {"/".join(path): (param[...].shape, param[...].dtype) for path, param in nnx.to_flat_state(state)}
+    assert shapes["blocks/00_rat/mixer/in_proj/kernel"] == ((2, 16, 3 * 16 + 2 * 2 * 4), jnp.float32)
+    assert shapes["blocks/01_local_attention/mlp/up/kernel"] == ((2, 16, 32), jnp.float32)
+    assert all(dtype == jnp.float32 for _, dtype in shapes.values())
+
+
+def test_compiled_size_does_not_grow_with_depth():
+    def operations(layers):
+        graphdef, params = nnx.split(small_model(("rat", "local_attention"), num_layers=layers))
+        lowered = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)).lower(params, random_tokens(1))
+        return lowered.as_text().count("\n")
+
+    assert operations(2) == operations(8)

@@ -38,64 +38,95 @@ def rat_attention_forward(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
-    ONE_LOOP: tl.constexpr,  # mask every block: fewer loops to start, for short rows
+    GROUPED: tl.constexpr,  # a program goes through the heads of a group
+    EARLY: tl.constexpr,  # read z and the own value before the summaries
     PRECISION: tl.constexpr,
 ):
-    """One program computes QUERIES tokens of one head; the last blocks of queries, the longest, start first."""
+    """One program computes QUERIES tokens, of one head or of a group's; the last blocks, the longest, start first."""
     D: tl.constexpr = N * H
-    WIDTH: tl.constexpr = 3 * D + 2 * G * H
     blocks = tl.cdiv(tokens, QUERIES)
-    if HEADS_FIRST:
-        n = tl.program_id(0) % N
-        block = blocks - 1 - tl.program_id(0) // N
-    else:
-        n = tl.program_id(0) // blocks
-        block = blocks - 1 - tl.program_id(0) % blocks
     row = tl.program_id(1).to(tl.int64)
-    slots = tl.cdiv(tokens, L)
-    start = block * QUERIES
+    if GROUPED:
+        g = tl.program_id(0) % G
+        start = (blocks - 1 - tl.program_id(0) // G) * QUERIES
+    else:
+        g = tl.program_id(0) // blocks
+        start = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
     token = start + tl.arange(0, QUERIES)
     channel = tl.arange(0, PADDED)
     in_row = token < tokens
     mask = in_row[:, None] & (channel < H)[None, :]
-    offset = (row * tokens + token)[:, None]
-
-    q = tl.load(rotated_queries + offset * (G * H) + (n % G) * H + channel[None, :], mask=mask, other=0.0)
-    own = tl.load(own_scores + (row * N + n) * tokens + token, mask=in_row, other=0.0)
-    m = own
-    acc = tl.zeros([QUERIES, PADDED], tl.float32)
-    weight = tl.full([QUERIES], 1.0, tl.float32)
-
+    at = (row * tokens + token)[:, None] * (G * H) + (g % G) * H + channel[None, :]
+    q = tl.load(rotated_queries + at, mask=mask, other=0.0)
     segment = token
-    begin = 0
     if SEGMENTED:
         segment = tl.load(segment_ids + row * tokens + token, mask=in_row, other=0)
         begin = tl.load(first_slots + row * tokens + start) // KEYS * KEYS
         whole = begin
         end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
     else:
-        whole = 0 if ONE_LOOP else start // L // KEYS * KEYS
+        begin = 0
+        whole = start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L
-    key_base = summary_keys + row * slots * D + n * H
-    value_base = summary_values + row * slots * D + n * H
-    slot_base = row * slots
+    slot_base = row * tl.cdiv(tokens, L)
+    if GROUPED:
+        for n in range(g, N, G):
+            _one_head(
+                projected, running_values, own_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
+                slot_tokens + slot_base, slot_segments + slot_base, out, lse,
+                q, row, n, token, segment, begin, whole, end, tokens,
+                N, G, L, H, KEYS, PADDED, SEGMENTED, EARLY, PRECISION,
+            )  # fmt: skip
+    else:
+        _one_head(
+            projected, running_values, own_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
+            slot_tokens + slot_base, slot_segments + slot_base, out, lse,
+            q, row, g, token, segment, begin, whole, end, tokens,
+            N, G, L, H, KEYS, PADDED, SEGMENTED, EARLY, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_head(
+    projected, running_values, own_scores, summary_keys, summary_values, slot_tokens, slot_segments, out, lse,
+    q, row, n, token, segment, begin, whole, end, tokens,
+    N: tl.constexpr, G: tl.constexpr, L: tl.constexpr, H: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr,
+    SEGMENTED: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The output of a block of tokens for one head, through both loops: blocks that all tokens see, then the rest."""
+    D: tl.constexpr = N * H
+    WIDTH: tl.constexpr = 3 * D + 2 * G * H
+    channel = tl.arange(0, PADDED)
+    in_row = token < tokens
+    mask = in_row[:, None] & (channel < H)[None, :]
+    offset = (row * tokens + token)[:, None]
+    narrow = offset * D + n * H + channel[None, :]
+    wide = offset * WIDTH + n * H + channel[None, :]
+    scores_at = (row * N + n) * tokens + token
+    own = tl.load(own_scores + scores_at, mask=in_row, other=0.0)
+    if EARLY:
+        value = tl.load(running_values + narrow, mask=mask, other=0.0)
+        z = tl.load(projected + wide, mask=mask, other=0.0)
+    m = own
+    weight = tl.zeros_like(own) + 1.0
+    acc = tl.zeros([q.shape[0], PADDED], tl.float32)
     for first in range(begin, whole, KEYS):
         m, weight, acc = _attend(
-            q, m, weight, acc, key_base, value_base, slot_tokens + slot_base, slot_segments + slot_base, first, end,
+            q, m, weight, acc, summary_keys + n * H, summary_values + n * H, slot_tokens, slot_segments, first, end,
             token, segment, D, L, H, KEYS, PADDED, False, SEGMENTED, PRECISION,
         )  # fmt: skip
     for first in range(whole, end, KEYS):
         m, weight, acc = _attend(
-            q, m, weight, acc, key_base, value_base, slot_tokens + slot_base, slot_segments + slot_base, first, end,
+            q, m, weight, acc, summary_keys + n * H, summary_values + n * H, slot_tokens, slot_segments, first, end,
             token, segment, D, L, H, KEYS, PADDED, True, SEGMENTED, PRECISION,
         )  # fmt: skip
-    value = tl.load(running_values + offset * D + n * H + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(projected + offset * WIDTH + n * H + channel[None, :], mask=mask, other=0.0)
-    acc += value * tl.exp2(own - m)[:, None]
-    result = acc / weight[:, None] * tl.sigmoid(z.to(tl.float32))
-    tl.store(out + offset * D + n * H + channel[None, :], result.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + (row * N + n) * tokens + token, m + tl.log2(weight), mask=in_row)
+    if not EARLY:
+        value = tl.load(running_values + narrow, mask=mask, other=0.0)
+        z = tl.load(projected + wide, mask=mask, other=0.0)
+    share = tl.exp2(own - m) / weight
+    y = acc * (1.0 / weight)[:, None] + value.to(tl.float32) * share[:, None]
+    tl.store(out + narrow, (y * tl.sigmoid(z.to(tl.float32))).to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + scores_at, m + tl.log2(weight), mask=in_row)
 
 
 @triton.jit
@@ -161,7 +192,7 @@ def forward_launch(problem: Problem) -> Launch:
     queries, keys, num_warps, num_stages = forward_blocks(p)
     return Launch(
         kernel=rat_attention_forward,
-        grid=(p.num_heads * cdiv(p.tokens, queries), p.batch),
+        grid=((p.num_groups if is_short(p) else p.num_heads) * cdiv(p.tokens, queries), p.batch),
         integers=(p.tokens,),
         outputs=(
             ((p.batch, p.tokens, p.width), p.dtype),
@@ -169,8 +200,8 @@ def forward_launch(problem: Problem) -> Launch:
         ),
         constants=(
             *attention_constants(p, queries, keys),
-            ("HEADS_FIRST", is_short(p)),
-            ("ONE_LOOP", is_short(p)),
+            ("GROUPED", is_short(p)),
+            ("EARLY", is_short(p)),
         ),
         num_warps=num_warps,
         num_stages=num_stages,

@@ -78,7 +78,6 @@ def rat_queries_backward(
     H: tl.constexpr,
     SEGMENTED: tl.constexpr,
     SOFTMAX_SCALE: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -109,7 +108,7 @@ def rat_queries_backward(
         whole = begin
         end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
     else:
-        whole = 0 if ONE_LOOP else start // L // KEYS * KEYS
+        whole = start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L
     slot_base = row * slots
     for n in range(g, N, G):
@@ -301,7 +300,6 @@ def queries_launch(problem: Problem) -> Launch:
         constants=(
             *attention_constants(p, queries, keys),
             ("SOFTMAX_SCALE", 1 / math.sqrt(p.head_dim)),
-            ("ONE_LOOP", is_short(p)),
         ),
         num_warps=num_warps,
         num_stages=num_stages,

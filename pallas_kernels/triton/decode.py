@@ -309,7 +309,7 @@ def attend_launch(p: Problem, capacity: int, splits: int) -> Launch:
         integers=(capacity,),
         outputs=(((*part, p.head_dim), "float32"), (part, "float32"), (part, "float32")),
         constants=_constants(p, splits),
-        num_warps=4,
+        num_warps=2,
         num_stages=1,
     )
 
@@ -322,7 +322,7 @@ def step_launch(p: Problem, capacity: int, splits: int) -> Launch:
         integers=(capacity,),
         outputs=(((p.batch, 1, p.width), p.dtype),),
         constants=_constants(p, splits),
-        num_warps=4,
+        num_warps=2,
         num_stages=1,
         overwritten=(9, 10, 11, 12),
     )

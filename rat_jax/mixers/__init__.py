@@ -12,7 +12,7 @@ from rat_jax.mixers.attention import Attention, AttentionCache
 from rat_jax.mixers.local_attention import LocalAttention, LocalAttentionCache
 from rat_jax.mixers.rat import Rat
 from rat_jax.mixers.rnn import Rnn, RnnCache
-from rat_jax.ops.rat import RatState
+from rat_jax.ops.rat_types import RatState
 
 Mixer = Attention | LocalAttention | Rnn | Rat
 MixerCache = AttentionCache | LocalAttentionCache | RnnCache | RatState

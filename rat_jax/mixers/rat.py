@@ -6,7 +6,8 @@ from flax import nnx
 from rat_jax.config import ModelConfig
 from rat_jax.layers import projection, timescale_gate_bias
 from rat_jax.layout import TokenLayout
-from rat_jax.ops.rat import RatState, rat_mix
+from rat_jax.ops.rat import rat_mix
+from rat_jax.ops.rat_types import RatState
 from rat_jax.shapes import Array, Float
 
 

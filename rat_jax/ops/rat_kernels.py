@@ -1,0 +1,144 @@
+"""The RAT mixing op by kernels: one differentiable function over the kernels of every platform."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.layout import TokenLayout
+from rat_jax.ops import rat_xla
+from rat_jax.ops.platform import devices, expected_platform, on_each_device
+from rat_jax.ops.rat_types import RatSizes, RatState
+from rat_jax.shapes import Array, Float, Float32
+
+_PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
+
+
+def candidate() -> str | None:
+    """The kernel that is worth tracing here; which body runs is settled when the program is lowered."""
+    match expected_platform():
+        case "gpu" | "cuda":
+            return "triton"
+        case "tpu":
+            return "pallas_tpu"
+        case _:
+            return None
+
+
+def refusal(kernel: str, sizes: RatSizes, projected: Float[Array, "B T X"], state: RatState | None) -> str | None:
+    """Why a kernel cannot run a call and what comes nearest; None where it can."""
+    if state is not None:
+        return "it takes no state; implementation 'xla' does"
+    if projected.shape[0] % devices():
+        return f"{projected.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
+    if kernel == "triton":
+        from pallas_kernels.triton import problem
+
+        return problem.refusal(
+            problem.problem_of(
+                projected.shape,
+                projected.dtype.name,
+                num_heads=sizes.num_heads,
+                num_groups=sizes.num_groups,
+                chunk_size=sizes.chunk_size,
+                rope=sizes.rope_base is not None,
+                segmented=False,
+            )
+        )
+    from pallas_kernels.tpu import rat as tpu
+
+    return tpu.refusal(
+        projected.shape, projected.dtype, width=sizes.width, num_groups=sizes.num_groups, rope_base=sizes.rope_base
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def mix(
+    kernel: str,
+    fall_back: bool,
+    sizes: RatSizes,
+    projected: Float[Array, "B T 3*D+2*G*H"],
+    gate_bias: Float32[Array, " D"],
+    layout: TokenLayout,
+) -> Float[Array, "B T D"]:
+    """See `rat_jax.ops.rat.rat_mix`. On the devices of a mesh, each runs the kernels on its own batch rows.
+
+    Args:
+      kernel: "triton" or "pallas_tpu".
+      fall_back: lowered for another platform than the kernel's, run the plain XLA body instead.
+      sizes: of the op.
+      projected: z, v, g, q, k.
+      gate_bias: of the forget gate.
+      layout: of the tokens.
+    """
+    return _forward(kernel, fall_back, sizes, projected, gate_bias, layout)[0]
+
+
+def _forward(kernel, fall_back, sizes, projected, gate_bias, layout):
+    def run(*arguments):
+        return _kernel_forward(kernel, sizes, *arguments)
+
+    def plain(projected, gate_bias, layout):
+        kept = jax.eval_shape(run, projected, gate_bias, layout)[1]
+        out = rat_xla.mix(sizes, projected, gate_bias, layout).out
+        return out, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)  # its backward needs none of them
+
+    settled = _by_platform(kernel, run, plain if fall_back else None)
+    out, kept = on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout)
+    return out, (kept, projected, gate_bias, layout)
+
+
+def _backward(kernel, fall_back, sizes, residuals, d_out):
+    def run(*arguments):
+        return _kernel_backward(kernel, sizes, *arguments)
+
+    def plain(kept, projected, gate_bias, layout, d_out):
+        del kept
+        _, pull = jax.vjp(lambda p, b: rat_xla.mix(sizes, p, b, layout).out, projected, gate_bias)
+        return pull(d_out)
+
+    settled = _by_platform(kernel, run, plain if fall_back else None)
+    d_projected, d_gate_bias = on_each_device(settled, replicated=(2,), summed=(1,))(*residuals, d_out)
+    return d_projected, d_gate_bias, None
+
+
+mix.defvjp(_forward, _backward)
+
+
+def _by_platform(kernel: str, run, plain):
+    if plain is None:
+        return run
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
+
+
+def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, layout) -> tuple[Array, Any]:
+    if kernel == "triton":
+        from pallas_kernels.triton import rat as triton  # imports Triton, which machines without a GPU may lack
+
+        return triton.rat_forward(
+            projected, gate_bias, num_heads=sizes.num_heads, **_options(sizes), **_documents(layout)
+        )
+    from pallas_kernels.tpu import rat as tpu
+
+    return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(layout))
+
+
+def _kernel_backward(kernel: str, sizes: RatSizes, kept, projected, gate_bias, layout, d_out) -> tuple[Array, Array]:
+    if kernel == "triton":
+        from pallas_kernels.triton import rat as triton
+
+        return triton.rat_backward(
+            kept, projected, gate_bias, d_out, num_heads=sizes.num_heads, **_options(sizes), **_documents(layout)
+        )
+    from pallas_kernels.tpu import rat as tpu
+
+    return tpu.rat_backward(kept, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
+
+
+def _options(sizes: RatSizes) -> dict[str, Any]:
+    return {"num_groups": sizes.num_groups, "chunk_size": sizes.chunk_size, "rope_base": sizes.rope_base}
+
+
+def _documents(layout: TokenLayout) -> dict[str, Array]:
+    return {} if layout.contiguous else {"segment_ids": layout.segment_ids, "positions": layout.positions}

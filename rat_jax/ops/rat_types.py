@@ -1,0 +1,69 @@
+"""What all bodies of the RAT mixing op agree on: static sizes, results, and the state of a row."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.shapes import Array, Float, Float32, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RatSizes:
+    """Static sizes of a call beside those of its arrays."""
+
+    width: int  # D
+    num_heads: int  # N
+    num_groups: int  # G
+    chunk_size: int  # L
+    rope_base: float | None  # None: no rotation
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def projected_width(self) -> int:
+        """Channels of `projected`: z, v, g (D each), q and k (G H each)."""
+        return 3 * self.width + 2 * self.num_groups * self.head_dim
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RatState:
+    """What later tokens need to know of a row: the running pair and the summaries of all full chunks.
+
+    A chunk that its document ended inside is never attended to, so that T tokens leave at most T // L summaries.
+    """
+
+    key: Float32[Array, "B N H"]  # running k~, not rotated
+    value: Float32[Array, "B N H"]  # running v~
+    summary_key: Float[Array, "B C N H"]  # rotated by the chunk's position in its document
+    summary_value: Float[Array, "B C N H"]
+    summary_segment_ids: Int[Array, "B C"]  # 0 where no summary has been written
+    num_summaries: Int[Array, " B"]
+
+    @classmethod
+    def empty(
+        cls, batch_size: int, capacity: int, num_heads: int, head_dim: int, chunk_size: int, dtype: jnp.dtype
+    ) -> "RatState":
+        """The state before the first token, with room for `capacity` tokens a row."""
+        chunks = max(1, capacity // chunk_size)
+        running = jnp.zeros((batch_size, num_heads, head_dim), jnp.float32)
+        summaries = jnp.zeros((batch_size, chunks, num_heads, head_dim), dtype)
+        return cls(
+            key=running,
+            value=running,
+            summary_key=summaries,
+            summary_value=summaries,
+            summary_segment_ids=jnp.zeros((batch_size, chunks), jnp.int32),
+            num_summaries=jnp.zeros((batch_size,), jnp.int32),
+        )
+
+
+class RatMixed(NamedTuple):
+    """The mixed tokens and, where a state was given, the state after them."""
+
+    out: Float[Array, "B T D"]
+    state: RatState | None

@@ -1,0 +1,145 @@
+"""The RAT mixing op in plain XLA: the body that runs everywhere, with caches; kernels are compared with it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.layout import TokenLayout
+from rat_jax.ops.attention import Place, attention
+from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
+from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.ops.rope import rotate
+from rat_jax.shapes import Array, Float, Float32, Int
+
+
+def mix(
+    sizes: RatSizes,
+    projected: Float[Array, "B T 3*D+2*G*H"],
+    gate_bias: Float32[Array, " D"],
+    layout: TokenLayout,
+    state: RatState | None = None,
+) -> RatMixed:
+    """See `rat_jax.ops.rat.rat_mix`; memory grows with T, not with T C."""
+    batch, tokens, _ = projected.shape
+    width, head_dim, chunk_size = sizes.width, sizes.head_dim, sizes.chunk_size
+    z, value, gate, query, key = jnp.split(
+        projected, [width, 2 * width, 3 * width, 3 * width + sizes.num_groups * head_dim], axis=-1
+    )
+    heads = (batch, tokens, sizes.num_heads, head_dim)
+    value, gate = value.reshape(heads), gate.astype(jnp.float32).reshape(heads) + gate_bias.reshape(1, 1, *heads[2:])
+    query, key = (
+        jnp.tile(x.reshape(batch, tokens, sizes.num_groups, head_dim), (1, 1, sizes.num_heads // sizes.num_groups, 1))
+        for x in (query, key)
+    )
+    with jax.named_scope("chunk_recurrence"):
+        scan = {
+            "starts": layout.starts(chunk_size),
+            "is_token": layout.is_token,
+            "block_size": min(chunk_size, 256),
+        }
+        running_key = gated_recurrence(gate, key, initial_state=None if state is None else state.key, **scan)
+        running_value = gated_recurrence(gate, value, initial_state=None if state is None else state.value, **scan)
+    with jax.named_scope("chunk_summaries"):
+        summaries = _summarise(sizes, running_key, running_value, layout, projected.dtype)
+    with jax.named_scope("chunk_attention"):
+        own_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
+        if sizes.rope_base is not None:
+            query = rotate(query, layout.positions // chunk_size, sizes.rope_base)
+        extended = None if state is None else _extend(state, running_key[:, -1], running_value[:, -1], summaries)
+        mixed = _attend(query, own_score, running_value, layout, summaries, state, extended)
+    out = (jax.nn.sigmoid(z.astype(jnp.float32)) * mixed.reshape(batch, tokens, width)).astype(projected.dtype)
+    return RatMixed(out, extended)
+
+
+class _Summaries(NamedTuple):
+    """One slot for each L tokens of the call: at most one chunk is completed among them."""
+
+    key: Float[Array, "B C N H"]
+    value: Float[Array, "B C N H"]
+    segment_ids: Int[Array, "B C"]  # 0: no chunk is completed among these tokens
+    order: Int[Array, "B C"]  # of the token that completed the chunk
+
+
+def _summarise(
+    sizes: RatSizes, running_key: Array, running_value: Array, layout: TokenLayout, dtype: jnp.dtype
+) -> _Summaries:
+    batch, tokens = layout.positions.shape
+    chunk_size = sizes.chunk_size
+    size = min(chunk_size, tokens)
+    blocks = -(-tokens // size)
+    ends = jnp.pad(layout.ends(chunk_size), [(0, 0), (0, blocks * size - tokens)]).reshape(batch, blocks, size)
+    found = ends.any(axis=-1)
+    if layout.contiguous:
+        at = jnp.minimum(jnp.arange(size - 1, blocks * size, size), tokens - 1)
+        at = jnp.broadcast_to(at, (batch, blocks))
+        key, value = running_key[:, at[0]], running_value[:, at[0]]
+    else:
+        at = jnp.arange(0, blocks * size, size)[None] + jnp.argmax(ends, axis=-1)
+        key, value = (jnp.take_along_axis(x, at[:, :, None, None], axis=1) for x in (running_key, running_value))
+
+    def pick(x):
+        return jnp.take_along_axis(x, at, axis=1)
+
+    if sizes.rope_base is not None:
+        key = rotate(key, pick(layout.positions) // chunk_size, sizes.rope_base)
+    return _Summaries(
+        key=key.astype(dtype),
+        value=value.astype(dtype),
+        segment_ids=jnp.where(found, pick(layout.segment_ids), 0),
+        order=pick(layout.order),
+    )
+
+
+def _attend(
+    query: Array,
+    own_score: Array,
+    own_value: Array,
+    layout: TokenLayout,
+    summaries: _Summaries,
+    state: RatState | None,
+    extended: RatState | None,
+) -> Float32[Array, "B T N H"]:
+    """Softmax over the summaries before each token and the token's own pair."""
+    sources = [(summaries.key, summaries.value, summaries.segment_ids, summaries.order + 1)]  # + 1: strictly earlier
+    if state is not None:
+        before_all = jnp.full_like(state.summary_segment_ids, -1)
+        if query.shape[1] == 1:
+            # A single token sees no summary of its own call. The new arrays are read, under the ids of the old: were
+            # the old ones still read after the write, a loop over steps would copy all summaries at each.
+            sources = [(extended.summary_key, extended.summary_value, state.summary_segment_ids, before_all)]
+        else:
+            sources.insert(0, (state.summary_key, state.summary_value, state.summary_segment_ids, before_all))
+    key, value, segment_ids, order = (
+        jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*sources, strict=True)
+    )
+    earlier = attention(
+        query,
+        key,
+        value,
+        query_place=Place(layout.segment_ids, layout.order),
+        key_place=Place(segment_ids, order),
+    )
+    # Two softmaxes over disjoint keys join by their log-sum-exps; one over a single key has the score itself.
+    own_weight = jax.nn.sigmoid(own_score - earlier.log_sum_exp)[..., None]
+    return own_weight * own_value + (1.0 - own_weight) * earlier.out.astype(jnp.float32)
+
+
+def _extend(state: RatState, running_key: Array, running_value: Array, summaries: _Summaries) -> RatState:
+    """Appends the completed chunks of a call; what does not fit the capacity is dropped."""
+    found = summaries.segment_ids != 0
+    slots = state.num_summaries[:, None] + jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1
+    slots = jnp.where(found, slots, state.summary_key.shape[1])
+    rows = jnp.arange(slots.shape[0])[:, None]
+
+    def write(old, new):
+        return old.at[rows, slots].set(new, mode="drop")
+
+    return RatState(
+        key=running_key,
+        value=running_value,
+        summary_key=write(state.summary_key, summaries.key),
+        summary_value=write(state.summary_value, summaries.value),
+        summary_segment_ids=write(state.summary_segment_ids, summaries.segment_ids),
+        num_summaries=state.num_summaries + found.sum(axis=1, dtype=jnp.int32),
+    )

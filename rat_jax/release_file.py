@@ -4,6 +4,7 @@ torch is imported only where such a file is read or written. Files come from str
 but arrays, plain values and `EasyDict` is read from them.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -23,7 +24,10 @@ from rat_jax.release_config import ReleaseError
 _WEIGHTS, _CONFIG, _MODEL, _STEP = "task", "config", "model", "step"
 _SAFE_TORCH = (2, 6)  # earlier ones run code from files even with weights_only (CVE-2025-32434)
 
-# The release's configurations are of this class of the package easydict; a plain dict under its name can stand for it.
+# The release's configurations are of the class EasyDict of the package easydict, a dict. torch fills no dict of an
+# unknown class, so that an OrderedDict is made where a file says EasyDict; where the package is missing, the class
+# below is written in its name.
+_READ_AS = (collections.OrderedDict, "easydict.EasyDict")
 _EasyDict = type("EasyDict", (dict,), {"__module__": "easydict"})
 
 
@@ -49,7 +53,7 @@ def read_release_file(path: pathlib.Path | str) -> ReleaseFile:
     if not zipfile.is_zipfile(path):
         raise ReleaseError(f"{path} is damaged, or not a file of torch.save")
     try:
-        with torch.serialization.safe_globals([_EasyDict]):
+        with torch.serialization.safe_globals([_READ_AS]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))

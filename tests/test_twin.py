@@ -1,0 +1,88 @@
+"""The models against their PyTorch twin on shapes drawn at random: logits, and the gradient of every parameter."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.model import LanguageModel
+from rat_jax.release import release_state_dict
+from tests.small import small_model_config
+
+torch = pytest.importorskip("torch")
+twin = pytest.importorskip("tests.torch_twin")
+
+PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rat", "local_attention")]
+CASES = [(pattern, seed) for pattern in PATTERNS for seed in range(4 if pattern == ("rat",) else 2)]
+
+
+def random_config(pattern, seed):
+    """A config and a number of tokens; RAT's chunks are those of 1, of all tokens, and two that leave a part over."""
+    draw = random.Random(f"{pattern}{seed}")
+    num_groups = draw.choice([1, 2, 3])
+    num_heads, head_dim, tokens = num_groups * draw.choice([1, 2]), draw.choice([4, 6]), draw.choice([13, 19, 23])
+    chunk_size = [draw.choice([3, 4]), draw.choice([5, 8]), 1, tokens][seed]
+    base = small_model_config(pattern)
+    config = dataclasses.replace(
+        base,
+        vocab_size=draw.choice([17, 29]),
+        width=num_heads * head_dim,
+        num_heads=num_heads,
+        mlp_width=draw.choice([20, 28]),
+        num_layers=len(pattern) * 2,
+        attention=dataclasses.replace(base.attention, rope=seed % 2 == 0),
+        local_attention=dataclasses.replace(base.local_attention, window=draw.choice([0, 4, 7]), rope=seed % 2 == 0),
+        rat=dataclasses.replace(base.rat, chunk_size=chunk_size, num_groups=num_groups, rope=seed % 2 == 0),
+    )
+    return config, tokens
+
+
+def make_twin(config):
+    def mixer(kind):
+        match kind:
+            case "attention":
+                return twin.Attention(config.width, config.num_heads, rope=config.attention.rope)
+            case "local_attention":
+                local = config.local_attention
+                return twin.Attention(config.width, config.num_heads, local.window, local.rope)
+            case "rnn":
+                return twin.Rnn(config.width)
+            case "rat":
+                rat = config.rat
+                return twin.Rat(config.width, config.num_heads, rat.num_groups, rat.chunk_size, rat.rope)
+
+    mixers = [mixer(config.pattern[i % len(config.pattern)]) for i in range(config.num_layers)]
+    return twin.Model(config.vocab_size, config.width, config.mlp_width, mixers).double()
+
+
+@pytest.mark.parametrize(("pattern", "seed"), CASES)
+def test_logits_and_gradients(pattern, seed):
+    config, num_tokens = random_config(pattern, seed)
+    rng = np.random.default_rng(seed)
+    graphdef, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(seed)))
+    # Large weights and uneven norms, so that every part matters.
+    params = jax.tree.map(lambda x: jnp.float32(x + 0.3 * rng.standard_normal(x.shape)), params)
+    tokens = rng.integers(0, config.vocab_size, (2, num_tokens))
+    direction = rng.standard_normal((2, num_tokens, config.vocab_size))
+
+    def product(params):
+        logits = nnx.merge(graphdef, params)(jnp.asarray(tokens))
+        return jnp.sum(logits * jnp.float32(direction)), logits
+
+    (_, logits), gradients = jax.jit(jax.value_and_grad(product, has_aux=True))(params)
+    gradients = release_state_dict(nnx.merge(graphdef, gradients))
+
+    model = make_twin(config)
+    state_dict = release_state_dict(nnx.merge(graphdef, params))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict.items()})
+    want = model(torch.from_numpy(tokens))
+    (want * torch.from_numpy(direction)).sum().backward()
+    want = want.detach().numpy()
+    assert np.abs(logits - want).max() < 2e-5 * np.abs(want).max()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.numpy()
+        assert np.abs(gradients[name] - gradient).max() < 1e-4 * np.abs(gradient).max(), name

@@ -89,6 +89,7 @@ class MetricLog:
         write_text(workdir.log_file, "".join(json.dumps(record) + "\n" for record in self._records))
         self._file = workdir.log_file.open("a")
         self._tensorboard = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
+        self._num_plotted = 0
         self._wandb = None
         if config.training.wandb_project is not None:
             import wandb
@@ -115,7 +116,9 @@ class MetricLog:
 
     def plot(self) -> None:
         """Draws WORKDIR/loss_curve.png."""
-        plot_losses(self._records, self._workdir.loss_curve)
+        if self._num_plotted != len(self._records):
+            plot_losses(self._records, self._workdir.loss_curve)
+            self._num_plotted = len(self._records)
 
     def close(self) -> None:
         """Draws the curve and closes all."""
@@ -139,7 +142,7 @@ def plot_losses(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):

@@ -51,7 +51,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def update(updates, params=None):
-        scale = jnp.minimum(1.0, max_norm / (optax.global_norm(updates) + _CLIP_EPSILON))
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + _CLIP_EPSILON))
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
 
     return optax.stateless(update)

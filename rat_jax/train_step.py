@@ -67,8 +67,8 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
     metrics = StepMetrics(
         loss=loss,
-        grad_norm=optax.global_norm(grads),
-        param_norm=optax.global_norm(params),
+        grad_norm=optax.tree.norm(grads),
+        param_norm=optax.tree.norm(params),
         learning_rate=learning_rate_schedule(optimizer, num_steps)(state.step),
         num_targets=total_weight,
     )
@@ -89,13 +89,13 @@ def initial_state(config: Config, mesh: jax.sharding.Mesh, params: nnx.State | N
       mesh: of the devices.
       params: start from these instead, already on the mesh.
     """
-    places = shardings(_abstract(config), mesh)
-    return jax.jit(functools.partial(_make_state, config), out_shardings=places)(params)
+    with jax.set_mesh(mesh):
+        return _make_state(config, params)
 
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's state."""
-    state = _abstract(config)
+    state = jax.eval_shape(functools.partial(_make_state, config, None))
     return jax.tree.map(_placed, state, shardings(state, mesh))
 
 
@@ -107,15 +107,12 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     return Batch(integers, integers, weights, integers if config.data.segment_documents else None)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
 def _make_state(config: Config, params: nnx.State | None) -> TrainState:
     if params is None:
         params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)))
     opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
-    return TrainState(jnp.int32(0), params, opt_state)
-
-
-def _abstract(config: Config) -> TrainState:
-    return jax.eval_shape(functools.partial(_make_state, config, None))
+    return TrainState(jnp.int32(0), constrain(params), constrain(opt_state))
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:

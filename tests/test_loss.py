@@ -1,0 +1,98 @@
+"""The blocked next-token loss against the loss of all logits at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rat_jax import loss as loss_module
+from rat_jax.loss import LossSums, next_token_loss
+
+B, T, D, V = 3, 13, 8, 17
+
+
+def inputs(dtype="float32"):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    embedding = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, V, size=(B, T)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 3, size=(B, T)), jnp.float32)
+    return hidden, embedding, targets, weights
+
+
+def dense(hidden, embedding, targets, weights):
+    """The sum of the losses from all logits in float64."""
+    logits = np.asarray(hidden, np.float64) @ np.asarray(embedding, np.float64).T
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    gradient = np.exp(log_probs)
+    losses = 0.0
+    for b in range(B):
+        for t in range(T):
+            losses -= float(weights[b, t]) * log_probs[b, t, targets[b, t]]
+            gradient[b, t, targets[b, t]] -= 1
+    gradient *= np.asarray(weights, np.float64)[..., None]
+    d_hidden = gradient @ np.asarray(embedding, np.float64)
+    d_embedding = np.einsum("btv,btd->vd", gradient, np.asarray(hidden, np.float64))
+    return losses, d_hidden, d_embedding
+
+
+@pytest.fixture(params=[1, 4, T], ids=lambda tokens: f"blocks_of_{tokens}")
+def block_tokens(request, monkeypatch):
+    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", request.param * B * V)
+    return request.param
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_value_and_gradients(block_tokens, dtype, tolerance):
+    arrays = inputs(dtype)
+    expected, d_hidden, d_embedding = dense(*arrays)
+    value, gradients = jax.value_and_grad(lambda h, e: 0.5 * next_token_loss(h, e, *arrays[2:]).loss, argnums=(0, 1))(
+        *arrays[:2]
+    )
+    np.testing.assert_allclose(value, 0.5 * expected, rtol=tolerance)
+    np.testing.assert_allclose(next_token_loss(*arrays).loss, expected, rtol=tolerance)
+    for gradient, reference in zip(gradients, (d_hidden, d_embedding), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float64), 0.5 * reference, atol=tolerance * np.abs(reference).max()
+        )
+    assert gradients[0].dtype == jnp.dtype(dtype)
+    assert gradients[1].dtype == jnp.float32
+
+
+def test_weight_is_the_sum_of_weights():
+    arrays = inputs()
+    assert next_token_loss(*arrays).weight == arrays[3].sum()
+
+
+def test_no_targets_make_no_loss_and_no_gradient():
+    hidden, embedding, targets, weights = inputs()
+
+    def mean(hidden, embedding):
+        return next_token_loss(hidden, embedding, targets, jnp.zeros_like(weights)).mean()
+
+    value, gradients = jax.value_and_grad(mean, argnums=(0, 1))(hidden, embedding)
+    assert value == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_extreme_logits_stay_finite():
+    hidden, embedding, targets, weights = inputs()
+    value, gradient = jax.value_and_grad(lambda h: next_token_loss(h, embedding, targets, weights).loss)(1e4 * hidden)
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_all_logits_are_never_in_memory(monkeypatch):
+    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 4 * 2000)
+    shapes = [(4, 256, 4), (2000, 4), (4, 256), (4, 256)]
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in zip(shapes, (jnp.float32, jnp.float32, jnp.int32, jnp.float32), strict=True)
+    ]
+    step = jax.jit(jax.grad(lambda *a: next_token_loss(*a).loss, argnums=(0, 1)))
+    needs = step.lower(*arguments).compile().memory_analysis()
+    assert needs.temp_size_in_bytes < 4 * 256 * 2000 * 4 / 8
+
+
+def test_mean():
+    assert LossSums(jnp.float32(6), jnp.float32(4)).mean() == 1.5

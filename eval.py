@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 
 from rat_jax.checkpoint import LoadedModel, load_model
 from rat_jax.config import ConfigError, MeshConfig
@@ -70,6 +70,7 @@ def _evaluate() -> None:
 
 
 def main(arguments: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     try:
         if len(arguments) > 1:
             raise EvaluationError(f"{arguments[1]!r} is no flag")

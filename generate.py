@@ -10,7 +10,7 @@ checkpoint, the prompts or a setting do not fit.
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from rat_jax.checkpoint import load_model
 from rat_jax.config import ConfigError
@@ -60,6 +60,7 @@ def _generate() -> None:
 
 
 def main(arguments: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     try:
         if len(arguments) > 1:
             raise PromptError(f"{arguments[1]!r} is no flag; put a prompt with spaces in quotes")

@@ -1,6 +1,8 @@
 """Generated tokens: equal to the model's own predictions, to each row alone, and repeatable."""
 
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 from rat_jax import prefill, sampling
 from rat_jax.model import Decoder
 from rat_jax.sampling import STEPS_PER_CALL, SamplingError, generate
+from rat_jax.token_rule import TokenRule
 from tests.small import small_model
 
 VOCAB = 31
@@ -112,11 +115,28 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
 
 
 def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
-    prompts = make_prompts([15, 16, 17, 32, 33, 47, 1])
-    expected = generate(rat_model, prompts, max_new_tokens=2)
+    prompts = make_prompts([15, 16, 17, 33, 47])
+    graphdef, params = nnx.split(Decoder(rat_model))
+    assert prefill.prefill_chunks(47, len(prompts)) == [64]
+    expected, _ = prefill.prefill(graphdef, params, prompts, 48)
     monkeypatch.setattr(prefill, "MAX_PREFILL_CHUNK", 16)
     assert prefill.prefill_chunks(47, len(prompts)) == [16, 16, 16]
-    assert generate(rat_model, prompts, max_new_tokens=2) == expected
+    hidden, _ = prefill.prefill(graphdef, params, prompts, 48)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
+
+
+def test_steps_copy_no_parameters_and_no_keys_or_values(rat_model):
+    """What a step copies is small: the largest arrays are written in place and read as they are."""
+    graphdef, params = nnx.split(Decoder(rat_model))
+    rule, keys = TokenRule(None, None, None, None), sampling._row_keys(PROMPTS, seed=0)
+    hidden, cache = prefill.prefill(graphdef, params, PROMPTS, 64)
+    rows = sampling._first_tokens(graphdef, params, rule, hidden, cache, keys, None, jnp.int32(-1))
+    step = sampling._next_tokens.lower(graphdef, params, rule, rows, jnp.int32(NEW), jnp.int32(-1)).compile()
+    computations = [text for text in step.as_text().split("\n\n") if not text.lstrip().startswith("%fused")]
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", "".join(computations))  # others lay out a product's operand
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in copied]
+    cached = [x.size for x in jax.tree.leaves(rows.cache) if x.ndim == 4]
+    assert sizes and max(sizes) < min(cached)
 
 
 def test_chunks_hold_the_prompt_in_bounded_memory():

@@ -1,0 +1,57 @@
+"""Two training steps on each of several meshes; run on four devices by test_sharding.py, it prints JSON."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from rat_jax.checkpoint import abstract_model
+from rat_jax.data.pipeline import Batch
+from rat_jax.sharding import global_batch, leaf_names, make_mesh
+from rat_jax.train_step import initial_state, train_step
+from tests.tiny_run import tiny_config
+
+MESHES = {"1x1": (1, 1, 1), "4x1": (4, 1, 1), "1x4": (1, 4, 1), "2x2": (2, 2, 2)}  # data, fsdp, accumulation steps
+
+
+def run(data: int, fsdp: int, parts: int) -> dict:
+    config = tiny_config(
+        "data",
+        mesh__data=data,
+        mesh__fsdp=fsdp,
+        optimizer__accumulation_steps=parts,
+        optimizer__epsilon=1e-2,  # so that steps are as exact as gradients, not their signs
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[: data * fsdp])
+    rng = np.random.default_rng(0)
+    shape = (8, 16)
+    batch = Batch(
+        tokens=rng.integers(0, 29, shape).astype(np.int32),
+        targets=rng.integers(0, 29, shape).astype(np.int32),
+        loss_weights=rng.integers(0, 2, shape).astype(np.float32),
+        segment_ids=np.cumsum(rng.random(shape) < 0.2, axis=1, dtype=np.int32) + 1,
+    )
+    compiled = train_step._cache_size()
+    with jax.set_mesh(mesh):
+        graphdef = abstract_model(config.model)[0]
+        state = initial_state(config, mesh)
+        start = [np.asarray(x) for x in jax.tree.leaves(state.params)]
+        losses = []
+        for _ in range(2):
+            state, metrics = train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
+            losses.append(float(metrics.loss))
+    arrays = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
+    moments = arrays["opt_state.adam.mu.blocks.00_rat.mixer.in_proj.kernel"]
+    return {
+        "losses": losses,
+        "start": [x.tolist() for x in start],
+        "params": [np.asarray(x).tolist() for x in jax.tree.leaves(state.params)],
+        "moments_on_a_device": moments.addressable_shards[0].data.size / moments.size,
+        "compiled": train_step._cache_size() - compiled,
+    }
+
+
+if __name__ == "__main__":
+    results = {name: run(*sizes) for name, sizes in MESHES.items()}
+    json.dump(results, sys.stdout)

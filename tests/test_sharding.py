@@ -1,0 +1,127 @@
+"""The mesh, the table of parameters, and that neither changes what is computed."""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rat_jax import sharding
+from rat_jax.checkpoint import abstract_model
+from rat_jax.config import ConfigError, MeshConfig, config_from_dict
+from rat_jax.sharding import check_divides, check_spec, leaf_names, make_mesh, partition_specs, shardings
+from tests.tiny_run import tiny_config
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def mesh_of(data, fsdp):
+    """Stands for a mesh of more devices than there are."""
+    return types.SimpleNamespace(shape={"data": data, "fsdp": fsdp}, size=data * fsdp)
+
+
+class TestTable:
+    """The table has exactly one line for every parameter."""
+
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_large_parameters_of_all_configs_are_cut_along_their_width(self, name):
+        config = config_from_dict(importlib.import_module(f"configs.{name}").get_config())
+        _, params = abstract_model(config.model)
+        specs = jax.tree.leaves(partition_specs(params), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        for leaf_name, leaf, spec in zip(leaf_names(params), jax.tree.leaves(params), specs, strict=True):
+            axes = [axis for axis, part in enumerate(spec) if part == "fsdp"]
+            assert len(axes) == (1 if leaf.ndim == 3 or leaf_name == "embedding" else 0), leaf_name
+            assert all(leaf.shape[axis] == config.model.width for axis in axes), leaf_name
+
+    def test_a_parameter_that_no_line_names(self):
+        with pytest.raises(ValueError, match=r"blocks\.00_rat\.surprise: 0 lines"):
+            partition_specs({"blocks": {"00_rat": {"surprise": jnp.zeros((2, 2))}}})
+
+    def test_a_parameter_that_two_lines_name(self, monkeypatch):
+        monkeypatch.setattr(sharding, "_PARAMETER_SPECS", sharding._PARAMETER_SPECS * 2)
+        with pytest.raises(ValueError, match="embedding: 2 lines"):
+            partition_specs({"embedding": jnp.zeros((2, 2))})
+
+    def test_double_use_of_an_axis(self):
+        with pytest.raises(ValueError, match=r"w: .* uses an axis of the mesh twice"):
+            check_spec("w", ("fsdp", ("data", "fsdp")), 2)
+
+    def test_more_axes_than_the_array_has(self):
+        with pytest.raises(ValueError, match="w has 1 axes"):
+            check_spec("w", PartitionSpec(None, "fsdp"), 1)
+
+    def test_a_large_parameter_may_not_stay_whole(self, monkeypatch):
+        table = ((r"embedding", PartitionSpec()),)
+        monkeypatch.setattr(sharding, "_PARAMETER_SPECS", table)
+        params = {"embedding": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)}
+        with pytest.raises(ValueError, match=r"embedding \(2048, 1024\) would be whole on all 2 devices"):
+            shardings(params, mesh_of(1, 2))
+
+    def test_lists_have_no_stable_names(self):
+        with pytest.raises(ValueError, match="index"):
+            leaf_names({"layers": [jnp.zeros(1)]})
+
+
+class TestMesh:
+    """Numbers that do not divide."""
+
+    def test_rest(self):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+        assert dict(mesh.shape) == {"data": 1, "fsdp": len(jax.devices())}
+
+    @pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, -1), (1, 2), (-1, 3)])
+    def test_devices(self, data, fsdp):
+        with pytest.raises(ConfigError, match=rf"mesh\.data {data} .*mesh\.fsdp {fsdp} .* the 1 devices"):
+            make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[:1])
+
+    def test_batch(self):
+        config = tiny_config("data", optimizer__accumulation_steps=4)
+        check_divides(config, mesh_of(2, 1))
+        with pytest.raises(ConfigError, match=r"global_batch_size 8 .* 4 is 2 sequences .* 4 devices"):
+            check_divides(config, mesh_of(2, 2))
+
+    def test_width(self):
+        with pytest.raises(ConfigError, match=r"width 12 .* 8 devices"):
+            check_divides(tiny_config("data", model__width=12), mesh_of(1, 8))
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What a process of its own, which sees four CPU devices, computed on each mesh."""
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"  # compiles twice as fast
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.sharded_steps"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+class TestFourDevices:
+    """Four devices compute what one does."""
+
+    @pytest.mark.parametrize("mesh", ["4x1", "1x4", "2x2"])
+    def test_every_mesh_computes_the_same(self, results, mesh):
+        one, many = results["1x1"], results[mesh]
+        np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+        assert one["losses"][1] < one["losses"][0]
+        for a, b in zip(many["start"], one["start"], strict=True):
+            np.testing.assert_array_equal(a, b)
+        for a, b, start in zip(many["params"], one["params"], one["start"], strict=True):
+            moved = np.abs(np.subtract(b, start)).max()
+            np.testing.assert_allclose(a, b, atol=1e-4 * moved)
+
+    @pytest.mark.parametrize(("mesh", "part"), [("1x1", 1), ("4x1", 1), ("1x4", 1 / 4), ("2x2", 1 / 2)])
+    def test_the_optimizer_state_is_cut_like_its_parameters(self, results, mesh, part):
+        assert results[mesh]["moments_on_a_device"] == part
+
+    def test_a_second_step_compiles_nothing(self, results):
+        assert {result["compiled"] for result in results.values()} == {1}

@@ -4,15 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.tpu.plan import Plan
+
+RADIX = 1024  # of the digits that chunk indices are looked up by
 
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where rows and slots stand. All but the chunk indices are None if every row is one document without padding."""
+    """Where rows and slots stand. All but `slot_chunks` are None if every row is one document without padding."""
 
-    row_chunks: jax.Array  # int32 [1 or B, rows]: index of the row's chunk in its document
+    row_chunks: jax.Array | None  # int32 [B, rows]: index of the row's chunk in its document
     slot_chunks: jax.Array  # int32 [1 or B, tile_slots], for the tables of the summary kernel
     rows: jax.Array | None  # as `recurrence.summaries` takes them
     slot_ends: jax.Array | None
@@ -22,8 +25,7 @@ class Places:
 def places(plan: Plan, positions: jax.Array | None, segment_ids: jax.Array | None) -> Places:
     """Numbers the documents of every row from 1 and finds the row that completes each slot's chunk."""
     if not plan.segmented:
-        row_chunks = jnp.arange(plan.rows, dtype=jnp.int32)[None] // plan.stride
-        return Places(row_chunks, jnp.arange(plan.tile_slots, dtype=jnp.int32)[None], None, None, None)
+        return Places(None, jnp.arange(plan.tile_slots, dtype=jnp.int32)[None], None, None, None)
     token = segment_ids != 0
     document = jnp.where(token, 1 + jnp.cumsum(token & (positions == 0), axis=1, dtype=jnp.int32), 0)
     document = pad_chunks(plan, document)
@@ -54,15 +56,39 @@ def rotations(plan: Plan, chunks: jax.Array, base: float | None) -> tuple[jax.Ar
     """Cosine and sine of the angles of chunk indices [...]: float32 [..., lanes], the sine signed for `swap_halves`.
 
     Channel pairs are (i, i + H/2) of the padded head: x cos + swap(x) sin rotates, x cos - swap(x) sin rotates back.
+    Angles add up from the digits of the index, each looked up in a float64 table: trigonometry of large arguments
+    takes XLA for TPU longer to compile than the kernels do, and loses digits.
     """
     half = plan.lanes // 2
     if base is None:
         shape = (*chunks.shape, plan.lanes)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-    frequencies = base ** (-2.0 * jnp.arange(half, dtype=jnp.float32) / plan.head_dim)
-    angles = jnp.einsum("...,h->...h", chunks.astype(jnp.float32), frequencies, precision="highest")
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    limit = 2**31 // plan.chunk if plan.segmented else plan.tile_slots
+    frequencies = base ** (-2.0 * np.arange(half) / plan.head_dim)
+    cos, sin, place = None, None, 1
+    while cos is None or place < limit:
+        angles = place * np.arange(min(RADIX, limit))[:, None] * frequencies[None]
+        digit = chunks // place % RADIX
+        digit_cos, digit_sin = (
+            jnp.take(jnp.asarray(table, jnp.float32), digit, axis=0, mode="clip")
+            for table in (np.cos(angles), np.sin(angles))
+        )
+        if cos is None:
+            cos, sin = digit_cos, digit_sin
+        else:
+            cos, sin = cos * digit_cos - sin * digit_sin, sin * digit_cos + cos * digit_sin
+        place *= RADIX
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def row_rotations(plan: Plan, places: Places, base: float | None) -> tuple[jax.Array, jax.Array]:
+    """`rotations` of every row, [1 or B, rows, lanes]."""
+    if plan.segmented:
+        return rotations(plan, places.row_chunks, base)
+    shape = (1, plan.tile_slots, plan.stride, plan.lanes)
+    tables = (jnp.broadcast_to(table[:, :, None], shape) for table in rotations(plan, places.slot_chunks, base))
+    cos, sin = (table.reshape(1, -1, plan.lanes)[:, : plan.rows] for table in tables)
+    return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -71,22 +97,22 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
 
 
-def rotate_query(plan: Plan, projected: jax.Array, chunks: jax.Array, base: float | None) -> jax.Array:
+def rotate_query(plan: Plan, projected: jax.Array, places: Places, base: float | None) -> jax.Array:
     """The query columns rotated by their chunk and scaled by 1/sqrt(H): [B, rows, G lanes]."""
     first, width = 3 * plan.heads * plan.lanes, plan.groups * plan.lanes
     query = projected[:, :, first : first + width].astype(jnp.float32) * plan.head_dim**-0.5
     if base is not None:
-        cos, sin = rotations(plan, chunks, base)
+        cos, sin = row_rotations(plan, places, base)
         query = rotate(query.reshape(plan.batch, plan.rows, plan.groups, plan.lanes), cos[:, :, None], sin[:, :, None])
     return query.reshape(plan.batch, plan.rows, width).astype(plan.dtype)
 
 
-def rotate_back_query(plan: Plan, d_query: jax.Array, chunks: jax.Array, base: float | None) -> jax.Array:
+def rotate_back_query(plan: Plan, d_query: jax.Array, places: Places, base: float | None) -> jax.Array:
     """The transpose of `rotate_query`, float32 [B, rows, G lanes] to the same."""
     d_query = d_query * plan.head_dim**-0.5
     if base is None:
         return d_query
-    cos, sin = rotations(plan, chunks, base)
+    cos, sin = row_rotations(plan, places, base)
     d_query = d_query.reshape(plan.batch, plan.rows, plan.groups, plan.lanes)
     return rotate(d_query, cos[:, :, None], -sin[:, :, None]).reshape(plan.batch, plan.rows, -1)
 

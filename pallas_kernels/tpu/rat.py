@@ -74,7 +74,7 @@ def rat_forward(
         plan,
         padded,
         bias,
-        prepare.rotate_query(plan, padded, where.row_chunks, rope_base),
+        prepare.rotate_query(plan, padded, where, rope_base),
         _slot_blocks(plan, keys),
         _slot_blocks(plan, values),
         where.rows,
@@ -122,7 +122,7 @@ def rat_backward(
     padded = prepare.pad_chunks(plan, prepare.pad_heads(plan, projected))
     bias = prepare.pad_heads(plan, gate_bias.astype(jnp.float32))[None]
     where = prepare.places(plan, positions, segment_ids)
-    query = prepare.rotate_query(plan, padded, where.row_chunks, rope_base)
+    query = prepare.rotate_query(plan, padded, where, rope_base)
     keys, values = (
         _slot_blocks(plan, prepare.pad_heads(plan, x.reshape(plan.batch, plan.slots, -1)))
         for x in (residuals.summary_key, residuals.summary_value)
@@ -153,7 +153,7 @@ def rat_backward(
         state,
         interpret,
     )
-    d_query = prepare.rotate_back_query(plan, grads["d_rotated_query"], where.row_chunks, rope_base) + grads["d_query"]
+    d_query = prepare.rotate_back_query(plan, grads["d_rotated_query"], where, rope_base) + grads["d_query"]
     parts = (grads["d_output_gate"], grads["d_value"], grads["d_gate"], d_query, grads["d_key"])
     d_padded = jnp.concatenate([part.astype(plan.dtype) for part in parts], axis=2)
     d_projected = prepare.unpad_heads(plan, prepare.unpad_chunks(plan, d_padded))
@@ -175,13 +175,15 @@ def refusal(
     if head_dim < 1 or left or width % head_dim:
         return (
             f"{shape[2]} channels are not 3 D + 2 G H with D = {width}, G = {num_groups} and an H that divides D; "
-            f"with one query and key head of {LANES} channels a group they would be {3 * width + 2 * num_groups * LANES}"
+            f"nearest with H = {LANES}: {3 * width + 2 * num_groups * LANES} channels"
         )
     heads = width // head_dim
     if heads % num_groups:
         below = heads - heads % num_groups
         nearest = f"{below} or {below + num_groups}" if below else f"{num_groups}"
-        return f"the TPU kernels take heads in whole groups: {heads} heads in {num_groups} groups; nearest: {nearest} heads"
+        return (
+            f"the TPU kernels take whole groups of heads: {heads} heads, {num_groups} groups; nearest: {nearest} heads"
+        )
     if head_dim > MAX_HEAD_DIM:
         return f"the TPU kernels take heads of at most {MAX_HEAD_DIM} channels, got {head_dim}; nearest: {MAX_HEAD_DIM}"
     if rope_base is not None and head_dim % 2:

@@ -60,7 +60,9 @@ def running(plan: Plan, refs: types.SimpleNamespace, tile: jax.Array, state: tup
     return Running(inside=inside, token=token, start=start, forget=forget, decay=decay, key=key, value=value)
 
 
-def scan_back(plan: Plan, decay: jax.Array, key: jax.Array, value: jax.Array, carry: tuple[jax.Array, jax.Array] | None):
+def scan_back(
+    plan: Plan, decay: jax.Array, key: jax.Array, value: jax.Array, carry: tuple[jax.Array, jax.Array] | None
+):
     """The transposed recurrence x_t + decay_{t+1} x_{t+1} + ...; `carry` is what the next tile adds to the last row."""
     reach = pltpu.roll(decay, plan.tile - 1, 0)
     if carry is not None:
@@ -91,9 +93,7 @@ def slot_selection(plan: Plan, refs: types.SimpleNamespace, tile: jax.Array) -> 
 def exact_dot(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """float32 product over axis `contract[0]` of `left` and `contract[1]` of `right` without rounding of operands."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(
-        left, right, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(left, right, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 def swap_halves(x: jax.Array) -> jax.Array:
@@ -129,7 +129,10 @@ def gate_operands(plan: Plan, projected: jax.Array, bias: jax.Array, rows: jax.A
         "bias": (bias, pl.BlockSpec((1, plan.lanes), lambda *ids: (0, locate(*ids)[1]))),
     }
     if rows is not None:
-        operands["rows"] = rows, pl.BlockSpec((1, 1, 2, plan.tile), lambda *ids: (locate(*ids)[0], locate(*ids)[2], 0, 0))
+        operands["rows"] = (
+            rows,
+            pl.BlockSpec((1, 1, 2, plan.tile), lambda *ids: (locate(*ids)[0], locate(*ids)[2], 0, 0)),
+        )
     return operands
 
 

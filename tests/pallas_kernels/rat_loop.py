@@ -42,13 +42,36 @@ def turn(x, chunk, base, back=False):
     )
 
 
-def loop(case: Case, d_out: np.ndarray | None = None):
-    """The output [B, T, D], the log-sum-exp [B, N, T] and, given `d_out`, gradients of `projected` and `gate_bias`."""
+@dataclasses.dataclass
+class Truth:
+    """Everything the op returns."""
+
+    out: np.ndarray  # [B, T, D]
+    log_sum_exp: np.ndarray  # [B, N, T]
+    final_key: np.ndarray  # [B, N, H]
+    final_value: np.ndarray
+    summary_key: np.ndarray  # [B, C, N, H], rotated, zero where no chunk ends
+    summary_value: np.ndarray
+    d_projected: np.ndarray
+    d_gate_bias: np.ndarray
+
+
+def loop(case: Case, d_out: np.ndarray) -> Truth:
+    """The op, and the gradients of sum(out * d_out)."""
     batch, tokens, width, heads, head_dim = case.sizes
     x = case.projected.astype(np.float64)
     bias = case.gate_bias.astype(np.float64)
-    out, log_sum_exp = np.zeros((batch, tokens, width)), np.zeros((batch, heads, tokens))
-    d_x, d_bias = np.zeros_like(x), np.zeros_like(bias)
+    slots = -(-tokens // case.chunk_size)
+    truth = Truth(
+        out=np.zeros((batch, tokens, width)),
+        log_sum_exp=np.zeros((batch, heads, tokens)),
+        final_key=np.zeros((batch, heads, head_dim)),
+        final_value=np.zeros((batch, heads, head_dim)),
+        summary_key=np.zeros((batch, slots, heads, head_dim)),
+        summary_value=np.zeros((batch, slots, heads, head_dim)),
+        d_projected=np.zeros_like(x),
+        d_gate_bias=np.zeros_like(bias),
+    )
     for row in range(batch):
         for head in range(heads):
             group = head % case.num_groups
@@ -57,19 +80,23 @@ def loop(case: Case, d_out: np.ndarray | None = None):
             starts += np.array([head, head, head, group, group]) * head_dim
             columns = [slice(start, start + head_dim) for start in starts]
             parts = [x[row, :, column] for column in columns]
-            place = _places(case, row)
-            saved, y = _head_forward(case, parts, bias[own], place)
+            places = _places(case, row)
+            saved, summaries, y = _head_forward(case, parts, bias[own], places)
             gate = sigmoid(parts[0])
-            out[row, :, own] = gate * y
-            log_sum_exp[row, head] = [record["total"] for record in saved]
-            if d_out is not None:
-                d_y = d_out[row, :, own].astype(np.float64) * gate
-                d_parts = _head_backward(case, parts, place, saved, y, d_y)
-                d_x[row, :, columns[0]] += d_y * y * (1 - gate)
-                for column, d_part in zip(columns[1:], d_parts, strict=True):
-                    d_x[row, :, column] += d_part
-                d_bias[own] += d_parts[1].sum(axis=0)
-    return (out, log_sum_exp) if d_out is None else (out, log_sum_exp, d_x, d_bias)
+            truth.out[row, :, own] = gate * y
+            truth.log_sum_exp[row, head] = [record["total"] for record in saved]
+            truth.final_key[row, head], truth.final_value[row, head] = saved[-1]["key"], saved[-1]["value"]
+            for s in summaries:
+                slot = s["t"] // case.chunk_size
+                truth.summary_key[row, slot, head] = s["turned"]
+                truth.summary_value[row, slot, head] = s["value"]
+            d_y = d_out[row, :, own].astype(np.float64) * gate
+            d_parts = _head_backward(case, parts, places, saved, y, d_y)
+            truth.d_projected[row, :, columns[0]] += d_y * y * (1 - gate)
+            for column, d_part in zip(columns[1:], d_parts, strict=True):
+                truth.d_projected[row, :, column] += d_part
+            truth.d_gate_bias[own] += d_parts[1].sum(axis=0)
+    return truth
 
 
 def _places(case: Case, row: int):
@@ -98,15 +125,18 @@ def _head_forward(case, parts, bias, places):
             key = forget * before[0] + (1 - forget) * keys[t]
             value = forget * before[1] + (1 - forget) * values[t]
         seen = [s for s in summaries if document is not None and s["document"] == document]
-        scores = [turn(queries[t], chunk, case.rope_base) @ turn(s["key"], s["chunk"], case.rope_base) for s in seen]
-        scores = scale * np.array([*scores, queries[t] @ key])
+        seen_keys = np.array([s["turned"] for s in seen]).reshape(-1, bias.shape[0])
+        seen_values = np.array([s["value"] for s in seen]).reshape(-1, bias.shape[0])
+        turned = turn(queries[t], chunk, case.rope_base)
+        scores = scale * np.append(seen_keys @ turned, queries[t] @ key)
         total = np.log(np.sum(np.exp(scores - scores.max()))) + scores.max()
         weights = np.exp(scores - total)
-        outputs.append(weights @ np.stack([*(s["value"] for s in seen), value]))
+        outputs.append(weights[:-1] @ seen_values + weights[-1] * value)
         saved.append(dict(forget=forget, before=before, key=key, value=value, seen=seen, weights=weights, total=total))
         if document is not None and position % case.chunk_size == case.chunk_size - 1:
-            summaries.append(dict(document=document, key=key, value=value, chunk=chunk, t=t))
-    return saved, np.stack(outputs)
+            turned = turn(key, chunk, case.rope_base)
+            summaries.append(dict(document=document, turned=turned, value=value, chunk=chunk, t=t))
+    return saved, summaries, np.stack(outputs)
 
 
 def _head_backward(case, parts, places, saved, outputs, d_outputs):
@@ -114,16 +144,18 @@ def _head_backward(case, parts, places, saved, outputs, d_outputs):
     d_values, d_gates, d_queries, d_keys = (np.zeros_like(values) for _ in range(4))
     scale = values.shape[1] ** -0.5
     d_key_at, d_value_at = np.zeros_like(values), np.zeros_like(values)  # of each token's running pair
+    d_turned_at = np.zeros_like(values)  # of its key as a summary
     for t, (_, position) in enumerate(places):
         record, chunk = saved[t], position // case.chunk_size
         centre = d_outputs[t] @ outputs[t]
-        for s, weight in zip(record["seen"], record["weights"][:-1], strict=True):
-            d_score = scale * weight * (d_outputs[t] @ s["value"] - centre)
-            turned = turn(s["key"], s["chunk"], case.rope_base)
-            d_queries[t] += d_score * turn(turned, chunk, case.rope_base, back=True)
-            turned = turn(queries[t], chunk, case.rope_base)
-            d_key_at[s["t"]] += d_score * turn(turned, s["chunk"], case.rope_base, back=True)
-            d_value_at[s["t"]] += weight * d_outputs[t]
+        ends = [s["t"] for s in record["seen"]]
+        if ends:
+            seen_keys = np.array([s["turned"] for s in record["seen"]])
+            seen_values = np.array([s["value"] for s in record["seen"]])
+            d_scores = scale * record["weights"][:-1] * (seen_values @ d_outputs[t] - centre)
+            d_queries[t] += turn(d_scores @ seen_keys, chunk, case.rope_base, back=True)
+            d_turned_at[ends] += d_scores[:, None] * turn(queries[t], chunk, case.rope_base)[None]
+            d_value_at[ends] += record["weights"][:-1, None] * d_outputs[t][None]
         weight = record["weights"][-1]
         d_score = scale * weight * (d_outputs[t] @ record["value"] - centre)
         d_queries[t] += d_score * record["key"]
@@ -132,7 +164,8 @@ def _head_backward(case, parts, places, saved, outputs, d_outputs):
     d_key, d_value = np.zeros(values.shape[1]), np.zeros(values.shape[1])
     for t in reversed(range(len(places))):
         record, (document, position) = saved[t], places[t]
-        d_key, d_value = d_key + d_key_at[t], d_value + d_value_at[t]
+        d_key = d_key + d_key_at[t] + turn(d_turned_at[t], position // case.chunk_size, case.rope_base, back=True)
+        d_value = d_value + d_value_at[t]
         if document is None:
             continue
         forget, before = record["forget"], record["before"]
@@ -142,21 +175,3 @@ def _head_backward(case, parts, places, saved, outputs, d_outputs):
         reset = position % case.chunk_size == 0
         d_key, d_value = (0.0 * d_key, 0.0 * d_value) if reset else (d_key * forget, d_value * forget)
     return d_values, d_gates, d_queries, d_keys
-
-
-def final_state(case: Case):
-    """Running keys and values after the last token, [B, N, H] each."""
-    batch, _, _, heads, head_dim = case.sizes
-    keys, values = np.zeros((batch, heads, head_dim)), np.zeros((batch, heads, head_dim))
-    x, bias = case.projected.astype(np.float64), case.gate_bias.astype(np.float64)
-    for row in range(batch):
-        for head in range(heads):
-            group, width = head % case.num_groups, heads * head_dim
-            starts = [0, width + head * head_dim, 2 * width + head * head_dim, 3 * width + group * head_dim]
-            starts.append(3 * width + (case.num_groups + group) * head_dim)
-            parts = [x[row, :, start : start + head_dim] for start in starts]
-            saved, _ = _head_forward(
-                case, parts, bias[head * head_dim : (head + 1) * head_dim], _places(case, row)
-            )
-            keys[row, head], values[row, head] = saved[-1]["key"], saved[-1]["value"]
-    return keys, values

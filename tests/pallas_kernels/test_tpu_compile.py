@@ -1,0 +1,72 @@
+"""Ahead-of-time compilation of the TPU kernels for TPU topologies: interpret mode does not see what Mosaic refuses."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels import tpu
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: see requirements-tpu.txt"
+    ),
+]
+ROOT = pathlib.Path(__file__).parents[2]
+PROJECTED_BYTES = 2 * (3 * 2048 + 2 * 2 * 128)  # of a token at width 2048, 2 groups of 128 channels, bfloat16
+
+
+def compile_cases(topology: str, cases: list[dict]) -> list[dict]:
+    """Compiles every case forward and backward in a process of its own: pairs of results in that order."""
+    program = ROOT / "tests" / "pallas_kernels" / "tpu_compile.py"
+    both = [json.dumps(case | {"backward": backward}) for case in cases for backward in (False, True)]
+    done = subprocess.run(
+        [sys.executable, program, topology, *both],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for index, result in enumerate(results):
+        names = tpu.BACKWARD_KERNELS if index % 2 else tpu.FORWARD_KERNELS
+        assert result["kernels"] == list(names), both[index]
+    assert len(results) == len(both)
+    return results
+
+
+def test_memory_is_linear_in_tokens():
+    results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 32768, 131072)])
+    for direction, bound in ((0, 0.5), (1, 1.6)):
+        _, medium, long = (result["temporary_bytes_per_token"] for result in results[direction::2])
+        assert long <= 1.1 * medium
+        assert long <= bound * PROJECTED_BYTES
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+def test_other_chips(topology):
+    compile_cases(topology, [dict(tokens=131072 if topology.startswith("v5p") else 4096)])
+
+
+def test_shapes():
+    compile_cases(
+        "v4:2x2x1",  # the least VMEM of all
+        [
+            dict(tokens=1),
+            dict(tokens=1000, head_dim=64, width=512),
+            dict(tokens=1000, head_dim=126, width=504, rope_base=None),
+            dict(tokens=1000, head_dim=256, width=1024, dtype="float32"),
+            dict(tokens=600, head_dim=512, width=1024, dtype="float32"),
+            dict(tokens=1000, width=512, chunk=1),
+            dict(tokens=1001, width=512, chunk=15, groups=1),
+            dict(tokens=1500, width=512, chunk=65),
+            dict(tokens=3000, width=512, chunk=1000),
+            dict(tokens=1000, width=512, packed=True),
+            dict(tokens=3000, width=512, chunk=1000, packed=True),
+        ],
+    )

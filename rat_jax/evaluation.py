@@ -282,6 +282,7 @@ def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_lengt
         )
     axes.axvline(trained_length, color="gray", linestyle="--", linewidth=1, label=f"trained on {trained_length}")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)

@@ -322,16 +322,18 @@ def summaries_launch(problem: Problem) -> Launch:
 
 
 def queries_blocks(p: Problem) -> tuple[int, int, int, int]:
-    """Queries and keys of a block, warps and pipeline stages."""
+    """Queries and keys of a block, warps and pipeline stages; measured for head_dim 128 in bfloat16."""
     if p.dtype == "float32":
         return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
-    if p.padded_head_dim <= 128:
-        return (64, 64, 4, 1) if is_short(p) else (128, 64, 8, 3)
-    return 64, 32, 8, 1
+    if p.padded_head_dim > 128:
+        return 64, 32, 8, 1
+    if is_short(p):
+        return 64, 64, 4, 1
+    return (64, 64, 4, 2) if p.slots <= 2048 else (128, 64, 8, 3)
 
 
 def summaries_blocks(p: Problem) -> tuple[int, int, int, int]:
-    """Queries and keys of a block, warps and pipeline stages."""
+    """Queries and keys of a block, warps and pipeline stages; measured for head_dim 128 in bfloat16."""
     if p.dtype == "float32":
         return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
     if p.padded_head_dim <= 128:

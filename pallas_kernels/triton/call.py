@@ -36,7 +36,6 @@ Run = Callable[..., tuple[Any, ...]]  # run(launch, *inputs) -> outputs
 
 def run(launch: Launch, *inputs: jax.Array) -> tuple[jax.Array, ...]:
     """Runs a launch inside a jitted function that bears the kernel's name, so that lowered text shows it."""
-
     return tuple(_jitted(launch)(*inputs))
 
 

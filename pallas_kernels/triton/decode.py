@@ -1,8 +1,8 @@
 """One new token a row: the running states, the summaries and the output in one kernel, in place.
 
-The equations are those of `rat`, for a token at position t of its row, t = c L + j: the states restart if j = 0, the token
-attends to the c summaries before it and to its own pair, and if j = L - 1 its states become summary c. Bandwidth bound:
-every summary of the row is read once. With few rows, `rat_decode_attend` first splits a row's summaries over programs.
+The equations are those of `rat`, for a token at position t of its row, t = c L + j: the states restart if j = 0, the
+token attends to the c summaries before it and to its own pair, and if j = L - 1 its states become summary c. Every
+summary of the row is read once: bandwidth bound. With few rows, `rat_decode_attend` first splits a row's summaries over programs.
 """
 
 import jax
@@ -13,7 +13,7 @@ import triton.language as tl
 from pallas_kernels.triton import call
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv, check, next_power_of_2, problem_of
-from pallas_kernels.triton.recurrence import gates, load_halves, store_halves
+from pallas_kernels.triton.recurrence import gates, load_halves
 
 KEYS = 32  # summaries that a program loads side by side
 ENOUGH_PROGRAMS = 1024  # fewer rows times heads are split
@@ -251,7 +251,7 @@ def rat_decode(
     chunk_size: int,
     rope_base: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One token of every row: out [B, 1, D], then the four cache arrays, updated in place where the caller donates them.
+    """One token of every row: out [B, 1, D], then the four cache arrays, in place where they are donated.
 
     Args:
       projected: [B, 1, 3 D + 2 G H], in the order of `rat`.

@@ -1,7 +1,7 @@
 """The RAT mixing op by Triton kernels (arXiv 2507.04416): forward and backward on one device, for GPUs.
 
-`projected` [B, T, 3 D + 2 G H] holds z, v, g (D channels each), q and k (G H each), in this order; D = N H, and head n uses
-query and key group n mod G. With f = sigmoid(g + gate_bias), inside chunks of L tokens, state zero before a chunk:
+`projected` [B, T, 3 D + 2 G H] holds z, v, g (D channels each), q and k (G H each), in this order; D = N H, and head n
+uses query and key group n mod G. With f = sigmoid(g + gate_bias), inside chunks of L tokens, state zero before a chunk:
 
     v~_t = f v~_{t-1} + (1 - f) v_t,    k~_t = f k~_{t-1} + (1 - f) k_t,
     out_t = sigmoid(z_t) softmax over {earlier chunks' last (k~, v~), own (k~_t, v~_t)} of q_t . k~ / sqrt(H), times v~,
@@ -83,7 +83,7 @@ def rat_backward(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from that of `out`; see `rat_forward`."""
+    """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`."""
     problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids)
     documents = _documents(problem, segment_ids, positions)
     tables = _angles(problem, rope_base)

@@ -37,7 +37,7 @@ def rat_recurrence_forward(
     HALF_PADDED: tl.constexpr,
     AHEAD: tl.constexpr,  # tokens loaded before the first of them is used; divides the steps
 ):
-    """One program scans one head of CHUNKS chunks, channels i and i + H / 2 side by side so that they can be rotated."""
+    """One program scans one head of CHUNKS chunks, channels i and i + H / 2 side by side to be rotated."""
     D: tl.constexpr = N * H
     WIDTH: tl.constexpr = 3 * D + 2 * G * H
     HALF: tl.constexpr = (H + 1) // 2
@@ -64,7 +64,7 @@ def rat_recurrence_forward(
     k_high = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
     v_low = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
     v_high = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
-    cos, sin = 0.0, 0.0
+    cos, sin = k_low, k_low
     if ROPE and not SEGMENTED:
         cos, sin = _load_angles(cosines, sines, chunk, chunk < slots, half, HALF)
 
@@ -78,12 +78,12 @@ def rat_recurrence_forward(
                 chunk_start = tl.load(chunk_starts + token_row + j, mask=in_row, other=-1)
                 use = (chunk_start >= first) & (chunk_start < first + L)
                 starts = chunk_start == first + j
-                ahead = ahead + ((position, starts, use, in_row & (j < L) & (chunk_start < 0)),)
+                ahead = ahead + ((position, starts, use, in_row & (j < L) & (chunk_start < 0)),)  # noqa: RUF005
             else:
                 use = in_row
-                ahead = ahead + ((chunk, use, use, use),)
+                ahead = ahead + ((chunk, use, use, use),)  # noqa: RUF005
             at = base + j * WIDTH
-            ahead = ahead + (
+            ahead = ahead + (  # noqa: RUF005
                 (
                     load_halves(at + D + n * H, use, low, high, HALF),
                     load_halves(at + 2 * D + n * H, use, low, high, HALF),

@@ -1,6 +1,6 @@
 """The backward pass of the gated recurrence inside chunks.
 
-With dv~, dk~ the gradients that reach the states of one head from everything but the recurrence, from the chunk's end on:
+With dv~, dk~ the gradients that reach one head's states from everything but the recurrence, from the chunk's end on:
 
     DV_t = dv~_t + f_{t+1} DV_{t+1}        dv_t = (1 - f_t) DV_t        (keys alike)
     dg_t = dv_t (v~_t - v_t) + dk_t (k~_t - k_t)      because (1 - f) f (v~_{t-1} - v_t) = (1 - f) (v~_t - v_t).
@@ -68,8 +68,8 @@ def rat_recurrence_backward(
             if PIECES > 1:
                 for n in range(g, N, G):
                     _save_states(
-                        projected, gate_bias, positions, chunk_starts, saved_from + n * H, row, chunk, tokens, n, channel,
-                        L, N, G, H, SEGMENTED, PIECE, PIECES,
+                        projected, gate_bias, positions, chunk_starts, saved_from + n * H, row, chunk, tokens, n,
+                        channel, L, N, G, H, SEGMENTED, PIECE, PIECES,
                     )  # fmt: skip
                 tl.debug_barrier()
             for back in range(PIECES):
@@ -141,7 +141,14 @@ def _piece_backward(
             positions, chunk_starts, row, chunk, piece * PIECE + j, tokens, L, SEGMENTED
         )
         rotated = _rotate_back(
-            d_rotated_queries + ((begin + j) * G + g) * H, cosines, sines, position // L, channel, in_head & write, H, ROPE
+            d_rotated_queries + ((begin + j) * G + g) * H,
+            cosines,
+            sines,
+            position // L,
+            channel,
+            in_head & write,
+            H,
+            ROPE,
         )
         tl.store(shared_to + j * WIDTH, (dq[j] + rotated).to(dtype), mask=in_head & write)
         tl.store(shared_to + (j * WIDTH + G * H), dk[j].to(dtype), mask=in_head & write)
@@ -168,37 +175,28 @@ def _head_backward(
     head_to = d_projected + begin * WIDTH + n * H + channel
     scores_from = (row * N + n) * tokens + chunk * L + piece * PIECE
     dtype = d_projected.dtype.element_ty
-    # Everything is loaded before the first store: loads do not pass stores that might touch the same memory.
-    ahead = ()
-    for j in tl.static_range(PIECE):
-        flags = _flags(positions, chunk_starts, row, chunk, piece * PIECE + j, tokens, L, SEGMENTED)
-        mask = in_head & flags[0]
-        ahead = ahead + (
-            (
-                tl.load(head_from + (j * WIDTH + D), mask=mask, other=0.0),
-                tl.load(head_from + (j * WIDTH + 2 * D), mask=mask, other=0.0),
-                tl.load(d_heads_from + j * D, mask=mask, other=0.0),
-                tl.load(shared_from + j * WIDTH, mask=mask, other=0.0),
-                tl.load(shared_from + (j * WIDTH + G * H), mask=mask, other=0.0),
-                tl.load(d_own_scores + scores_from + j, mask=flags[0], other=0.0),
-                tl.load(own_weights + scores_from + j, mask=flags[0], other=0.0),
-                flags,
-            ),
-        )
     bias = tl.load(gate_bias + n * H + channel, mask=in_head, other=0.0)
-    bias_so_far = tl.load(bias_to + n * H, mask=in_head & ~is_first, other=0.0)
     d_v_state, d_k_state, v_state, k_state = _states_around(
         d_summary_keys, d_summary_values, cosines, sines, saved + n * H, row, chunk, piece, tokens, n, channel,
         L, N, H, ROPE, SEGMENTED, PIECES,
     )  # fmt: skip
+    ahead = ()
+    for j in tl.static_range(PIECE):
+        use, write, starts, position = _flags(
+            positions, chunk_starts, row, chunk, piece * PIECE + j, tokens, L, SEGMENTED
+        )
+        mask = in_head & use
+        v = tl.load(head_from + (j * WIDTH + D), mask=mask, other=0.0)
+        gate = tl.load(head_from + (j * WIDTH + 2 * D), mask=mask, other=0.0)
+        do = tl.load(d_heads_from + j * D, mask=mask, other=0.0)
+        ahead = ahead + ((v, gate, do, use, write, starts, position),)  # noqa: RUF005
 
     kept = ()
     new_dq = ()
     for j in tl.static_range(PIECE):
-        v, gate, do, q, k, ds, p, flags = ahead[j]
-        use, write, starts, position = flags
+        v, gate, do, use, write, starts, position = ahead[j]
         v = v.to(tl.float32)
-        k = k.to(tl.float32)
+        k = tl.load(shared_from + (j * WIDTH + G * H), mask=in_head & use, other=0.0).to(tl.float32)
         f, w = gates(gate.to(tl.float32) + bias, use, IDENTITY)
         if SEGMENTED:
             v_state = tl.where(starts, 0.0, v_state)
@@ -207,15 +205,18 @@ def _head_backward(
         k_step = f * (k_state - k)
         v_state = f * v_state + w * v
         k_state = f * k_state + w * k
-        new_dq = new_dq + (dq[j] + ds * k_state,)
-        kept = kept + ((w, v_step.to(dtype), k_step.to(dtype)),)
+        ds = tl.load(d_own_scores + scores_from + j, mask=use, other=0.0)
+        new_dq = new_dq + (dq[j] + ds * k_state,)  # noqa: RUF005
+        kept = kept + ((w, v_step, k_step),)  # noqa: RUF005
 
     bias_sum = tl.zeros_like(bias)
     new_dk = ()
     for back in tl.static_range(PIECE):
-        v, gate, do, q, k, ds, p, flags = ahead[PIECE - 1 - back]
-        use, write, starts, position = flags
+        v, gate, do, use, write, starts, position = ahead[PIECE - 1 - back]
         w, v_step, k_step = kept[PIECE - 1 - back]
+        q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
+        ds = tl.load(d_own_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
+        p = tl.load(own_weights + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
         d_v_state += p * do.to(tl.float32)
         d_k_state += ds * q.to(tl.float32)
         if SEGMENTED:
@@ -228,7 +229,7 @@ def _head_backward(
             d_k_state += d_k_end
         dv = w * d_v_state
         d_key = w * d_k_state
-        dg = dv * v_step.to(tl.float32) + d_key * k_step.to(tl.float32)
+        dg = dv * v_step + d_key * k_step
         bias_sum += dg
         new_dk = (dk[PIECE - 1 - back] + d_key,) + new_dk  # noqa: RUF005
         to = head_to + (PIECE - 1 - back) * WIDTH
@@ -243,7 +244,8 @@ def _head_backward(
         after = saved + n * H + (piece - 1) * (4 * D) + 2 * D
         tl.store(after, d_v_state, mask=in_head & (piece > 0))
         tl.store(after + D, d_k_state, mask=in_head & (piece > 0))
-    tl.store(bias_to + n * H, bias_so_far + bias_sum, mask=in_head)
+    so_far = tl.load(bias_to + n * H, mask=in_head & ~is_first, other=0.0)
+    tl.store(bias_to + n * H, so_far + bias_sum, mask=in_head)
     return new_dq, new_dk
 
 

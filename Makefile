@@ -21,7 +21,7 @@ train: $(VENV)/ready
 test: $(VENV)/ready-for-tests test-tpu
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not gpu and not tpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
 
 lint: $(VENV)/ready-for-tests
 	$(BIN)/ruff check .

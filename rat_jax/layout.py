@@ -18,11 +18,11 @@ PADDING = 0  # the segment id of tokens that are not there
 class TokenLayout:
     """Documents, positions and order of the tokens of one call, shape [B, T] each.
 
-    A document is a run of tokens with one non-zero segment id. Neighbouring documents of a row have different ids.
-    Padding (segment 0) may stand before, after or between documents, not inside one.
+    A document is a run of tokens with one non-zero segment id; the next document has another. Padding (segment 0) may
+    stand before, after or between documents, not inside one.
     """
 
-    segment_ids: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]  # documents of the row are numbered 1, 2, ..., so that no number comes again
     positions: Int[Array, "B T"]  # counted from the start of the token's document
     order: Int[Array, "B T"]  # counted over all tokens of the row that are not padding, earlier calls included
     contiguous: bool = dataclasses.field(metadata={"static": True})
@@ -47,14 +47,15 @@ class TokenLayout:
 class RowEnd:
     """Where each row stood after the last call: what the next call's layout continues from."""
 
-    segment_id: Int[Array, " B"]  # of the last token; 0 before the first
+    segment_id: Int[Array, " B"]  # of the last token, as the caller gave it; 0 before the first
+    num_documents: Int[Array, " B"]  # so far
     position: Int[Array, " B"]  # of the next token, should it belong to the same document
     num_tokens: Int[Array, " B"]  # so far, padding not counted
 
     @classmethod
     def empty(cls, batch_size: int) -> "RowEnd":
         zeros = jnp.zeros((batch_size,), jnp.int32)
-        return cls(segment_id=zeros, position=zeros, num_tokens=zeros)
+        return cls(segment_id=zeros, num_documents=zeros, position=zeros, num_tokens=zeros)
 
 
 def whole_rows(batch_size: int, num_tokens: int) -> TokenLayout:
@@ -82,11 +83,14 @@ def from_segments(segment_ids: Int[Array, "B T"], end: RowEnd | None = None) -> 
     origin = jnp.maximum(origin, -end.position[:, None])
     positions = jnp.where(is_token, seen - 1 - origin, 0)
     order = end.num_tokens[:, None] + seen - 1
-    layout = TokenLayout(segment_ids=segment_ids, positions=positions, order=order, contiguous=False)
+    documents = end.num_documents[:, None] + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    numbered = jnp.where(is_token, documents, PADDING)
+    layout = TokenLayout(segment_ids=numbered, positions=positions, order=order, contiguous=False)
     any_token = last_token[:, -1] >= 0
     last = jnp.maximum(last_token[:, -1:], 0)
     new_end = RowEnd(
         segment_id=jnp.where(any_token, jnp.take_along_axis(segment_ids, last, axis=1)[:, 0], end.segment_id),
+        num_documents=documents[:, -1],
         position=jnp.where(any_token, jnp.take_along_axis(positions, last, axis=1)[:, 0] + 1, end.position),
         num_tokens=end.num_tokens + seen[:, -1],
     )

@@ -1,4 +1,4 @@
-"""Settings of every test: the CPU unless told otherwise, quick compilation, an error where shapes gain axes silently."""
+"""Settings of every test: the CPU unless told otherwise, quick compilation, no silent change of rank."""
 
 import os
 
@@ -8,6 +8,6 @@ QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expen
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
 
-import jax
+import jax  # noqa: E402 (the settings above come first)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

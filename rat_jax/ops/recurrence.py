@@ -26,14 +26,27 @@ def gated_recurrence(
       initial_state: h before the first token; None is zero.
       block_size: tokens that are scanned side by side before states are carried from block to block.
     """
-    forget = jax.nn.sigmoid(gate.astype(jnp.float32))
+    forget, take = _gates(gate.astype(jnp.float32))
     shape = jnp.broadcast_shapes(gate.shape, value.shape)
     starts, is_token = (jnp.expand_dims(mask, range(2, len(shape))) for mask in (starts, is_token))
     decay = jnp.broadcast_to(jnp.where(is_token, jnp.where(starts, 0.0, forget), 1.0), shape)
-    update = jnp.where(is_token, (1.0 - forget) * value.astype(jnp.float32), 0.0)
+    update = jnp.where(is_token, take * value.astype(jnp.float32), 0.0)
     if initial_state is None:
         initial_state = jnp.zeros(shape[:1] + shape[2:], jnp.float32)
     return linear_recurrence(decay, update, initial_state, block_size)
+
+
+@jax.custom_jvp
+def _gates(gate: Array) -> tuple[Array, Array]:
+    """f and 1 - f, each with all its digits (and so its slope) however near to 0 or 1 the gate is."""
+    return jax.nn.sigmoid(gate), jax.nn.sigmoid(-gate)
+
+
+@_gates.defjvp
+def _gates_slope(primals, tangents):
+    forget, take = _gates(*primals)
+    change = forget * take * tangents[0]
+    return (forget, take), (change, -change)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

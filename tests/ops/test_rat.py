@@ -1,0 +1,198 @@
+"""Every body of the RAT op against float64 loops: values and the gradient of every input, in one suite."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from rat_jax.layout import from_segments, whole_rows
+from rat_jax.ops import rat_kernels
+from rat_jax.ops.rat import rat_mix
+from rat_jax.ops.rat_types import RatState
+from rat_jax.ops.recurrence import gated_recurrence
+from tests import reference
+from tests.pallas_kernels.rat_loop import Case, loop
+
+ON_CPU = ["xla", "pallas_tpu"]
+BODIES = [*ON_CPU, pytest.param("triton", marks=pytest.mark.gpu)]
+PACKED = np.array([[1] * 7 + [2] * 21 + [0] * 2 + [3] * 9 + [1], [5] * 1 + [1] * 36 + [0] * 3])
+
+
+def case_of(tokens, *, batch=2, heads=4, groups=2, head_dim=8, chunk=16, base=10_000.0, shift=0.0, segments=None):
+    """Random inputs; `shift` moves all gates towards 0 or 1."""
+    random = np.random.default_rng(tokens * 31 + chunk)
+    width = heads * head_dim
+    projected = random.normal(size=(batch, tokens, 3 * width + 2 * groups * head_dim)).astype(np.float32)
+    projected[:, :, 2 * width : 3 * width] += shift
+    layout = None if segments is None else from_segments(jnp.asarray(segments))[0]
+    return Case(
+        projected=projected,
+        gate_bias=random.normal(size=width).astype(np.float32),
+        num_groups=groups,
+        chunk_size=chunk,
+        rope_base=base,
+        segment_ids=None if layout is None else np.array(layout.segment_ids),
+        positions=None if layout is None else np.array(layout.positions),
+    )
+
+
+def run(case: Case, implementation, d_out, dtype=jnp.float32):
+    """The op's output and its gradients, as the loop gives them."""
+    batch, tokens, _, heads, _ = case.sizes
+    layout = whole_rows(batch, tokens) if case.segment_ids is None else from_segments(jnp.asarray(case.segment_ids))[0]
+
+    @jax.jit
+    def both(projected, gate_bias):
+        def mixed(projected, gate_bias):
+            return rat_mix(
+                projected,
+                gate_bias,
+                layout,
+                num_heads=heads,
+                num_groups=case.num_groups,
+                chunk_size=case.chunk_size,
+                rope_base=case.rope_base,
+                implementation=implementation,
+            ).out
+
+        out, pull = jax.vjp(mixed, projected, gate_bias)
+        return out, *pull(d_out.astype(dtype))
+
+    interpreted = jax.default_backend() == "cpu" and implementation == "pallas_tpu"
+    with pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext():
+        return both(jnp.asarray(case.projected, dtype), jnp.asarray(case.gate_bias))
+
+
+def errors(case, implementation, dtype=jnp.float32):
+    """Error of out, d_projected and d_gate_bias relative to the loop's, in the Euclidean norm."""
+    batch, tokens, width, _, _ = case.sizes
+    d_out = np.random.default_rng(0).normal(size=(batch, tokens, width)).astype(np.float32)
+    truth = loop(case, d_out)
+    found = run(case, implementation, jnp.asarray(d_out), dtype)
+    expected = (truth.out, truth.d_projected, truth.d_gate_bias)
+    return [
+        np.linalg.norm(np.asarray(a, np.float64) - b) / (np.linalg.norm(b) + 1e-30)
+        for a, b in zip(found, expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("implementation", BODIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case_of(1), id="one-token"),
+        pytest.param(case_of(15), id="less-than-a-chunk"),
+        pytest.param(case_of(16), id="one-chunk"),
+        pytest.param(case_of(17), id="one-chunk-and-a-token"),
+        pytest.param(case_of(40, chunk=5, groups=1), id="odd-chunk"),
+        pytest.param(case_of(9, chunk=1), id="chunk-1"),
+        pytest.param(case_of(33, head_dim=6, base=None), id="odd-head-without-rotation"),
+        pytest.param(case_of(40, chunk=4, segments=PACKED), id="packed"),
+        pytest.param(case_of(40, shift=12.0), id="gates-near-1"),
+        pytest.param(case_of(40, shift=-12.0), id="gates-near-0"),
+    ],
+)
+def test_values_and_gradients(case, implementation):
+    assert max(errors(case, implementation)) < 3e-6
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("pallas_tpu"), pytest.param("triton", marks=pytest.mark.gpu)])
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_xla(implementation):
+    case = case_of(40, chunk=4)
+    plain = errors(case, "xla", jnp.bfloat16)
+    for kernel_error, plain_error in zip(errors(case, implementation, jnp.bfloat16), plain, strict=True):
+        assert kernel_error < 2 * plain_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1000, 64), (4096, 128), (1000, 256)])
+def test_long_rows_on_the_gpu(tokens, head_dim):
+    case = case_of(tokens, batch=1, heads=2, head_dim=head_dim)
+    assert max(errors(case, "triton")) < 3e-5
+
+
+def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():
+    case = case_of(20, chunk=20)
+    out = run(case, "xla", jnp.zeros((2, 20, 32)))[0]
+    z, value, gate = np.split(case.projected[:, :, :96], 3, axis=-1)
+    everywhere = jnp.ones((2, 20), bool)
+    states = gated_recurrence(
+        gate + case.gate_bias[None, None], value, starts=everywhere & (jnp.arange(20) == 0)[None], is_token=everywhere
+    )
+    np.testing.assert_allclose(out, jax.nn.sigmoid(z) * states, atol=1e-6)
+
+
+def test_chunk_of_one_token_is_causal_attention_over_gated_keys_and_values():
+    case = case_of(11, chunk=1)
+    out = run(case, "xla", jnp.zeros((2, 11, 32)))[0]
+    z, value, gate, query, key = np.split(case.projected.astype(np.float64), [32, 64, 96, 112], axis=-1)
+    keep = 1 - reference.sigmoid(gate + case.gate_bias)
+    query, key = (np.tile(x.reshape(2, 11, 2, 8), (1, 1, 2, 1)) for x in (query, key))
+    key = key * keep.reshape(key.shape)
+    attended = reference.attention(query, key, (keep * value).reshape(key.shape), rope_base=10_000.0)
+    np.testing.assert_allclose(out, reference.sigmoid(z) * attended.reshape(out.shape), atol=1e-5)
+
+
+def test_queries_taken_in_blocks_give_the_same(monkeypatch):
+    case = case_of(40, chunk=4)
+    assert max(errors(case, "xla")) < 3e-6
+    monkeypatch.setattr("rat_jax.ops.attention._MAX_SCORES", 1)
+    monkeypatch.setattr("rat_jax.ops.attention._MIN_BLOCK", 8)
+    assert max(errors(case, "xla")) < 3e-6
+
+
+def test_memory_of_plain_xla_grows_with_tokens_not_with_their_square():
+    def bytes_held(tokens):
+        projected = jax.ShapeDtypeStruct((1, tokens, 3 * 64 + 2 * 2 * 16), jnp.float32)
+
+        def loss(projected, gate_bias):
+            sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 1e4}
+            return jnp.sum(rat_mix(projected, gate_bias, whole_rows(1, tokens), **sizes).out)
+
+        compiled = jax.jit(jax.grad(loss)).lower(projected, jax.ShapeDtypeStruct((64,), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = bytes_held(8192), bytes_held(32768)
+    assert long < 4.5 * short
+    assert long < 32768 * 8192 * 4  # bytes of one head's scores
+
+
+def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
+    monkeypatch.setattr(rat_kernels, "candidate", lambda: "pallas_tpu")
+    case = case_of(40, chunk=4, segments=PACKED)
+    assert max(errors(case, None)) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 514}, "heads of at most 512 channels, got 514; nearest: 512"),
+        ({"state": True}, "it takes no state; implementation 'xla' does"),
+    ],
+)
+def test_a_named_body_says_why_it_cannot_run_and_none_does_without_it(change, message, monkeypatch):
+    head_dim = change.get("head_dim", 8)
+    projected = jnp.zeros((1, 4, 3 * head_dim + 2 * head_dim))
+    state = RatState.empty(1, 8, 1, head_dim, 4, jnp.float32) if "state" in change else None
+    sizes = {"num_heads": 1, "num_groups": 1, "chunk_size": 4, "rope_base": 1e4, "state": state}
+    arguments = (projected, jnp.zeros((head_dim,)), whole_rows(1, 4))
+    with pytest.raises(ValueError, match=message):
+        rat_mix(*arguments, **sizes, implementation="pallas_tpu")
+    monkeypatch.setattr(rat_kernels, "candidate", lambda: "pallas_tpu")
+    assert rat_mix(*arguments, **sizes).out.shape == (1, 4, head_dim)
+
+
+def test_wrong_channels_are_counted():
+    with pytest.raises(ValueError, match=r"projected must have 3 D \+ 2 G H = 56 channels, got 50"):
+        rat_mix(
+            jnp.zeros((1, 4, 50)),
+            jnp.zeros((16,)),
+            whole_rows(1, 4),
+            num_heads=4,
+            num_groups=1,
+            chunk_size=4,
+            rope_base=None,
+        )

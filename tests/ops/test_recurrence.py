@@ -1,0 +1,62 @@
+"""The gated recurrence: blocks, starts, padding, initial states, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rat_jax.ops.recurrence import gated_recurrence, linear_recurrence
+from tests import reference
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
+def test_equals_the_loop_whatever_the_blocks(tokens):
+    gate, value = jax.random.normal(jax.random.key(0), (2, 2, tokens, 3))
+    initial = jax.random.normal(jax.random.key(1), (2, 3))
+    everywhere = jnp.ones((2, tokens), bool)
+    for block_size in (1, 8, 64):
+        found = gated_recurrence(
+            gate, value, starts=~everywhere, is_token=everywhere, initial_state=initial, block_size=block_size
+        )
+        np.testing.assert_allclose(found, reference.gated_recurrence(gate, value, initial), atol=1e-6)
+
+
+def test_starts_forget_and_padding_keeps():
+    gate, value = jax.random.normal(jax.random.key(0), (2, 1, 12, 3))
+    starts = jnp.zeros((1, 12), bool).at[0, jnp.array([0, 5])].set(True)
+    is_token = jnp.ones((1, 12), bool).at[0, jnp.array([8, 9])].set(False)
+    found = gated_recurrence(gate, value, starts=starts, is_token=is_token, block_size=4)
+    np.testing.assert_allclose(found[:, :5], reference.gated_recurrence(gate[:, :5], value[:, :5]), atol=1e-6)
+    kept = np.array([5, 6, 7, 10, 11])
+    np.testing.assert_allclose(found[:, kept], reference.gated_recurrence(gate[:, kept], value[:, kept]), atol=1e-6)
+    np.testing.assert_array_equal(found[:, 8:10], found[:, 7:8].repeat(2, axis=1))
+
+
+def test_gradients_of_decay_update_and_initial_state():
+    decay = jax.random.uniform(jax.random.key(0), (2, 11, 3))
+    update = jax.random.normal(jax.random.key(1), (2, 11, 3))
+    initial = jax.random.normal(jax.random.key(2), (2, 3))
+    weights = jax.random.normal(jax.random.key(3), (2, 11, 3))
+
+    def by_steps(decay, update, initial):
+        def step(state, inputs):
+            state = inputs[0] * state + inputs[1]
+            return state, state
+
+        moved = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(update, 1, 0))
+        return jnp.sum(jnp.moveaxis(jax.lax.scan(step, initial, moved)[1], 0, 1) * weights)
+
+    def by_scan(decay, update, initial):
+        return jnp.sum(linear_recurrence(decay, update, initial, 4) * weights)
+
+    expected = jax.grad(by_steps, (0, 1, 2))(decay, update, initial)
+    for a, b in zip(jax.grad(by_scan, (0, 1, 2))(decay, update, initial), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_memory_of_many_tokens_with_gates_near_one_does_not_drift_in_bfloat16():
+    tokens = 4096
+    gate, value = jnp.full((1, tokens, 1), 4.0, jnp.bfloat16), jnp.ones((1, tokens, 1), jnp.bfloat16)
+    everywhere = jnp.ones((1, tokens), bool)
+    found = gated_recurrence(gate, value, starts=~everywhere, is_token=everywhere)
+    np.testing.assert_allclose(found[0, -1, 0], 1.0, atol=1e-5)

@@ -32,7 +32,7 @@ def main():
         x = t + 0.35 * (t // CHUNK)
         faint = t > AT
         box(axes, x, 0, 0.8, BLUE, f"$x_{{{t}}}$", faint)
-        box(axes, x, 1.1, 0.8, BLUE, rf"$\tilde{{k}},\tilde{{v}}$", faint)
+        box(axes, x, 1.1, 0.8, BLUE, r"$\tilde{k},\tilde{v}$", faint)
         arrow(axes, (x + 0.4, 0.55), (x + 0.4, 1.08), GREY)
         if t % CHUNK:
             arrow(axes, (x - 0.18, 1.35), (x - 0.02, 1.35), BLUE)

@@ -323,12 +323,12 @@ def _finish_tile(plan: Plan, refs: types.SimpleNamespace, tile: jax.Array, head:
     d_forget += d_value * jnp.where(run.start, 0.0, _before(plan, run.value, state, 1))
     key, value = refs.key[0].astype(jnp.float32), refs.value[0].astype(jnp.float32)
     d_forget = d_forget - d_key * key - d_value * value
-    d_gate = jnp.where(run.token, d_forget * run.forget * (1.0 - run.forget), 0.0)
+    d_gate = jnp.where(run.token, d_forget * run.forget * run.take, 0.0)
     refs.d_output_gate[0] = (d_out * refs.out[0].astype(jnp.float32) * (1.0 - gate)).astype(plan.dtype)
-    refs.d_value[0] = jnp.where(run.token, (1.0 - run.forget) * d_value, 0.0).astype(plan.dtype)
+    refs.d_value[0] = jnp.where(run.token, run.take * d_value, 0.0).astype(plan.dtype)
     refs.d_gate[0] = d_gate.astype(plan.dtype)
     refs.d_bias[0, 0] = jnp.sum(d_gate, axis=0, keepdims=True)
-    refs.d_key[0] += jnp.where(run.token, (1.0 - run.forget) * d_key, 0.0)
+    refs.d_key[0] += jnp.where(run.token, run.take * d_key, 0.0)
     refs.d_query[0] += d_score * run.key
 
 

@@ -23,6 +23,7 @@ class Running:
     token: jax.Array  # bool [rows, 1]: and is no padding
     start: jax.Array  # bool [rows, 1]: the state before the row is zero
     forget: jax.Array
+    take: jax.Array  # 1 - forget
     decay: jax.Array  # what the earlier state is multiplied with
     key: jax.Array
     value: jax.Array
@@ -40,10 +41,11 @@ def running(plan: Plan, refs: types.SimpleNamespace, tile: jax.Array, state: tup
     else:
         token = inside
         start = rows % plan.stride == 0
-    forget = jax.nn.sigmoid(refs.gate[0].astype(jnp.float32) + refs.bias[...])
+    gate = refs.gate[0].astype(jnp.float32) + refs.bias[...]
+    forget, take = jax.nn.sigmoid(gate), jax.nn.sigmoid(-gate)  # 1 - f would lose the digits of a gate near 1
     decay = jnp.where(start, 0.0, jnp.where(token, forget, 1.0))
-    key = jnp.where(token, (1.0 - forget) * refs.key[0].astype(jnp.float32), 0.0)
-    value = jnp.where(token, (1.0 - forget) * refs.value[0].astype(jnp.float32), 0.0)
+    key = jnp.where(token, take * refs.key[0].astype(jnp.float32), 0.0)
+    value = jnp.where(token, take * refs.value[0].astype(jnp.float32), 0.0)
     reach = decay
     if state is not None:
         first = lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == 0
@@ -57,7 +59,7 @@ def running(plan: Plan, refs: types.SimpleNamespace, tile: jax.Array, state: tup
         value = value + reach * pltpu.roll(value, step, 0)
         reach = reach * pltpu.roll(reach, step, 0)
         step *= 2
-    return Running(inside=inside, token=token, start=start, forget=forget, decay=decay, key=key, value=value)
+    return Running(inside=inside, token=token, start=start, forget=forget, take=take, decay=decay, key=key, value=value)
 
 
 def scan_back(

@@ -2,7 +2,8 @@
 
 The equations are those of `rat`, for a token at position t of its row, t = c L + j: the states restart if j = 0, the
 token attends to the c summaries before it and to its own pair, and if j = L - 1 its states become summary c. Every
-summary of the row is read once: bandwidth bound. With few rows, `rat_decode_attend` first splits a row's summaries over programs.
+summary of the row is read once, which bounds the time. With few rows, `rat_decode_attend` first splits a row's
+summaries over programs.
 """
 
 import jax
@@ -291,7 +292,7 @@ def angle_tables(head_dim: int, count: int, rope_base: float | None) -> tuple[ja
     if rope_base is None:
         return (jnp.zeros((1, 1), jnp.float32),) * 2
     frequencies = rope_base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    phases = jnp.arange(count, dtype=jnp.float32)[:, None] * frequencies
+    phases = jnp.arange(count, dtype=jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(phases), jnp.sin(phases)
 
 

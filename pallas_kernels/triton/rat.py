@@ -175,7 +175,7 @@ def _documents(problem: Problem, segment_ids: jax.Array | None, positions: jax.A
     if positions is None:
         raise ValueError("segment_ids need positions")
     p = problem
-    token = jnp.arange(p.tokens, dtype=jnp.int32)
+    token = jnp.arange(p.tokens, dtype=jnp.int32)[None, :]
     is_token = segment_ids != 0
     starts = is_token & (positions % p.chunk_size == 0)
     chunk_starts = jnp.where(is_token, jax.lax.cummax(jnp.where(starts, token, -1), axis=1), -1)

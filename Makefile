@@ -31,10 +31,10 @@ test-slow: $(VENV)/ready-for-tests
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: # in the environment at hand, where jax sees a GPU
-	$(PYTHON) -m pytest -m gpu
+	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu
 
 test-tpu: $(TPU_VENV)/ready
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m tpu
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m tpu tests/pallas_kernels/test_tpu_compile.py
 
 clean:
 	rm -rf $(VENV) $(TPU_VENV)
@@ -56,7 +56,7 @@ $(VENV)/ready-for-tests: requirements.txt requirements-test.txt
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	@touch $@ $(VENV)/ready
 
-$(TPU_VENV)/ready: requirements.txt requirements-tpu.txt
+$(TPU_VENV)/ready: requirements-tpu.txt
 	$(call new-venv,$(TPU_VENV))
 	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt pytest pytest-timeout
 	@touch $@

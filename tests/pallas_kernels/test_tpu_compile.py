@@ -41,11 +41,11 @@ def compile_cases(topology: str, cases: list[dict]) -> list[dict]:
 
 
 def test_memory_is_linear_in_tokens():
-    results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 32768, 131072)])
-    for direction, bound in ((0, 0.5), (1, 1.6)):
-        _, medium, long = (result["temporary_bytes_per_token"] for result in results[direction::2])
-        assert long <= 1.1 * medium
-        assert long <= bound * PROJECTED_BYTES
+    """One bound per token holds over a factor 64. (Of short rows XLA keeps up to 128 MiB in VMEM, which do not count.)"""
+    results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 131072, 262144)])
+    for direction, bound in ((0, 0.4), (1, 1.6)):
+        for result in results[direction::2]:
+            assert result["temporary_bytes_per_token"] <= bound * PROJECTED_BYTES
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
@@ -60,11 +60,9 @@ def test_shapes():
             dict(tokens=1),
             dict(tokens=1000, head_dim=64, width=512),
             dict(tokens=1000, head_dim=126, width=504, rope_base=None),
-            dict(tokens=1000, head_dim=256, width=1024, dtype="float32"),
             dict(tokens=600, head_dim=512, width=1024, dtype="float32"),
             dict(tokens=1000, width=512, chunk=1),
             dict(tokens=1001, width=512, chunk=15, groups=1),
-            dict(tokens=1500, width=512, chunk=65),
             dict(tokens=3000, width=512, chunk=1000),
             dict(tokens=1000, width=512, packed=True),
             dict(tokens=3000, width=512, chunk=1000, packed=True),

@@ -35,7 +35,8 @@ def rat_mix(
         out_t = sigmoid(z_t) * softmax([R q_t . R K_1, ..., q_t . k~_t] / sqrt(H)) [V_1, ..., v~_t],
 
     where R rotates by the chunk's position in its document (`rope_base` None: not at all). Chunks are counted from the
-    start of each document, so that a packed document mixes as it does alone. The recurrence and the softmax are
+    start of each document, so that a packed document mixes as it does alone; at padding the result is finite and has no
+    meaning. The recurrence and the softmax are
     float32; summaries and the result have the dtype of `projected`.
 
     Args:

@@ -67,12 +67,14 @@ def run(case: Case, implementation, d_out, dtype=jnp.float32):
 
 
 def errors(case, implementation, dtype=jnp.float32):
-    """Error of out, d_projected and d_gate_bias relative to the loop's, in the Euclidean norm."""
+    """Error of out, d_projected and d_gate_bias relative to the loop's, in the Euclidean norm, padding left out."""
     batch, tokens, width, _, _ = case.sizes
-    d_out = np.random.default_rng(0).normal(size=(batch, tokens, width)).astype(np.float32)
+    is_token = np.ones((batch, tokens, 1)) if case.segment_ids is None else (case.segment_ids != 0)[:, :, None]
+    d_out = (is_token * np.random.default_rng(0).normal(size=(batch, tokens, width))).astype(np.float32)
     truth = loop(case, d_out)
-    found = run(case, implementation, jnp.asarray(d_out), dtype)
-    expected = (truth.out, truth.d_projected, truth.d_gate_bias)
+    out, *gradients = run(case, implementation, jnp.asarray(d_out), dtype)
+    assert np.isfinite(out).all()
+    found, expected = (is_token * out, *gradients), (is_token * truth.out, truth.d_projected, truth.d_gate_bias)
     return [
         np.linalg.norm(np.asarray(a, np.float64) - b) / (np.linalg.norm(b) + 1e-30)
         for a, b in zip(found, expected, strict=True)

@@ -10,8 +10,6 @@ A checkpoint without a manifest was not finished. Orbax, which writes and reads 
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import pathlib
 import platform
 import shutil
@@ -24,67 +22,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from rat_jax.config import Config, ConfigError, ModelConfig, config_from_dict, config_to_dict
+from rat_jax.config import Config, ModelConfig
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.manifest import MANIFEST_FILE, Manifest, sha256
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import leaf_names, shardings
-from rat_jax.workdir import CheckpointError, Workdir, write_json
+from rat_jax.workdir import CheckpointError, Workdir
 
 __all__ = ["CheckpointError", "Checkpoints", "LoadedModel", "Manifest", "load_model", "save_model"]
 
-FORMAT_VERSION = 1
 MODEL_ONLY_FOLDER = 0  # where a model alone is saved: a run that starts from it saves later steps
-_MANIFEST = "manifest.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int  # optimizer steps done; where only a model was saved, those it says it was trained for
-    config: Config
-    data: dict[str, Any] | None  # `TrainData.state` after those steps; None where only a model was saved
-    versions: dict[str, str]
-    arrays: dict[str, dict[str, list[Any]]]  # item, name -> [shape, dtype]
-    files: dict[str, list[Any]]  # path -> [bytes, SHA-256]
-
-    @classmethod
-    def read(cls, path: pathlib.Path) -> "Manifest":
-        """The manifest of a checkpoint's folder.
-
-        Raises:
-          CheckpointError: if it is missing, damaged or of another version.
-        """
-        file = path / _MANIFEST
-        try:
-            values = json.loads(file.read_text())
-            if (version := values.pop("format_version")) != FORMAT_VERSION:
-                raise CheckpointError(f"{file} has format version {version}; this code reads {FORMAT_VERSION}")
-            return cls(**values | {"config": config_from_dict(values["config"])})
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} was not finished: it has no {_MANIFEST}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ConfigError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from None
-
-    def write(self, path: pathlib.Path) -> None:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = config_to_dict(self.config)
-        write_json(path / _MANIFEST, {"format_version": FORMAT_VERSION, **values})
-
-    def verify(self, path: pathlib.Path) -> None:
-        """Reads all files and compares them.
-
-        Raises:
-          CheckpointError: naming the first that is missing, cut short or changed.
-        """
-        for name, (size, digest) in self.files.items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{path} is damaged: {name} is missing")
-            if file.stat().st_size != size:
-                raise CheckpointError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
-            if _sha256(file) != digest:
-                raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
 
 
 class Checkpoints:
@@ -195,7 +142,7 @@ class Checkpoints:
             self._manager.check_for_errors()
             if jax.process_index() == 0:
                 files = sorted(file for file in path.rglob("*") if file.is_file())
-                digests = {str(file.relative_to(path)): [file.stat().st_size, _sha256(file)] for file in files}
+                digests = {str(file.relative_to(path)): [file.stat().st_size, sha256(file)] for file in files}
                 dataclasses.replace(manifest, files=digests).write(path)
                 for old in _step_folders(self._folder)[self._config.training.checkpoints_to_keep :]:
                     shutil.rmtree(old)
@@ -209,7 +156,7 @@ class Checkpoints:
             shutil.rmtree(partial)
 
     def _set_aside(self, path: pathlib.Path, error: CheckpointError) -> None:
-        if not (path / _MANIFEST).is_file():
+        if not (path / MANIFEST_FILE).is_file():
             self._report(f"{error}; removing it")
             shutil.rmtree(path)
             return
@@ -354,11 +301,6 @@ def _step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: -int(path.name))
-
-
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -27,6 +27,12 @@ from tests.pallas_kernels import triton_compile, triton_twin
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Importing jax-triton empties this variable, without which triton itself launches nothing."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of every case, from one process in which triton interprets kernels."""

@@ -10,7 +10,7 @@ signal (SIGTERM or Ctrl-C) ended it after a checkpoint: start it again; 1 anythi
 import sys
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 from rat_jax.config import Config, ConfigError, config_from_dict
@@ -43,6 +43,7 @@ def _parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> None:
+    app.define_help_flags()
     try:
         config = _parse(arguments)
         if _DISTRIBUTED.value:

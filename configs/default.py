@@ -45,7 +45,7 @@ def get_config() -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict()
     config.data.path = "data/python-stdlib-bytes"
     config.data.seq_len = 256  # tokens
-    config.data.global_batch_size = 16  # sequences
+    config.data.global_batch_size = 8  # sequences
     config.data.segment_documents = False
     config.data.num_workers = 0
 
@@ -61,11 +61,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.accumulation_steps = 1
 
     config.training = config_dict.ConfigDict()
-    config.training.num_steps = 1000
+    config.training.num_steps = 600
     config.training.log_every_steps = 10
-    config.training.validate_every_steps = 250
-    config.training.validation_batches = 32
-    config.training.checkpoint_every_steps = 250
+    config.training.validate_every_steps = 200
+    config.training.validation_batches = 64
+    config.training.checkpoint_every_steps = 200
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
 

@@ -10,7 +10,7 @@ CORPUS := data/python-stdlib-bytes
 # Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
 TPU_VENV ?= .venv-tpu
 
-.PHONY: train test lint test-slow test-gpu test-tpu clean
+.PHONY: train test lint test-cpu test-slow test-gpu test-tpu clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out $(CORPUS)
@@ -18,9 +18,10 @@ train: $(VENV)/ready
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
 	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "def " --max_new_tokens 300 --temperature 0.7
 
-test: $(VENV)/ready-for-tests test-tpu
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint $(TPU_VENV)/ready
+	$(MAKE) --jobs=2 test-cpu test-tpu
+
+test-cpu:
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
 
 lint: $(VENV)/ready-for-tests

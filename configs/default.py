@@ -22,7 +22,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model.mlp_width = 512
     config.model.pattern = ("rat", "local_attention")
     config.model.dtype = "float32"
-    config.model.remat = "none"
+    config.model.remat = "block"  # less memory to fill is quicker here, too
 
     config.model.attention = config_dict.ConfigDict()
     config.model.attention.rope = True
@@ -61,11 +61,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.accumulation_steps = 1
 
     config.training = config_dict.ConfigDict()
-    config.training.num_steps = 600
+    config.training.num_steps = 450
     config.training.log_every_steps = 10
-    config.training.validate_every_steps = 200
-    config.training.validation_batches = 64
-    config.training.checkpoint_every_steps = 200
+    config.training.validate_every_steps = 150
+    config.training.validation_batches = 32
+    config.training.checkpoint_every_steps = 150
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
 

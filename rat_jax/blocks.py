@@ -1,5 +1,7 @@
 """The residual block: a mixer moves information between tokens, an MLP works on each token."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +23,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(_gelu(self.up(x)))
+
+
+def _gelu(x: Array) -> Array:
+    """x times the normal distribution function; by erf, which costs a CPU a third of `jax.nn.gelu`'s erfc."""
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):

@@ -16,8 +16,6 @@ from rat_jax.ops.recurrence import gated_recurrence
 from tests import reference
 from tests.pallas_kernels.rat_loop import Case, loop
 
-ON_CPU = ["xla", "pallas_tpu"]
-BODIES = [*ON_CPU, pytest.param("triton", marks=pytest.mark.gpu)]
 PACKED = np.array([[1] * 7 + [2] * 21 + [0] * 2 + [3] * 9 + [1], [5] * 1 + [1] * 36 + [0] * 3])
 
 
@@ -81,23 +79,37 @@ def errors(case, implementation, dtype=jnp.float32):
     ]
 
 
-@pytest.mark.parametrize("implementation", BODIES)
+CASES = {
+    "one-token": case_of(1),
+    "less-than-a-chunk": case_of(15),
+    "one-chunk": case_of(16),
+    "one-chunk-and-a-token": case_of(17),
+    "odd-chunk": case_of(40, chunk=5, groups=1),
+    "chunk-1": case_of(9, chunk=1),
+    "odd-head-without-rotation": case_of(33, head_dim=6, base=None),
+    "packed": case_of(40, chunk=4, segments=PACKED),
+    "gates-near-1": case_of(40, shift=12.0),
+    "gates-near-0": case_of(40, shift=-12.0),
+}
+# Interpreting TPU kernels takes seconds a case, and tests/pallas_kernels/test_tpu.py has such cases too.
+SLOW = {("pallas_tpu", name) for name in CASES} - {("pallas_tpu", "packed"), ("pallas_tpu", "gates-near-1")}
+MARKS = {"xla": [], "pallas_tpu": [], "triton": [pytest.mark.gpu]}
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("implementation", "case"),
     [
-        pytest.param(case_of(1), id="one-token"),
-        pytest.param(case_of(15), id="less-than-a-chunk"),
-        pytest.param(case_of(16), id="one-chunk"),
-        pytest.param(case_of(17), id="one-chunk-and-a-token"),
-        pytest.param(case_of(40, chunk=5, groups=1), id="odd-chunk"),
-        pytest.param(case_of(9, chunk=1), id="chunk-1"),
-        pytest.param(case_of(33, head_dim=6, base=None), id="odd-head-without-rotation"),
-        pytest.param(case_of(40, chunk=4, segments=PACKED), id="packed"),
-        pytest.param(case_of(40, shift=12.0), id="gates-near-1"),
-        pytest.param(case_of(40, shift=-12.0), id="gates-near-0"),
+        pytest.param(
+            implementation,
+            case,
+            marks=[*marks, *([pytest.mark.slow] if (implementation, name) in SLOW else [])],
+            id=f"{implementation}-{name}",
+        )
+        for implementation, marks in MARKS.items()
+        for name, case in CASES.items()
     ],
 )
-def test_values_and_gradients(case, implementation):
+def test_values_and_gradients(implementation, case):
     assert max(errors(case, implementation)) < 3e-6
 
 

@@ -14,7 +14,9 @@ PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rat", "l
 def small_config() -> Config:
     """`configs/default.py` with every size cut down; window and chunks are short enough to be crossed many times."""
     values = default.get_config()
-    values.model.update({"vocab_size": 31, "width": 16, "num_layers": 2, "num_heads": 4, "mlp_width": 32})
+    values.model.update(
+        {"vocab_size": 31, "width": 16, "num_layers": 2, "num_heads": 4, "mlp_width": 32, "remat": "none"}
+    )
     values.model.local_attention.window = 5
     values.model.rnn.max_timescale = 20
     values.model.rat.chunk_size = 4

@@ -1,14 +1,12 @@
 """Which platform a program is traced for, and running a single-device function on every device of a mesh."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from rat_jax.sharding import BATCH_AXES
-
-Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
 
 def expected_platform() -> str:

@@ -61,11 +61,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.accumulation_steps = 1
 
     config.training = config_dict.ConfigDict()
-    config.training.num_steps = 600
+    config.training.num_steps = 750
     config.training.log_every_steps = 10
-    config.training.validate_every_steps = 300
+    config.training.validate_every_steps = 250
     config.training.validation_batches = 32
-    config.training.checkpoint_every_steps = 300
+    config.training.checkpoint_every_steps = 250
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
 

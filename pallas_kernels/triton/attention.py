@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.triton.call import Launch
-from pallas_kernels.triton.problem import Problem, cdiv
+from pallas_kernels.triton.problem import NEVER, Problem, cdiv
+
+NO_TOKEN = tl.constexpr(NEVER)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def rat_attention_forward(
     projected,  # [B, T, 3 D + 2 G H], of which z is read
     running_values,  # [B, T, N, H]
@@ -23,11 +25,13 @@ def rat_attention_forward(
     rotated_queries,  # [B, T, G, H], scaled
     summary_keys,  # [B, C, N, H]
     summary_values,  # [B, C, N, H]
-    segment_ids,  # [B, T] int32; read only if SEGMENTED, as are the next three
+    segment_ids,  # [B, T] int32; read only if SEGMENTED, as are the next four
     first_slots,  # [B, T] int32: the first slot that may belong to the token's document
-    slot_tokens,  # [B, C] int32: array index of the token that completes the slot's chunk, -1 if none does
+    end_slots,  # [B, T] int32: one past the last slot that the token may see
+    slot_tokens,  # [B, C] int32: see `Documents` in `rat`
     slot_segments,  # [B, C] int32
     tokens,  # T
+    slots,  # C
     out,  # [B, T, D]
     lse,  # [B, N, T] float32
     L: tl.constexpr,
@@ -63,12 +67,12 @@ def rat_attention_forward(
         segment = tl.load(segment_ids + row * tokens + token, mask=in_row, other=0)
         begin = tl.load(first_slots + row * tokens + start) // KEYS * KEYS
         whole = begin
-        end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
+        end = tl.load(end_slots + row * tokens + tl.minimum(start + QUERIES, tokens) - 1)
     else:
         begin = 0
         whole = start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L
-    slot_base = row * tl.cdiv(tokens, L)
+    slot_base = row * slots
     if GROUPED:
         for n in range(g, N, G):
             _one_head(
@@ -161,9 +165,9 @@ def read_slots(slot, end, slot_tokens, slot_segments, MASKED: tl.constexpr, SEGM
     slot_token = slot
     slot_segment = slot
     if MASKED and SEGMENTED:
-        slot_token = tl.load(slot_tokens + slot, mask=valid, other=-1)
+        slot_token = tl.load(slot_tokens + slot, mask=valid, other=NO_TOKEN)
         slot_segment = tl.load(slot_segments + slot, mask=valid, other=0)
-        valid = valid & (slot_token >= 0)
+        valid = valid & (slot_token < NO_TOKEN)
     return valid, slot_token, slot_segment
 
 
@@ -186,14 +190,19 @@ def load_summaries(base, slot, valid, D: tl.constexpr, H: tl.constexpr, PADDED: 
     return tl.load(at)
 
 
-def forward_launch(problem: Problem) -> Launch:
-    """`rat_attention_forward` for these sizes; the inputs are those of the kernel in their order."""
+def forward_launch(problem: Problem, slots: int | None = None) -> Launch:
+    """`rat_attention_forward` for these sizes; the inputs are those of the kernel in their order.
+
+    Args:
+      problem: sizes.
+      slots: C, where the summaries are those of a cache. None: one for every L tokens.
+    """
     p = problem
     queries, keys, num_warps, num_stages = forward_blocks(p)
     return Launch(
         kernel=rat_attention_forward,
         grid=((p.num_groups if is_short(p) else p.num_heads) * cdiv(p.tokens, queries), p.batch),
-        integers=(p.tokens,),
+        integers=(p.tokens, p.slots if slots is None else slots),
         outputs=(
             ((p.batch, p.tokens, p.width), p.dtype),
             ((p.batch, p.num_heads, p.tokens), "float32"),

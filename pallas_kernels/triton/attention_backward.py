@@ -63,8 +63,9 @@ def rat_queries_backward(
     rotated_queries,
     summary_keys,
     summary_values,
-    segment_ids,  # read only if SEGMENTED, as are the next three
+    segment_ids,  # read only if SEGMENTED, as are the next four
     first_slots,
+    end_slots,
     slot_tokens,
     slot_segments,
     own_scores,
@@ -106,7 +107,7 @@ def rat_queries_backward(
         segment = tl.load(segment_ids + row * tokens + token, mask=in_row, other=0)
         begin = tl.load(first_slots + row * tokens + start) // KEYS * KEYS
         whole = begin
-        end = tl.cdiv(tl.minimum(start + QUERIES, tokens), L)
+        end = tl.load(end_slots + row * tokens + tl.minimum(start + QUERIES, tokens) - 1)
     else:
         whole = start // L // KEYS * KEYS
         end = (tl.minimum(start + QUERIES, tokens) - 1) // L

@@ -1,9 +1,9 @@
 """One new token a row: the running states, the summaries and the output in one kernel, in place.
 
-The equations are those of `rat`, for a token at position t of its row, t = c L + j: the states restart if j = 0, the
-token attends to the c summaries before it and to its own pair, and if j = L - 1 its states become summary c. Every
-summary of the row is read once, which bounds the time. With few rows, `rat_decode_attend` first splits a row's
-summaries over programs.
+The equations are those of `rat`, for a token at position t of its document, t = c L + j: the states restart if j = 0,
+the token attends to its document's c summaries, the last c of the row's, and to its own pair, and if j = L - 1 its
+states become the row's next summary. Every summary of the document is read once, which bounds the time. With few rows,
+`rat_decode_attend` first splits a row's summaries over programs.
 """
 
 import jax
@@ -15,6 +15,7 @@ from pallas_kernels.triton import call
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.problem import Problem, cdiv, check, next_power_of_2, problem_of
 from pallas_kernels.triton.recurrence import gates, load_halves
+from pallas_kernels.triton.rotation import rotation
 
 KEYS = 32  # summaries that a program loads side by side
 ENOUGH_PROGRAMS = 1024  # fewer rows times heads are split
@@ -26,6 +27,7 @@ def rat_decode_attend(
     cosines,
     sines,
     positions,
+    num_summaries,
     summary_keys,
     summary_values,
     capacity,
@@ -48,15 +50,15 @@ def rat_decode_attend(
     n = tl.program_id(0) // SPLITS
     row = tl.program_id(1).to(tl.int64)
     half = tl.arange(0, HALF_PADDED)
-    index = tl.minimum(tl.load(positions + row) // L, capacity)
-    q_low, q_high = _query(projected, cosines, sines, row, n, index, half, N, G, H, ROPE, SCORE_SCALE)
-    size = tl.cdiv(tl.cdiv(index, SPLITS), KEYS) * KEYS
-    begin = split * size
+    begin, end = _slots_of_document(positions, num_summaries, row, capacity, L)
+    q_low, q_high = _query(projected, cosines, sines, row, n, half, N, G, H, ROPE, SCORE_SCALE)
+    size = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
+    begin += split * size
     maximum = tl.sum(q_low * 0.0) - 1e30
     weight = maximum * 0.0
     low, high = q_low * 0.0, q_low * 0.0
     maximum, weight, low, high = _reduce(
-        summary_keys, summary_values, row, n, capacity, begin, tl.minimum(begin + size, index), half,
+        summary_keys, summary_values, row, n, capacity, begin, tl.minimum(begin + size, end), half,
         q_low, q_high, maximum, weight, low, high, N, H, KEYS,
     )  # fmt: skip
     at = (row * N + n) * SPLITS + split
@@ -70,9 +72,10 @@ def rat_decode_attend(
 def rat_decode_step(
     projected,  # [B, 1, 3 D + 2 G H]
     gate_bias,  # [D] float32
-    cosines,  # [C, H / 2] float32
+    cosines,  # [B, H / 2] float32: of the rotation by the token's chunk index
     sines,
-    positions,  # [B] int32: tokens of the row before this one
+    positions,  # [B] int32: tokens of the document before this one
+    num_summaries,  # [B] int32: of the row; those past the capacity were dropped
     is_token,  # [B] int32: 0 leaves the row as it is and gives zero
     split_values,  # from `rat_decode_attend`; read only if SPLITS is above 1
     split_maxima,
@@ -106,7 +109,7 @@ def rat_decode_step(
     low, high = half < HALF, HALF + half < H
     position = tl.load(positions + row)
     use = tl.load(is_token + row) != 0
-    index = tl.minimum(position // L, capacity)
+    begin, end = _slots_of_document(positions, num_summaries, row, capacity, L)
     at = projected + row * (3 * D + 2 * G * H) + n * H + half
     state_at = row * D + n * H + half
     z_low, z_high = _vector(at, low, high, HALF)
@@ -118,12 +121,12 @@ def rat_decode_step(
     maximum = tl.sum(q_low * k_low + q_high * k_high) * SCORE_SCALE
     weight = maximum * 0.0 + 1.0
     if ROPE:
-        cos, sin = _angles(cosines, sines, index, half, HALF)
+        cos, sin = _angles(cosines, sines, row, half, HALF)
         q_low, q_high = q_low * cos - q_high * sin, q_high * cos + q_low * sin
     q_low, q_high = q_low * SCORE_SCALE, q_high * SCORE_SCALE
     if SPLITS == 1:
         maximum, weight, y_low, y_high = _reduce(
-            summary_keys, summary_values, row, n, capacity, 0, tl.where(use, index, 0), half,
+            summary_keys, summary_values, row, n, capacity, begin, tl.where(use, end, begin), half,
             q_low, q_high, maximum, weight, v_low, v_high, N, H, KEYS,
         )  # fmt: skip
     else:
@@ -144,12 +147,21 @@ def rat_decode_step(
     low, high = low & use, high & use
     _store_vector(state_keys + state_at, k_low, k_high, low, high, HALF)
     _store_vector(state_values + state_at, v_low, v_high, low, high, HALF)
-    if (position % L == L - 1) & (position // L < capacity):
+    slot = tl.load(num_summaries + row)
+    if (position % L == L - 1) & (slot < capacity):
         if ROPE:
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
-        slot = (row * capacity + index) * D + n * H + half
-        _store_vector(summary_keys + slot, k_low, k_high, low, high, HALF)
-        _store_vector(summary_values + slot, v_low, v_high, low, high, HALF)
+        to = (row * capacity + slot) * D + n * H + half
+        _store_vector(summary_keys + to, k_low, k_high, low, high, HALF)
+        _store_vector(summary_values + to, v_low, v_high, low, high, HALF)
+
+
+@triton.jit
+def _slots_of_document(positions, num_summaries, row, capacity, L: tl.constexpr):
+    """The summaries of the token's document: the last position // L of the row's, as far as they were kept."""
+    count = tl.load(num_summaries + row)
+    end = tl.minimum(count, capacity)
+    return tl.minimum(count - tl.load(positions + row) // L, end), end
 
 
 @triton.jit
@@ -177,7 +189,7 @@ def _new_states(
 
 @triton.jit
 def _query(
-    projected, cosines, sines, row, n, index, half,
+    projected, cosines, sines, row, n, half,
     N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SCORE_SCALE: tl.constexpr,
 ):  # fmt: skip
     """The query of one head, rotated and scaled, as halves."""
@@ -185,14 +197,14 @@ def _query(
     at = projected + row * (3 * N * H + 2 * G * H) + 3 * N * H + n % G * H + half
     q_low, q_high = _vector(at, half < HALF, HALF + half < H, HALF)
     if ROPE:
-        cos, sin = _angles(cosines, sines, index, half, HALF)
+        cos, sin = _angles(cosines, sines, row, half, HALF)
         q_low, q_high = q_low * cos - q_high * sin, q_high * cos + q_low * sin
     return q_low * SCORE_SCALE, q_high * SCORE_SCALE
 
 
 @triton.jit
-def _angles(cosines, sines, index, half, HALF: tl.constexpr):
-    at = index * HALF + half
+def _angles(cosines, sines, row, half, HALF: tl.constexpr):
+    at = row * HALF + half
     return tl.load(cosines + at, mask=half < HALF, other=1.0), tl.load(sines + at, mask=half < HALF, other=0.0)
 
 
@@ -245,6 +257,7 @@ def rat_decode(
     summary_keys: jax.Array,
     summary_values: jax.Array,
     positions: jax.Array,
+    num_summaries: jax.Array,
     is_token: jax.Array,
     *,
     num_heads: int,
@@ -256,10 +269,16 @@ def rat_decode(
 
     Args:
       projected: [B, 1, 3 D + 2 G H], in the order of `rat`.
+      gate_bias: [D] float32.
       state_keys, state_values: [B, N, H] float32, k~ and v~ after the row's last token; not read at a chunk's start.
       summary_keys, summary_values: [B, C, N, H], the keys rotated, in the dtype of `projected`.
-      positions: [B] int32, the tokens that the row holds already, so that positions // L of its slots are filled.
+      positions: [B] int32, the tokens of the token's document before it.
+      num_summaries: [B] int32, the chunks that the row's documents have completed, at least positions // L of them by
+        the token's own; those past C were dropped.
       is_token: [B] bool; a row without a token keeps its cache, and its output is zero.
+
+    Raises:
+      NotImplementedError: a shape that `problem.refusal` gives a reason for.
     """
     problem = problem_of(
         projected.shape, projected.dtype.name, num_heads=num_heads, num_groups=num_groups, chunk_size=chunk_size,
@@ -268,32 +287,25 @@ def rat_decode(
     if problem.tokens != 1:
         raise ValueError(f"a decode step takes one token a row, got projected of shape {projected.shape}")
     check(problem)
-    tables = angle_tables(problem.head_dim, summary_keys.shape[1] + 1, rope_base)
+    tables = rotation(positions // chunk_size, problem.head_dim, rope_base)
+    places = (x.astype(jnp.int32) for x in (positions, num_summaries, is_token))
     return step(
-        call.run, problem, projected, gate_bias.astype(jnp.float32), tables, positions.astype(jnp.int32),
-        is_token.astype(jnp.int32), (state_keys, state_values, summary_keys, summary_values),
+        call.run, problem, projected, gate_bias.astype(jnp.float32), tables, *places,
+        (state_keys, state_values, summary_keys, summary_values),
     )  # fmt: skip
 
 
-def step(run: call.Run, problem: Problem, projected, gate_bias, tables, positions, is_token, cache):
+def step(run: call.Run, problem: Problem, projected, gate_bias, tables, positions, num_summaries, is_token, cache):
     """The kernels of a step through `run`, on the arrays of whatever library it runs them with."""
     capacity = cache[2].shape[1]
     splits = number_of_splits(problem, capacity)
     parts = (gate_bias,) * 3
     if splits > 1:
-        parts = run(attend_launch(problem, capacity, splits), projected, *tables, positions, *cache[2:])
+        parts = run(attend_launch(problem, capacity, splits), projected, *tables, positions, num_summaries, *cache[2:])
     return run(
-        step_launch(problem, capacity, splits), projected, gate_bias, *tables, positions, is_token, *parts, *cache
-    )
-
-
-def angle_tables(head_dim: int, count: int, rope_base: float | None) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [count, H / 2] of every chunk index's rotation, float32; placeholders without RoPE."""
-    if rope_base is None:
-        return (jnp.zeros((1, 1), jnp.float32),) * 2
-    frequencies = rope_base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    phases = jnp.arange(count, dtype=jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.cos(phases), jnp.sin(phases)
+        step_launch(problem, capacity, splits),
+        projected, gate_bias, *tables, positions, num_summaries, is_token, *parts, *cache,
+    )  # fmt: skip
 
 
 def number_of_splits(p: Problem, capacity: int) -> int:
@@ -325,7 +337,7 @@ def step_launch(p: Problem, capacity: int, splits: int) -> Launch:
         constants=_constants(p, splits),
         num_warps=2,
         num_stages=1,
-        overwritten=(9, 10, 11, 12),
+        overwritten=(10, 11, 12, 13),
     )
 
 

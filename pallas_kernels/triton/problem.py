@@ -8,6 +8,7 @@ LOG2_E = math.log2(math.e)
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_HEAD_DIM = 256
 MAX_GRID_ROWS = 65535
+NEVER = 1 << 30  # in place of the token that completes a chunk, where none does
 PIECE_TOKENS = 16  # tokens of a chunk whose states the backward recurrence keeps in registers
 
 
@@ -24,6 +25,7 @@ class Problem:
     dtype: Literal["bfloat16", "float16", "float32"]
     rope: bool
     segmented: bool  # documents are packed: segment ids and positions say where chunks begin
+    continued: bool = False  # rows go on from a state; packed too
 
     @property
     def width(self) -> int:

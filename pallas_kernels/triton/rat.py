@@ -19,8 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton import attention, attention_backward, call, decode, recurrence, recurrence_backward
-from pallas_kernels.triton.problem import Problem, cdiv, check, problem_of
+from pallas_kernels.triton import attention, attention_backward, call, recurrence, recurrence_backward
+from pallas_kernels.triton.documents import continued_documents, documents_of
+from pallas_kernels.triton.problem import Problem, check, problem_of
+from pallas_kernels.triton.rotation import rotation
 
 
 @functools.partial(
@@ -65,7 +67,7 @@ def rat_forward(
       NotImplementedError: a shape that `problem.refusal` gives a reason for.
     """
     problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids)
-    documents = _documents(problem, segment_ids, positions)
+    documents = documents_of(problem, segment_ids, positions)
     tables = _angles(problem, rope_base)
     return forward(call.run, problem, projected, gate_bias.astype(jnp.float32), tables, documents)
 
@@ -85,7 +87,7 @@ def rat_backward(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`."""
     problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids)
-    documents = _documents(problem, segment_ids, positions)
+    documents = documents_of(problem, segment_ids, positions)
     tables = _angles(problem, rope_base)
     d_projected, d_bias = backward(
         call.run,
@@ -100,11 +102,87 @@ def rat_backward(
     return d_projected, jnp.sum(d_bias, axis=(0, 1))
 
 
+def rat_extend(
+    projected: jax.Array,
+    gate_bias: jax.Array,
+    state_keys: jax.Array,
+    state_values: jax.Array,
+    summary_keys: jax.Array,
+    summary_values: jax.Array,
+    summary_segment_ids: jax.Array,
+    num_summaries: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    *,
+    num_heads: int,
+    num_groups: int,
+    chunk_size: int,
+    rope_base: float | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Reads tokens that follow those in a cache: out [B, T, D], then the cache's first six arrays with them read.
+
+    Args:
+      projected, gate_bias: see `rat_forward`.
+      state_keys, state_values: [B, N, H] float32, k~ and v~ after each row's last token.
+      summary_keys, summary_values: [B, C, N, H], the keys rotated, in the dtype of `projected`.
+      summary_segment_ids: [B, C] int32.
+      num_summaries: [B] int32, of the row's chunks; those past C are dropped.
+      segment_ids, positions: see `documents.continued_documents`.
+
+    Raises:
+      NotImplementedError: a shape that `problem.refusal` gives a reason for.
+    """
+    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=True)
+    cache = (state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries)
+    return extend(call.run, problem, projected, gate_bias, cache, segment_ids, positions, rope_base)
+
+
+def extend(run: call.Run, problem: Problem, projected, gate_bias, cache, segment_ids, positions, rope_base):
+    """The kernels of `rat_extend` through `run`, on JAX arrays."""
+    state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries = cache
+    documents, slots = continued_documents(problem, segment_ids, positions, summary_segment_ids, num_summaries)
+    chunk_size, capacity = problem.chunk_size, summary_keys.shape[1]
+    count = capacity + problem.slots + 1  # rows that outgrow the cache turn no further
+    places = jnp.minimum(positions // chunk_size, count - 1) * chunk_size + positions % chunk_size
+    is_token = segment_ids != 0
+    last = jnp.max(jnp.where(is_token, jnp.arange(problem.tokens, dtype=jnp.int32)[None, :], -1), axis=1)
+    values, own_scores, queries, keys, new_values, last_keys, last_values = run(
+        recurrence.forward_launch(problem),
+        projected,
+        gate_bias.astype(jnp.float32),
+        *rotation(jnp.arange(count), problem.head_dim, rope_base),
+        places.astype(jnp.int32),
+        documents.chunk_starts,
+        state_keys,
+        state_values,
+        last,
+    )
+    rows = jnp.arange(problem.batch)[:, None]
+    summary_keys = summary_keys.at[rows, slots].set(keys, mode="drop")
+    summary_values = summary_values.at[rows, slots].set(new_values, mode="drop")
+    out, _ = run(
+        attention.forward_launch(problem, capacity),
+        projected, values, own_scores, queries, summary_keys, summary_values, *documents.of_slots,
+    )  # fmt: skip
+    any_token = (last >= 0)[:, None, None]
+    completed = is_token & (positions % chunk_size == chunk_size - 1)
+    return out, (
+        jnp.where(any_token, last_keys, state_keys),
+        jnp.where(any_token, last_values, state_values),
+        summary_keys,
+        summary_values,
+        documents.slot_segments,
+        num_summaries + jnp.sum(completed, axis=1, dtype=jnp.int32),
+    )
+
+
 def forward(run: call.Run, problem: Problem, projected, gate_bias, tables, documents) -> tuple[Any, Residuals]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with."""
-    values, own_scores, queries, keys, summaries = run(
-        recurrence.forward_launch(problem), projected, gate_bias, *tables, documents.positions, documents.chunk_starts
-    )
+    state = (documents.positions,) * 3  # placeholders
+    values, own_scores, queries, keys, summaries, *_ = run(
+        recurrence.forward_launch(problem),
+        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, *state,
+    )  # fmt: skip
     out, lse = run(
         attention.forward_launch(problem), projected, values, own_scores, queries, keys, summaries, *documents.of_slots
     )
@@ -121,10 +199,9 @@ def backward(
     d_queries, d_own_scores, own_weights = run(
         attention_backward.queries_launch(problem), *shared, *documents.of_slots, r.own_scores
     )
-    segment_ids, _, slot_tokens, slot_segments = documents.of_slots
     d_keys, d_values = run(
         attention_backward.summaries_launch(problem),
-        *shared, segment_ids, documents.last_tokens, slot_tokens, slot_segments,
+        *shared, documents.segment_ids, documents.last_tokens, documents.slot_tokens, documents.slot_segments,
     )  # fmt: skip
     d_bias, _, d_projected = run(
         recurrence_backward.backward_launch(problem),
@@ -134,24 +211,7 @@ def backward(
     return d_projected, d_bias
 
 
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """Where packed documents and their chunks lie; placeholders where every row is one document."""
-
-    positions: Any  # [B, T] int32
-    chunk_starts: Any  # [B, T] int32: array index of the first token of the token's chunk, -1 for padding
-    segment_ids: Any  # [B, T] int32
-    first_slots: Any  # [B, T] int32: the first slot that a chunk of the token's document, or of a later one, can lie in
-    slot_tokens: Any  # [B, C] int32: array index of the token that completes a slot's chunk, -1 if none does
-    slot_segments: Any  # [B, C] int32: that token's document
-    last_tokens: Any  # [B, ceil(C / KEYS)] int32: one past the last token that may see a block of KEYS slots
-
-    @property
-    def of_slots(self) -> tuple[Any, Any, Any, Any]:
-        return self.segment_ids, self.first_slots, self.slot_tokens, self.slot_segments
-
-
-def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids) -> Problem:
+def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=False) -> Problem:
     problem = problem_of(
         projected.shape,
         projected.dtype.name,
@@ -162,38 +222,8 @@ def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_id
         segmented=segment_ids is not None,
     )
     check(problem)
-    return problem
+    return dataclasses.replace(problem, continued=continued)
 
 
 def _angles(problem: Problem, rope_base: float | None) -> tuple[jax.Array, jax.Array]:
-    return decode.angle_tables(problem.head_dim, problem.slots, rope_base)
-
-
-def _documents(problem: Problem, segment_ids: jax.Array | None, positions: jax.Array | None) -> Documents:
-    if segment_ids is None:
-        return Documents(*(jnp.zeros((1, 1), jnp.int32),) * 7)
-    if positions is None:
-        raise ValueError("segment_ids need positions")
-    p = problem
-    token = jnp.arange(p.tokens, dtype=jnp.int32)[None, :]
-    is_token = segment_ids != 0
-    starts = is_token & (positions % p.chunk_size == 0)
-    chunk_starts = jnp.where(is_token, jax.lax.cummax(jnp.where(starts, token, -1), axis=1), -1)
-    begins = jax.lax.cummax(jnp.where(is_token & (positions == 0), token, 0), axis=1)
-    first_slots = begins // p.chunk_size
-    ends = jnp.where(is_token & (positions % p.chunk_size == p.chunk_size - 1), token, -1)
-    ends = jnp.pad(ends, ((0, 0), (0, p.slots * p.chunk_size - p.tokens)), constant_values=-1)
-    slot_tokens = jnp.max(ends.reshape(p.batch, p.slots, p.chunk_size), axis=2)
-    slot_segments = jnp.take_along_axis(segment_ids, jnp.maximum(slot_tokens, 0), axis=1)
-    keys = dict(attention_backward.summaries_launch(p).constants)["KEYS"]
-    last_slots = jnp.minimum((jnp.arange(cdiv(p.slots, keys)) + 1) * keys, p.slots) - 1
-    last_tokens = jax.vmap(lambda slots: jnp.searchsorted(slots, last_slots, side="right"))(first_slots)
-    return Documents(
-        positions.astype(jnp.int32),
-        chunk_starts,
-        segment_ids.astype(jnp.int32),
-        first_slots,
-        slot_tokens,
-        slot_segments,
-        last_tokens.astype(jnp.int32),
-    )
+    return rotation(jnp.arange(problem.slots), problem.head_dim, rope_base)

@@ -20,18 +20,24 @@ def rat_recurrence_forward(
     sines,
     positions,  # [B, T] int32; read only if SEGMENTED
     chunk_starts,  # [B, T] int32: array index of the chunk's first token, -1 for padding; read only if SEGMENTED
+    state_keys,  # [B, N, H] float32: k~ before the row's first token; read only if CONTINUED, as are the next two
+    state_values,  # [B, N, H] float32: v~
+    last_indices,  # [B] int32: array index of the row's last token
     tokens,  # T
     running_values,  # [B, T, N, H]: v~
     own_scores,  # [B, N, T] float32: q_t . k~_t SCORE_SCALE
     rotated_queries,  # [B, T, G, H]: q by its chunk's angle, times SCORE_SCALE
     summary_keys,  # [B, C, N, H]: k~ at the chunk's last token, by its chunk's angle
     summary_values,  # [B, C, N, H]
+    last_keys,  # [B, N, H] float32: k~ after the row's last token; written only if CONTINUED, and if there is one
+    last_values,  # [B, N, H] float32
     L: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
     ROPE: tl.constexpr,
     SEGMENTED: tl.constexpr,
+    CONTINUED: tl.constexpr,  # the chunk of a row's first token may have begun before it
     SCORE_SCALE: tl.constexpr,
     CHUNKS: tl.constexpr,  # chunks of a program, side by side
     HALF_PADDED: tl.constexpr,
@@ -65,6 +71,11 @@ def rat_recurrence_forward(
     v_low = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
     v_high = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
     cos, sin = k_low, k_low
+    if CONTINUED:
+        state_at = ((row * N + n) * H + half)[None, :] + chunk[:, None] * 0  # one row's, for every chunk
+        before_k = load_halves(state_keys + state_at, chunk >= 0, low, high, HALF)
+        before_v = load_halves(state_values + state_at, chunk >= 0, low, high, HALF)
+        last_index = tl.load(last_indices + row)
     if ROPE and not SEGMENTED:
         cos, sin = _load_angles(cosines, sines, chunk, chunk < slots, half, HALF)
 
@@ -100,6 +111,10 @@ def rat_recurrence_forward(
             if SEGMENTED:
                 keep = tl.where(starts, 0.0, 1.0)[:, None]
                 v_low, v_high, k_low, k_high = v_low * keep, v_high * keep, k_low * keep, k_high * keep
+                if CONTINUED:
+                    inside = (starts & (position % L != 0))[:, None]
+                    v_low, v_high = tl.where(inside, before_v[0], v_low), tl.where(inside, before_v[1], v_high)
+                    k_low, k_high = tl.where(inside, before_k[0], k_low), tl.where(inside, before_k[1], k_high)
             v_low = f_low * v_low + w_low * value[0].to(tl.float32)
             v_high = f_high * v_high + w_high * value[1].to(tl.float32)
             k_low = f_low * k_low + w_low * key[0].to(tl.float32)
@@ -128,6 +143,10 @@ def rat_recurrence_forward(
                     (summary_keys + slot, summary_values + slot), (k_low, k_high), (v_low, v_high), (cos, sin),
                     ends, low, high, HALF, ROPE,
                 )  # fmt: skip
+            if CONTINUED:
+                is_last = use & (first + j == last_index)
+                store_halves(last_keys + state_at, (k_low, k_high), is_last, low, high, HALF)
+                store_halves(last_values + state_at, (v_low, v_high), is_last, low, high, HALF)
     if not SEGMENTED:
         slot = ((row * slots + chunk) * D)[:, None] + n * H + half[None, :]
         _store_summary(
@@ -183,6 +202,7 @@ def _store_summary(at, key, value, angles, rows, low, high, HALF: tl.constexpr, 
 def forward_launch(problem: Problem) -> Launch:
     """`rat_recurrence_forward` for these sizes; the inputs are those of the kernel in their order."""
     p = problem
+    state = (p.batch, p.num_heads, p.head_dim) if p.continued else (1, 1, 1)
     steps = 2 * p.chunk_size if p.segmented else p.chunk_size
     half_padded = next_power_of_2(cdiv(p.head_dim, 2))
     chunks = max(1, min(next_power_of_2(p.slots), 256 // half_padded))
@@ -196,9 +216,12 @@ def forward_launch(problem: Problem) -> Launch:
             ((p.batch, p.tokens, p.num_groups, p.head_dim), p.dtype),
             ((p.batch, p.slots, p.num_heads, p.head_dim), p.dtype),
             ((p.batch, p.slots, p.num_heads, p.head_dim), p.dtype),
+            (state, "float32"),
+            (state, "float32"),
         ),
         constants=(
             *size_constants(p),
+            ("CONTINUED", p.continued),
             ("SCORE_SCALE", p.score_scale),
             ("CHUNKS", chunks),
             ("HALF_PADDED", half_padded),

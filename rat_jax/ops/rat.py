@@ -40,7 +40,8 @@ def rat_mix(
     float32; summaries and the result have the dtype of `projected`.
 
     Args:
-      state: of the tokens before these; None where they start their rows and no state is wanted.
+      state: of the tokens before these; None where they start their rows and no state is wanted. Of the kernels, only
+        "triton" takes one.
       implementation: the body to run; None takes the kernel of the platform that the program is lowered for where it
         takes these shapes, and "xla" elsewhere.
 
@@ -55,12 +56,14 @@ def rat_mix(
         )
     if implementation == "xla":
         return rat_xla.mix(sizes, projected, gate_bias, layout, state)
-    if implementation is not None:
-        reason = rat_kernels.refusal(implementation, sizes, projected, state)
-        if reason is not None:
-            raise ValueError(f"implementation {implementation!r} cannot run this call: {reason}")
-        return RatMixed(rat_kernels.mix(implementation, False, sizes, projected, gate_bias, layout), None)
-    kernel = rat_kernels.candidate()
-    if kernel is None or rat_kernels.refusal(kernel, sizes, projected, state) is not None:
-        return rat_xla.mix(sizes, projected, gate_bias, layout, state)
-    return RatMixed(rat_kernels.mix(kernel, True, sizes, projected, gate_bias, layout), None)
+    kernel, fall_back = implementation, False
+    if implementation is None:
+        kernel, fall_back = rat_kernels.candidate(), True
+        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, state) is not None:
+            return rat_xla.mix(sizes, projected, gate_bias, layout, state)
+    reason = rat_kernels.refusal(kernel, sizes, projected, state)
+    if reason is not None:
+        raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
+    if state is not None:
+        return rat_kernels.extend(kernel, fall_back, sizes, projected, gate_bias, layout, state)
+    return RatMixed(rat_kernels.mix(kernel, fall_back, sizes, projected, gate_bias, layout), None)

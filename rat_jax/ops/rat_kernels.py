@@ -1,4 +1,4 @@
-"""The RAT mixing op by kernels: one differentiable function over the kernels of every platform."""
+"""The RAT mixing op by kernels: differentiable functions over the kernels of every platform."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_xla
 from rat_jax.ops.platform import devices, expected_platform, on_each_device
-from rat_jax.ops.rat_types import RatSizes, RatState
+from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
 from rat_jax.shapes import Array, Float, Float32
 
 _PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
@@ -28,7 +28,7 @@ def candidate() -> str | None:
 
 def refusal(kernel: str, sizes: RatSizes, projected: Float[Array, "B T X"], state: RatState | None) -> str | None:
     """Why a kernel cannot run a call and what comes nearest; None where it can."""
-    if state is not None:
+    if state is not None and kernel != "triton":
         return "it takes no state; implementation 'xla' does"
     if projected.shape[0] % devices():
         return f"{projected.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
@@ -106,6 +106,37 @@ def _backward(kernel, fall_back, sizes, residuals, d_out):
 mix.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def extend(
+    kernel: str,
+    fall_back: bool,
+    sizes: RatSizes,
+    projected: Float[Array, "B T 3*D+2*G*H"],
+    gate_bias: Float32[Array, " D"],
+    layout: TokenLayout,
+    state: RatState,
+) -> RatMixed:
+    """Tokens that follow a state, which is updated in place where it is donated; other arguments as those of `mix`."""
+    settled = _by_platform(
+        kernel,
+        lambda *arguments: _kernel_extend(sizes, *arguments),
+        (lambda *arguments: rat_xla.mix(sizes, *arguments)) if fall_back else None,
+    )
+    return RatMixed(*on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout, state))
+
+
+def _extend_forward(kernel, fall_back, sizes, *arguments):
+    return extend(kernel, fall_back, sizes, *arguments), arguments
+
+
+def _extend_backward(kernel, fall_back, sizes, arguments, d_mixed):
+    _, pull = jax.vjp(functools.partial(rat_xla.mix, sizes), *arguments)  # rarely wanted: plain XLA will do
+    return pull(d_mixed)
+
+
+extend.defvjp(_extend_forward, _extend_backward)
+
+
 def _by_platform(kernel: str, run, plain):
     if plain is None:
         return run
@@ -134,6 +165,24 @@ def _kernel_backward(kernel: str, sizes: RatSizes, kept, projected, gate_bias, l
     from pallas_kernels.tpu import rat as tpu
 
     return tpu.rat_backward(kept, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
+
+
+def _kernel_extend(sizes: RatSizes, projected, gate_bias, layout: TokenLayout, state: RatState) -> RatMixed:
+    from pallas_kernels.triton.decode import rat_decode
+    from pallas_kernels.triton.rat import rat_extend
+
+    pair, summaries = (state.key, state.value), (state.summary_key, state.summary_value)
+    options = _options(sizes) | {"num_heads": sizes.num_heads}
+    if projected.shape[1] > 1:
+        places = (state.summary_segment_ids, state.num_summaries, layout.segment_ids, layout.positions)
+        out, new = rat_extend(projected, gate_bias, *pair, *summaries, *places, **options)
+        return RatMixed(out, RatState(*new))
+    position, segment_id, is_token = (x[:, 0] for x in (layout.positions, layout.segment_ids, layout.is_token))
+    out, *new = rat_decode(projected, gate_bias, *pair, *summaries, position, state.num_summaries, is_token, **options)
+    completed = layout.ends(sizes.chunk_size)[:, 0]
+    slots = jnp.where(completed, state.num_summaries, state.summary_segment_ids.shape[1])
+    segment_ids = state.summary_segment_ids.at[jnp.arange(slots.shape[0]), slots].set(segment_id, mode="drop")
+    return RatMixed(out, RatState(*new, segment_ids, state.num_summaries + completed.astype(jnp.int32)))
 
 
 def _options(sizes: RatSizes) -> dict[str, Any]:

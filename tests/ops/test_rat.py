@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rat_jax.layout import from_segments, whole_rows
-from rat_jax.ops import rat_kernels
+from rat_jax.layout import RowEnd, from_segments, whole_rows
+from rat_jax.ops import rat_kernels, rat_xla
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
@@ -126,6 +126,60 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_xla(implementation):
 def test_long_rows_on_the_gpu(tokens, head_dim):
     case = case_of(tokens, batch=1, heads=2, head_dim=head_dim)
     assert max(errors(case, "triton")) < 3e-5
+
+
+RAGGED = np.array([[1] * 23 + [0] * 7 + [1] * 10, [0] * 5 + [1] * 14 + [2] * 21])  # read in calls of 30 and 10
+READS = {
+    "steps": (np.ones((2, 40), np.int32), [1] * 40),
+    "one-call": (np.ones((2, 40), np.int32), [40]),
+    "calls-and-steps": (np.ones((2, 40), np.int32), [7, 1, 1, 30, 1]),
+    "packed-steps": (PACKED, [1] * 40),
+    "packed-one-call": (PACKED, [40]),
+    "packed-threes": (PACKED, [3] * 13 + [1]),
+    "ragged-steps": (RAGGED, [1] * 40),
+    "ragged-calls": (RAGGED, [30, 10]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", READS)
+def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, dtype):
+    segments, parts = READS[name]
+    case = case_of(40, chunk=4, segments=segments)
+    projected, gate_bias = jnp.asarray(case.projected, dtype), jnp.asarray(case.gate_bias)
+    sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 10_000.0}
+
+    def read(implementation):
+        state, end, out, start = RatState.empty(2, 40, 4, 8, 4, dtype), RowEnd.empty(2), [], 0
+        for size in parts:
+            part = slice(start, start + size)
+            layout, end = from_segments(jnp.asarray(segments[:, part]), end)
+            mixed = rat_mix(projected[:, part], gate_bias, layout, state=state, implementation=implementation, **sizes)
+            out.append(jnp.where(layout.is_token[..., None], mixed.out, 0))
+            state, start = mixed.state, start + size
+        return jnp.concatenate(out, axis=1), state
+
+    found, expected = jax.jit(lambda: read("triton"))(), jax.jit(lambda: read("xla"))()
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= (1e-6 if dtype == jnp.float32 else 1e-2) * np.linalg.norm(b)
+
+
+def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(monkeypatch):
+    monkeypatch.setattr(rat_kernels, "candidate", lambda: "triton")
+    monkeypatch.setattr(rat_kernels, "_kernel_extend", lambda sizes, *arguments: rat_xla.mix(sizes, *arguments))
+    case = case_of(1)
+    sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 10_000.0}
+    state = RatState.empty(2, 8, 4, 8, 4, jnp.float32)
+
+    def out(projected, implementation):
+        arguments = (projected, jnp.asarray(case.gate_bias), whole_rows(2, 1))
+        return rat_mix(*arguments, state=state, implementation=implementation, **sizes).out
+
+    found = jax.value_and_grad(lambda x: jnp.sum(out(x, None) ** 2))(jnp.asarray(case.projected))
+    expected = jax.value_and_grad(lambda x: jnp.sum(out(x, "xla") ** 2))(jnp.asarray(case.projected))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():

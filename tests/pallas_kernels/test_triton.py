@@ -63,11 +63,16 @@ def test_decoding_is_the_forward_pass(interpreted, name):
     assert interpreted[name]["out"] < LIMITS["float32"]
 
 
+@pytest.mark.parametrize("name", triton_twin.EXTEND_CASES)
+def test_reading_in_parts_is_the_forward_pass(interpreted, name):
+    assert interpreted[name]["out"] < LIMITS["float32"]
+
+
 LAUNCHES = {
-    recurrence.forward_launch: "d f f f i i",
-    attention.forward_launch: "d d f d d d i i i i",
+    recurrence.forward_launch: "d f f f i i f f i",
+    attention.forward_launch: "d d f d d d i i i i i",
     attention_backward.output_launch: "d d d",
-    attention_backward.queries_launch: "d f f d d d i i i i f",
+    attention_backward.queries_launch: "d f f d d d i i i i i f",
     attention_backward.summaries_launch: "d f f d d d i i i i",
     recurrence_backward.backward_launch: "d f f f i i f f d f f f d",
 }
@@ -86,9 +91,9 @@ def test_kernels_compile_for_gpus(capability, segmented):
 def test_decode_kernels_compile_for_gpus():
     small = triton_twin.problem(1, 1, 4, 2, 32, 2, "bfloat16")
     bf16, f32, i32 = "bfloat16", "float32", "int32"
-    step = (bf16, f32, f32, f32, i32, i32, f32, f32, f32, f32, f32, bf16, bf16)
+    step = (bf16, f32, f32, f32, i32, i32, i32, f32, f32, f32, f32, f32, bf16, bf16)
     assert "rat_decode_step" in triton_compile.compile_launch(decode.step_launch(small, 8, 2), step, 90).text
-    attend = (bf16, f32, f32, i32, bf16, bf16)
+    attend = (bf16, f32, f32, i32, i32, bf16, bf16)
     assert "rat_decode_attend" in triton_compile.compile_launch(decode.attend_launch(small, 8, 2), attend, 90).text
 
 
@@ -143,7 +148,7 @@ def test_a_decode_step_is_traced_with_its_cache():
     import_jax_triton()
     state, slots = jnp.zeros((2, 4, 16)), jnp.zeros((2, 300, 4, 16), jnp.bfloat16)
     arrays = (jnp.zeros((2, 1, WIDTH), jnp.bfloat16), jnp.zeros(64), state, state, slots, slots)
-    arrays += (jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    arrays += (jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
     out, *cache = jax.eval_shape(lambda *arrays: decode.rat_decode(*arrays, **SIZES), *arrays)
     assert out.shape == (2, 1, 64)
     assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in (state, state, slots, slots)]

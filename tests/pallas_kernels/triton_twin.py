@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from pallas_kernels.triton import decode, rat
+from pallas_kernels.triton.documents import Documents, documents_of
 from pallas_kernels.triton.problem import Problem, check
+from pallas_kernels.triton.rotation import rotation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 
@@ -125,8 +127,8 @@ def twin(case: Case, projected, gate_bias, d_out, rope_base: float):
 
     tables = [tensor(x) for x in rat._angles(p, rope_base if p.rope else None)]
     ids = (jnp.asarray(case.segment_ids), jnp.asarray(case.positions)) if p.segmented else (None, None)
-    documents = rat._documents(p, *ids)
-    documents = rat.Documents(*(tensor(getattr(documents, f.name)) for f in dataclasses.fields(documents)))
+    documents = documents_of(p, *ids)
+    documents = Documents(*(tensor(getattr(documents, f.name)) for f in dataclasses.fields(documents)))
     out, residuals = rat.forward(run, p, projected, gate_bias, tables, documents)
     d_projected, d_bias = rat.backward(run, p, residuals, projected, gate_bias, d_out, tables, documents)
     return out, d_projected, d_bias.sum((0, 1))
@@ -155,33 +157,63 @@ def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu", 
     p = dataclasses.replace(case.problem, tokens=1)
     projected, gate_bias, _ = inputs(case, seed)
     wanted = reference(case, projected.double(), gate_bias.double(), rope_base)
-    tables = [
-        torch.tensor(np.array(x), device=device)
-        for x in decode.angle_tables(p.head_dim, capacity + 1, rope_base if p.rope else None)
-    ]
+    all_positions = case.positions if p.segmented else np.arange(case.problem.tokens)[None].repeat(p.batch, 0)
     state = (p.batch, p.num_heads, p.head_dim)
     slots = (p.batch, capacity, p.num_heads, p.head_dim)
     cache = [torch.full(state, math.nan, device=device) for _ in range(2)]
     cache += [torch.full(slots, math.nan, device=device, dtype=projected.dtype) for _ in range(2)]
-    done = torch.zeros(p.batch, dtype=torch.int32)
+    done, num_summaries = np.zeros((2, p.batch), np.int32)
+    rows = np.arange(p.batch)
     out = torch.zeros(wanted.shape, dtype=torch.float64)
     count = 0
     while done.min() < case.problem.tokens:
-        is_token = (done < case.problem.tokens).to(torch.int32)
-        is_token[-1] *= int(count % 3 != 2)
-        now = done.clamp_max(case.problem.tokens - 1).long()
-        token = projected[torch.arange(p.batch), now][:, None].contiguous().to(device)
-        y, *cache = decode.step(
-            run, p, token, gate_bias.to(device), tables, done.to(device), is_token.to(device), tuple(cache)
-        )
+        is_token = done < case.problem.tokens
+        is_token[-1] &= count % 3 != 2
+        now = np.minimum(done, case.problem.tokens - 1)
+        positions = np.where(is_token, all_positions[rows, now], 0).astype(np.int32)
+        token = projected[rows, now][:, None].contiguous().to(device)
+        turns = rotation(jnp.asarray(positions // p.chunk_size), p.head_dim, rope_base if p.rope else None)
+        tables = [torch.tensor(np.array(x), device=device) for x in turns]
+        places = [torch.tensor(x, device=device) for x in (positions, num_summaries, is_token.astype(np.int32))]
+        y, *cache = decode.step(run, p, token, gate_bias.to(device), tables, *places, tuple(cache))
         for b in range(p.batch):
             if is_token[b]:
                 out[b, done[b]] = y[b, 0].double().cpu()
             else:
                 assert not y[b].any()
-        done += is_token
+        num_summaries = num_summaries + (is_token & (positions % p.chunk_size == p.chunk_size - 1)).astype(np.int32)
+        done = done + is_token
         count += 1
     return float((out - wanted).norm() / wanted.norm())
+
+
+def run_on_jax(launch, *arrays):
+    """`run` for JAX arrays on the CPU."""
+    tensors = [torch.tensor(np.array(x)) for x in arrays]
+    return tuple(jnp.asarray(x.numpy()) for x in run(launch, *tensors))
+
+
+def extend_error(case: Case, capacity: int, parts: tuple[int, ...], seed: int = 0, rope_base: float = 10000.0) -> float:
+    """Error of reading the rows part by part into a cache of NaN."""
+    p = case.problem
+    projected, gate_bias, _ = inputs(case, seed)
+    wanted = reference(case, projected.double(), gate_bias.double(), rope_base)
+    ids = case.segment_ids if p.segmented else np.ones((p.batch, p.tokens), np.int32)
+    positions = case.positions if p.segmented else np.arange(p.tokens, dtype=np.int32)[None].repeat(p.batch, 0)
+    state = jnp.full((p.batch, p.num_heads, p.head_dim), jnp.nan)
+    slots = jnp.full((p.batch, capacity, p.num_heads, p.head_dim), jnp.nan)
+    cache = (state, state, slots, slots, jnp.zeros((p.batch, capacity), jnp.int32), jnp.zeros(p.batch, jnp.int32))
+    out, start = [], 0
+    for size in parts:
+        part = slice(start, start + size)
+        places = (jnp.asarray(ids[:, part]), jnp.asarray(positions[:, part]))
+        sizes = dataclasses.replace(p, tokens=size, segmented=True, continued=True)
+        arrays = (jnp.asarray(projected[:, part].numpy()), jnp.asarray(gate_bias.numpy()))
+        y, cache = rat.extend(run_on_jax, sizes, *arrays, cache, *places, rope_base if p.rope else None)
+        out.append(np.where(ids[:, part, None] != 0, y, 0))
+        start += size
+    found = torch.tensor(np.concatenate(out, axis=1)).double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def problem(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope=True, segmented=False) -> Problem:
@@ -220,15 +252,32 @@ def mend_interpreter() -> None:
 DECODE_CASES = {
     "decode": (Case(problem(2, 11, 4, 2, 16, 2)), 6),
     "decode_split": (Case(problem(1, 9, 2, 1, 12, 1)), 260),
+    "decode_documents": (Case(problem(2, 14, 2, 1, 8, 2, segmented=True), ((5, 4, 5), (3, 10, 1))), 9),
     "decode_odd_head": (Case(problem(2, 7, 2, 1, 7, 3, rope=False)), 3),
+}
+
+
+EXTEND_CASES = {
+    "extend": (Case(problem(2, 23, 4, 2, 16, 4)), 6, (7, 1, 11, 4)),
+    "extend_documents": (
+        Case(problem(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
+        10,
+        (5, 10, 14),
+    ),
+    "extend_odd_head": (Case(problem(1, 12, 2, 1, 7, 5, rope=False)), 2, (12,)),
 }
 
 
 def main(names: list[str]) -> None:
     """Prints one JSON line of errors for every named case, all of them by default."""
     mend_interpreter()
-    for name in names or [*CASES, *DECODE_CASES]:
-        found = errors(CASES[name]) if name in CASES else {"out": decode_error(*DECODE_CASES[name])}
+    for name in names or [*CASES, *DECODE_CASES, *EXTEND_CASES]:
+        if name in CASES:
+            found = errors(CASES[name])
+        elif name in DECODE_CASES:
+            found = {"out": decode_error(*DECODE_CASES[name])}
+        else:
+            found = {"out": extend_error(*EXTEND_CASES[name])}
         print(json.dumps({"case": name, **found}), flush=True)
 
 

@@ -68,7 +68,7 @@ def continued_documents(
 
     Args:
       p: sizes.
-      segment_ids: [B, T] int32, 0 is padding; a row goes on with the document of its last summaries if the id is theirs.
+      segment_ids: [B, T] int32, 0 is padding; a row goes on with the document of its last summaries if the ids agree.
       positions: [B, T] int32, in the document, the tokens of earlier calls counted.
       summary_segment_ids: [B, C] int32, of the slots filled before.
       num_summaries: [B] int32, slots filled before; those past C were dropped.

@@ -181,7 +181,7 @@ def _recipe(model: ModelConfig, seq_len: int) -> Config:
 
 
 def _import(arguments: argparse.Namespace) -> str:
-    tokenizer = None if arguments.tokenizer is None else read_tokenizer(arguments.tokenizer, None)
+    tokenizer = None if arguments.tokenizer is None else read_tokenizer(arguments.tokenizer, arguments.eos_token)
     contents = read_release_file(arguments.file)
     model = model_from_release(contents.state_dict, contents.model_config, arguments.dtype)
     if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
@@ -209,7 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("import", help="make a workdir from a file of the release")
     command.add_argument("file", type=pathlib.Path)
     command.add_argument("workdir", type=pathlib.Path, help="missing or empty")
-    command.add_argument("--tokenizer", type=pathlib.Path, help="SentencePiece .model or tokenizer.json of the model")
+    command.add_argument(
+        "--tokenizer", type=pathlib.Path, help="of the model: SentencePiece .model, tokenizer.json or a prepared corpus"
+    )
+    command.add_argument("--eos_token", help="the token that ends a document, if the tokenizer's file does not say it")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the computation")
     command.set_defaults(run=_import)
     command = commands.add_parser("export", help="write a file of the release from a workdir")

@@ -24,7 +24,7 @@ from rat_jax.data.encoding import Encoder, encode, split_of
 from rat_jax.data.new_folder import new_folder
 from rat_jax.data.sources import ReadOptions, parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
-from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer, train_bpe
+from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer, train_bpe
 
 _RELEASE_BIN = "release-bin:"
 
@@ -41,7 +41,8 @@ sources (--source, --validation_source; may be given several times):
 tokenizers (--tokenizer):
   bytes                      UTF-8 bytes and the end of a document: 257 ids
   bpe:SIZE                   a byte-level BPE of SIZE ids, trained on the training documents
-  PATH                       a Hugging Face tokenizer.json, or a SentencePiece .model (LLaMA-2: the RAT paper's recipe)
+  PATH                       a Hugging Face tokenizer.json, a SentencePiece .model (LLaMA-2: the RAT paper's recipe), or
+                             the folder of a corpus that was prepared before
   ids:VOCAB_SIZE:EOS_ID      for release-bin without its tokenizer, and for text that is numbers: "12 7 931"
 """
 
@@ -120,7 +121,7 @@ def _finished(settings: Settings, out: pathlib.Path) -> Corpus:
     for split in SPLITS:
         corpus.token_file(split)
     tokenizer = corpus.tokenizer()
-    if _is_file(settings.tokenizer) and _make_tokenizer(settings).hash != tokenizer.hash:
+    if _is_path(settings.tokenizer) and _make_tokenizer(settings).hash != tokenizer.hash:
         raise DataError(
             f"{out} was prepared with what {settings.tokenizer} held before it was changed; choose another --out, or "
             f"--overwrite"
@@ -202,7 +203,7 @@ def _corpus(
 
 
 def _make_tokenizer(settings: Settings) -> Tokenizer:
-    if _is_file(settings.tokenizer):
+    if _is_path(settings.tokenizer):
         return read_tokenizer(settings.tokenizer, settings.eos_token)
     kind, *numbers = settings.tokenizer.split(":")
     if not all(number.isdecimal() for number in numbers):
@@ -215,13 +216,13 @@ def _make_tokenizer(settings: Settings) -> Tokenizer:
         case "ids", [vocab_size, eos_id]:
             return IdTokenizer(vocab_size, eos_id)
     raise DataError(
-        f"--tokenizer {settings.tokenizer}: expected bytes, bpe:SIZE, ids:VOCAB_SIZE:EOS_ID, a tokenizer.json or a "
-        f"SentencePiece .model file"
+        f"--tokenizer {settings.tokenizer}: expected bytes, bpe:SIZE, ids:VOCAB_SIZE:EOS_ID, a tokenizer.json, a "
+        f"SentencePiece .model file or the folder of a prepared corpus"
     )
 
 
-def _is_file(tokenizer: str) -> bool:
-    return tokenizer.endswith((".json", ".model"))
+def _is_path(tokenizer: str) -> bool:
+    return tokenizer.endswith((".json", ".model")) or (pathlib.Path(tokenizer) / INFO_FILE).is_file()
 
 
 def _train_texts(settings: Settings) -> Iterator[str]:

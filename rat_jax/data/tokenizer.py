@@ -210,14 +210,18 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
 
 
 def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer:
-    """A tokenizer from a SentencePiece `.model` file or, by any other name, a Hugging Face `tokenizer.json`.
+    """A tokenizer from a SentencePiece `.model` file, a Hugging Face `tokenizer.json` or the folder of a corpus.
 
     Args:
-      path: of the file.
+      path: of the file, by any other name than `.model` a `tokenizer.json`, or of a folder that `prepare` made.
       eos_token: what ends a document, as the tokenizer writes it. None takes it from the `.model` file, or from the
         `tokenizer_config.json` beside a `tokenizer.json`.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        if eos_token is not None:
+            raise DataError(f"{path} says which token ends a document: leave --eos_token out")
+        return load_tokenizer(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         if self.config.attention.rope:
             base = self.config.attention.rope_base
             query, key = rotate(query, layout.positions, base), rotate(key, layout.positions, base)
-        place = Place(layout.segment_ids, layout.order)
+        place = Place(layout.segment_ids, layout.order, layout.contiguous)
         key_place = place
         if cache is not None:
             cache = _append(cache, key, value, layout)

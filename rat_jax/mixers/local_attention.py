@@ -62,8 +62,8 @@ class LocalAttention(nnx.Module):
             query,
             seen.key,
             seen.value,
-            query_place=Place(layout.segment_ids, layout.order),
-            key_place=Place(seen.segment_ids, seen.order),
+            query_place=Place(layout.segment_ids, layout.order, layout.contiguous),
+            key_place=Place(seen.segment_ids, seen.order, layout.contiguous and cache is None),
             window=self.config.local_attention.window,
             aligned=cache is None,
         )

@@ -1,32 +1,22 @@
 """Softmax attention under the visibility rules of this project, in memory linear in the number of tokens."""
 
-import dataclasses
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from rat_jax.shapes import Array, Bool, Float, Float32, Int
+from rat_jax.layout import whole_rows
+from rat_jax.ops import attention_cudnn
+from rat_jax.ops.attention_types import Attended, Place
+from rat_jax.shapes import Array, Bool, Float
+
+__all__ = ["Attended", "AttentionImplementation", "Place", "attention"]
+
+AttentionImplementation = Literal["xla", "cudnn"]
 
 _MASKED = -1e30  # finite, so that a row that sees nothing has finite gradients
 _MAX_SCORES = 1 << 23  # scores (B N T S) held at a time: 32 MiB of float32
 _MIN_BLOCK = 16  # queries
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where queries or keys stand: a document (0 sees nothing and is not seen) and an order within the row."""
-
-    segment_ids: Int[Array, "B X"]
-    order: Int[Array, "B X"]
-
-
-class Attended(NamedTuple):
-    """What a query read, and how much there was to read."""
-
-    out: Float[Array, "B T N H"]  # zero where a query sees no key
-    log_sum_exp: Float32[Array, "B T N"]  # of the scaled scores; very negative where a query sees no key
 
 
 def attention(
@@ -38,24 +28,47 @@ def attention(
     key_place: Place,
     window: int | None = None,
     aligned: bool = False,
+    implementation: AttentionImplementation | None = None,
 ) -> Attended:
     """out_t = sum_s p_ts v_s, p_t = softmax over the visible s of q_t . k_s / sqrt(H).
 
     Key s is visible to query t when both belong to the same document and 0 <= order_t - order_s (<= `window` where one
     is given). Scores and softmax are float32; the result has the dtype of `value`. Head n reads key head
-    n // (N / K). Queries are taken in blocks, and the backward pass computes each block's scores again, so that memory
-    grows with T + S, not with T S.
+    n // (N / K). In plain XLA queries are taken in blocks, and the backward pass computes each block's scores again, so
+    that memory grows with T + S, not with T S.
 
     Args:
       aligned: promises that the last T keys stand at the places of the T queries in the same order, so that a window
         needs only the keys near a block of queries.
+      implementation: the body to run; None takes "cudnn" where the program is lowered for CUDA and cuDNN takes the
+        call, and "xla" elsewhere. cuDNN wants contiguous rows of queries and keys, and 16-bit numbers.
 
     Raises:
-      ValueError: if N is not a multiple of K.
+      ValueError: if N is not a multiple of K, or if a named implementation cannot run the call; the message says why.
     """
     heads, key_heads = query.shape[2], key.shape[2]
     if heads % key_heads:
         raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
+    if implementation != "xla":
+        reason = attention_cudnn.refusal(query, key, value, query_place, key_place)
+        if reason is None and (implementation == "cudnn" or attention_cudnn.is_candidate()):
+            return attention_cudnn.attend(_plain_whole_rows, implementation is None, window, query, key, value)
+        if implementation == "cudnn":
+            raise ValueError(f"implementation 'cudnn' cannot run this call: {reason}")
+    return _plain(query, key, value, query_place, key_place, window, aligned)
+
+
+def _plain_whole_rows(window: int | None, query: Array, key: Array, value: Array) -> Attended:
+    """Plain XLA for the calls that cuDNN takes."""
+    layout = whole_rows(*query.shape[:2])
+    place = Place(layout.segment_ids, layout.order)
+    return _plain(query, key, value, place, place, window, aligned=True)
+
+
+def _plain(
+    query: Array, key: Array, value: Array, query_place: Place, key_place: Place, window: int | None, aligned: bool
+) -> Attended:
+    heads = query.shape[2]
     batch, tokens = query.shape[:2]
     keys = key.shape[1]
     block = _block_size(batch * heads, tokens, keys if window is None or not aligned else min(keys, window + 1))

@@ -41,12 +41,17 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300", "sentencepiece", "huggingface"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300", "sentencepiece", "huggingface", "corpus"])
 def test_every_document_once_and_in_order(settings, text_folder, tmp_path, tokenizer, sentencepiece_model):
     if tokenizer == "sentencepiece":
         path = tmp_path / "tokenizer.model"
         path.write_bytes(sentencepiece_model)
         settings = dataclasses.replace(settings, tokenizer=str(path))
+    elif tokenizer == "corpus":
+        folder = tmp_path / "earlier"
+        folder.mkdir()
+        train_bpe(texts_of(text_folder), 300).save(folder)
+        settings = dataclasses.replace(settings, tokenizer=str(folder))
     elif tokenizer == "huggingface":
         path = tmp_path / "tokenizer.json"
         path.write_bytes(train_bpe(texts_of(text_folder), 300).model[1])

@@ -175,6 +175,11 @@ def test_huggingface_file(tokenizers, tmp_path):
     for eos_token in ("<|endoftext|>", {"content": "<|endoftext|>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
         assert read_tokenizer(path, None).eos_id == 0
+    (tmp_path / "corpus").mkdir()
+    tokenizers["bpe"].save(tmp_path / "corpus")
+    assert read_tokenizer(tmp_path / "corpus", None).hash == tokenizers["bpe"].hash
+    with pytest.raises(DataError, match="leave --eos_token out"):
+        read_tokenizer(tmp_path / "corpus", "<|endoftext|>")
     path.write_text("{}")
     with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
         read_tokenizer(path, "<|endoftext|>")

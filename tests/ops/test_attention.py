@@ -1,23 +1,31 @@
-"""Softmax attention: blocks, windows, groups, and rows that see nothing."""
+"""Softmax attention: blocks, windows, groups, rows that see nothing, and which body runs."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from rat_jax.layout import from_segments, whole_rows
+from rat_jax.layout import TokenLayout, from_segments, whole_rows
+from rat_jax.mixers.attention import Attention
+from rat_jax.mixers.local_attention import LocalAttention
 from rat_jax.ops.attention import Place, attention
 from tests import reference
+from tests.small import small_model_config
+
+CUDNN_CALLS = ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward(")
 
 
-def inputs(tokens=37, heads=4, key_heads=4, head_dim=8):
+def inputs(tokens=37, heads=4, key_heads=4, head_dim=8, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(tokens), 3)
     counts = (heads, key_heads, key_heads)
-    return tuple(jax.random.normal(key, (2, tokens, n, head_dim)) for key, n in zip(keys, counts, strict=True))
+    return tuple(jax.random.normal(key, (2, tokens, n, head_dim), dtype) for key, n in zip(keys, counts, strict=True))
 
 
 def place_of(layout):
-    return Place(layout.segment_ids, layout.order)
+    return Place(layout.segment_ids, layout.order, layout.contiguous)
 
 
 def attend(query, key, value, layout=None, **options):
@@ -69,3 +77,112 @@ def test_padding_reads_nothing_and_has_no_gradient(blocks):
     for gradient in jax.grad(loss)((query, key, value)):
         assert np.isfinite(gradient).all()
         np.testing.assert_allclose(gradient[segments == 0], 0.0)
+
+
+def loss(arguments, layout=None, **options):
+    return jnp.sum(attend(*arguments, layout, **options).out.astype(jnp.float32) ** 2)
+
+
+def lowered_for_cuda(function, *arguments) -> list[bool]:
+    """Whether each of cuDNN's calls stands in the program; nothing is compiled."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return [call in text for call in CUDNN_CALLS]
+
+
+@pytest.fixture
+def traced_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("rat_jax.ops.attention_cudnn.expected_platform", lambda: "gpu")
+
+
+@pytest.mark.parametrize("implementation", [None, "cudnn"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_whole_rows_in_16_bits_lower_to_cudnn(implementation, window, traced_for_a_gpu):
+    arguments = inputs(key_heads=2, dtype=jnp.bfloat16)
+    options = {"window": window, "implementation": implementation}
+    assert lowered_for_cuda(lambda x: attend(*x, **options).out, arguments) == [True, False]
+    assert lowered_for_cuda(jax.grad(lambda x: loss(x, **options)), arguments) == [True, True]
+
+
+def test_what_cudnn_does_not_take_lowers_to_plain_xla(traced_for_a_gpu):
+    packed = from_segments(jnp.array([[1] * 30 + [2] * 7] * 2))[0]
+    gradient = jax.grad(loss)
+    assert lowered_for_cuda(gradient, inputs(dtype=jnp.bfloat16), packed) == [False, False]
+    assert lowered_for_cuda(gradient, inputs(dtype=jnp.float32)) == [False, False]
+    assert lowered_for_cuda(gradient, inputs(head_dim=12, dtype=jnp.bfloat16)) == [False, False]
+
+
+def test_plain_xla_is_chosen_without_a_gpu():
+    assert lowered_for_cuda(jax.grad(loss), inputs(dtype=jnp.bfloat16)) == [False, False]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_traced_for_a_gpu_but_lowered_for_the_cpu(window, traced_for_a_gpu):
+    arguments = inputs(key_heads=2, dtype=jnp.bfloat16)
+
+    def weighted(x, **options):  # reads the log-sum-exp too, whose gradient cuDNN does not give
+        attended = attend(*x, window=window, **options)
+        return jnp.sum(attended.out.astype(jnp.float32) ** 2) + jnp.sum(attended.log_sum_exp**2)
+
+    for function in (functools.partial(loss, window=window), weighted):
+        found, expected = (
+            jax.jit(jax.value_and_grad(functools.partial(function, implementation=implementation)))(arguments)
+            for implementation in (None, "xla")
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "reason"),
+    [
+        ({"dtype": jnp.float32}, None, "dtype float32 is none of bfloat16, float16"),
+        ({"head_dim": 12}, None, "head_dim 12 is no multiple of 8 up to 128; the nearest is 16"),
+        ({"head_dim": 136}, None, "head_dim 136 is no multiple of 8 up to 128; the nearest is 128"),
+        ({}, from_segments(jnp.ones((2, 37), jnp.int32))[0], "known to be the same whole rows"),
+    ],
+)
+def test_cudnn_by_name_runs_or_says_why_not(changes, layout, reason):
+    query, key, value = inputs(**{"dtype": jnp.bfloat16} | changes)
+    with pytest.raises(ValueError, match=f"implementation 'cudnn' cannot run this call: .*{reason}"):
+        attend(query, key, value, layout, implementation="cudnn")
+
+
+@pytest.mark.parametrize("mixer", [Attention, LocalAttention])
+def test_mixers_run_cudnn_on_whole_rows_without_a_cache(mixer, traced_for_a_gpu):
+    config = small_model_config(("attention",), width=32, dtype="bfloat16")
+    module = mixer(config, rngs=nnx.Rngs(0))
+    x = jnp.zeros((2, 12, 32), jnp.bfloat16)
+
+    def mix(x, layout: TokenLayout, cache):
+        return module(x, layout, cache)[0]
+
+    packed = from_segments(jnp.ones((2, 12), jnp.int32))[0]
+    assert lowered_for_cuda(mix, x, whole_rows(2, 12), None) == [True, False]
+    assert lowered_for_cuda(mix, x, packed, None) == [False, False]
+    assert lowered_for_cuda(mix, x, whole_rows(2, 12), module.init_cache(2, 20)) == [False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("head_dim", "key_heads"), [(128, 4), (64, 2), (40, 1)])
+@pytest.mark.parametrize("window", [None, 0, 5, 100, 2000])
+def test_cudnn_errs_at_most_twice_as_much_as_plain_xla(window, head_dim, key_heads, dtype):
+    arguments = inputs(tokens=300, key_heads=key_heads, head_dim=head_dim, dtype=dtype)
+    weights = jax.random.normal(jax.random.key(7), arguments[0].shape)
+
+    def run(arguments, implementation):
+        def weighted(x):
+            attended = attend(*x, window=window, aligned=True, implementation=implementation)
+            return jnp.sum(attended.out.astype(jnp.float32) * weights), attended
+
+        gradients, attended = jax.jit(jax.grad(weighted, has_aux=True))(arguments)
+        return *attended, *gradients
+
+    with jax.default_matmul_precision("highest"):
+        truth = run(tuple(x.astype(jnp.float32) for x in arguments), "xla")
+    errors = [
+        [jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) for a, b in zip(found, truth, strict=True)]
+        for found in (run(arguments, "cudnn"), run(arguments, "xla"))
+    ]
+    for i, (cudnn_error, plain_error) in enumerate(zip(*errors, strict=True)):
+        floor = 1e-6 * jnp.linalg.norm(truth[i].ravel())  # float32 log-sum-exps; gradients that are nought
+        assert cudnn_error <= 2 * plain_error + floor + 1e-5

@@ -1,0 +1,108 @@
+"""What the Mosaic GPU kernels share: the warpgroups of a program, its place in the problem, tiles, the filling loop.
+
+Two warpgroups compute, each for ROWS rows of the matrix products; a third one only copies. The registers that it gives
+up let the others hold their accumulators.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.triton.problem import Problem
+
+COMPUTE_GROUPS = 2
+MEMORY_GROUP = COMPUTE_GROUPS
+ROWS = 64  # rows of a warpgroup's matrix instruction
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which block of which row and head (or group of heads) a program computes; blocks 0 start first."""
+
+    blocks: int
+    rows: int
+    heads: int
+
+    @classmethod
+    def of(cls, p: Problem, blocks: int, *, grouped: bool = False) -> "Order":
+        return cls(blocks, p.batch, p.num_groups if grouped else p.num_heads)
+
+    @property
+    def programs(self) -> int:
+        return self.blocks * self.rows * self.heads
+
+    def place(self, program: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Block, row and head."""
+        pairs = math.gcd(self.rows * self.heads, NEIGHBOURS)
+        neighbourhood, rest = lax.div(program, pairs * self.blocks), lax.rem(program, pairs * self.blocks)
+        pair = neighbourhood * pairs + lax.rem(rest, pairs)
+        return lax.div(rest, pairs), lax.div(pair, self.heads), lax.rem(pair, self.heads)
+
+
+def kernel(body: Callable[..., None], *, name: str, programs: int, out_type: Any, scratch_types: Any):
+    """The kernel as a function of arrays; `name` stands in lowered text."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=COMPUTE_GROUPS + 1,
+        thread_name="group",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )
+
+
+def tiled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory as matrix instructions read it: tiles of eight rows, swizzled over 128 bytes."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    """Float32 zeros as an accumulator lies in registers."""
+    return plgpu.layout_cast(jnp.full(shape, 0, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def row_zeros(rows: int) -> jax.Array:
+    """Float32 zeros, one for every row of an accumulator."""
+    return plgpu.layout_cast(jnp.full((rows,), 0, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    """The index along an axis, laid out like an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def ceil_div(a: jax.Array, b: int) -> jax.Array:
+    return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def produce(steps: jax.Array, stages: int, *rings: tuple[Any, Callable[[jax.Array], None]]) -> None:
+    """Fills the stages of rings in turn, each again as soon as its consumers have left it.
+
+    Args:
+      steps: fillings of every ring.
+      stages: of every ring.
+      *rings: the barriers on which consumers arrive, and what fills the stage of a step.
+    """
+
+    @pl.loop(0, jnp.minimum(steps, stages))
+    def _first(step):
+        for _, fill in rings:
+            fill(step)
+
+    @pl.loop(jnp.minimum(steps, stages), steps)
+    def _again(step):
+        for consumed, fill in rings:
+            plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
+            fill(step)

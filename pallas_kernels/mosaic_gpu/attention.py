@@ -99,7 +99,7 @@ def rat_attention_forward_mosaic(
 
         def load_own(j):
             n = g + jnp.minimum(j, p.heads_per_group - 1) * p.num_groups
-            return plgpu.load(own_scores.at[row, n, at], (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            return launch.load_rows(own_scores.at[row, n, at], 1, optimized=False)
 
         if blocks.heads > 1:
             load_head(jnp.int32(0))

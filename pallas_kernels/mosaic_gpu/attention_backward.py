@@ -87,9 +87,7 @@ def rat_summaries_backward_mosaic(
 
                 def products(scores, d_weights):
                     minus_lse, minus_delta = (
-                        lax.broadcast_in_dim(
-                            -plgpu.load(ring.at[stage], (), layout=plgpu.Layout.WGMMA.reduce(0)), (ROWS, BQ), [1]
-                        )
+                        lax.broadcast_in_dim(-launch.load_rows(ring.at[stage], 0), (ROWS, BQ), [1])
                         for ring in (lse_ring, delta_ring)
                     )
                     if masked:
@@ -224,9 +222,7 @@ def rat_queries_backward_mosaic(
                 pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
             plgpu.barrier_wait(head_loaded.at[mine])
             do = d_head_tiles.at[mine]
-            minus_lse, minus_delta = (
-                -plgpu.load(rows.at[mine], (), layout=plgpu.Layout.WGMMA.reduce(1)) for rows in (lse_rows, delta_rows)
-            )
+            minus_lse, minus_delta = (-launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
 
             def add_tile(tile, carry, masked):
                 d_q, total = carry

@@ -83,6 +83,12 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def load_rows(ref: Any, axis: int, *, optimized: bool = True) -> jax.Array:
+    """A vector to be broadcast along an axis of an accumulator; from global memory, not `optimized`."""
+    index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=optimized)
+
+
 def ceil_div(a: jax.Array, b: int) -> jax.Array:
     return lax.div(a + (b - 1), jnp.int32(b))
 

@@ -1,21 +1,24 @@
-"""Latency and memory of one layer's token mixing, for every mixer and every body of the RAT op, in one run.
+"""Latency and memory of one layer, for every mixer and every body of the RAT op, in one run.
 
-A layer is norm, input projection, mixing, output projection and residual, in bfloat16. Each row of the table is one
-length T at the same number of tokens, so that the batch is tokens / T. `train` is forward and backward with the
-gradients of inputs and parameters, `prefill` the forward pass alone; times are medians of the device's own clock as the
-host sees it, after warm-up. `floor` adds the matrix products at the measured rate and the least bytes of the mixing at
-the measured copy bandwidth.
+A layer is norm, input projection, mixing, output projection and residual, in bfloat16. Each row of the first table is
+one length T at the same number of tokens, so that the batch is tokens / T: `train` is forward and backward with the
+gradients of inputs and parameters, `prefill` the forward pass alone. The second table is one decode step of many rows
+at a position, with the cache updated in place. `torch:` rows are PyTorch layers under torch.compile, timed the same way
+on the same device before JAX takes it.
 
-  python benchmarks/layer_latency.py --lengths 4096 16384 131072 --out layer_latency.png
+Times are medians; +- is the slowest minus the fastest repeat. `floor` adds all matrix products (attention's scores too,
+with two and a half times the forward's products in the backward) at the measured rate and the least bytes of norm and
+mixing at the measured copy bandwidth; for a decode step it is the bytes of cache and matrices at that bandwidth.
+
+  python benchmarks/layer_latency.py --out docs/layer_latency.png
 """
 
 import argparse
 import functools
+import importlib.util
 import json
-import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,187 +27,226 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from rat_jax.layout import whole_rows
-from rat_jax.ops.rat import rat_mix
-from rat_jax.ops.recurrence import gated_recurrence
-from rat_jax.ops.rope import rotate
+from benchmarks import card, layers, timing
 
-EPSILON = 1e-6
-CALLS = 5  # timed together
+LAYERS = ["attention", "local_attention", "rnn", "rat"]
+BODIES = ["rat:xla", "rat:triton", "rat:mosaic_gpu", "rat:cudnn"]
+DECODE_STEPS = 16  # in one call
 
 
 def arguments() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 131072])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536, 131072, 262144])
     parser.add_argument("--tokens", type=int, default=262_144, help="of every row of the table")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--chunk_size", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--layers", nargs="+", default=["attention", "local_attention", "rnn", "rat:xla", "rat:triton"])
-    parser.add_argument("--out", default=None, help="PNG of the train latencies; the table goes beside it as JSON")
+    parser.add_argument("--layers", nargs="*", default=LAYERS + BODIES, help="`rat` alone is the library's own choice")
+    parser.add_argument("--torch_layers", nargs="*", default=["attention", "rat"])
+    parser.add_argument("--torch_lengths", type=int, nargs="*", default=[4096, 16384, 131072])
+    parser.add_argument("--decode_layers", nargs="*", default=[*LAYERS, "rat:xla"])
+    parser.add_argument("--decode_rows", type=int, default=512)
+    parser.add_argument("--decode_positions", type=int, nargs="*", default=[4096, 16384])
+    parser.add_argument("--longest_ms", type=float, default=1500, help="slower layers are left out at longer T")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", default=None, help="PNG of the latencies; the tables go beside it as JSON")
     return parser.parse_args()
 
 
-def layer(kind: str, flags: argparse.Namespace) -> tuple[Callable[..., Any], int]:
-    """The mixing of one kind, from projected to mixed tokens, and the channels it wants projected."""
-    width, heads = flags.width, flags.heads
-    match kind.split(":"):
-        case ["attention"]:
-            return functools.partial(_cudnn_attention, heads=heads, window=None), 3 * width
-        case ["local_attention"]:
-            return functools.partial(_cudnn_attention, heads=heads, window=flags.window), 3 * width
-        case ["rnn"]:
-            return _rnn, 3 * width
-        case ["rat", implementation]:
-            options = {"num_heads": heads, "num_groups": flags.groups, "chunk_size": flags.chunk_size}
-            mix = functools.partial(_rat, implementation=implementation, rope_base=10_000.0, **options)
-            return mix, 3 * width + 2 * flags.groups * width // heads
-    raise SystemExit(f"no layer is called {kind!r}")
-
-
-def _cudnn_attention(projected, gate_bias, *, heads, window):
-    del gate_bias
-    batch, tokens, channels = projected.shape
-    value, query, key = (x.reshape(batch, tokens, heads, -1) for x in jnp.split(projected, 3, axis=-1))
-    positions = whole_rows(batch, tokens).positions
-    query, key = rotate(query, positions, 10_000.0), rotate(key, positions, 10_000.0)
-    local = {} if window is None else {"local_window_size": (window, 0)}
-    out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn", **local)
-    return out.reshape(batch, tokens, channels // 3)
-
-
-def _rnn(projected, gate_bias):
-    z, value, gate = jnp.split(projected, 3, axis=-1)
-    layout = whole_rows(*projected.shape[:2])
-    states = gated_recurrence(
-        gate.astype(jnp.float32) + gate_bias, value, starts=layout.starts(), is_token=layout.is_token
-    )
-    return (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(projected.dtype)
-
-
-def _rat(projected, gate_bias, **options):
-    return rat_mix(projected, gate_bias, whole_rows(*projected.shape[:2]), **options).out
-
-
-def apply_layer(mix: Callable[..., Any], params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """x + W_o mix(W_i norm(x))."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + EPSILON)
-    normed = (x32 * inverse * params["scale"]).astype(x.dtype)
-    return x + mix(normed @ params["in"], params["gate_bias"]) @ params["out"]
-
-
-def measure(function: Callable[..., Any], inputs: tuple[Any, ...], repeats: int) -> dict[str, float]:
-    """Median milliseconds of a compiled call, and the bytes it holds beside its arguments and results."""
-    compiled = jax.jit(function).lower(*inputs).compile()
-    for _ in range(2):
-        jax.block_until_ready(compiled(*inputs))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(CALLS):  # queued one behind the other, so that the host's part of a call is hidden
-            out = compiled(*inputs)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / CALLS)
-    memory = compiled.memory_analysis()
-    held = memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
-    return {"ms": statistics.median(times), "spread_ms": max(times) - min(times), "gb": held / 1e9}
-
-
-def ceilings(repeats: int) -> tuple[float, float]:
-    """Copy bandwidth in GB/s (bytes read and written) and bf16 matrix rate in TFLOP/s, as measured."""
-    x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    copy_ms = measure(lambda x: x + jnp.bfloat16(1), (x,), repeats)["ms"]
-    a = jax.random.normal(jax.random.key(1), (8192, 8192), jnp.bfloat16)
-    product_ms = measure(lambda a: a @ a, (a,), repeats)["ms"]
-    return 4 * (1 << 30) / copy_ms / 1e6, 2 * 8192**3 / product_ms / 1e9
-
-
-def run(flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each length and layer."""
-    bandwidth, rate = ceilings(flags.repeats)
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}: copy {bandwidth:.0f} GB/s, bf16 products {rate:.0f} TFLOP/s")
-    print(f"{'T':>7} {'layer':<16} {'train ms':>9} {'vs att':>7} {'floor':>7} {'prefill':>9} {'vs att':>7} {'GB':>6}")
+def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the PyTorch layers, from a process of their own; rows that only give a reason where there are none."""
+    wanted = [
+        (tokens, kind) for tokens in flags.torch_lengths if tokens in flags.lengths for kind in flags.torch_layers
+    ]
     rows: list[dict[str, Any]] = []
-    for tokens in flags.lengths:
-        baseline: dict[str, float] = {}
-        for kind in flags.layers:
-            row = {"tokens": tokens, "layer": kind} | _row(kind, tokens, flags)
-            channels = layer(kind, flags)[1]
-            product_ms = 2 * flags.tokens * flags.width * (channels + flags.width) / rate / 1e9
-            bytes_ms = 2 * flags.tokens * (2 * channels + 8 * flags.width) / bandwidth / 1e6
-            row["floor_ms"] = 3 * product_ms + bytes_ms
+    why = "PyTorch is not installed"
+    if wanted and importlib.util.find_spec("torch") is not None:
+        numbers = {
+            name: getattr(flags, name) for name in ("tokens", "width", "heads", "groups", "chunk_size", "repeats")
+        }
+        command = [
+            sys.executable,
+            Path(__file__).with_name("torch_layers.py"),
+            "--layers",
+            *flags.torch_layers,
+            "--lengths",
+        ]
+        command += dict.fromkeys(str(tokens) for tokens, _ in wanted)
+        command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        why = (done.stderr.strip().splitlines() or ["the process of the PyTorch layers ended early"])[-1][:150]
+    found = {(row["tokens"], row["layer"]) for row in rows}
+    missing = [(tokens, f"torch:{kind}") for tokens, kind in wanted if (tokens, f"torch:{kind}") not in found]
+    return rows + [{"tokens": tokens, "layer": kind, "error": why} for tokens, kind in missing]
+
+
+def pass_row(kind: str, tokens: int, sizes: layers.Sizes, flags: argparse.Namespace) -> dict[str, Any]:
+    """Train and prefill of one layer at one length, or why not."""
+    row: dict[str, Any] = {"tokens": tokens, "layer": kind}
+    try:
+        layer = layers.make_layer(kind, sizes)
+        params = layers.make_params(layer.channels, sizes.width)
+        shape = (flags.tokens // tokens, tokens, sizes.width)
+        x, d_out = (jax.random.normal(key, shape, layers.DTYPE) for key in jax.random.split(jax.random.key(1)))
+        train, prefill = functools.partial(layers.train_layer, layer), functools.partial(layers.apply_layer, layer)
+        for name, function, inputs in (("train", train, (params, x, d_out)), ("prefill", prefill, (params, x))):
+            compiled = jax.jit(function).lower(*inputs).compile()
+            times = card.time_compiled(compiled, inputs, flags.repeats)
+            row |= {f"{name}_ms": times.ms, f"{name}_spread_ms": times.spread_ms}
+            row[f"{name}_gb"] = card.held_gb(compiled)
+    except (RuntimeError, ValueError, ImportError) as error:  # the table says so and goes on
+        row["error"] = card.reason(error)
+    return row
+
+
+def pass_floors(kind: str, tokens: int, sizes: layers.Sizes, count: int, ceilings: card.Ceilings) -> dict[str, float]:
+    """The least milliseconds of both passes and of the forward pass."""
+    layer = layers.make_layer(kind.removeprefix("torch:"), sizes)
+    projections, scores = layers.product_operations(layer, sizes.width, count // tokens, tokens)
+    forward_bytes, both_bytes = layers.least_bytes(layer, sizes.width, count)
+    return {
+        "train_floor_ms": ceilings.product_ms(3 * projections + 3.5 * scores) + ceilings.copy_ms(both_bytes),
+        "prefill_floor_ms": ceilings.product_ms(projections + scores) + ceilings.copy_ms(forward_bytes),
+    }
+
+
+def decode_row(kind: str, position: int, sizes: layers.Sizes, flags: argparse.Namespace) -> dict[str, Any]:
+    """One decode step of one layer, or why not."""
+    row: dict[str, Any] = {"position": position, "rows": flags.decode_rows, "layer": kind}
+    try:
+        layer = layers.make_layer(kind, sizes)
+        params = layers.make_params(layer.channels, sizes.width)
+        x = jax.random.normal(jax.random.key(2), (flags.decode_rows, 1, sizes.width), layers.DTYPE)
+        run = jax.jit(functools.partial(layers.decode, layer, sizes, DECODE_STEPS), donate_argnums=2)
+        abstract_cache = jax.eval_shape(lambda: layer.new_cache(flags.decode_rows, position))
+        row["cache_gb"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)) / 1e9
+        compiled = run.lower(params, x, abstract_cache, jnp.int32(position)).compile()
+        row["gb"] = card.held_gb(compiled)
+        cache = layers.filled_cache(layer, flags.decode_rows, position)
+
+        def step():
+            nonlocal cache
+            out, cache = compiled(params, x, cache, jnp.int32(position))
+            return out
+
+        times = timing.time_calls(step, jax.block_until_ready, flags.repeats)
+        row |= {"ms": times.ms / DECODE_STEPS, "spread_ms": times.spread_ms / DECODE_STEPS}
+    except (RuntimeError, ValueError, ImportError) as error:
+        row["error"] = card.reason(error)
+    return row
+
+
+def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ceilings) -> list[dict[str, Any]]:
+    """Prints and returns the first table."""
+    print(
+        f"\n{'T':>7} {'layer':<16} {'train ms':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} "
+        f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6}"
+    )
+    rows: list[dict[str, Any]] = []
+    slow: dict[str, float] = {}
+    for tokens in sorted(flags.lengths):
+        others = [row for row in flags.torch_rows if row["tokens"] == tokens]
+        known = {row["layer"]: row for row in others if "error" not in row}
+        for kind in [*flags.layers, *(row["layer"] for row in others)]:
+            if kind in slow:
+                why = f"not run: it took {slow[kind]:.0f} ms at a shorter length"
+                row: dict[str, Any] = {"tokens": tokens, "layer": kind, "error": why}
+            elif kind.startswith("torch:"):
+                row = next(row for row in others if row["layer"] == kind)
+            else:
+                row = pass_row(kind, tokens, sizes, flags)
             rows.append(row)
             if "error" in row:
                 print(f"{tokens:>7} {kind:<16} {row['error']}", flush=True)
                 continue
-            baseline = baseline or row
+            if row["train_ms"] > flags.longest_ms:
+                slow[kind] = row["train_ms"]
+            known[kind] = row
+            row |= pass_floors(kind, tokens, sizes, flags.tokens, ceilings)
+            parts = [
+                f"{row[f'{name}_ms']:>9.2f} {row[f'{name}_spread_ms']:>6.2f} "
+                f"{_ratio(known.get('attention'), row, f'{name}_ms'):>7} "
+                f"{_ratio(known.get('torch:rat'), row, f'{name}_ms'):>8} {row[f'{name}_floor_ms']:>7.1f}"
+                for name in ("train", "prefill")
+            ]
+            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f}", flush=True)
+    return rows
+
+
+def run_decode(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ceilings) -> list[dict[str, Any]]:
+    """Prints and returns the second table."""
+    print(f"\ndecode step of {flags.decode_rows} rows")
+    print(
+        f"{'position':>8} {'layer':<16} {'ms':>9} {'+-':>7} {'vs att':>7} {'floor':>7} {'cache GB':>9} {'peak GB':>8}"
+    )
+    rows: list[dict[str, Any]] = []
+    for position in flags.decode_positions:
+        baseline = None
+        for kind in flags.decode_layers:
+            row = decode_row(kind, position, sizes, flags)
+            rows.append(row)
+            if "error" in row:
+                print(f"{position:>8} {kind:<16} {row['error']}", flush=True)
+                continue
+            layer = layers.make_layer(kind, sizes)
+            row["floor_ms"] = ceilings.copy_ms(layers.step_bytes(layer, sizes, flags.decode_rows, position))
+            baseline = row if kind == "attention" else baseline
             print(
-                f"{tokens:>7} {kind:<16} {row['train_ms']:>9.2f} {baseline['train_ms'] / row['train_ms']:>6.2f}x "
-                f"{row['floor_ms']:>7.1f} {row['prefill_ms']:>9.2f} "
-                f"{baseline['prefill_ms'] / row['prefill_ms']:>6.2f}x {row['gb']:>6.1f}",
+                f"{position:>8} {kind:<16} {row['ms']:>9.3f} {row['spread_ms']:>7.3f} {_ratio(baseline, row, 'ms'):>7} "
+                f"{row['floor_ms']:>7.3f} {row['cache_gb']:>9.2f} {row['gb']:>8.2f}",
                 flush=True,
             )
     return rows
 
 
-def _row(kind: str, tokens: int, flags: argparse.Namespace) -> dict[str, Any]:
-    mix, channels = layer(kind, flags)
-    keys = jax.random.split(jax.random.key(0), 5)
-    shape = (flags.tokens // tokens, tokens, flags.width)
-    params = {
-        "scale": jnp.ones((flags.width,), jnp.float32),
-        "in": (0.02 * jax.random.normal(keys[0], (flags.width, channels))).astype(jnp.bfloat16),
-        "out": (0.02 * jax.random.normal(keys[1], (flags.width, flags.width))).astype(jnp.bfloat16),
-        "gate_bias": jax.random.normal(keys[2], (flags.width,)) + 2,
-    }
-    x, d_out = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[3:])
-
-    def forward(params, x):
-        return apply_layer(mix, params, x)
-
-    def train(params, x, d_out):
-        out, pull = jax.vjp(forward, params, x)
-        return out, pull(d_out)
-
-    try:
-        train_row = measure(train, (params, x, d_out), flags.repeats)
-        prefill_row = measure(forward, (params, x), flags.repeats)
-    except jax.errors.JaxRuntimeError as error:  # out of memory: the table says so, the other rows go on
-        return {"error": str(error).split("\n")[0][:90]}
-    return {"train_ms": train_row["ms"], "prefill_ms": prefill_row["ms"], "gb": train_row["gb"]}
+def _ratio(baseline: dict[str, Any] | None, row: dict[str, Any], name: str) -> str:
+    return "" if baseline is None else f"{baseline[name] / row[name]:.2f}x"
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Train latency over T, a line for each layer."""
+    """Train and prefill latency over T, a line for each layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for kind in dict.fromkeys(row["layer"] for row in rows):
-        points = [(row["tokens"], row["train_ms"]) for row in rows if row["layer"] == kind and "train_ms" in row]
-        axes.plot(*zip(*points, strict=True), marker="o", label=kind)
-    axes.set(xscale="log", yscale="log", xlabel="T, tokens of a sequence", ylabel="training step of a layer, ms")
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axes, name in zip(panels, ("train", "prefill"), strict=True):
+        for kind in dict.fromkeys(row["layer"] for row in rows):
+            points = [(row["tokens"], row[f"{name}_ms"]) for row in rows if row["layer"] == kind and "error" not in row]
+            if points:
+                style = "--" if kind.startswith("torch:") else "-"
+                axes.plot(*zip(*points, strict=True), style, marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="T, tokens of a sequence", ylabel=f"{name} of a layer, ms")
+    panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    """Prints the table and writes what was asked for."""
+    """Prints the tables and writes what was asked for."""
     flags = arguments()
-    rows = run(flags)
+    card.share_memory()
+    sizes = layers.Sizes(flags.width, flags.heads, flags.groups, flags.chunk_size, flags.window)
+    flags.torch_rows = torch_rows(flags)  # first: JAX does not give back memory that it has taken
+    ceilings = card.measure_ceilings(flags.repeats)
+    description = card.describe()
+    print(description)
+    print(
+        f"D {sizes.width}, {sizes.heads} heads, G {sizes.groups}, L {sizes.chunk_size}, window {sizes.window}, bf16, "
+        f"{flags.tokens} tokens; copy {ceilings.copy_gb_per_s:.0f} GB/s, products {ceilings.tflop_per_s:.0f} TFLOP/s"
+    )
+    passes = run_passes(sizes, flags, ceilings)
+    steps = run_decode(sizes, flags, ceilings)
     if flags.out is not None:
         out = Path(flags.out)
-        plot(rows, out)
-        out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+        plot(passes, out)
+        table = {"card": description, "sizes": sizes._asdict(), "tokens": flags.tokens, **ceilings._asdict()}
+        out.with_suffix(".json").write_text(json.dumps(table | {"passes": passes, "decode": steps}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

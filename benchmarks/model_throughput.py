@@ -1,9 +1,14 @@
-"""Training throughput of a config on the devices at hand: tokens a second, and their share of the peak.
+"""Throughput of a config on the devices at hand: training, or decoding, in tokens a second.
 
-  python benchmarks/model_throughput.py --config configs/rat_1b.py --batch_sizes 4 8 16
+  python benchmarks/model_throughput.py --config configs/rat_1b.py --batch_sizes 8 --remat dots --profile trace
+  python benchmarks/model_throughput.py --config configs/rat_1b.py --decode
 
-Steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row for each
-batch size (sequences on one device at a time); a batch that does not fit says so. MFU counts 6 N operations a token.
+Training steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row
+for each batch size (sequences on one device at a time); a batch that does not fit says so. MFU counts 6 N operations a
+token. `--profile` traces one more step of each batch size and says what its time goes to.
+
+Decoding takes greedy steps of random weights with caches of random numbers, spread over the positions
+`--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth.
 """
 
 import argparse
@@ -12,7 +17,6 @@ import importlib.util
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -21,12 +25,17 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import card, decode_throughput, step_profile
+from benchmarks.timing import time_once
 from rat_jax.config import Config, config_from_dict
 from rat_jax.data.pipeline import Batch
 from rat_jax.metrics import peak_flops
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding, make_mesh
 from rat_jax.train_step import initial_state, train_step
+
+TRAIN_BATCH_SIZES = [4, 8, 16]
+DECODE_BATCH_SIZES = [256, 736, 1024]
 
 
 def load_config(file: str, batch_size: int, remat: str | None) -> Config:
@@ -43,8 +52,8 @@ def load_config(file: str, batch_size: int, remat: str | None) -> Config:
     )
 
 
-def measure(config: Config, steps: int) -> tuple[float, int]:
-    """Median seconds of a step and the number of parameters."""
+def measure_training(config: Config, steps: int, trace_folder: str | None) -> tuple[float, int, float, str]:
+    """Median seconds of a step, the number of parameters, peak memory in GB, and the profile if one is wanted."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))))
@@ -54,37 +63,88 @@ def measure(config: Config, steps: int) -> tuple[float, int]:
         tokens = jax.random.randint(jax.random.key(0), shape, 0, config.model.vocab_size, dtype=jnp.int32)
         batch = Batch(tokens, jnp.roll(tokens, -1, axis=1), jnp.ones(shape, jnp.float32), None)
         batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), batch)
+        static = (graphdef, config.optimizer, config.training.num_steps)
+        compiled = train_step.lower(*static, state, batch).compile()
         times = []
         for _ in range(steps + 2):
-            start = time.perf_counter()
-            state, metrics = train_step(graphdef, config.optimizer, config.training.num_steps, state, batch)
-            jax.block_until_ready((state, metrics))
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[2:]), parameters
+            seconds, (state, _) = time_once(compiled, (state, batch), jax.block_until_ready)
+            times.append(seconds)
+        profile = ""
+        if trace_folder is not None:
+            profile = step_profile.report(step_profile.trace(compiled, (state, batch), trace_folder))
+    return statistics.median(times[2:]), parameters, card.held_gb(compiled), profile
+
+
+def train_table(flags: argparse.Namespace) -> None:
+    """Prints training throughput."""
+    print(f"\n{'batch':>6} {'remat':>6} {'ms a step':>10} {'tokens/s':>10} {'MFU':>7} {'GB':>6}")
+    for batch_size in flags.batch_sizes or TRAIN_BATCH_SIZES:
+        config = load_config(flags.config, batch_size, flags.remat)
+        try:
+            seconds, parameters, memory_gb, profile = measure_training(config, flags.steps, flags.profile)
+        except jax.errors.JaxRuntimeError as error:  # the next batch size may fit
+            print(f"{batch_size:>6} {config.model.remat:>6} {card.reason(error)}", flush=True)
+            continue
+        rate = batch_size * config.data.seq_len / seconds
+        peak = peak_flops(jax.devices()[0])
+        share = "" if peak is None else f"{6 * parameters * rate / peak / jax.device_count():>7.1%}"
+        row = (
+            f"{batch_size:>6} {config.model.remat:>6} {1e3 * seconds:>10.1f} {rate:>10.0f} {share:>7} {memory_gb:>6.1f}"
+        )
+        print(row, flush=True)
+        if profile:
+            print(f"\nprofile of one step\n{profile}\n", flush=True)
+
+
+def decode_table(flags: argparse.Namespace, bandwidth: float) -> None:
+    """Prints decode throughput."""
+    config = load_config(flags.config, 1, None).model
+    graphdef, params = decode_throughput.random_decoder(config)
+    print(f"\npositions {flags.decode_first} .. {flags.decode_last}, {flags.decode_steps} steps")
+    print(f"{'batch':>6} {'ms a step':>10} {'tokens/s':>10} {'bound ms':>9} {'reached':>8} {'cache GB':>9}")
+    for batch_size in flags.batch_sizes or DECODE_BATCH_SIZES:
+        try:
+            row = decode_throughput.measure(
+                config, graphdef, params, batch_size, flags.decode_first, flags.decode_last, flags.decode_steps
+            )
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{batch_size:>6} {card.reason(error)}", flush=True)
+            continue
+        bound_ms = 1e3 * row.read_gb / bandwidth
+        print(
+            f"{batch_size:>6} {row.ms:>10.2f} {1e3 * batch_size / row.ms:>10.0f} {bound_ms:>9.2f} "
+            f"{bound_ms / row.ms:>8.1%} {row.cache_gb:>9.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", required=True)
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=None,
+        help=f"left out: {TRAIN_BATCH_SIZES} to train, {DECODE_BATCH_SIZES} to decode",
+    )
     parser.add_argument("--remat", default=None, help="none, dots or block; left out: the config's")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="training steps that are timed")
+    parser.add_argument("--profile", default=None, help="folder for a trace of one training step")
+    parser.add_argument("--decode", action="store_true", help="decode instead of training")
+    parser.add_argument("--decode_first", type=int, default=3072, help="tokens that the rows have read")
+    parser.add_argument("--decode_last", type=int, default=4096)
+    parser.add_argument("--decode_steps", type=int, default=128, help="steps that are timed, spread over the positions")
     flags = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{flags.config} on {jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
-    print(f"{'batch':>6} {'remat':>6} {'ms a step':>10} {'tokens/s':>10} {'MFU':>6}")
-    for batch_size in flags.batch_sizes:
-        config = load_config(flags.config, batch_size, flags.remat)
-        try:
-            seconds, parameters = measure(config, flags.steps)
-        except jax.errors.JaxRuntimeError as error:  # the next batch size may fit
-            print(f"{batch_size:>6} {config.model.remat:>6} {str(error).splitlines()[0][:100]}", flush=True)
-            continue
-        rate = batch_size * config.data.seq_len / seconds
-        peak = peak_flops(device)
-        share = "" if peak is None else f"{6 * parameters * rate / peak / jax.device_count():>6.1%}"
-        print(f"{batch_size:>6} {config.model.remat:>6} {1e3 * seconds:>10.1f} {rate:>10.0f} {share}", flush=True)
+    card.share_memory()
+    print(f"{flags.config} on {jax.device_count()} x {card.describe()}")
+    if flags.decode:
+        bandwidth = card.measure_ceilings(3).copy_gb_per_s
+        print(f"copy {bandwidth:.0f} GB/s")
+        decode_table(flags, bandwidth)
+    else:
+        train_table(flags)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ def refusal(p: Problem) -> str | None:
         return "packed or continued rows: chunks must begin at multiples of chunk_size in every row"
     if p.num_heads % p.num_groups:
         return f"num_heads must be a multiple of num_groups, got {p.num_heads} and {p.num_groups}"
-    if p.slots < 2:
-        return (
-            f"{p.tokens} tokens are one chunk, which has no earlier one to attend to; the least are {p.chunk_size + 1}"
-        )
-    return call.refusal(p.dtype, p.num_heads * p.chunk_size, p.head_dim)
+    if p.slots <= call.MIN_TOKENS:
+        least = call.MIN_TOKENS * p.chunk_size + 1
+        return f"{p.tokens} tokens are too few chunks with earlier ones; the least are {least}"
+    return call.refusal(p.dtype, p.slots - 1, p.num_heads * p.chunk_size, p.head_dim)
 
 
 def forward(

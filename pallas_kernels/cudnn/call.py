@@ -17,13 +17,14 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 HEAD_STEP = 8
 MAX_HEAD_DIM = 128  # of every card that cuDNN's fused attention runs on; Hopper and later take 256
 MAX_HEADS = 65535
+MIN_TOKENS = 2  # the backward call has no plan for a single query
 
 _API_VERSION = 2  # what XLA expects of these calls; its configuration is a string
 _ROWS_LAST = (0, 2, 1, 3)  # [B, X, T, H] that lies in memory as [B, T, X, H]
 
 
-def refusal(dtype: str, heads: int, head_dim: int) -> str | None:
-    """Why cuDNN does not run such heads and what comes nearest, or None where it does."""
+def refusal(dtype: str, tokens: int, heads: int, head_dim: int) -> str | None:
+    """Why cuDNN does not run such queries and what comes nearest, or None where it does."""
     if dtype not in DTYPES:
         return f"dtype {dtype} is none of {', '.join(DTYPES)}"
     if head_dim % HEAD_STEP or not 0 < head_dim <= MAX_HEAD_DIM:
@@ -31,6 +32,8 @@ def refusal(dtype: str, heads: int, head_dim: int) -> str | None:
         return f"head_dim {head_dim} is no multiple of {HEAD_STEP} up to {MAX_HEAD_DIM}; the nearest is {nearest}"
     if heads > MAX_HEADS:
         return f"{heads} query heads are more than {MAX_HEADS}"
+    if tokens < MIN_TOKENS:
+        return f"{tokens} queries in a row are too few; the least are {MIN_TOKENS}"
     return None
 
 

@@ -29,7 +29,7 @@ def refusal(query: Array, key: Array, value: Array, query_place: Place, key_plac
         return f"queries, keys and values differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
     if query.shape[0] % devices():
         return f"{query.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
-    return call.refusal(query.dtype.name, query.shape[2], query.shape[3])
+    return call.refusal(query.dtype.name, *query.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -245,4 +245,4 @@ def forward_blocks(p: Problem) -> tuple[int, int, int, int]:
         return 64, 32, 8, 2
     if is_short(p):
         return 64, 32, 4, 2
-    return (64, 64, 4, 2) if p.slots <= 2048 else (128, 64, 8, 3)
+    return (64, 64, 4, 2) if p.slots <= 2048 or p.little_shared_memory else (128, 64, 8, 3)

@@ -26,6 +26,7 @@ class Problem:
     rope: bool
     segmented: bool  # documents are packed: segment ids and positions say where chunks begin
     continued: bool = False  # rows go on from a state; packed too
+    capability: tuple[int, int] | None = None  # compute capability of the card; None: not known
 
     @property
     def width(self) -> int:
@@ -50,6 +51,15 @@ class Problem:
     def score_scale(self) -> float:
         """What turns q . k into a score in powers of two: log2(e) / sqrt(H)."""
         return LOG2_E / math.sqrt(self.head_dim)
+
+    @property
+    def little_shared_memory(self) -> bool:
+        """Whether a program may have 99 KiB of shared memory only, on cards that are none of 8.0, 8.7, 9.x and 10.x."""
+        return (
+            self.capability is not None
+            and self.capability not in ((8, 0), (8, 7))
+            and self.capability[0] not in (9, 10)
+        )
 
     @property
     def padded_head_dim(self) -> int:

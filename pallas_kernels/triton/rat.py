@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bodies import TRITON, Bodies, module
 from pallas_kernels.triton import attention, attention_backward, call, recurrence, recurrence_backward
 from pallas_kernels.triton.documents import continued_documents, documents_of
 from pallas_kernels.triton.problem import Problem, check, problem_of
@@ -27,7 +28,7 @@ from pallas_kernels.triton.rotation import rotation
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["out", "lse", "own_scores", "rotated_queries", "summary_keys", "summary_values"],
+    data_fields=["out", "lse", "own_scores", "rotated_queries", "summary_keys", "summary_values", "running_values"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Residuals:
     rotated_queries: jax.Array  # [B, T, G, H], scaled
     summary_keys: jax.Array  # [B, C, N, H], rotated; C = ceil(T / L), a slot without a complete chunk is undefined
     summary_values: jax.Array  # [B, C, N, H]
+    running_values: jax.Array | None  # [B, T, N, H], where the backward body reads them
 
 
 def rat_forward(
@@ -52,6 +54,8 @@ def rat_forward(
     rope_base: float | None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    bodies: Bodies = TRITON,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, Residuals]:
     """The mixed output [B, T, D] in the dtype of `projected`, and what `rat_backward` needs.
 
@@ -62,14 +66,16 @@ def rat_forward(
       segment_ids: [B, T] int32, 0 is padding, equal non-zero neighbours are one document; None is one document a row.
       positions: [B, T] int32, a token's index in its document, with `segment_ids` only. A document's tokens are
         neighbours: padding may stand between documents, not inside one, and a document starts with position 0.
+      bodies: what computes the attention to summaries; the same for `rat_backward`.
+      capability: compute capability of the card, by which blocks are chosen. None: as on Hopper.
 
     Raises:
       NotImplementedError: a shape that `problem.refusal` gives a reason for.
     """
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids)
+    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, capability=capability)
     documents = documents_of(problem, segment_ids, positions)
     tables = _angles(problem, rope_base)
-    return forward(call.run, problem, projected, gate_bias.astype(jnp.float32), tables, documents)
+    return forward(call.run, problem, projected, gate_bias.astype(jnp.float32), tables, documents, bodies)
 
 
 def rat_backward(
@@ -84,9 +90,11 @@ def rat_backward(
     rope_base: float | None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    bodies: Bodies = TRITON,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`."""
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids)
+    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, capability=capability)
     documents = documents_of(problem, segment_ids, positions)
     tables = _angles(problem, rope_base)
     d_projected, d_bias = backward(
@@ -98,6 +106,7 @@ def rat_backward(
         d_out.astype(projected.dtype),
         tables,
         documents,
+        bodies,
     )
     return d_projected, jnp.sum(d_bias, axis=(0, 1))
 
@@ -118,6 +127,7 @@ def rat_extend(
     num_groups: int,
     chunk_size: int,
     rope_base: float | None,
+    capability: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Reads tokens that follow those in a cache: out [B, T, D], then the cache's first six arrays with them read.
 
@@ -128,11 +138,12 @@ def rat_extend(
       summary_segment_ids: [B, C] int32.
       num_summaries: [B] int32, of the row's chunks; those past C are dropped.
       segment_ids, positions: see `documents.continued_documents`.
+      capability: see `rat_forward`.
 
     Raises:
       NotImplementedError: a shape that `problem.refusal` gives a reason for.
     """
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=True)
+    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, True, capability)
     cache = (state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries)
     return extend(call.run, problem, projected, gate_bias, cache, segment_ids, positions, rope_base)
 
@@ -176,33 +187,52 @@ def extend(run: call.Run, problem: Problem, projected, gate_bias, cache, segment
     )
 
 
-def forward(run: call.Run, problem: Problem, projected, gate_bias, tables, documents) -> tuple[Any, Residuals]:
+def forward(
+    run: call.Run, problem: Problem, projected, gate_bias, tables, documents, bodies: Bodies = TRITON
+) -> tuple[Any, Residuals]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with."""
     state = (documents.positions,) * 3  # placeholders
     values, own_scores, queries, keys, summaries, *_ = run(
         recurrence.forward_launch(problem),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, *state,
     )  # fmt: skip
-    out, lse = run(
-        attention.forward_launch(problem), projected, values, own_scores, queries, keys, summaries, *documents.of_slots
-    )
-    return out, Residuals(out, lse, own_scores, queries, keys, summaries)
+    arrays = (projected, values, own_scores, queries, keys, summaries)
+    if bodies.forward == "triton":
+        out, lse = run(attention.forward_launch(problem), *arrays, *documents.of_slots)
+    else:
+        out, lse = module(bodies.forward).forward(problem, *arrays)
+    kept_values = values if bodies.backward == "cudnn" else None
+    return out, Residuals(out, lse, own_scores, queries, keys, summaries, kept_values)
 
 
 def backward(
-    run: call.Run, problem: Problem, residuals: Residuals, projected, gate_bias, d_out, tables, documents
+    run: call.Run,
+    problem: Problem,
+    residuals: Residuals,
+    projected,
+    gate_bias,
+    d_out,
+    tables,
+    documents,
+    bodies: Bodies = TRITON,
 ) -> tuple[Any, Any]:
     """The backward kernels through `run`; the bias gradient is left as partial sums [B, blocks, D]."""
     r = residuals
     d_projected, d_heads, delta = run(attention_backward.output_launch(problem), projected, r.out, d_out)
     shared = (d_heads, delta, r.lse, r.rotated_queries, r.summary_keys, r.summary_values)
-    d_queries, d_own_scores, own_weights = run(
-        attention_backward.queries_launch(problem), *shared, *documents.of_slots, r.own_scores
-    )
-    d_keys, d_values = run(
-        attention_backward.summaries_launch(problem),
-        *shared, documents.segment_ids, documents.last_tokens, documents.slot_tokens, documents.slot_segments,
-    )  # fmt: skip
+    if bodies.backward == "triton":
+        d_queries, d_own_scores, own_weights = run(
+            attention_backward.queries_launch(problem), *shared, *documents.of_slots, r.own_scores
+        )
+        d_keys, d_values = run(
+            attention_backward.summaries_launch(problem),
+            *shared, documents.segment_ids, documents.last_tokens, documents.slot_tokens, documents.slot_segments,
+        )  # fmt: skip
+    else:
+        more = () if r.running_values is None else (r.running_values,)
+        d_queries, d_own_scores, own_weights, d_keys, d_values = module(bodies.backward).backward(
+            problem, *shared, r.own_scores, *more
+        )
     d_bias, _, d_projected = run(
         recurrence_backward.backward_launch(problem),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, own_weights, d_own_scores,
@@ -211,7 +241,7 @@ def backward(
     return d_projected, d_bias
 
 
-def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=False) -> Problem:
+def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=False, capability=None):
     problem = problem_of(
         projected.shape,
         projected.dtype.name,
@@ -222,7 +252,7 @@ def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_id
         segmented=segment_ids is not None,
     )
     check(problem)
-    return dataclasses.replace(problem, continued=continued)
+    return dataclasses.replace(problem, continued=continued, capability=capability)
 
 
 def _angles(problem: Problem, rope_base: float | None) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,16 @@ def expected_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def expected_capability() -> tuple[int, int] | None:
+    """CUDA compute capability of the devices that are traced for; None where it is not known, or they have none."""
+    device = jax.devices()[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None and mesh.abstract_device.device_kind != device.device_kind:
+        return None
+    capability = getattr(device, "compute_capability", None)
+    return None if capability is None else tuple(int(number) for number in capability.split("."))
+
+
 def devices() -> int:
     """Devices of the mesh in use; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,7 +7,7 @@ from rat_jax.ops import rat_kernels, rat_xla
 from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
 from rat_jax.shapes import Array, Float, Float32
 
-RatImplementation = Literal["xla", "triton", "pallas_tpu"]
+RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"]
 
 
 def rat_mix(
@@ -42,8 +42,9 @@ def rat_mix(
     Args:
       state: of the tokens before these; None where they start their rows and no state is wanted. Of the kernels, only
         "triton" takes one.
-      implementation: the body to run; None takes the kernel of the platform that the program is lowered for where it
-        takes these shapes, and "xla" elsewhere.
+      implementation: the body to run; None takes the fastest kernel of the platform that the program is lowered for
+        where it takes these shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" are "triton" but for the attention to
+        summaries.
 
     Raises:
       ValueError: if the channels of `projected` do not fit the other arguments, or if a named implementation cannot run
@@ -59,9 +60,9 @@ def rat_mix(
     kernel, fall_back = implementation, False
     if implementation is None:
         kernel, fall_back = rat_kernels.candidate(), True
-        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, state) is not None:
+        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, layout, state) is not None:
             return rat_xla.mix(sizes, projected, gate_bias, layout, state)
-    reason = rat_kernels.refusal(kernel, sizes, projected, state)
+    reason = rat_kernels.refusal(kernel, sizes, projected, layout, state)
     if reason is not None:
         raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
     if state is not None:

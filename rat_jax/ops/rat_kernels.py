@@ -1,5 +1,6 @@
 """The RAT mixing op by kernels: differentiable functions over the kernels of every platform."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,49 +9,64 @@ import jax.numpy as jnp
 
 from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_xla
-from rat_jax.ops.platform import devices, expected_platform, on_each_device
+from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
 from rat_jax.shapes import Array, Float, Float32
 
-_PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
+# "gpu" is Triton with the fastest bodies of the attention to summaries; the other names are implementations of the op.
+_PLATFORMS = {"gpu": "cuda", "triton": "cuda", "mosaic_gpu": "cuda", "cudnn": "cuda", "pallas_tpu": "tpu"}
 
 
 def candidate() -> str | None:
     """The kernel that is worth tracing here; which body runs is settled when the program is lowered."""
     match expected_platform():
         case "gpu" | "cuda":
-            return "triton"
+            return "gpu"
         case "tpu":
             return "pallas_tpu"
         case _:
             return None
 
 
-def refusal(kernel: str, sizes: RatSizes, projected: Float[Array, "B T X"], state: RatState | None) -> str | None:
+def refusal(
+    kernel: str,
+    sizes: RatSizes,
+    projected: Float[Array, "B T X"],
+    layout: TokenLayout,
+    state: RatState | None,
+) -> str | None:
     """Why a kernel cannot run a call and what comes nearest; None where it can."""
-    if state is not None and kernel != "triton":
-        return "it takes no state; implementation 'xla' does"
+    if state is not None and kernel not in ("gpu", "triton"):
+        return "it takes no state; implementations 'triton' and 'xla' do"
     if projected.shape[0] % devices():
         return f"{projected.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
-    if kernel == "triton":
+    if _PLATFORMS[kernel] == "cuda":
+        from pallas_kernels import bodies
         from pallas_kernels.triton import problem
 
-        return problem.refusal(
-            problem.problem_of(
-                projected.shape,
-                projected.dtype.name,
-                num_heads=sizes.num_heads,
-                num_groups=sizes.num_groups,
-                chunk_size=sizes.chunk_size,
-                rope=sizes.rope_base is not None,
-                segmented=False,
-            )
-        )
+        call = _problem(sizes, projected, layout)
+        reason = problem.refusal(call)
+        return bodies.refusal(kernel, call) if reason is None and kernel != "gpu" else reason
     from pallas_kernels.tpu import rat as tpu
 
     return tpu.refusal(
         projected.shape, projected.dtype, width=sizes.width, num_groups=sizes.num_groups, rope_base=sizes.rope_base
     )
+
+
+def _problem(sizes: RatSizes, projected: Float[Array, "B T X"], layout: TokenLayout):
+    from pallas_kernels.triton import problem
+
+    call = problem.problem_of(
+        projected.shape,
+        projected.dtype.name,
+        num_heads=sizes.num_heads,
+        num_groups=sizes.num_groups,
+        chunk_size=sizes.chunk_size,
+        rope=sizes.rope_base is not None,
+        segmented=not layout.contiguous,
+    )
+    return dataclasses.replace(call, capability=expected_capability())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -65,7 +81,7 @@ def mix(
     """See `rat_jax.ops.rat.rat_mix`. On the devices of a mesh, each runs the kernels on its own batch rows.
 
     Args:
-      kernel: "triton" or "pallas_tpu".
+      kernel: one of `_PLATFORMS`.
       fall_back: lowered for another platform than the kernel's, run the plain XLA body instead.
       sizes: of the op.
       projected: z, v, g, q, k.
@@ -144,27 +160,32 @@ def _by_platform(kernel: str, run, plain):
 
 
 def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, layout) -> tuple[Array, Any]:
-    if kernel == "triton":
+    if kernel != "pallas_tpu":
         from pallas_kernels.triton import rat as triton  # imports Triton, which machines without a GPU may lack
 
-        return triton.rat_forward(
-            projected, gate_bias, num_heads=sizes.num_heads, **_options(sizes), **_documents(layout)
-        )
+        return triton.rat_forward(projected, gate_bias, **_gpu_options(kernel, sizes, projected, layout))
     from pallas_kernels.tpu import rat as tpu
 
     return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(layout))
 
 
 def _kernel_backward(kernel: str, sizes: RatSizes, kept, projected, gate_bias, layout, d_out) -> tuple[Array, Array]:
-    if kernel == "triton":
+    if kernel != "pallas_tpu":
         from pallas_kernels.triton import rat as triton
 
-        return triton.rat_backward(
-            kept, projected, gate_bias, d_out, num_heads=sizes.num_heads, **_options(sizes), **_documents(layout)
-        )
+        return triton.rat_backward(kept, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, layout))
     from pallas_kernels.tpu import rat as tpu
 
     return tpu.rat_backward(kept, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
+
+
+def _gpu_options(kernel: str, sizes: RatSizes, projected, layout: TokenLayout) -> dict[str, Any]:
+    from pallas_kernels.bodies import Bodies, fastest
+
+    call = _problem(sizes, projected, layout)
+    bodies = fastest(call) if kernel == "gpu" else Bodies(kernel, kernel)
+    sizes_and_places = _options(sizes) | _documents(layout) | {"num_heads": sizes.num_heads}
+    return sizes_and_places | {"bodies": bodies, "capability": call.capability}
 
 
 def _kernel_extend(sizes: RatSizes, projected, gate_bias, layout: TokenLayout, state: RatState) -> RatMixed:
@@ -175,7 +196,8 @@ def _kernel_extend(sizes: RatSizes, projected, gate_bias, layout: TokenLayout, s
     options = _options(sizes) | {"num_heads": sizes.num_heads}
     if projected.shape[1] > 1:
         places = (state.summary_segment_ids, state.num_summaries, layout.segment_ids, layout.positions)
-        out, new = rat_extend(projected, gate_bias, *pair, *summaries, *places, **options)
+        capability = expected_capability()
+        out, new = rat_extend(projected, gate_bias, *pair, *summaries, *places, **options, capability=capability)
         return RatMixed(out, RatState(*new))
     position, segment_id, is_token = (x[:, 0] for x in (layout.positions, layout.segment_ids, layout.is_token))
     out, *new = rat_decode(projected, gate_bias, *pair, *summaries, position, state.num_summaries, is_token, **options)

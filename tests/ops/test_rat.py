@@ -127,6 +127,53 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_xla(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [17, 31, 32, 33, 1000, 4096])
+@pytest.mark.parametrize("shift", [0.0, 8.0, -8.0])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu", "cudnn", None])
+def test_bodies_for_16_bits_err_at_most_twice_as_much_as_plain_xla(implementation, tokens, shift):
+    case = case_of(tokens, heads=2, groups=1, head_dim=64, shift=shift)
+    plain = errors(case, "xla", jnp.bfloat16)
+    for kernel_error, plain_error in zip(errors(case, implementation, jnp.bfloat16), plain, strict=True):
+        assert kernel_error < 2 * plain_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("implementation", "kernels"),
+    [
+        ("triton", ["rat_recurrence_forward", "rat_attention_forward", "rat_summaries_backward"]),
+        ("mosaic_gpu", ["rat_recurrence_forward", "rat_attention_forward_mosaic", "rat_summaries_backward_mosaic"]),
+        ("cudnn", ["rat_recurrence_forward", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]),
+        (None, ["rat_recurrence_forward", "rat_recurrence_backward"]),
+    ],
+)
+def test_the_kernels_stand_in_the_lowered_text(implementation, kernels):
+    def loss(projected, gate_bias):
+        sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
+        return jnp.sum(rat_mix(projected, gate_bias, whole_rows(1, 256), implementation=implementation, **sizes).out)
+
+    arrays = jax.ShapeDtypeStruct((1, 256, 3 * 128 + 2 * 64), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
+    text = jax.jit(jax.grad(loss)).lower(*arrays).as_text()
+    for kernel in kernels:
+        assert kernel in text
+
+
+@pytest.mark.gpu
+def test_two_shapes_in_one_process_and_no_second_compilation():
+    options = {"num_heads": 2, "num_groups": 1, "chunk_size": 4, "rope_base": 10_000.0}
+
+    @jax.jit
+    def mixed(projected, gate_bias):
+        return rat_mix(projected, gate_bias, whole_rows(*projected.shape[:2]), **options).out
+
+    for tokens in (40, 24, 40, 24):
+        case = case_of(tokens, heads=2, groups=1, chunk=4)
+        expected = loop(case, np.zeros((2, tokens, 16), np.float32)).out
+        np.testing.assert_allclose(mixed(case.projected, case.gate_bias), expected, atol=1e-5)
+    assert mixed._cache_size() == 2
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "head_dim"), [(1000, 64), (4096, 128), (1000, 256)])
 def test_long_rows_on_the_gpu(tokens, head_dim):
     case = case_of(tokens, batch=1, heads=2, head_dim=head_dim)
@@ -257,7 +304,7 @@ def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
     ("change", "message"),
     [
         ({"head_dim": 514}, "heads of at most 512 channels, got 514; nearest: 512"),
-        ({"state": True}, "it takes no state; implementation 'xla' does"),
+        ({"state": True}, "it takes no state; implementations 'triton' and 'xla' do"),
     ],
 )
 def test_a_named_body_says_why_it_cannot_run_and_none_does_without_it(change, message, monkeypatch):

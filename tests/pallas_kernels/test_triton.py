@@ -1,5 +1,6 @@
 """The Triton kernels of the RAT op: interpreted, compiled ahead of time, traced through jax-triton, and on a GPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -95,6 +96,16 @@ def test_decode_kernels_compile_for_gpus():
     assert "rat_decode_step" in triton_compile.compile_launch(decode.step_launch(small, 8, 2), step, 90).text
     attend = (bf16, f32, f32, i32, i32, bf16, bf16)
     assert "rat_decode_attend" in triton_compile.compile_launch(decode.attend_launch(small, 8, 2), attend, 90).text
+
+
+@pytest.mark.parametrize(
+    "make", [attention.forward_launch, attention_backward.queries_launch, attention_backward.summaries_launch]
+)
+def test_long_rows_fit_cards_with_little_shared_memory(make):
+    long = triton_twin.problem(1, 65536, 16, 2, 128, 16, "bfloat16")
+    dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in LAUNCHES[make].split())
+    ada = dataclasses.replace(long, capability=(8, 9))
+    assert triton_compile.compile_launch(make(ada), dtypes, 89).shared_bytes <= 99 * 1024
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Which back end computes RAT's attention to summaries on a GPU; the recurrence is Triton's with all of them."""
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Literal
+
+from pallas_kernels.triton.problem import Problem
+
+Body = Literal["triton", "mosaic_gpu", "cudnn"]
+_MODULES = {"mosaic_gpu": "pallas_kernels.mosaic_gpu", "cudnn": "pallas_kernels.cudnn.attention"}
+_HOPPER = (9, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bodies:
+    """One back end for the forward pass, one for the backward pass."""
+
+    forward: Body
+    backward: Body
+
+
+TRITON = Bodies("triton", "triton")
+
+
+def module(body: Body) -> ModuleType:
+    """What holds `forward`, `backward` and `refusal` of a body other than Triton's."""
+    return importlib.import_module(_MODULES[body])
+
+
+def refusal(body: Body, p: Problem) -> str | None:
+    """Why a body cannot run a problem that Triton takes, and what comes nearest; None where it can."""
+    if body == "triton":
+        return None
+    if body == "mosaic_gpu" and p.capability is not None and p.capability[0] != _HOPPER[0]:
+        return f"it needs a card of compute capability 9.0, this one has {p.capability[0]}.{p.capability[1]}"
+    return module(body).refusal(p)
+
+
+def fastest(p: Problem) -> Bodies:
+    """The bodies that were fastest on Hopper where they take the problem, Triton's elsewhere; docs/performance.md."""
+    if p.capability is None or p.capability[0] != _HOPPER[0]:
+        return TRITON
+    forward, backward = _measured(p)
+    return Bodies(
+        forward if refusal(forward, p) is None else "triton", backward if refusal(backward, p) is None else "triton"
+    )
+
+
+def _measured(p: Problem) -> tuple[Body, Body]:
+    return "triton", "triton"

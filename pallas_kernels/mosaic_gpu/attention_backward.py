@@ -4,9 +4,8 @@ With the names of `attention`, do the gradient of o, delta = do . o, and lse = l
 
     p_tc = 2^(s_tc - lse_t),  ds_tc = p_tc (do_t . V_c - delta_t),  dV_c = sum p do,  dK_c = sum ds q,  dq_t = sum ds K.
 
-The products accumulate onto -lse (minus infinity where a summary is hidden) and -delta, so that neither is subtracted
-afterwards. Scores that all grow alike change nothing, so sum_c ds_tc + ds_t = 0: the own score's gradient is minus the
-sum of the others.
+The products accumulate onto -lse and -delta, so that neither is subtracted afterwards. Scores that all grow alike
+change nothing, so sum_c ds_tc + ds_t = 0: the own score's gradient is minus the sum of the others.
 """
 
 import dataclasses
@@ -71,56 +70,44 @@ def rat_summaries_backward_mosaic(
         plgpu.copy_gmem_to_smem(values.at[row, pl.ds(slot, ROWS), n], v, loaded.at[group])
         plgpu.barrier_wait(loaded.at[group])
 
+        def add_tile(step, carry, masked):
+            stage = lax.rem(step, STAGES)
+            plgpu.barrier_wait(filled.at[stage])
+            q, do = query_ring.at[stage], d_head_ring.at[stage]
+            start = (tiles - 1 - step) * BQ
+
+            def products(refs):
+                scores, d_weights, d_k, d_v = refs
+                plgpu.wgmma(scores, k, plgpu.transpose_ref(q, (1, 0)))
+                plgpu.wgmma(d_weights, v, plgpu.transpose_ref(do, (1, 0)))
+                weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
+                if masked:
+                    # Seen where (slot + i + 1) L <= start + j.
+                    late = launch.iota((ROWS, BQ), 0) * L - launch.iota((ROWS, BQ), 1)
+                    weights = jnp.where(late <= start - (slot + 1) * L, weights, 0.0)
+                plgpu.wgmma(d_v, weights.astype(do.dtype), do)
+                d_weights = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=1))
+                plgpu.wgmma(d_k, (weights * d_weights).astype(q.dtype), q)
+
+            minus_rows = [
+                lax.broadcast_in_dim(-launch.load_rows(ring.at[stage], 0), (ROWS, BQ), [1])
+                for ring in (lse_ring, delta_ring)
+            ]
+            *_, d_k, d_v = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in (*minus_rows, *carry)))
+            plgpu.barrier_arrive(consumed.at[stage])
+            return d_k, d_v
+
         # From which step on some, and all, of this group's summaries are hidden.
         some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
         every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
-
-        def release(step):
-            plgpu.barrier_arrive(consumed.at[lax.rem(step, STAGES)])
-
-        def sums(d_k, d_v):
-            def add_tile(step, _, masked):
-                stage = lax.rem(step, STAGES)
-                plgpu.barrier_wait(filled.at[stage])
-                q, do = query_ring.at[stage], d_head_ring.at[stage]
-                start = (tiles - 1 - step) * BQ
-
-                def products(scores, d_weights):
-                    minus_lse, minus_delta = (
-                        lax.broadcast_in_dim(-launch.load_rows(ring.at[stage], 0), (ROWS, BQ), [1])
-                        for ring in (lse_ring, delta_ring)
-                    )
-                    if masked:
-                        # Seen where (slot + i + 1) L <= start + j.
-                        late = launch.iota((ROWS, BQ), 0) * L - launch.iota((ROWS, BQ), 1)
-                        minus_lse = jnp.where(late <= start - (slot + 1) * L, minus_lse, -jnp.inf)
-                    scores[...] = minus_lse
-                    d_weights[...] = minus_delta
-                    plgpu.wgmma(scores, k, plgpu.transpose_ref(q, (1, 0)))
-                    plgpu.wgmma(d_weights, v, plgpu.transpose_ref(do, (1, 0)))
-                    weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
-                    # The products of the step before, which ran until here, are complete.
-                    pl.when(step > 0)(lambda: release(step - 1))
-                    plgpu.wgmma(d_v, weights.astype(do.dtype), do)
-                    d_weights = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=1))
-                    plgpu.wgmma(d_k, (weights * d_weights).astype(q.dtype), q)
-
-                accumulator = plgpu.ACC((ROWS, BQ), jnp.float32)
-                pl.run_scoped(products, accumulator, accumulator)
-
-            lax.fori_loop(0, some, functools.partial(add_tile, masked=False), None)
-            lax.fori_loop(some, every, functools.partial(add_tile, masked=True), None)
-            plgpu.wgmma_wait(0)
-            pl.when(every > 0)(lambda: release(every - 1))
-            return d_k[...], d_v[...]
-
-        accumulator = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
-        d_k, d_v = pl.run_scoped(sums, accumulator, accumulator)
+        carry = (launch.zeros((ROWS, p.head_dim)), launch.zeros((ROWS, p.head_dim)))
+        carry = lax.fori_loop(0, some, functools.partial(add_tile, masked=False), carry)
+        d_k, d_v = lax.fori_loop(some, every, functools.partial(add_tile, masked=True), carry)
 
         @pl.loop(every, steps)
         def _pass(step):
             plgpu.barrier_wait(filled.at[lax.rem(step, STAGES)])
-            release(step)
+            plgpu.barrier_arrive(consumed.at[lax.rem(step, STAGES)])
 
         d_keys.at[row, pl.ds(slot, ROWS), n][...] = d_k * math.log(2)  # the queries carry log2(e)
         d_values.at[row, pl.ds(slot, ROWS), n][...] = d_v

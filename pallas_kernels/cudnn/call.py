@@ -17,7 +17,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 HEAD_STEP = 8
 MAX_HEAD_DIM = 128  # of every card that cuDNN's fused attention runs on; Hopper and later take 256
 MAX_HEADS = 65535
-MIN_TOKENS = 2  # the backward call has no plan for a single query
+MIN_TOKENS = 2  # "s_q = s_kv = 1 is not supported", says its backward call
 
 _API_VERSION = 2  # what XLA expects of these calls; its configuration is a string
 _ROWS_LAST = (0, 2, 1, 3)  # [B, X, T, H] that lies in memory as [B, T, X, H]

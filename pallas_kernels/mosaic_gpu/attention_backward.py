@@ -8,7 +8,6 @@ The products accumulate onto -lse and -delta, so that neither is subtracted afte
 change nothing, so sum_c ds_tc + ds_t = 0: the own score's gradient is minus the sum of the others.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -23,8 +22,12 @@ from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
 from pallas_kernels.mosaic_gpu.problem import check, fill_slots, fill_tokens, filled
 from pallas_kernels.triton.problem import Problem
 
+# Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row.
 QUERIES = 64  # tokens of a tile that the gradients of summaries are summed over
-STAGES = 4  # such tiles in flight
+QUERY_STAGES = 4  # such tiles in flight
+KEYS = 64  # summaries of a tile that the gradients of queries are summed over
+KEY_STAGES = 3
+HEADS = 2  # heads whose gradients are in shared memory at once: one is read ahead
 
 
 def rat_summaries_backward_mosaic(
@@ -71,7 +74,7 @@ def rat_summaries_backward_mosaic(
         plgpu.barrier_wait(loaded.at[group])
 
         def add_tile(step, carry, masked):
-            stage = lax.rem(step, STAGES)
+            stage = lax.rem(step, QUERY_STAGES)
             plgpu.barrier_wait(filled.at[stage])
             q, do = query_ring.at[stage], d_head_ring.at[stage]
             start = (tiles - 1 - step) * BQ
@@ -82,7 +85,7 @@ def rat_summaries_backward_mosaic(
                 plgpu.wgmma(d_weights, v, plgpu.transpose_ref(do, (1, 0)))
                 weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
                 if masked:
-                    # Seen where (slot + i + 1) L <= start + j.
+                    # Column c sees row r where (slot + r + 1) L <= start + c.
                     late = launch.iota((ROWS, BQ), 0) * L - launch.iota((ROWS, BQ), 1)
                     weights = jnp.where(late <= start - (slot + 1) * L, weights, 0.0)
                 plgpu.wgmma(d_v, weights.astype(do.dtype), do)
@@ -106,8 +109,8 @@ def rat_summaries_backward_mosaic(
 
         @pl.loop(every, steps)
         def _pass(step):
-            plgpu.barrier_wait(filled.at[lax.rem(step, STAGES)])
-            plgpu.barrier_arrive(consumed.at[lax.rem(step, STAGES)])
+            plgpu.barrier_wait(filled.at[lax.rem(step, QUERY_STAGES)])
+            plgpu.barrier_arrive(consumed.at[lax.rem(step, QUERY_STAGES)])
 
         d_keys.at[row, pl.ds(slot, ROWS), n][...] = d_k * math.log(2)  # the queries carry log2(e)
         d_values.at[row, pl.ds(slot, ROWS), n][...] = d_v
@@ -117,14 +120,14 @@ def rat_summaries_backward_mosaic(
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
         def fill(step):
-            stage = lax.rem(step, STAGES)
+            stage = lax.rem(step, QUERY_STAGES)
             at = pl.ds((tiles - 1 - step) * BQ, BQ)
             plgpu.copy_gmem_to_smem(queries.at[row, at, g], query_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_ring.at[stage], filled.at[stage])
 
-        launch.produce(steps, STAGES, (consumed, fill))
+        launch.produce(steps, QUERY_STAGES, (consumed, fill))
 
 
 def summaries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
@@ -132,7 +135,7 @@ def summaries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
     dtype = jnp.dtype(p.dtype)
     slots = keys.shape[1]
     order = launch.Order.of(p, slots // (COMPUTE_GROUPS * ROWS))
-    tile, ring = (COMPUTE_GROUPS, ROWS, p.head_dim), (STAGES, QUERIES, p.head_dim)
+    tile, ring = (COMPUTE_GROUPS, ROWS, p.head_dim), (QUERY_STAGES, QUERIES, p.head_dim)
     shape = jax.ShapeDtypeStruct((p.batch, slots, p.num_heads, p.head_dim), jnp.float32)
     return launch.kernel(
         functools.partial(rat_summaries_backward_mosaic, p=p, order=order),
@@ -144,11 +147,11 @@ def summaries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
             launch.tiled(tile, dtype),
             launch.tiled(ring, dtype),
             launch.tiled(ring, dtype),
-            plgpu.SMEM((STAGES, QUERIES), jnp.float32),
-            plgpu.SMEM((STAGES, QUERIES), jnp.float32),
+            plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
+            plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=4, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=QUERY_STAGES),
         ),
     )(d_heads, delta, lse, queries, keys, values)
 
@@ -175,10 +178,9 @@ def rat_queries_backward_mosaic(
     *,
     p: Problem,
     order: launch.Order,
-    blocks: "QueriesBlocks",
 ):
     """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query."""
-    L, BK, scale = p.chunk_size, blocks.keys, 1 / math.sqrt(p.head_dim)
+    L, BK, scale = p.chunk_size, KEYS, 1 / math.sqrt(p.head_dim)
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
@@ -194,7 +196,7 @@ def rat_queries_backward_mosaic(
 
         def load_head(j):
             n = g + j * p.num_groups
-            mine = lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
+            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_tiles.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_rows.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_rows.at[mine], head_loaded.at[mine])
@@ -204,23 +206,22 @@ def rat_queries_backward_mosaic(
 
         def add_head(j, d_q):
             n = g + j * p.num_groups
-            mine = lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
-            if blocks.heads > 1:
-                pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
+            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
+            pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
             plgpu.barrier_wait(head_loaded.at[mine])
             do = d_head_tiles.at[mine]
             minus_lse, minus_delta = (-launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
 
             def add_tile(tile, carry, masked):
                 d_q, total = carry
-                stage = lax.rem(j * tiles + tile, blocks.stages)
+                stage = lax.rem(j * tiles + tile, KEY_STAGES)
                 plgpu.barrier_wait(filled.at[stage])
                 k, v = key_ring.at[stage], value_ring.at[stage]
 
                 def gradients(scores, d_weights):
                     minus_lses = lax.broadcast_in_dim(minus_lse, (ROWS, BK), [0])
                     if masked:
-                        # Seen where (tile BK + j + 1) L <= start + i.
+                        # Row r sees column c where (tile BK + c + 1) L <= start + r.
                         late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
                         minus_lses = jnp.where(late <= start - (tile * BK + 1) * L, minus_lses, -jnp.inf)
                     scores[...] = minus_lses
@@ -242,8 +243,6 @@ def rat_queries_backward_mosaic(
             carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
             d_q, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
             d_own_scores.at[row, n, at][...] = total * -scale
-            if blocks.heads == 1:
-                pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
             return d_q
 
         d_q = lax.fori_loop(0, p.heads_per_group, add_head, launch.zeros((ROWS, p.head_dim)))
@@ -254,37 +253,23 @@ def rat_queries_backward_mosaic(
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
         def fill(step):
-            stage = lax.rem(step, blocks.stages)
+            stage = lax.rem(step, KEY_STAGES)
             n = g + lax.div(step, tiles) * p.num_groups
             at = pl.ds(lax.rem(step, tiles) * BK, BK)
             plgpu.copy_gmem_to_smem(keys.at[row, at, n], key_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(values.at[row, at, n], value_ring.at[stage], filled.at[stage])
 
-        launch.produce(tiles * p.heads_per_group, blocks.stages, (consumed, fill))
+        launch.produce(tiles * p.heads_per_group, KEY_STAGES, (consumed, fill))
 
 
-@dataclasses.dataclass(frozen=True)
-class QueriesBlocks:
-    """Summaries of a tile, such tiles in flight, heads whose gradients are in shared memory at once."""
-
-    keys: int
-    stages: int
-    heads: int
-
-
-def queries_blocks(p: Problem) -> QueriesBlocks:
-    return QueriesBlocks(64, 3, 2)
-
-
-def queries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values, blocks=None):
+def queries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
     """dq and the gradients of own scores, float32, of a problem whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(p.dtype)
-    blocks = blocks or queries_blocks(p)
     order = launch.Order.of(p, p.tokens // (COMPUTE_GROUPS * ROWS), grouped=True)
-    mine = blocks.heads * COMPUTE_GROUPS
-    ring = (blocks.stages, blocks.keys, p.head_dim)
+    mine = HEADS * COMPUTE_GROUPS
+    ring = (KEY_STAGES, KEYS, p.head_dim)
     return launch.kernel(
-        functools.partial(rat_queries_backward_mosaic, p=p, order=order, blocks=blocks),
+        functools.partial(rat_queries_backward_mosaic, p=p, order=order),
         name=rat_queries_backward_mosaic.__name__,
         programs=order.programs,
         out_type=(
@@ -300,8 +285,8 @@ def queries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values, bl
             launch.tiled(ring, dtype),
             plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
             plgpu.Barrier(num_arrivals=3, num_barriers=mine),
-            plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=KEY_STAGES),
         ),
     )(d_heads, delta, lse, queries, keys, values)
 

@@ -15,8 +15,8 @@ MAX_PROGRAMS = (1 << 31) - 1
 
 def refusal(p: Problem) -> str | None:
     """Why the Mosaic GPU kernels cannot run this problem and what comes nearest, or None where they can."""
-    if p.segmented:
-        return "packed documents are not taken; the Triton kernels take them"
+    if p.segmented or p.continued:
+        return "packed documents, and rows that go on from a state, are not taken; the Triton kernels take them"
     if p.dtype not in DTYPES:
         return f"dtype {p.dtype} is none of {', '.join(DTYPES)}"
     if min(p.batch, p.tokens, p.num_heads, p.num_groups, p.chunk_size) < 1:

@@ -134,6 +134,7 @@ def test_outputs_have_the_shapes_of_the_problem(name):
         ({"head_dim": 96}, "head_dim 96 .* nearest is (64|128)"),
         ({"head_dim": 256}, "nearest is 128"),
         ({"segmented": True}, "Triton"),
+        ({"continued": True}, "Triton"),
         ({"num_heads": 3}, "multiple of num_groups"),
     ],
 )

@@ -1,6 +1,7 @@
 """Caches in the middle of a row, without reading the tokens that would lead there."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +17,18 @@ from rat_jax.shapes import Array
 _Cache = ModelCache | AttentionCache | LocalAttentionCache | RnnCache | RatState
 
 
-def random_contents(cache: _Cache) -> _Cache:
-    """The same cache with random numbers in place of what has been read; every batch row gets the same ones."""
-    leaves, tree = jax.tree.flatten(cache)
+def random_contents(shapes: _Cache) -> _Cache:
+    """A cache of these shapes: random numbers, the same in every batch row, and zeros for integers."""
+    leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(tree, [_random(x, key) for x, key in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(tree, [_random(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)])
 
 
-def _random(x: Array, key: Array) -> Array:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jnp.broadcast_to(jax.random.normal(key, (1, *x.shape[1:]), x.dtype), x.shape)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))  # one program for all layers
+def _random(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return jnp.broadcast_to(jax.random.normal(key, (1, *shape[1:]), dtype), shape)
 
 
 def at_position(cache: _Cache, position: Array, chunk_size: int) -> _Cache:

@@ -10,6 +10,7 @@ from flax import nnx
 from benchmarks.caches import at_position, bytes_read, random_contents
 from benchmarks.timing import time_once
 from rat_jax.config import ModelConfig
+from rat_jax.layers import INITIAL_STD
 from rat_jax.model import Decoder, LanguageModel, ModelCache
 from rat_jax.shapes import Array, Int
 
@@ -25,13 +26,19 @@ class DecodeRow(NamedTuple):
 
 
 def random_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A decoder of new weights, of which only those in the compute dtype stay in memory."""
+    """A decoder of random matrices and of norms and gate biases of 1, made leaf by leaf in the decoder's dtypes."""
 
     def make() -> Decoder:
         return Decoder(LanguageModel(config, rngs=nnx.Rngs(0)))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(make))
-    return graphdef, jax.jit(lambda: nnx.state(make()))()
+    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+    return graphdef, jax.tree.map(lambda x: _random_weights(next(keys), x.shape, x.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))  # one program for all layers
+def _random_weights(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return INITIAL_STD * jax.random.normal(key, shape, dtype) if len(shape) >= 2 else jnp.ones(shape, dtype)
 
 
 def measure(
@@ -50,7 +57,7 @@ def measure(
     tokens = jnp.zeros((batch_size,), jnp.int32)
     start = jnp.int32(first)
     compiled = _steps.lower(graphdef, chunk_size, params, tokens, shapes, start).compile()
-    cache = jax.jit(lambda: random_contents(new_cache()))()
+    cache = random_contents(shapes)
     seconds = []
     for start in [starts[0], *starts]:
         took, (tokens, cache) = time_once(compiled, (params, tokens, cache, jnp.int32(start)), jax.block_until_ready)

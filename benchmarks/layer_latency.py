@@ -6,9 +6,10 @@ gradients of inputs and parameters, `prefill` the forward pass alone. The second
 at a position, with the cache updated in place. `torch:` rows are PyTorch layers under torch.compile, timed the same way
 on the same device before JAX takes it.
 
-Times are medians; +- is the slowest minus the fastest repeat. `floor` adds all matrix products (attention's scores too,
-with two and a half times the forward's products in the backward) at the measured rate and the least bytes of norm and
-mixing at the measured copy bandwidth; for a decode step it is the bytes of cache and matrices at that bandwidth.
+Times are medians; +- is the slowest minus the fastest repeat; `took` is what a row cost with its compilation. `floor`
+adds all matrix products (attention's scores too, with two and a half times the forward's products in the backward) at
+the measured rate and the least bytes of norm and mixing at the measured copy bandwidth; for a decode step it is the
+bytes of cache and matrices at that bandwidth.
 
   python benchmarks/layer_latency.py --out docs/layer_latency.png
 """
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import card, layers, timing
+from benchmarks import caches, card, layers, timing
 
 LAYERS = ["attention", "local_attention", "rnn", "rat"]
 BODIES = ["rat:xla", "rat:triton", "rat:mosaic_gpu", "rat:cudnn"]
@@ -126,7 +128,7 @@ def decode_row(kind: str, position: int, sizes: layers.Sizes, flags: argparse.Na
         row["cache_gb"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)) / 1e9
         compiled = run.lower(params, x, abstract_cache, jnp.int32(position)).compile()
         row["gb"] = card.held_gb(compiled)
-        cache = layers.filled_cache(layer, flags.decode_rows, position)
+        cache = caches.random_contents(abstract_cache)
 
         def step():
             nonlocal cache
@@ -144,7 +146,7 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
     """Prints and returns the first table."""
     print(
         f"\n{'T':>7} {'layer':<16} {'train ms':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} "
-        f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6}"
+        f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6} {'took s':>6}"
     )
     rows: list[dict[str, Any]] = []
     slow: dict[str, float] = {}
@@ -158,7 +160,9 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
             elif kind.startswith("torch:"):
                 row = next(row for row in others if row["layer"] == kind)
             else:
+                start = time.perf_counter()
                 row = pass_row(kind, tokens, sizes, flags)
+                row["took_s"] = time.perf_counter() - start
             rows.append(row)
             if "error" in row:
                 print(f"{tokens:>7} {kind:<16} {row['error']}", flush=True)
@@ -173,7 +177,7 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
                 f"{_ratio(known.get('torch:rat'), row, f'{name}_ms'):>8} {row[f'{name}_floor_ms']:>7.1f}"
                 for name in ("train", "prefill")
             ]
-            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f}", flush=True)
+            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f} {row['took_s']:>5.1f}", flush=True)
     return rows
 
 

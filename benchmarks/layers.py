@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.caches import at_position, bytes_read, random_contents
+from benchmarks.caches import at_position, bytes_read
 from rat_jax.layers import NORM_EPSILON
 from rat_jax.layout import TokenLayout, whole_rows
 from rat_jax.mixers.attention import AttentionCache
@@ -135,11 +135,6 @@ def decode(
         return x + mixed @ params["out"], cache
 
     return jax.lax.fori_loop(0, steps, step, (x, at_position(cache, first, sizes.chunk_size)))
-
-
-def filled_cache(layer: Layer, rows: int, capacity: int) -> Any:
-    """A cache of random numbers."""
-    return jax.jit(lambda: random_contents(layer.new_cache(rows, capacity)))()
 
 
 def product_operations(layer: Layer, width: int, batch: int, tokens: int) -> tuple[float, float]:

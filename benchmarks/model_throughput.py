@@ -5,7 +5,8 @@
 
 Training steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row
 for each batch size (sequences on one device at a time); a batch that does not fit says so. MFU counts 6 N operations a
-token. `--profile` traces one more step of each batch size and says what its time goes to.
+token. `--profile` traces one more step of each batch size and says what its time goes to; the program then runs without
+CUDA graphs, whose kernels cannot be told apart.
 
 Decoding takes greedy steps of random weights with caches of random numbers, spread over the positions
 `--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth.
@@ -138,6 +139,8 @@ def main() -> None:
     parser.add_argument("--decode_steps", type=int, default=128, help="steps that are timed, spread over the positions")
     flags = parser.parse_args()
     card.share_memory()
+    if flags.profile is not None:
+        step_profile.name_every_kernel()
     print(f"{flags.config} on {jax.device_count()} x {card.describe()}")
     if flags.decode:
         bandwidth = card.measure_ceilings(3).copy_gb_per_s

@@ -1,6 +1,7 @@
 """What the time of a compiled program goes to: the device's operations by total time, from a profiler trace."""
 
 import collections
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,11 @@ class Operation(NamedTuple):
         work = next((work for work, pattern in WORK if re.search(pattern, name, re.IGNORECASE)), "element-wise")
         part = next((part for part in PARTS if re.search(rf"\b{part}\b", self.scope)), "elsewhere")
         return f"{work}, {part}"
+
+
+def name_every_kernel() -> None:
+    """Lets every kernel be launched for one instruction, not for a CUDA graph of many; before the first use of jax."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 
 def trace(compiled: jax.stages.Compiled, arguments: tuple[Any, ...], folder: str) -> list[Operation]:

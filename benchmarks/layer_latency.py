@@ -6,15 +6,15 @@ gradients of inputs and parameters, `prefill` the forward pass alone. The second
 at a position, with the cache updated in place. `torch:` rows are PyTorch layers under torch.compile, timed the same way
 on the same device before JAX takes it.
 
-Times are medians; +- is the slowest minus the fastest repeat; `took` is what a row cost with its compilation. `floor`
-adds all matrix products (attention's scores too, with two and a half times the forward's products in the backward) at
-the measured rate and the least bytes of norm and mixing at the measured copy bandwidth; for a decode step it is the
-bytes of cache and matrices at that bandwidth.
+Times are medians; +- is the slowest minus the fastest repeat. `floor` adds all matrix products (attention's scores too,
+with two and a half times the forward's products in the backward) at the measured rate and the least bytes of norm and
+mixing at the measured copy bandwidth; for a decode step it is the bytes of cache and matrices at that bandwidth.
 
   python benchmarks/layer_latency.py --out docs/layer_latency.png
 """
 
 import argparse
+import concurrent.futures
 import functools
 import importlib.util
 import json
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from benchmarks import caches, card, layers, timing
 LAYERS = ["attention", "local_attention", "rnn", "rat"]
 BODIES = ["rat:xla", "rat:triton", "rat:mosaic_gpu", "rat:cudnn"]
 DECODE_STEPS = 16  # in one call
+COMPILERS = 4  # at a time; each may try matrix products on the device
 
 
 def arguments() -> argparse.Namespace:
@@ -86,21 +87,39 @@ def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + [{"tokens": tokens, "layer": kind, "error": why} for tokens, kind in missing]
 
 
-def pass_row(kind: str, tokens: int, sizes: layers.Sizes, flags: argparse.Namespace) -> dict[str, Any]:
-    """Train and prefill of one layer at one length, or why not."""
-    row: dict[str, Any] = {"tokens": tokens, "layer": kind}
+class Started(NamedTuple):
+    """A layer's two programs while they are compiled, or why there are none."""
+
+    params: dict[str, jax.Array]
+    programs: dict[str, concurrent.futures.Future[jax.stages.Compiled]]
+    error: str | None
+
+
+def start_passes(kind: str, sizes: layers.Sizes, x: jax.Array, pool: concurrent.futures.Executor) -> Started:
+    """Lowers train and prefill of one layer here and has them compiled in the background."""
     try:
         layer = layers.make_layer(kind, sizes)
         params = layers.make_params(layer.channels, sizes.width)
-        shape = (flags.tokens // tokens, tokens, sizes.width)
-        x, d_out = (jax.random.normal(key, shape, layers.DTYPE) for key in jax.random.split(jax.random.key(1)))
         train, prefill = functools.partial(layers.train_layer, layer), functools.partial(layers.apply_layer, layer)
-        for name, function, inputs in (("train", train, (params, x, d_out)), ("prefill", prefill, (params, x))):
-            compiled = jax.jit(function).lower(*inputs).compile()
-            times = card.time_compiled(compiled, inputs, flags.repeats)
+        lowered = {"train": jax.jit(train).lower(params, x, x), "prefill": jax.jit(prefill).lower(params, x)}
+    except (RuntimeError, ValueError, ImportError) as error:  # the table says so and goes on
+        return Started({}, {}, card.reason(error))
+    return Started(params, {name: pool.submit(program.compile) for name, program in lowered.items()}, None)
+
+
+def pass_row(kind: str, started: Started, x: jax.Array, d_out: jax.Array, repeats: int) -> dict[str, Any]:
+    """Train and prefill of one layer at one length, or why not."""
+    row: dict[str, Any] = {"tokens": x.shape[1], "layer": kind}
+    if started.error is not None:
+        return row | {"error": started.error}
+    try:
+        for name, program in started.programs.items():
+            compiled = program.result()
+            inputs = (started.params, x, d_out)[: 3 if name == "train" else 2]
+            times = card.time_compiled(compiled, inputs, repeats)
             row |= {f"{name}_ms": times.ms, f"{name}_spread_ms": times.spread_ms}
             row[f"{name}_gb"] = card.held_gb(compiled)
-    except (RuntimeError, ValueError, ImportError) as error:  # the table says so and goes on
+    except (RuntimeError, ValueError) as error:
         row["error"] = card.reason(error)
     return row
 
@@ -146,23 +165,25 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
     """Prints and returns the first table."""
     print(
         f"\n{'T':>7} {'layer':<16} {'train ms':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} "
-        f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6} {'took s':>6}"
+        f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6}"
     )
     rows: list[dict[str, Any]] = []
     slow: dict[str, float] = {}
     for tokens in sorted(flags.lengths):
         others = [row for row in flags.torch_rows if row["tokens"] == tokens]
         known = {row["layer"]: row for row in others if "error" not in row}
+        shape = (flags.tokens // tokens, tokens, sizes.width)
+        x, d_out = (jax.random.normal(key, shape, layers.DTYPE) for key in jax.random.split(jax.random.key(1)))
+        with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:  # all is compiled before anything is timed
+            started = {kind: start_passes(kind, sizes, x, pool) for kind in flags.layers if kind not in slow}
         for kind in [*flags.layers, *(row["layer"] for row in others)]:
             if kind in slow:
                 why = f"not run: it took {slow[kind]:.0f} ms at a shorter length"
                 row: dict[str, Any] = {"tokens": tokens, "layer": kind, "error": why}
-            elif kind.startswith("torch:"):
-                row = next(row for row in others if row["layer"] == kind)
+            elif kind in started:
+                row = pass_row(kind, started[kind], x, d_out, flags.repeats)
             else:
-                start = time.perf_counter()
-                row = pass_row(kind, tokens, sizes, flags)
-                row["took_s"] = time.perf_counter() - start
+                row = next(row for row in others if row["layer"] == kind)
             rows.append(row)
             if "error" in row:
                 print(f"{tokens:>7} {kind:<16} {row['error']}", flush=True)
@@ -177,7 +198,7 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
                 f"{_ratio(known.get('torch:rat'), row, f'{name}_ms'):>8} {row[f'{name}_floor_ms']:>7.1f}"
                 for name in ("train", "prefill")
             ]
-            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f} {row['took_s']:>5.1f}", flush=True)
+            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f}", flush=True)
     return rows
 
 
@@ -233,7 +254,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Prints the tables and writes what was asked for."""
-    flags = arguments()
+    flags, start = arguments(), time.perf_counter()
     card.share_memory()
     sizes = layers.Sizes(flags.width, flags.heads, flags.groups, flags.chunk_size, flags.window)
     flags.torch_rows = torch_rows(flags)  # first: JAX does not give back memory that it has taken
@@ -246,6 +267,7 @@ def main() -> None:
     )
     passes = run_passes(sizes, flags, ceilings)
     steps = run_decode(sizes, flags, ceilings)
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
     if flags.out is not None:
         out = Path(flags.out)
         plot(passes, out)

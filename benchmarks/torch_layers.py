@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,10 +206,8 @@ def main() -> None:
         raise SystemExit("PyTorch sees no GPU")
     for tokens in flags.lengths:
         for kind in flags.layers:
-            start = time.perf_counter()
             try:
                 row = measure(kind, tokens, flags)
-                row["took_s"] = time.perf_counter() - start
             except (RuntimeError, torch.OutOfMemoryError) as error:  # the next row may do
                 row = {"tokens": tokens, "layer": f"torch:{kind}", "error": str(error).replace("\n", " ")[:150]}
             print(json.dumps(row), flush=True)

@@ -7,6 +7,7 @@ alias parameter (jax-triton 0.3 passes the buffer twice, 0.4 does not).
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ def _jitted(launch: Launch) -> Callable[..., list[jax.Array]]:
 def _triton_call(launch: Launch, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
     import jax_triton
 
+    _mend_dead_code_rule()
     new = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs]
     kept = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in launch.overwritten]
     call = functools.partial(
@@ -68,6 +70,17 @@ def _triton_call(launch: Launch, inputs: tuple[jax.Array, ...]) -> list[jax.Arra
     if jax_triton.__version_info__ < (0, 4):
         return call(out_shape=[*new, *kept])
     return call(out_type=[*new, *kept], **_unused_aliases(launch))
+
+
+@functools.cache
+def _mend_dead_code_rule() -> None:
+    """jax 0.12 gives rules of dead code elimination three arguments, that of jax-triton 0.4.1 takes two."""
+    from jax._src.interpreters import partial_eval
+    from jax_triton.triton_lib import triton_kernel_call_p
+
+    rule = partial_eval.dce_rules.get(triton_kernel_call_p)
+    if jax.__version_info__ >= (0, 12) and rule is not None and len(inspect.signature(rule).parameters) == 2:
+        partial_eval.dce_rules[triton_kernel_call_p] = lambda used, live, equation: rule(used, equation)
 
 
 def _unused_aliases(launch: Launch) -> dict[str, int]:

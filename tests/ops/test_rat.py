@@ -137,25 +137,71 @@ def test_bodies_for_16_bits_err_at_most_twice_as_much_as_plain_xla(implementatio
         assert kernel_error < 2 * plain_error
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("implementation", "kernels"),
-    [
-        ("triton", ["rat_recurrence_forward", "rat_attention_forward", "rat_summaries_backward"]),
-        ("mosaic_gpu", ["rat_recurrence_forward", "rat_attention_forward_mosaic", "rat_summaries_backward_mosaic"]),
-        ("cudnn", ["rat_recurrence_forward", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]),
-        (None, ["rat_recurrence_forward", "rat_recurrence_backward"]),
-    ],
-)
-def test_the_kernels_stand_in_the_lowered_text(implementation, kernels):
+MOSAIC = ["rat_attention_forward_mosaic", "rat_queries_backward_mosaic", "rat_summaries_backward_mosaic"]
+TRITON = ["rat_attention_forward", "rat_queries_backward", "rat_summaries_backward"]
+CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+
+
+def gradient_of_256_tokens(implementation):
+    """A jitted gradient of the op and its arguments' shapes."""
+    sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
+
     def loss(projected, gate_bias):
-        sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
         return jnp.sum(rat_mix(projected, gate_bias, whole_rows(1, 256), implementation=implementation, **sizes).out)
 
     arrays = jax.ShapeDtypeStruct((1, 256, 3 * 128 + 2 * 64), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
-    text = jax.jit(jax.grad(loss)).lower(*arrays).as_text()
-    for kernel in kernels:
+    return jax.jit(jax.grad(loss)), arrays
+
+
+@pytest.mark.parametrize(
+    ("implementation", "capability", "attention_kernels"),
+    [
+        ("triton", (9, 0), TRITON),
+        ("mosaic_gpu", (9, 0), MOSAIC),
+        ("cudnn", (9, 0), CUDNN),
+        (None, (9, 0), MOSAIC),
+        (None, (8, 0), TRITON),
+    ],
+)
+def test_the_kernels_are_traced_for_a_gpu(implementation, capability, attention_kernels, monkeypatch):
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    monkeypatch.setattr(rat_kernels, "candidate", lambda: "gpu")
+    monkeypatch.setattr(rat_kernels, "expected_capability", lambda: capability)
+    gradient, arrays = gradient_of_256_tokens(implementation)
+    text = str(gradient.trace(*arrays).jaxpr)
+    for kernel in ["rat_recurrence_forward", *attention_kernels, "rat_recurrence_backward"]:
         assert kernel in text
+    assert ("_mosaic" in text) == (attention_kernels is MOSAIC)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("implementation", "attention_kernels"), [("triton", TRITON), ("mosaic_gpu", MOSAIC), ("cudnn", CUDNN)]
+)
+def test_the_kernels_stand_in_the_lowered_text(implementation, attention_kernels):
+    gradient, arrays = gradient_of_256_tokens(implementation)
+    text = gradient.lower(*arrays).as_text()
+    for kernel in ["rat_recurrence_forward", *attention_kernels, "rat_recurrence_backward"]:
+        assert kernel in text
+
+
+@pytest.mark.parametrize(
+    ("implementation", "capability", "dtype", "message"),
+    [
+        ("mosaic_gpu", (8, 0), jnp.bfloat16, r"it needs a card of compute capability 9\.0, this one has 8\.0"),
+        ("mosaic_gpu", (9, 0), jnp.float32, "dtype float32 is none of bfloat16, float16"),
+        ("cudnn", (9, 0), jnp.float32, "dtype float32"),
+    ],
+)
+def test_a_named_gpu_body_says_why_it_cannot_run(implementation, capability, dtype, message, monkeypatch):
+    monkeypatch.setattr(rat_kernels, "expected_capability", lambda: capability)
+    sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
+    projected = jnp.zeros((1, 256, 3 * 128 + 2 * 64), dtype)
+    with pytest.raises(ValueError, match=message):
+        rat_mix(projected, jnp.zeros((128,)), whole_rows(1, 256), implementation=implementation, **sizes)
 
 
 @pytest.mark.gpu

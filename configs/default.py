@@ -19,7 +19,10 @@ def get_config() -> config_dict.ConfigDict:
     config.model.width = 128
     config.model.num_layers = 4
     config.model.num_heads = 4
+    config.model.num_kv_heads = config_dict.placeholder(int)  # one for each query head
+    config.model.qk_norm = False
     config.model.mlp_width = 512
+    config.model.mlp_kind = "gelu"
     config.model.pattern = ("rat", "local_attention")
     config.model.dtype = "float32"
     config.model.remat = "block"  # less memory to fill is quicker here, too
@@ -41,6 +44,14 @@ def get_config() -> config_dict.ConfigDict:
     config.model.rat.num_groups = 2
     config.model.rat.rope = True
     config.model.rat.rope_base = 10_000.0
+
+    config.model.rattention = config_dict.ConfigDict()
+    config.model.rattention.window = 32  # tokens
+    config.model.rattention.rope = True
+    config.model.rattention.rope_base = 500_000.0
+    config.model.rattention.feature_map = "softmax"
+    config.model.rattention.meta_tokens = 0  # 128 is the paper's choice where the state starts from learned tokens
+    config.model.rattention.learned_scales = False
 
     config.data = config_dict.ConfigDict()
     config.data.path = "data/python-stdlib-bytes"

@@ -14,16 +14,30 @@ from rat_jax.shapes import Array, Float
 
 
 class Mlp(nnx.Module):
-    """W_2 gelu(W_1 x) with the exact (erf) GELU and no biases."""
+    """W_2 gelu(W_1 x), or gated: W_2 (f(W_1 x) * W_3 x) with f gelu or silu (arXiv 2002.05202); no biases.
+
+    The GELU is the exact (erf) one. One projection gives W_1 x and W_3 x in this order.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
-        self.up = projection(config.width, config.mlp_width, dtype, rngs)
+        self.kind = config.mlp_kind
+        gates = 1 if self.kind == "gelu" else 2
+        self.up = projection(config.width, gates * config.mlp_width, dtype, rngs)
         self.down = projection(config.mlp_width, config.width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
-        return self.down(_gelu(self.up(x)))
+        hidden = self.up(x)
+        match self.kind:
+            case "gelu":
+                return self.down(_gelu(hidden))
+            case "geglu" | "swiglu":
+                gate, value = jnp.split(hidden, 2, axis=-1)
+                gate = _gelu(gate) if self.kind == "geglu" else jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)
+                return self.down(gate * value)
+            case _:
+                raise ValueError(f"no MLP is called {self.kind!r}")
 
 
 def _gelu(x: Array) -> Array:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-MixerKind = Literal["attention", "local_attention", "rnn", "rat"]
+MixerKind = Literal["attention", "local_attention", "rnn", "rat", "rattention"]
 MIXER_KINDS: tuple[str, ...] = typing.get_args(MixerKind)
 
 
@@ -72,6 +72,23 @@ class RatConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RattentionConfig:
+    """Softmax attention within a sliding window, linear attention over what has left it."""
+
+    window: int  # as in LocalAttentionConfig
+    rope: bool  # of the window's attention, as in AttentionConfig
+    rope_base: float
+    feature_map: Literal["softmax", "relu"]  # features of the linear branch: [m(x), m(-x)] over the channels of a head
+    meta_tokens: int  # learned pairs of key and value that the linear branch starts from; 0 starts it from nothing
+    learned_scales: bool  # multiply the linear branch's queries and keys by learned vectors before the feature map
+
+    def __post_init__(self):
+        _require(self.window >= 0, f"window must be 0 or more, got {self.window}")
+        _require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
+        _require(self.meta_tokens >= 0, f"meta_tokens must be 0 or more, got {self.meta_tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only language model: embedding, residual blocks, norm, logits through the tied embedding."""
 
@@ -79,18 +96,26 @@ class ModelConfig:
     width: int  # D, channels of the residual stream
     num_layers: int
     num_heads: int  # N; a head has width / num_heads channels
+    num_kv_heads: int | None  # K of attention, local_attention and rattention, each for N / K heads; None: N
+    qk_norm: bool  # RMS norm of each head's queries and keys, before they are rotated, in those three mixers
     mlp_width: int  # F
+    mlp_kind: Literal["gelu", "geglu", "swiglu"]  # W_2 gelu(W_1 x), or W_2 (f(W_1 x) * W_3 x) with f gelu or silu
     pattern: tuple[MixerKind, ...]  # mixer of each layer, repeated over the layers
     attention: AttentionConfig
     local_attention: LocalAttentionConfig
     rnn: RnnConfig
     rat: RatConfig
+    rattention: RattentionConfig
     dtype: Literal["float32", "bfloat16"]  # of activations and matrix products; parameters are always float32
     remat: Literal["none", "block", "dots"]  # recompute in the backward: nothing, whole blocks, all but matrix products
 
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width"):
@@ -105,13 +130,18 @@ class ModelConfig:
             f"num_layers must be a multiple of the length of pattern, got num_layers {self.num_layers} and "
             f"pattern {self.pattern}",
         )
+        _require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            f"num_heads must be a multiple of num_kv_heads, got num_heads {self.num_heads} and num_kv_heads "
+            f"{self.num_kv_heads}",
+        )
         if "rat" in self.pattern:
             _require(
                 self.num_heads % self.rat.num_groups == 0,
                 f"num_heads must be a multiple of rat.num_groups, got num_heads {self.num_heads} and "
                 f"rat.num_groups {self.rat.num_groups}",
             )
-        for kind in ("attention", "local_attention", "rat"):
+        for kind in ("attention", "local_attention", "rat", "rattention"):
             _require(
                 kind not in self.pattern or not getattr(self, kind).rope or self.head_dim % 2 == 0,
                 f"{kind}.rope needs an even number of channels a head, got width / num_heads = {self.head_dim}",

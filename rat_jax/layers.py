@@ -36,6 +36,23 @@ class RmsNorm(nnx.Module):
         return (x32 * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+class HeadsNorm(nnx.Module):
+    """As `RmsNorm`, over the channels of each head by itself and with a scale for each channel of each head.
+
+    The scale is a vector of all heads' channels, because vectors stay float32 where matrices may be cast.
+    """
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*n N H"]) -> Float32[Array, "*n N H"]:
+        """Normalises every head; the result is float32."""
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x * inverse * self.scale[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
+
+
 def timescale_gate_bias(key: Array, width: int, max_timescale: int) -> Float32[Array, " D"]:
     """Forget-gate biases log(Uniform(1, max_timescale - 1)): memories of 1 .. max_timescale tokens (arXiv 1804.11188).
 

@@ -9,7 +9,20 @@ from typing import Any
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
 from rat_jax.workdir import CheckpointError, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_ADDED = {  # fields of `config.model` that version 1 did not have, with what its models were
+    "num_kv_heads": None,
+    "qk_norm": False,
+    "mlp_kind": "gelu",
+    "rattention": {
+        "window": 32,
+        "rope": True,
+        "rope_base": 500_000.0,
+        "feature_map": "softmax",
+        "meta_tokens": 0,
+        "learned_scales": False,
+    },
+}
 MANIFEST_FILE = "manifest.json"
 
 
@@ -34,8 +47,10 @@ class Manifest:
         file = path / MANIFEST_FILE
         try:
             values = json.loads(file.read_text())
-            if (version := values.pop("format_version")) != FORMAT_VERSION:
-                raise CheckpointError(f"{file} has format version {version}; this code reads {FORMAT_VERSION}")
+            if (version := values.pop("format_version")) not in (1, FORMAT_VERSION):
+                raise CheckpointError(f"{file} has format version {version}; this code reads {FORMAT_VERSION} and 1")
+            if version == 1:
+                values["config"]["model"] |= _ADDED
             return cls(**values | {"config": config_from_dict(values["config"])})
         except FileNotFoundError:
             raise CheckpointError(f"{path} was not finished: it has no {MANIFEST_FILE}") from None

@@ -40,7 +40,9 @@ def flops_per_token(config: ModelConfig, num_parameters: int, seq_len: int) -> f
     6 P + 12 D sum_layers K: each of P parameters (the embedding counts once, as the head) is multiplied and added
     once forward and twice backward; so is each of the D channels for scores and for values of the K keys that a token
     sees on average. K = (T + 1) / 2 for attention, no more than window + 1 earlier tokens for local attention,
-    (T / L - 1) / 2 + 1 for RAT, 0 for the RNN. Recomputed and elementwise operations are not counted.
+    (T / L - 1) / 2 + 1 for RAT, 0 for the RNN. RAttention has its window's and a state of 2 H by H, written once for
+    each key head and read once for each query head, which counts as H (1 + num_kv_heads / num_heads) keys. Recomputed
+    and elementwise operations are not counted.
     """
     repeats = config.num_layers // len(config.pattern)
     num_keys = sum(repeats * _mean_keys(kind, config, seq_len) for kind in config.pattern)
@@ -52,8 +54,10 @@ def _mean_keys(kind: str, config: ModelConfig, seq_len: int) -> float:
         case "attention":
             return (seq_len + 1) / 2
         case "local_attention":
-            most = min(config.local_attention.window + 1, seq_len)
-            return most - most * (most - 1) / (2 * seq_len)  # the first `most` tokens see 1, 2, ..., most
+            return _mean_window(config.local_attention.window, seq_len)
+        case "rattention":
+            state = config.head_dim * (1 + config.kv_heads / config.num_heads)
+            return _mean_window(config.rattention.window, seq_len) + state
         case "rat":
             chunk_size = min(config.rat.chunk_size, seq_len)
             return (seq_len / chunk_size - 1) / 2 + 1
@@ -61,6 +65,11 @@ def _mean_keys(kind: str, config: ModelConfig, seq_len: int) -> float:
             return 0.0
         case _:
             raise ValueError(f"no mixer is called {kind!r}")
+
+
+def _mean_window(window: int, seq_len: int) -> float:
+    most = min(window + 1, seq_len)
+    return most - most * (most - 1) / (2 * seq_len)  # the first `most` tokens see 1, 2, ..., most
 
 
 def check_wandb(config: Config) -> None:

@@ -4,10 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rat_jax.config import AttentionConfig, ConfigError, LocalAttentionConfig, ModelConfig, RatConfig, RnnConfig
+from rat_jax.config import (
+    AttentionConfig,
+    ConfigError,
+    LocalAttentionConfig,
+    ModelConfig,
+    RatConfig,
+    RattentionConfig,
+    RnnConfig,
+)
 
 _HEAD_DIM = 128  # of all released models; an RNN's configuration does not tell
 _ROPE_BASE = 10_000  # likewise
+_RATTENTION = RattentionConfig(  # which no released model has
+    window=512, rope=True, rope_base=500_000.0, feature_map="softmax", meta_tokens=0, learned_scales=False
+)
 _INIT = {"_name_": "fixed", "initializer_range": 0.02}
 
 
@@ -62,12 +73,16 @@ def model_config_from_release(model_config: Mapping[str, Any], dtype: str = "flo
         width=width,
         num_layers=backbone.integer("num_layers"),
         num_heads=num_heads,
+        num_kv_heads=None,
+        qk_norm=False,
         mlp_width=_mlp_width(backbone.section("hidden_cell"), width),
+        mlp_kind="gelu",
         pattern=tuple(cell.text("_name_") for cell in cells),
         attention=AttentionConfig(**values["attention"], **rotation("attention")),
         local_attention=LocalAttentionConfig(**values["local_attention"], **rotation("local_attention")),
         rnn=RnnConfig(**values["rnn"]),
         rat=RatConfig(**values["rat"], **rotation("rat")),
+        rattention=_RATTENTION,
         dtype=dtype,
         remat="none",
     )
@@ -81,6 +96,13 @@ def release_model_config(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     """
     if len(config.pattern) > 2:
         raise ReleaseError(f"the release repeats one or two mixers, not model.pattern {config.pattern}")
+    unknown = {
+        "num_kv_heads": config.kv_heads != config.num_heads,
+        "qk_norm": config.qk_norm,
+        "mlp_kind": config.mlp_kind != "gelu",
+    }
+    for name in (name for name, is_unknown in unknown.items() if is_unknown):
+        raise ReleaseError(f"the release has no models with model.{name} {getattr(config, name)!r}")
     rotating = [kind for kind in dict.fromkeys(config.pattern) if kind != "rnn"]
     rotations = {(getattr(config, kind).rope, getattr(config, kind).rope_base) for kind in rotating}
     if len(rotations) > 1:

@@ -16,13 +16,15 @@ from rat_jax.shapes import Array
 
 BATCH_AXES = ("data", "fsdp")
 
-# Names of parameters, as in checkpoints, and how they are cut: always along `width`, so that it alone must divide by
-# the fsdp axis. Layers are stacked along the first axis, which stays whole: a scan runs over it.
+# Names of parameters, as in checkpoints, and how they are cut: along `width`, or along all key heads, so that these
+# two must divide by the fsdp axis. Layers are stacked along the first axis, which stays whole: a scan runs over it.
 _PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding", PartitionSpec(None, "fsdp")),  # [V, D]
     (r"blocks\.[^.]+\.(mixer\.in_proj|mlp\.up)\.kernel", PartitionSpec(None, "fsdp", None)),  # [layer, D, any]
     (r"blocks\.[^.]+\.(mixer\.out_proj|mlp\.down)\.kernel", PartitionSpec(None, None, "fsdp")),  # [layer, any, D]
-    (r"blocks\.[^.]+\.mixer\.gate_bias", PartitionSpec()),
+    (r"blocks\.[^.]+\.mixer\.meta_(key|value)", PartitionSpec(None, None, "fsdp")),  # [layer, token, K H]
+    (r"blocks\.[^.]+\.mixer\.(gate_bias|query_scale|key_scale)", PartitionSpec()),
+    (r"blocks\.[^.]+\.mixer\.(query|key|local|linear)_norm\.scale", PartitionSpec()),
     (r"blocks\.[^.]+\.(mixer|mlp)_norm\.scale", PartitionSpec()),
     (r"final_norm\.scale", PartitionSpec()),
 )
@@ -64,6 +66,12 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     if config.model.width % mesh.shape["fsdp"]:
         raise ConfigError(
             f"config.model.width {config.model.width} does not divide by the fsdp axis of {mesh.shape['fsdp']} devices"
+        )
+    kv_width = config.model.kv_heads * config.model.head_dim
+    if "rattention" in config.model.pattern and config.model.rattention.meta_tokens and kv_width % mesh.shape["fsdp"]:
+        raise ConfigError(
+            f"the {kv_width} channels of config.model's {config.model.kv_heads} key heads do not divide by the fsdp "
+            f"axis of {mesh.shape['fsdp']} devices, among which the tokens of rattention.meta_tokens are cut"
         )
 
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 from typing import Any
 
-from rat_jax.config import Config, config_to_dict
+from rat_jax.config import MIXER_KINDS, Config, config_to_dict
 
 FORMAT_VERSION = 1
 _FORMAT_KEY = "rat_jax_format_version"
@@ -149,10 +149,13 @@ def _refuse(differences: list[str], path: pathlib.Path, problem: str) -> None:
 
 def _differences(saved: Config, current: Config, free: tuple[str, ...]) -> list[str]:
     there, here = _flatten(config_to_dict(saved), ""), _flatten(config_to_dict(current), "")
+    # A mixer that neither model has decides nothing, whatever its fields say.
+    kinds = set(saved.model.pattern + current.model.pattern)
+    absent = tuple(f"model.{kind}." for kind in MIXER_KINDS if kind not in kinds)
     return [
         f"config.{name} is {there[name]!r} there, {here[name]!r} now"
         for name in here
-        if there[name] != here[name] and name not in free
+        if there[name] != here[name] and name not in free and not name.startswith(absent)
     ]
 
 

@@ -8,7 +8,7 @@ from configs import default
 from rat_jax.config import Config, ModelConfig, config_from_dict
 from rat_jax.model import LanguageModel
 
-PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rat", "local_attention")]
+PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rattention",), ("rat", "local_attention")]
 
 
 def small_config() -> Config:
@@ -20,6 +20,7 @@ def small_config() -> Config:
     values.model.local_attention.window = 5
     values.model.rnn.max_timescale = 20
     values.model.rat.chunk_size = 4
+    values.model.rattention.update({"window": 4, "meta_tokens": 3, "learned_scales": True})
     return config_from_dict(values)
 
 
@@ -34,4 +35,6 @@ def small_model(pattern: tuple[str, ...], seed: int = 0, **changes) -> LanguageM
     for path, param in nnx.to_flat_state(nnx.state(model)):
         if path[-1] in ("kernel", "embedding"):
             param[...] = param[...] * 15
+        if path[-1] in ("meta_key", "meta_value"):
+            param[...] = param[...] * 50
     return model

@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, what was damaged is noticed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from rat_jax import checkpoint
 from rat_jax.checkpoint import Checkpoints, Manifest, abstract_model, load_model, save_model
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.model import LanguageModel
-from rat_jax.workdir import CheckpointError, Workdir
+from rat_jax.workdir import CheckpointError, Workdir, check_same_model
 from tests.tiny_run import tiny_config
 
 CONFIG = tiny_config("data", model__pattern=("rnn",), training__checkpoints_to_keep=3)
@@ -102,6 +103,19 @@ class TestLoadModel:
         assert loaded.path == saved / "checkpoints/30"
         assert_is_multiple(loaded.model, model, 30)
         assert loaded.model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, CONFIG.model.vocab_size)
+
+    def test_version_1_had_fewer_fields_of_models(self, run):
+        file = run / "checkpoints/30/manifest.json"
+        values = json.loads(file.read_text()) | {"format_version": 1}
+        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "rattention"):
+            del values["config"]["model"][name]
+        file.write_text(json.dumps(values))
+        loaded = load_model(run)
+        assert loaded.step == 30
+        check_same_model(loaded.config, CONFIG, run)
+        other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, mlp_kind="geglu"))
+        with pytest.raises(CheckpointError, match=r"config\.model\.mlp_kind is 'gelu' there, 'geglu' now"):
+            check_same_model(loaded.config, other, run)
 
     def test_a_certain_step(self, saved, model):
         assert_is_multiple(load_model(saved, step=10).model, model, 10)

@@ -17,13 +17,14 @@ def counted_keys(kind, seq_len):
     counts = {
         "attention": [t + 1 for t in range(seq_len)],
         "local_attention": [min(t, 5) + 1 for t in range(seq_len)],
+        "rattention": [min(t, 5) + 1 + 2 * 8 for t in range(seq_len)],  # a state of 16 by 8, written and read
         "rat": [t // 4 + 1 for t in range(seq_len)],
         "rnn": [0] * seq_len,
     }[kind]
     return sum(counts) / seq_len
 
 
-@pytest.mark.parametrize("kind", ["attention", "local_attention", "rat", "rnn"])
+@pytest.mark.parametrize("kind", ["attention", "local_attention", "rat", "rattention", "rnn"])
 @pytest.mark.parametrize("seq_len", [4, 16])
 def test_flops(kind, seq_len):
     model = tiny_config("data", model__pattern=(kind,)).model

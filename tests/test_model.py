@@ -15,9 +15,16 @@ TOKENS = 14  # three chunks of 4 and a part of one; nearly three windows of 5
 ATOL = 2e-5  # of logits of order 10, float32
 
 
-@pytest.fixture(scope="module", params=PATTERNS, ids="+".join)
+# Fewer key heads and normed queries and keys concern the mixers with softmax attention, gated MLPs all of them.
+OPTIONS = {"num_kv_heads": 2, "qk_norm": True, "mlp_kind": "geglu"}
+MODELS = [(pattern, {}) for pattern in PATTERNS]
+MODELS += [(("attention", "local_attention", "rattention"), OPTIONS)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: "+".join(model[0]))
 def functions(request):
-    return Functions(small_model(request.param, num_layers=len(request.param)))
+    pattern, options = request.param
+    return Functions(small_model(pattern, num_layers=len(pattern), **options))
 
 
 class Functions:

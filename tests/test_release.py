@@ -247,6 +247,9 @@ def test_models_that_the_release_does_not_have_are_not_exported():
     without = dataclasses.replace(config.rat, rope=False)
     with pytest.raises(ReleaseError, match="rope"):
         release_model_config(dataclasses.replace(config, rat=without), 64)
+    for option, value in (("num_kv_heads", 1), ("qk_norm", True), ("mlp_kind", "swiglu")):
+        with pytest.raises(ReleaseError, match=f"the release has no models with model.{option}"):
+            release_model_config(dataclasses.replace(config, **{option: value}), 64)
 
 
 def test_every_name_that_does_not_fit_is_listed():

@@ -42,6 +42,19 @@ class TestTable:
             assert len(axes) == (1 if leaf.ndim == 3 or leaf_name == "embedding" else 0), leaf_name
             assert all(leaf.shape[axis] == config.model.width for axis in axes), leaf_name
 
+    def test_learned_initial_states_are_cut_along_their_heads(self):
+        changes = {"model__num_kv_heads": 1, "model__qk_norm": True, "data__global_batch_size": 16}
+        config = tiny_config("data", model__pattern=("rattention",), **changes)
+        params = abstract_model(config.model)[1]
+        specs = jax.tree.leaves(partition_specs(params), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        by_name = dict(zip(leaf_names(params), specs, strict=True))
+        for name in ("meta_key", "meta_value"):
+            assert by_name[f"blocks.00_rattention.mixer.{name}"] == PartitionSpec(None, None, "fsdp")
+        with pytest.raises(
+            ConfigError, match=r"the 8 channels of config\.model's 1 key heads do not divide by the fsdp"
+        ):
+            check_divides(config, mesh_of(1, 16))
+
     def test_a_parameter_that_no_line_names(self):
         with pytest.raises(ValueError, match=r"blocks\.00_rat\.surprise: 0 lines"):
             partition_specs({"blocks": {"00_rat": {"surprise": jnp.zeros((2, 2))}}})

@@ -11,11 +11,12 @@ from rat_jax.config import ModelConfig
 from rat_jax.mixers.attention import Attention, AttentionCache
 from rat_jax.mixers.local_attention import LocalAttention, LocalAttentionCache
 from rat_jax.mixers.rat import Rat
+from rat_jax.mixers.rattention import Rattention, RattentionCache
 from rat_jax.mixers.rnn import Rnn, RnnCache
 from rat_jax.ops.rat_types import RatState
 
-Mixer = Attention | LocalAttention | Rnn | Rat
-MixerCache = AttentionCache | LocalAttentionCache | RnnCache | RatState
+Mixer = Attention | LocalAttention | Rnn | Rat | Rattention
+MixerCache = AttentionCache | LocalAttentionCache | RnnCache | RatState | RattentionCache
 
 
 def make_mixer(kind: str, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
@@ -29,5 +30,7 @@ def make_mixer(kind: str, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
             return Rnn(config, rngs=rngs)
         case "rat":
             return Rat(config, rngs=rngs)
+        case "rattention":
+            return Rattention(config, rngs=rngs)
         case _:
             raise ValueError(f"no mixer is called {kind!r}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import projection
+from rat_jax.layers import RmsNorm, projection
 from rat_jax.layout import TokenLayout
 from rat_jax.ops.attention import Place, attention
 from rat_jax.ops.rope import rotate
@@ -19,23 +19,29 @@ from rat_jax.shapes import Array, Float, Int
 class AttentionCache:
     """Keys (rotated) and values of every token so far; slot s holds token s of the row, padding not counted."""
 
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
     segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
 
 
 class Attention(nnx.Module):
-    """y = W_o softmax(q k^T / sqrt(H)) v with q, k rotated by position; one projection gives v, q, k in this order."""
+    """y = W_o softmax(q k^T / sqrt(H)) v with q, k rotated by position; one projection gives v, q, k in this order.
+
+    With fewer key than query heads, neighbouring query heads share one (arXiv 2305.13245); with `qk_norm` q and k are
+    normalised before they are rotated (arXiv 2302.05442, with RMS norms).
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
-        self.in_proj = projection(config.width, 3 * config.width, dtype, rngs)
+        self.in_proj = projection(config.width, config.width + 2 * config.kv_heads * config.head_dim, dtype, rngs)
         self.out_proj = projection(config.width, config.width, dtype, rngs)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
 
     def init_cache(self, batch_size: int, capacity: int) -> AttentionCache:
         """An empty cache with room for `capacity` tokens a row; tokens past that are not remembered."""
-        shape = (batch_size, capacity, self.config.num_heads, self.config.head_dim)
+        shape = (batch_size, capacity, self.config.kv_heads, self.config.head_dim)
         zeros = jnp.zeros(shape, self.config.dtype)
         return AttentionCache(zeros, zeros, jnp.zeros(shape[:2], jnp.int32))
 
@@ -43,7 +49,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], layout: TokenLayout, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
-        query, key, value = split_heads(self.in_proj(x), self.config.num_heads)
+        query, key, value = split_heads(self.in_proj(x), self.config)
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.config.attention.rope:
             base = self.config.attention.rope_base
             query, key = rotate(query, layout.positions, base), rotate(key, layout.positions, base)
@@ -59,10 +67,12 @@ class Attention(nnx.Module):
 
 
 def split_heads(
-    projected: Float[Array, "B T 3*D"], num_heads: int
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"], Float[Array, "B T N H"]]:
+    projected: Float[Array, "B T D+2*K*H"], config: ModelConfig
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of a projection that holds v, q, k."""
-    value, query, key = (x.reshape(*x.shape[:2], num_heads, -1) for x in jnp.split(projected, 3, axis=-1))
+    kv_width = config.kv_heads * config.head_dim
+    parts = jnp.split(projected, [kv_width, kv_width + config.width], axis=-1)
+    value, query, key = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in parts)
     return query, key, value
 
 

@@ -84,7 +84,8 @@ def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         why = (done.stderr.strip().splitlines() or ["the process of the PyTorch layers ended early"])[-1][:150]
     found = {(row["tokens"], row["layer"]) for row in rows}
     missing = [(tokens, f"torch:{kind}") for tokens, kind in wanted if (tokens, f"torch:{kind}") not in found]
-    return rows + [{"tokens": tokens, "layer": kind, "error": why} for tokens, kind in missing]
+    rows += [{"tokens": tokens, "layer": kind, "error": why} for tokens, kind in missing]
+    return sorted(rows, key=lambda row: wanted.index((row["tokens"], row["layer"].removeprefix("torch:"))))
 
 
 class Started(NamedTuple):

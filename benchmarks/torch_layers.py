@@ -4,22 +4,27 @@ A twin written from the paper's equations and the release's shapes, on the tools
 recurrence as a loop over the L places of all chunks side by side, in float32, with a backward pass of its own;
 attention over the chunk summaries by flex_attention with a block mask; attention by scaled_dot_product_attention.
 
-Run as a program it prints one line of JSON for each layer and length. `layer_latency.py` does that before JAX takes the
+Run as a program it prints one line of JSON for each layer and length, each compiled in a process of its own because
+that takes most of the time; they run on the device in turn. `layer_latency.py` does that before JAX takes the
 device, so that both stand in one table:
 
   python benchmarks/torch_layers.py --lengths 4096 16384 131072
 """
 
 import argparse
+import fcntl
 import functools
 import json
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
@@ -153,9 +158,33 @@ def make_params(kind: str, width: int, heads: int, groups: int, dtype: torch.dty
     return {name: tensor.requires_grad_() for name, tensor in params.items()}
 
 
-def measure(kind: str, tokens: int, flags: argparse.Namespace) -> dict[str, Any]:
+class Turn:
+    """The right to run on the device, which processes that compile side by side take in turn."""
+
+    def __init__(self, path: str):
+        self.file = os.open(path, os.O_RDWR)
+
+    def take(self) -> None:
+        """Waits until no other process has the turn; nothing if this one has it."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def give_back(self) -> None:
+        """Lets another process run."""
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def compile(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        """The compiler behind torch.compile, with the turn taken when the compiled graph is first called."""
+        compiled = compile_fx(graph, inputs)
+
+        def run(*arguments):
+            self.take()
+            return compiled(*arguments)
+
+        return run
+
+
+def measure(kind: str, tokens: int, turn: Turn, flags: argparse.Namespace) -> dict[str, Any]:
     """The row of one layer at one length, as `layer_latency.py` has it for JAX's layers."""
-    torch._dynamo.reset()  # shapes are compiled for; a new length is a new program
     torch.manual_seed(0)
     params = make_params(kind, flags.width, flags.heads, flags.groups, torch.bfloat16, "cuda")
     shape = (flags.tokens // tokens, tokens, flags.width)
@@ -165,7 +194,9 @@ def measure(kind: str, tokens: int, flags: argparse.Namespace) -> dict[str, Any]
     if kind == "rat":
         mask = summary_mask(tokens, flags.chunk_size, "cuda")
         options |= {"groups": flags.groups, "chunk_size": flags.chunk_size, "mask": mask}
-    run = torch.compile(functools.partial(_LAYERS[kind], **options), dynamic=False, fullgraph=True)
+    run = torch.compile(
+        functools.partial(_LAYERS[kind], **options), backend=turn.compile, dynamic=False, fullgraph=True
+    )
 
     def train():
         return torch.autograd.grad(run(params, x), [x, *params.values()], d_out)
@@ -179,11 +210,12 @@ def measure(kind: str, tokens: int, flags: argparse.Namespace) -> dict[str, Any]
 
     row: dict[str, Any] = {"tokens": tokens, "layer": f"torch:{kind}"}
     for name, call in (("train", train), ("prefill", prefill)):
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         times = time_calls(call, wait, flags.repeats)
         row |= {f"{name}_ms": times.ms, f"{name}_spread_ms": times.spread_ms}
         row[f"{name}_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.empty_cache()
+        turn.give_back()
     return row
 
 
@@ -204,13 +236,26 @@ def main() -> None:
     flags = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU")
-    for tokens in flags.lengths:
-        for kind in flags.layers:
-            try:
-                row = measure(kind, tokens, flags)
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # the next row may do
-                row = {"tokens": tokens, "layer": f"torch:{kind}", "error": str(error).replace("\n", " ")[:150]}
-            print(json.dumps(row), flush=True)
+    rows = [(kind, tokens) for tokens in flags.lengths for kind in flags.layers]
+    with tempfile.NamedTemporaryFile() as file:
+        turns = [
+            torch.multiprocessing.get_context("spawn").Process(target=print_row, args=(*row, file.name, flags))
+            for row in rows
+        ]
+        for process in turns:
+            process.start()
+        for process in turns:
+            process.join()
+
+
+def print_row(kind: str, tokens: int, turn_file: str, flags: argparse.Namespace) -> None:
+    """Prints the row of one layer at one length, or why there is none, as JSON."""
+    row: dict[str, Any] = {"tokens": tokens, "layer": f"torch:{kind}"}
+    try:
+        row |= measure(kind, tokens, Turn(turn_file), flags)
+    except RuntimeError as error:  # out of memory, too: the table says so
+        row["error"] = str(error).replace("\n", " ")[:150]
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def small_config() -> Config:
     values.model.local_attention.window = 5
     values.model.rnn.max_timescale = 20
     values.model.rat.chunk_size = 4
-    values.model.rattention.update({"window": 4, "meta_tokens": 3, "learned_scales": True})
+    values.model.rattention.update({"window": 2, "meta_tokens": 3, "learned_scales": True})
     return config_from_dict(values)
 
 

@@ -1,4 +1,4 @@
-"""Every shipped config builds, and has the parameters that the paper's models have."""
+"""Every shipped config builds, and has the parameters that the papers' models have."""
 
 import importlib.util
 import math
@@ -19,6 +19,10 @@ MILLIONS = {
     "rat_1b": 1298.8,
     "attention_swa_1b": 1273.6,
     "rat_swa_1b": 1286.2,
+    "attention_3b": 2943.1,
+    "attention_swa_3b": 2943.1,
+    "rattention_3b": 2943.2,
+    "rat_rattention_3b": 3046.0,
 }
 
 

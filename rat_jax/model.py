@@ -11,6 +11,7 @@ from rat_jax.config import ModelConfig
 from rat_jax.layers import INITIAL_STD, RmsNorm
 from rat_jax.layout import RowEnd, TokenLayout, from_segments, whole_rows
 from rat_jax.mixers import MixerCache
+from rat_jax.ops.kept import keeping
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
@@ -183,4 +184,4 @@ def _remat(run, config: ModelConfig):
         case "block":
             return jax.checkpoint(run)
         case "dots":
-            return jax.checkpoint(run, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+            return jax.checkpoint(run, policy=keeping(jax.checkpoint_policies.dots_with_no_batch_dims_saveable))

@@ -13,8 +13,7 @@ Forward: `rat_recurrence_forward`, `rat_attention_forward`. Backward: `rat_outpu
 """
 
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +25,7 @@ from pallas_kernels.triton.problem import Problem, check, problem_of
 from pallas_kernels.triton.rotation import rotation
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["out", "lse", "own_scores", "rotated_queries", "summary_keys", "summary_values", "running_values"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Residuals:
+class Residuals(NamedTuple):
     """What the backward pass needs beside `projected` and `gate_bias`: `out` and about a fifth of its size."""
 
     out: jax.Array  # [B, T, D]

@@ -10,6 +10,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from pallas_kernels.cudnn import call
 from rat_jax.ops.attention_types import Attended, Place
+from rat_jax.ops.kept import kept
 from rat_jax.ops.platform import devices, expected_platform, on_each_device
 from rat_jax.shapes import Array, Float
 
@@ -62,7 +63,7 @@ def attend(
 
 def _forward(plain: Plain, fall_back: bool, window: int | None, *arguments: CustomVJPPrimal):
     query, key, value = (argument.value for argument in arguments)
-    attended = attend(plain, fall_back, window, query, key, value)
+    attended = Attended(*kept(attend(plain, fall_back, window, query, key, value)))
     return attended, (query, key, value, *attended)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_xla
+from rat_jax.ops.kept import kept
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
 from rat_jax.shapes import Array, Float, Float32
@@ -93,29 +94,30 @@ def mix(
 
 def _forward(kernel, fall_back, sizes, projected, gate_bias, layout):
     def run(*arguments):
-        return _kernel_forward(kernel, sizes, *arguments)
+        out, residuals = _kernel_forward(kernel, sizes, *arguments)
+        return out, residuals._replace(out=None)  # kept once, not twice
 
     def plain(projected, gate_bias, layout):
-        kept = jax.eval_shape(run, projected, gate_bias, layout)[1]
+        residuals = jax.eval_shape(run, projected, gate_bias, layout)[1]
         out = rat_xla.mix(sizes, projected, gate_bias, layout).out
-        return out, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kept)  # its backward needs none of them
+        return out, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)  # its backward needs none of them
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
-    out, kept = on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout)
-    return out, (kept, projected, gate_bias, layout)
+    out, residuals = kept(on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout))
+    return out, (out, residuals, projected, gate_bias, layout)
 
 
 def _backward(kernel, fall_back, sizes, residuals, d_out):
-    def run(*arguments):
-        return _kernel_backward(kernel, sizes, *arguments)
+    def run(out, residuals, *arguments):
+        return _kernel_backward(kernel, sizes, residuals._replace(out=out), *arguments)
 
-    def plain(kept, projected, gate_bias, layout, d_out):
-        del kept
+    def plain(out, residuals, projected, gate_bias, layout, d_out):
+        del out, residuals
         _, pull = jax.vjp(lambda p, b: rat_xla.mix(sizes, p, b, layout).out, projected, gate_bias)
         return pull(d_out)
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
-    d_projected, d_gate_bias = on_each_device(settled, replicated=(2,), summed=(1,))(*residuals, d_out)
+    d_projected, d_gate_bias = on_each_device(settled, replicated=(3,), summed=(1,))(*residuals, d_out)
     return d_projected, d_gate_bias, None
 
 
@@ -169,14 +171,18 @@ def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, layout) 
     return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(layout))
 
 
-def _kernel_backward(kernel: str, sizes: RatSizes, kept, projected, gate_bias, layout, d_out) -> tuple[Array, Array]:
+def _kernel_backward(
+    kernel: str, sizes: RatSizes, residuals, projected, gate_bias, layout, d_out
+) -> tuple[Array, Array]:
     if kernel != "pallas_tpu":
         from pallas_kernels.triton import rat as triton
 
-        return triton.rat_backward(kept, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, layout))
+        return triton.rat_backward(
+            residuals, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, layout)
+        )
     from pallas_kernels.tpu import rat as tpu
 
-    return tpu.rat_backward(kept, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
+    return tpu.rat_backward(residuals, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
 
 
 def _gpu_options(kernel: str, sizes: RatSizes, projected, layout: TokenLayout) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from configs import default
 from rat_jax.config import Config, ModelConfig, config_from_dict
 from rat_jax.model import LanguageModel
 
-PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rattention",), ("rat", "local_attention")]
+PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rat", "local_attention")]
 
 
 def small_config() -> Config:

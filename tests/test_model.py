@@ -15,10 +15,9 @@ TOKENS = 14  # three chunks of 4 and a part of one; nearly three windows of 5
 ATOL = 2e-5  # of logits of order 10, float32
 
 
-# Fewer key heads and normed queries and keys concern the mixers with softmax attention, gated MLPs all of them.
+# Shared key heads, normed queries and keys and gated MLPs, as global-local models have them.
 OPTIONS = {"num_kv_heads": 2, "qk_norm": True, "mlp_kind": "geglu"}
-MODELS = [(pattern, {}) for pattern in PATTERNS]
-MODELS += [(("attention", "local_attention", "rattention"), OPTIONS)]
+MODELS = [*((pattern, {}) for pattern in PATTERNS), (("attention", "rattention"), OPTIONS)]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: "+".join(model[0]))

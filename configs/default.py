@@ -26,6 +26,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model.pattern = ("rat", "local_attention")
     config.model.dtype = "float32"
     config.model.remat = "block"  # less memory to fill is quicker here, too
+    config.model.scan_unroll = 1  # repeats of the pattern without a loop: more compile longer, and copy less
 
     config.model.attention = config_dict.ConfigDict()
     config.model.attention.rope = True

@@ -107,7 +107,11 @@ class ModelConfig:
     rat: RatConfig
     rattention: RattentionConfig
     dtype: Literal["float32", "bfloat16"]  # of activations and matrix products; parameters are always float32
-    remat: Literal["none", "block", "dots"]  # recompute in the backward: nothing, whole blocks, all but matrix products
+    # Recompute in the backward pass: nothing, whole blocks, all but the results of matrix products and kernels.
+    remat: Literal["none", "block", "dots"]
+    # Repeats of the pattern that the loop over layers lays out one after the other. 1 compiles soonest; all of them,
+    # num_layers / len(pattern), or more leave nothing to be copied into stacks for the backward pass.
+    scan_unroll: int
 
     @property
     def head_dim(self) -> int:
@@ -118,7 +122,7 @@ class ModelConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width"):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "scan_unroll"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
         _require(len(self.pattern) >= 1, "pattern must name at least one mixer")
         _require(

@@ -34,13 +34,13 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        repeats = config.num_layers // len(config.pattern)
+        self.num_repeats = config.num_layers // len(config.pattern)
         self.embedding = nnx.Param(
             INITIAL_STD * jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
         )
         self.blocks = nnx.Dict(
             {
-                block_name(place, kind): _stacked(kind, config, jax.random.split(rngs.params(), repeats))
+                block_name(place, kind): _stacked(kind, config, jax.random.split(rngs.params(), self.num_repeats))
                 for place, kind in enumerate(config.pattern)
             }
         )
@@ -108,7 +108,7 @@ class LanguageModel(nnx.Module):
                 x = run(state, x)
             return x, None
 
-        return jax.lax.scan(run_pattern, x, states)[0]
+        return jax.lax.scan(run_pattern, x, states, unroll=min(self.config.scan_unroll, self.num_repeats))[0]
 
 
 class Decoder(nnx.Module):

@@ -85,6 +85,7 @@ def model_config_from_release(model_config: Mapping[str, Any], dtype: str = "flo
         rattention=_RATTENTION,
         dtype=dtype,
         remat="none",
+        scan_unroll=1,
     )
 
 

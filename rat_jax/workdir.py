@@ -30,6 +30,7 @@ _FREE_FIELDS = (
     "data.path",  # the data's fingerprint is compared instead
     "optimizer.accumulation_steps",
     "model.remat",
+    "model.scan_unroll",
     "mesh.data",
     "mesh.fsdp",
 )
@@ -124,7 +125,9 @@ def check_same_model(saved: Config, current: Config, path: pathlib.Path) -> None
       CheckpointError: naming the fields that differ, with both values.
     """
     current = dataclasses.replace(saved, model=current.model)
-    _refuse(_differences(saved, current, ("model.remat", "model.dtype")), path, "holds another model")
+    _refuse(
+        _differences(saved, current, ("model.remat", "model.scan_unroll", "model.dtype")), path, "holds another model"
+    )
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:

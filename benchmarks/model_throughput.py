@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,15 @@ TRAIN_BATCH_SIZES = [4, 8, 16]
 DECODE_BATCH_SIZES = [256, 736, 1024]
 
 
-def load_config(file: str, batch_size: int, remat: str | None) -> Config:
-    """The config of a file for batches of `batch_size` sequences, in one part."""
+def load_config(file: str, batch_size: int, **changes: Any) -> Config:
+    """The config of a file for batches of `batch_size` sequences in one part; None of `changes` leaves the model's."""
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = config_from_dict(module.get_config())
     return dataclasses.replace(
         config,
-        model=config.model if remat is None else dataclasses.replace(config.model, remat=remat),
+        model=dataclasses.replace(config.model, **{name: x for name, x in changes.items() if x is not None}),
         data=dataclasses.replace(config.data, global_batch_size=batch_size),
         optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1),
     )
@@ -80,7 +81,7 @@ def train_table(flags: argparse.Namespace) -> None:
     """Prints training throughput."""
     print(f"\n{'batch':>6} {'remat':>6} {'ms a step':>10} {'tokens/s':>10} {'MFU':>7} {'GB':>6}")
     for batch_size in flags.batch_sizes or TRAIN_BATCH_SIZES:
-        config = load_config(flags.config, batch_size, flags.remat)
+        config = load_config(flags.config, batch_size, remat=flags.remat, scan_unroll=flags.scan_unroll)
         try:
             seconds, parameters, memory_gb, profile = measure_training(config, flags.steps, flags.profile)
         except jax.errors.JaxRuntimeError as error:  # the next batch size may fit
@@ -99,7 +100,7 @@ def train_table(flags: argparse.Namespace) -> None:
 
 def decode_table(flags: argparse.Namespace, bandwidth: float) -> None:
     """Prints decode throughput."""
-    config = load_config(flags.config, 1, None).model
+    config = load_config(flags.config, 1).model
     graphdef, params = decode_throughput.random_decoder(config)
     print(f"\npositions {flags.decode_first} .. {flags.decode_last}, {flags.decode_steps} steps")
     print(f"{'batch':>6} {'ms a step':>10} {'tokens/s':>10} {'bound ms':>9} {'reached':>8} {'cache GB':>9}")
@@ -131,6 +132,7 @@ def main() -> None:
         help=f"left out: {TRAIN_BATCH_SIZES} to train, {DECODE_BATCH_SIZES} to decode",
     )
     parser.add_argument("--remat", default=None, help="none, dots or block; left out: the config's")
+    parser.add_argument("--scan_unroll", type=int, default=None, help="layers without a loop; left out: the config's")
     parser.add_argument("--steps", type=int, default=5, help="training steps that are timed")
     parser.add_argument("--profile", default=None, help="folder for a trace of one training step")
     parser.add_argument("--decode", action="store_true", help="decode instead of training")

@@ -1,0 +1,288 @@
+"""Linear attention over tiles of a row in order: scores inside a tile, one matrix-valued state across tiles."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu.attention import matmul
+from pallas_kernels.tpu.launch import Interpret, launch
+from pallas_kernels.tpu.linear_attention_features import features, joined, pull_back
+from pallas_kernels.tpu.linear_attention_plan import LinearPlan
+from pallas_kernels.tpu.recurrence import to_column
+
+FORWARD_NAME = "linear_attention_tpu_forward"
+BACKWARD_NAME = "linear_attention_tpu_backward"
+_GRID = "ppaa"  # rows of the batch, key heads, tiles, parts of a key head's queries
+
+
+def forward(
+    plan: LinearPlan,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    initial: jax.Array | None,
+    documents: jax.Array | None,
+    interpret: Interpret,
+) -> dict[str, jax.Array]:
+    """`out` [B, T, N lanes], `final_state` float32 [B, K, features, lanes] and `states` [B, K, tiles, features, lanes].
+
+    Args:
+      query: [B, T, N lanes]; `key` and `value` [B, T, K lanes].
+      initial: [1 or B, K or N, features, lanes], or None for zero.
+      documents: what `document_rows` gives.
+    """
+    specs = _Specs(plan, reverse=False)
+    state = (plan.features, plan.lanes)
+    return launch(
+        _forward_kernel,
+        FORWARD_NAME,
+        plan,
+        specs.grid,
+        _GRID,
+        specs.inputs(query, key, value, initial, documents),
+        {
+            "out": (jax.ShapeDtypeStruct(query.shape, plan.dtype), specs.query_columns),
+            "final_state": (jax.ShapeDtypeStruct((plan.batch, plan.key_heads, *state), jnp.float32), specs.state),
+            "states": (
+                jax.ShapeDtypeStruct((plan.batch, plan.key_heads, plan.tiles, *state), plan.dtype),
+                specs.tile_state,
+            ),
+        },
+        {},
+        interpret,
+    )
+
+
+def backward(
+    plan: LinearPlan,
+    states: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    d_final_state: jax.Array,
+    initial: jax.Array | None,
+    documents: jax.Array | None,
+    interpret: Interpret,
+) -> dict[str, jax.Array]:
+    """`d_query`, `d_key`, `d_value` like their arrays; `d_initial` float32 [B, K or N, features, lanes] if it is there.
+
+    Args:
+      states: before every tile, as `forward` gives them.
+      d_out: [B, T, N lanes].
+      d_final_state: float32 [B, K, features, lanes].
+      The rest is as in `forward`.
+    """
+    specs = _Specs(plan, reverse=True)
+    inputs = specs.inputs(query, key, value, initial, documents) | {
+        "states": (states, specs.tile_state),
+        "d_out": (d_out, specs.query_columns),
+        "d_final_state": (d_final_state, specs.state),
+    }
+    outputs = {
+        "d_query": (jax.ShapeDtypeStruct(query.shape, plan.dtype), specs.query_columns),
+        "d_key": (jax.ShapeDtypeStruct(key.shape, plan.dtype), specs.key_columns),
+        "d_value": (jax.ShapeDtypeStruct(value.shape, plan.dtype), specs.key_columns),
+    }
+    if initial is not None:
+        shape = jax.ShapeDtypeStruct((plan.batch, *initial.shape[1:]), jnp.float32)
+        block = (1, plan.initials, plan.features, plan.lanes)
+        outputs["d_initial"] = shape, pl.BlockSpec(block, lambda batch, key_head, _, __: (batch, key_head, 0, 0))
+    return launch(
+        _backward_kernel,
+        BACKWARD_NAME,
+        plan,
+        specs.grid,
+        _GRID,
+        inputs,
+        outputs,
+        {
+            "d_state": ((plan.features, plan.lanes), jnp.float32),
+            "d_key_features": ((plan.tile, plan.features), jnp.float32),
+            "d_value_sum": ((plan.tile, plan.lanes), jnp.float32),
+        },
+        interpret,
+    )
+
+
+class _Specs:
+    """The grid and the blocks of a step, with tiles in order or from the last to the first."""
+
+    def __init__(self, plan: LinearPlan, reverse: bool):
+        last, parts = plan.tiles - 1, plan.parts
+
+        def at(tile):
+            return last - tile if reverse else tile
+
+        self.plan = plan
+        self.grid = (plan.batch, plan.key_heads, plan.tiles, parts)
+        state = (plan.features, plan.lanes)
+        self.query_columns = pl.BlockSpec(
+            (1, plan.tile, plan.shared * plan.lanes),
+            lambda batch, key_head, tile, part: (batch, at(tile), key_head * parts + part),
+        )
+        self.key_columns = pl.BlockSpec(
+            (1, plan.tile, plan.lanes), lambda batch, key_head, tile, _: (batch, at(tile), key_head)
+        )
+        self.state = pl.BlockSpec((1, 1, *state), lambda batch, key_head, _, __: (batch, key_head, 0, 0))
+        self.tile_state = pl.BlockSpec(
+            (1, 1, 1, *state), lambda batch, key_head, tile, _: (batch, key_head, at(tile), 0, 0)
+        )
+        self.documents = pl.BlockSpec((1, 1, 2, plan.tile), lambda batch, _, tile, __: (batch, at(tile), 0, 0))
+        self.initial = pl.BlockSpec((1, plan.initials_per_step, *state), self._initial_index)
+
+    def _initial_index(self, batch, key_head, _, part):
+        plan = self.plan
+        head = key_head * plan.parts + part if plan.initials > 1 else key_head
+        return batch if plan.initial_rows > 1 else 0, head, 0, 0
+
+    def inputs(self, query, key, value, initial, documents) -> dict:
+        operands = {
+            "query": (query, self.query_columns),
+            "key": (key, self.key_columns),
+            "value": (value, self.key_columns),
+        }
+        if initial is not None:
+            operands["initial"] = initial, self.initial
+        if documents is not None:
+            operands["documents"] = documents, self.documents
+        return operands
+
+
+def _forward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
+    tile, part = pl.program_id(2), pl.program_id(3)
+
+    @pl.when((tile == 0) & (part == 0))
+    def _():
+        refs.final_state[...] = jnp.zeros_like(refs.final_state)
+
+    state = refs.final_state[0, 0].astype(plan.dtype)
+    key = joined(plan, features(plan, _tokens(plan, tile, refs.key[0])))
+    value = _tokens(plan, tile, refs.value[0])
+    query = joined(plan, features(plan, _stack(plan, refs.query[0])))
+    rows = _documents(plan, refs)
+    scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
+    out = matmul(plan, scores, value, (1, 0)) + _of_rows(plan, rows.reads, matmul(plan, query, state, (1, 0)))
+    if plan.initials == 1:
+        out += matmul(plan, query, refs.initial[0, 0], (1, 0))
+    for head in range(plan.shared):
+        here = slice(head * plan.tile, (head + 1) * plan.tile)
+        of_head = out[here]
+        if plan.initials > 1:
+            of_head += matmul(plan, query[here], refs.initial[0, head], (1, 0))
+        refs.out[0, :, head * plan.lanes : (head + 1) * plan.lanes] = of_head.astype(plan.dtype)
+
+    @pl.when(part == plan.parts - 1)
+    def _():
+        refs.states[0, 0, 0] = state
+        added = matmul(plan, key, _of_rows(plan, rows.adds, value), (0, 0))
+        refs.final_state[0, 0] = _kept(rows, refs.final_state[0, 0]) + added
+
+
+def _backward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
+    """Tiles come in reverse; A are the visible scores, d_S the gradient of the state after the tile.
+
+    d_A = d_out v^T, d_phi(q) = d_A phi(k) + d_out S^T, d_phi(k) = d_A^T phi(q) + v d_S^T,
+    d_v = A^T d_out + phi(k) d_S, and the gradient before the tile is d_S + phi(q)^T d_out.
+    """
+    step, part = pl.program_id(2), pl.program_id(3)
+    tile = plan.tiles - 1 - step
+
+    @pl.when((step == 0) & (part == 0))
+    def _():
+        refs.d_state[...] = refs.d_final_state[0, 0]
+        if plan.initials:
+            refs.d_initial[...] = jnp.zeros_like(refs.d_initial)
+
+    rows = _documents(plan, refs)
+    key_halves = features(plan, _tokens(plan, tile, refs.key[0]))
+    key = joined(plan, key_halves)
+    value = _tokens(plan, tile, refs.value[0])
+
+    @pl.when(part == 0)
+    def _():
+        d_state = refs.d_state[...].astype(plan.dtype)
+        refs.d_key_features[...] = _of_rows(plan, rows.adds, matmul(plan, value, d_state, (1, 1)))
+        refs.d_value_sum[...] = _of_rows(plan, rows.adds, matmul(plan, key, d_state, (1, 0)))
+        refs.d_state[...] = _kept(rows, refs.d_state[...])
+
+    query_halves = features(plan, _stack(plan, _tokens(plan, tile, refs.query[0])))
+    query = joined(plan, query_halves)
+    d_out = _stack(plan, _tokens(plan, tile, refs.d_out[0]))
+    scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
+    refs.d_value_sum[...] += matmul(plan, scores, d_out, (0, 0))
+    d_scores = _visible(plan, rows, matmul(plan, d_out, value, (1, 1))).astype(plan.dtype)
+    refs.d_key_features[...] += matmul(plan, d_scores, query, (0, 0))
+    d_carried = _of_rows(plan, rows.reads, d_out)
+    refs.d_state[...] += matmul(plan, query, d_carried, (0, 0))
+    d_query = matmul(plan, d_scores, key, (1, 0)) + matmul(plan, d_carried, refs.states[0, 0, 0], (1, 1))
+    if plan.initials == 1:
+        d_query += matmul(plan, d_out, refs.initial[0, 0], (1, 1))
+        refs.d_initial[0, 0] += matmul(plan, query, d_out, (0, 0))
+    for head in range(plan.shared):
+        here = slice(head * plan.tile, (head + 1) * plan.tile)
+        of_head = d_query[here]
+        if plan.initials > 1:
+            of_head += matmul(plan, d_out[here], refs.initial[0, head], (1, 1))
+            refs.d_initial[0, part * plan.shared + head] += matmul(plan, query[here], d_out[here], (0, 0))
+        of_head = pull_back(plan, type(query_halves)(*(half[here] for half in query_halves)), of_head)
+        refs.d_query[0, :, head * plan.lanes : (head + 1) * plan.lanes] = of_head.astype(plan.dtype)
+
+    @pl.when(part == plan.parts - 1)
+    def _():
+        refs.d_key[0] = pull_back(plan, key_halves, refs.d_key_features[...]).astype(plan.dtype)
+        refs.d_value[0] = refs.d_value_sum[...].astype(plan.dtype)
+
+
+def _tokens(plan: LinearPlan, tile: jax.Array, x: jax.Array) -> jax.Array:
+    """The block with zeros past the last token, where anything may stand, and zero times anything may be NaN."""
+    if not plan.partial:
+        return x
+    token = tile * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0)
+    return jnp.where(token < plan.tokens, x, jnp.zeros_like(x))
+
+
+def _stack(plan: LinearPlan, x: jax.Array) -> jax.Array:
+    """[tile, shared lanes] -> [shared tile, lanes]."""
+    heads = [x[:, head * plan.lanes : (head + 1) * plan.lanes] for head in range(plan.shared)]
+    return jnp.concatenate(heads, axis=0)
+
+
+def _documents(plan: LinearPlan, refs: types.SimpleNamespace) -> types.SimpleNamespace:
+    """What documents hide; without them every field is None.
+
+    `same` bool [tile, tile]; `reads` and `adds` bool [tile, 1]: the token's document is that of the state before the
+    tile, and of the state after it; `keeps` bool [1, 1]: both states are of one document.
+    """
+    if not plan.segmented:
+        return types.SimpleNamespace(same=None, reads=None, adds=None, keeps=None)
+    own, before = refs.documents[0, 0, 0:1], refs.documents[0, 0, 1:2]
+    column, last = to_column(own), own[:, plan.tile - 1 :]
+    return types.SimpleNamespace(
+        same=column == own, reads=column == before[:, :1], adds=column == last, keeps=before[:, :1] == last
+    )
+
+
+def _visible(plan: LinearPlan, rows: types.SimpleNamespace, scores: jax.Array) -> jax.Array:
+    """float32 [shared tile, tile], zero where the key is of a later token or of another document."""
+    square = (plan.tile, plan.tile)
+    visible = lax.broadcasted_iota(jnp.int32, square, 1) <= lax.broadcasted_iota(jnp.int32, square, 0)
+    if rows.same is not None:
+        visible &= rows.same
+    scores = jnp.where(visible[None], scores.reshape(plan.shared, *square), 0.0)
+    return scores.reshape(plan.rows, plan.tile)
+
+
+def _of_rows(plan: LinearPlan, chosen: jax.Array | None, x: jax.Array) -> jax.Array:
+    """The chosen rows of one tile, or of every head's; zero elsewhere."""
+    if chosen is None:
+        return x
+    by_head = x.reshape(-1, plan.tile, x.shape[1])
+    return jnp.where(chosen[None], by_head, jnp.zeros_like(by_head)).reshape(x.shape)
+
+
+def _kept(rows: types.SimpleNamespace, state: jax.Array) -> jax.Array:
+    return state if rows.keeps is None else jnp.where(rows.keeps, state, 0.0)

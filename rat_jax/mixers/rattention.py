@@ -10,7 +10,9 @@ from rat_jax.config import ModelConfig
 from rat_jax.layers import INITIAL_STD, HeadsNorm, RmsNorm, projection
 from rat_jax.layout import TokenLayout
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window
-from rat_jax.ops.linear_attention import LinearAttended, features, linear_attention
+from rat_jax.ops.linear_attention import linear_attention
+from rat_jax.ops.linear_attention_types import LinearAttended
+from rat_jax.ops.linear_attention_xla import features
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate
 from rat_jax.shapes import Array, Float, Float32

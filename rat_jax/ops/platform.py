@@ -1,5 +1,6 @@
 """Which platform a program is traced for, and running a single-device function on every device of a mesh."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,17 @@ def devices() -> int:
     """Devices of the mesh in use; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
+
+
+def check_implementation(name: str | None, implementations: Any) -> None:
+    """Refuses a name that is none of the strings of a `Literal`; None asks for no body by name.
+
+    Raises:
+      ValueError: naming those that there are.
+    """
+    known = typing.get_args(implementations)
+    if name is not None and name not in known:
+        raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
 
 
 def on_each_device(function: Callable[..., Any], *, replicated: tuple[int, ...], summed: tuple[int, ...]) -> Any:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_kernels, rat_xla
+from rat_jax.ops.platform import check_implementation
 from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
 from rat_jax.shapes import Array, Float, Float32
 
@@ -50,6 +51,7 @@ def rat_mix(
       ValueError: if the channels of `projected` do not fit the other arguments, or if a named implementation cannot run
         them; the message says why and what comes nearest.
     """
+    check_implementation(implementation, RatImplementation)
     sizes = RatSizes(gate_bias.shape[0], num_heads, num_groups, chunk_size, rope_base)
     if projected.shape[-1] != sizes.projected_width:
         raise ValueError(

@@ -1,16 +1,15 @@
 """Residual linear attention (arXiv 2506.15545): linear attention over what a sliding window no longer sees."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from rat_jax.layout import from_segments
-from rat_jax.ops.linear_attention import FeatureMap, linear_attention
+from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
+from rat_jax.ops.linear_attention_types import FeatureMap
 from rat_jax.shapes import Array, Float, Float32, Int
 
-__all__ = ["FeatureMap", "ResidualLinearAttended", "ResidualLinearImplementation", "residual_linear_attention"]
-
-ResidualLinearImplementation = Literal["xla"]
+__all__ = ["FeatureMap", "LinearImplementation", "ResidualLinearAttended", "residual_linear_attention"]
 
 
 class ResidualLinearAttended(NamedTuple):
@@ -29,7 +28,7 @@ def residual_linear_attention(
     feature_map: FeatureMap = "softmax",
     initial_state: Float[Array, "b n 2*H H"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    implementation: ResidualLinearImplementation | None = None,
+    implementation: LinearImplementation | None = None,
 ) -> ResidualLinearAttended:
     """out_t = phi(q_t) S_{t-W-1}, S_t = S_{t-1} + phi(k_t)^T v_t, with W = `window` (arXiv 2506.15545, section 3).
 
@@ -45,16 +44,14 @@ def residual_linear_attention(
         is N or K); None is zero.
       segment_ids: 0 is padding, which changes no state and whose results have no meaning; neighbours of the same other
         value are one document, and each starts from `initial_state`. None: each row is one document.
-      implementation: the body to run; None takes the fastest that there is for the platform.
+      implementation: of `linear_attention`; None takes the fastest that there is for the platform.
 
     Raises:
-      ValueError: if heads, window or the initial state do not fit.
+      ValueError: if heads, window or the initial state do not fit, or a named implementation cannot run the call.
     """
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     _check(window, initial_state, batch, heads, key_heads, head_dim)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"implementation must be 'xla' or None, got {implementation!r}")
     shift = min(window + 1, tokens)
 
     def entering(x):  # row t holds what leaves the window of token t
@@ -67,7 +64,13 @@ def residual_linear_attention(
         value = jnp.where(same[..., None, None], value, 0)
         documents = jnp.cumsum(layout.starts(), axis=1, dtype=jnp.int32)
     attended = linear_attention(
-        query, key, value, feature_map=feature_map, initial_state=initial_state, documents=documents
+        query,
+        key,
+        value,
+        feature_map=feature_map,
+        initial_state=initial_state,
+        documents=documents,
+        implementation=implementation,
     )
     state = attended.state
     if initial_state is not None:

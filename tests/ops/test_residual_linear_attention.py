@@ -1,5 +1,6 @@
 """Residual linear attention against the recordings and the loop: windows, documents, blocks, memory."""
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from rat_jax.layout import whole_rows
 from rat_jax.ops.attention import Place, attention
@@ -20,8 +22,8 @@ FOLDER = pathlib.Path(__file__).parent.parent / "testdata"
 @pytest.fixture
 def blocks(monkeypatch):
     """Rows of 37 tokens take several blocks and several steps."""
-    monkeypatch.setattr("rat_jax.ops.linear_attention._BLOCK", 8)
-    monkeypatch.setattr("rat_jax.ops.linear_attention._STEP_BLOCKS", 2)
+    monkeypatch.setattr("rat_jax.ops.linear_attention_xla._BLOCK", 8)
+    monkeypatch.setattr("rat_jax.ops.linear_attention_xla._STEP_BLOCKS", 2)
 
 
 def inputs(tokens=37, heads=4, key_heads=2, head_dim=8, dtype=jnp.float32, rows=2):
@@ -46,15 +48,22 @@ def close(found, want, tolerance=1e-5):
     assert np.abs(np.asarray(found) - want).max() <= tolerance * max(1e-6, np.abs(want).max())
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("feature_map", ["softmax", "relu"])
-def test_equals_the_recordings(feature_map):
+def test_equals_the_recordings(feature_map, implementation):
     with np.load(FOLDER / f"rla_{feature_map}.npz") as file:
         arrays = dict(file)
     window = int(arrays["window_size"])
 
     def run(query, key, value, initial_state):
         return residual_linear_attention(
-            query, key, value, window=window, feature_map=feature_map, initial_state=initial_state
+            query,
+            key,
+            value,
+            window=window,
+            feature_map=feature_map,
+            initial_state=initial_state,
+            implementation=implementation,
         )
 
     arguments = [jnp.asarray(arrays[name]) for name in ("q", "k", "v", "initial_state")]
@@ -64,11 +73,27 @@ def test_equals_the_recordings(feature_map):
         attended, pull_back = jax.vjp(run, *arguments)
         return attended, pull_back(attended._replace(out=d_out, final_state=jnp.zeros_like(attended.final_state)))
 
-    attended, gradients = run_and_pull_back(arguments, arrays["do"])
+    with pltpu.force_tpu_interpret_mode() if implementation == "pallas_tpu" else contextlib.nullcontext():
+        attended, gradients = run_and_pull_back(arguments, arrays["do"])
     names = ("dq", "dk", "dv", "dinitial_state")
     for found, name in zip((*attended, *gradients), ("out", "final_state", *names), strict=True):
         assert found.shape == arrays[name].shape
         close(found, arrays[name], 1e-4)
+
+
+def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
+    arrays, segments = inputs(), jnp.asarray(np.repeat([[1] * 20 + [2] * 17], 2, axis=0))
+
+    def gradients():
+        def loss(arrays, state):
+            attended = residual_linear_attention(*arrays, window=5, initial_state=state, segment_ids=segments)
+            return jnp.sum(attended.out**2) + jnp.sum(attended.final_state**2)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(arrays, initial(1, 2))
+
+    expected = gradients()
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidate", lambda: "pallas_tpu")
+    jax.tree.map(lambda found, want: close(found, np.asarray(want)), gradients(), expected)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +245,7 @@ def test_memory_grows_with_the_number_of_tokens():
         ({"window": -1}, "window must be 0 or more, got -1"),
         ({"feature_map": "exp"}, "feature_map must be 'softmax' or 'relu', got 'exp'"),
         ({"initial_state": jnp.zeros((1, 3, 16, 8))}, r"initial_state must be \(2 or 1, 4 or 2, 16, 8\), got \(1, 3"),
-        ({"implementation": "cudnn"}, "implementation must be 'xla' or None, got 'cudnn'"),
+        ({"implementation": "cudnn"}, "implementation must be one of xla, triton, pallas_tpu, got 'cudnn'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, message):

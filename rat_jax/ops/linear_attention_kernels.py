@@ -1,0 +1,137 @@
+"""Linear attention by kernels: one differentiable function over the kernels of every platform."""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from rat_jax.ops import linear_attention_xla
+from rat_jax.ops.kept import kept
+from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
+from rat_jax.ops.platform import devices, expected_platform, on_each_device
+from rat_jax.shapes import Array, Float, Int
+
+_PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
+
+
+def candidate() -> str | None:
+    """The kernel that is worth tracing here; which body runs is settled when the program is lowered."""
+    match expected_platform():
+        case "gpu" | "cuda":
+            return "triton"
+        case "tpu":
+            return "pallas_tpu"
+        case _:
+            return None
+
+
+def refusal(
+    kernel: str,
+    query: Array,
+    key: Array,
+    value: Array,
+    initial_state: Array | None,
+    documents: Array | None,
+    state: Array | None,
+) -> str | None:
+    """Why a kernel cannot run a call and what comes nearest; None where it can."""
+    del documents
+    if state is not None:
+        return "it takes no state; implementation 'xla' does"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"queries, keys and values differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.shape[0] % devices():
+        return f"{query.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
+    initial_shape = None if initial_state is None else initial_state.shape
+    return _module(kernel).refusal(query.shape, key.shape, query.dtype, initial_shape=initial_shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attend(
+    kernel: str,
+    fall_back: bool,
+    feature_map: FeatureMap,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    initial_state: Float[Array, "b n 2*H H"] | None,
+    documents: Int[Array, "B T"] | None,
+) -> LinearAttended:
+    """See `rat_jax.ops.linear_attention.linear_attention`. On a mesh, each device runs its own batch rows.
+
+    Args:
+      kernel: "triton" or "pallas_tpu".
+      fall_back: lowered for another platform than the kernel's, run the plain XLA body instead.
+    """
+    return _forward(kernel, fall_back, feature_map, query, key, value, initial_state, documents)[0]
+
+
+def _forward(kernel, fall_back, feature_map, query, key, value, initial_state, documents):
+    arrays = (query, key, value, initial_state, documents)
+
+    def run(query, key, value, initial_state, documents):
+        return _module(kernel).linear_attention_forward(
+            query, key, value, feature_map=feature_map, initial_state=initial_state, documents=documents
+        )
+
+    def plain(*arrays):
+        residuals = jax.eval_shape(run, *arrays)[2]
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)  # its backward needs none of them
+        return *linear_attention_xla.attend(feature_map, *arrays), empty
+
+    settled = _by_platform(kernel, run, plain if fall_back else None)
+    shared = (3,) if _is_shared(initial_state) else ()
+    out, state, residuals = kept(on_each_device(settled, replicated=shared, summed=())(*arrays))
+    return LinearAttended(out, state), (*arrays, residuals)
+
+
+def _backward(kernel, fall_back, feature_map, kept_arrays, d_attended: LinearAttended):
+    initial_state = kept_arrays[3]
+
+    def run(query, key, value, initial_state, documents, residuals, d_out, d_state):
+        return _module(kernel).linear_attention_backward(
+            residuals,
+            query,
+            key,
+            value,
+            d_out,
+            d_state,
+            feature_map=feature_map,
+            initial_state=initial_state,
+            documents=documents,
+        )
+
+    def plain(query, key, value, initial_state, documents, residuals, *d_attended):
+        del residuals
+
+        def attended(query, key, value, initial_state):
+            return linear_attention_xla.attend(feature_map, query, key, value, initial_state, documents)
+
+        return jax.vjp(attended, query, key, value, initial_state)[1](LinearAttended(*d_attended))
+
+    settled = _by_platform(kernel, run, plain if fall_back else None)
+    shared, summed = ((3,), (3,)) if _is_shared(initial_state) else ((), ())
+    gradients = on_each_device(settled, replicated=shared, summed=summed)(*kept_arrays, *d_attended)
+    return *gradients, None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _is_shared(initial_state: Array | None) -> bool:
+    return initial_state is not None and initial_state.shape[0] == 1
+
+
+def _by_platform(kernel: str, run, plain):
+    if plain is None:
+        return run
+    return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
+
+
+def _module(kernel: str) -> ModuleType:
+    if kernel == "triton":
+        from pallas_kernels.triton import linear_attention  # imports Triton, which machines without a GPU may lack
+    else:
+        from pallas_kernels.tpu import linear_attention
+    return linear_attention

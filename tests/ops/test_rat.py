@@ -1,11 +1,6 @@
 """Every body of the RAT op against float64 loops: values and the gradient of every input, in one suite."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -278,20 +273,6 @@ def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(monke
     found = jax.value_and_grad(lambda x: jnp.sum(out(x, None) ** 2))(jnp.asarray(case.projected))
     expected = jax.value_and_grad(lambda x: jnp.sum(out(x, "xla") ** 2))(jnp.asarray(case.projected))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def test_kernels_on_four_devices_give_what_one_does():
-    """Values, and gradients with that of the gate bias summed over devices; a process of its own sees four of them."""
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.ops.sharded_rat"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(done.stdout)
-    assert [result.pop("devices") for result in results.values()] == [1, 4, 4]
-    for name in ("4x1", "2x2"):
-        for key, expected in results["1x1"].items():
-            np.testing.assert_allclose(results[name][key], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():

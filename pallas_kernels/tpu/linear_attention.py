@@ -13,12 +13,12 @@ from pallas_kernels.tpu.linear_attention_plan import (
     LinearTiles,
     document_rows,
     from_columns,
+    initial_bytes,
     make_plan,
     pad_state,
     to_columns,
     unpad_state,
 )
-from pallas_kernels.tpu.plan import LANES
 
 FORWARD_KERNELS = (kernels.FORWARD_NAME,)
 BACKWARD_KERNELS = (kernels.BACKWARD_NAME,)
@@ -143,11 +143,11 @@ def refusal(
     if rows not in (1, batch) or states not in (key_heads, heads) or matrix != [2 * head_dim, head_dim]:
         nearest = (1, key_heads, 2 * head_dim, head_dim)
         return f"initial_state must be [1 or B, K or N, 2 H, H], got {initial_shape}; nearest: {nearest}"
-    lanes = -(-head_dim // LANES) * LANES
-    size = 4 * lanes * (lanes if 2 * head_dim <= lanes else 2 * lanes)
-    if states > key_heads and states // key_heads * size > _MAX_INITIAL_BYTES:
+    size = initial_bytes(head_dim, states // key_heads)
+    if states > key_heads and size > _MAX_INITIAL_BYTES:
+        most = _MAX_INITIAL_BYTES // initial_bytes(head_dim, 1)
         return (
-            f"the TPU kernels take at most {_MAX_INITIAL_BYTES // size} initial states of {head_dim} channels a key "
+            f"the TPU kernels take at most {most} initial states of {head_dim} channels a key "
             f"head, got {states // key_heads}; nearest: one for each of {key_heads} key heads"
         )
     return None

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.plan import LANES
+from pallas_kernels.tpu.plan import LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,23 @@ class LinearTiles:
     rows: int  # queries of a key head's group, stacked one head above the other
 
 
-def default_tiles(lanes: int, dtype: jnp.dtype, shared: int) -> LinearTiles:
-    """Tiles that fit 16 MiB of VMEM: the backward pass holds features, scores and both gradients of every row."""
+def default_tiles(lanes: int, dtype: jnp.dtype, group: int, initial_bytes: int) -> LinearTiles:
+    """Tiles that fit 16 MiB of VMEM: the backward pass holds features, scores and both gradients of every row.
+
+    Args:
+      group: query heads that read one key head.
+      initial_bytes: size of the gradients of their initial states, which stay in VMEM.
+    """
     rows = 1024 * 256 // (lanes * jnp.dtype(dtype).itemsize)
-    return LinearTiles(tokens=256 if 256 * shared <= rows else 128, rows=rows)
+    if initial_bytes >= 2**21:
+        rows //= 2
+    return LinearTiles(tokens=256 if 256 * group <= rows else 128, rows=rows)
+
+
+def initial_bytes(head_dim: int, initials: int) -> int:
+    """Size in VMEM of float32 states of `initials` heads."""
+    lanes = -(-head_dim // LANES) * LANES
+    return 4 * initials * lanes * (lanes if 2 * head_dim <= lanes else 2 * lanes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +114,10 @@ def make_plan(
     key_heads = key.shape[2]
     lanes = -(-head_dim // LANES) * LANES
     group = heads // key_heads
-    unit = 8 if tiles is not None else LANES
-    tiles = default_tiles(lanes, query.dtype, group) if tiles is None else tiles
+    unit = LANES if tiles is None else SUBLANES
+    if tiles is None:
+        initials = 0 if initial_state is None else initial_state.shape[1] // key_heads
+        tiles = default_tiles(lanes, query.dtype, group, initial_bytes(head_dim, initials))
     tile = min(tiles.tokens, -(-tokens // unit) * unit)
     return LinearPlan(
         batch=batch,

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from pallas_kernels import tpu
+from pallas_kernels.tpu import linear_attention
 
 pytestmark = [
     pytest.mark.tpu,
@@ -21,10 +22,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROJECTED_BYTES = 2 * (3 * 2048 + 2 * 2 * 128)  # of a token at width 2048, 2 groups of 128 channels, bfloat16
 
 
-def compile_cases(topology: str, cases: list[dict]) -> list[dict]:
+KERNELS = {  # by op, forward and backward
+    "rat": (tpu.FORWARD_KERNELS, tpu.BACKWARD_KERNELS),
+    "linear_attention": (linear_attention.FORWARD_KERNELS, linear_attention.BACKWARD_KERNELS),
+}
+
+
+def compile_cases(topology: str, cases: list[dict], op: str = "rat") -> list[dict]:
     """Compiles every case forward and backward in a process of its own: pairs of results in that order."""
     program = ROOT / "tests" / "pallas_kernels" / "tpu_compile.py"
-    both = [json.dumps(case | {"backward": backward}) for case in cases for backward in (False, True)]
+    both = [json.dumps(case | {"op": op, "backward": backward}) for case in cases for backward in (False, True)]
     done = subprocess.run(
         [sys.executable, program, topology, *both],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -34,8 +41,7 @@ def compile_cases(topology: str, cases: list[dict]) -> list[dict]:
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for index, result in enumerate(results):
-        names = tpu.BACKWARD_KERNELS if index % 2 else tpu.FORWARD_KERNELS
-        assert result["kernels"] == list(names), both[index]
+        assert result["kernels"] == list(KERNELS[op][index % 2]), both[index]
     assert len(results) == len(both)
     return results
 
@@ -70,4 +76,32 @@ def test_shapes():
             dict(tokens=1000, width=512, packed=True),
             dict(tokens=3000, width=512, chunk=1000, packed=True),
         ],
+    )
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_linear_attention(topology):
+    """Real sizes: a compiler keeps other layouts of arguments and results, nothing that grows faster than T.
+
+    Results are `out` and the states before every tile.
+    """
+    sizes = [dict(tokens=8192), dict(tokens=131072), dict(tokens=8192, head_dim=64)]
+    results = compile_cases(topology, [*sizes, dict(tokens=8192, dtype="float32")], "linear_attention")
+    token_bytes = 2 * 128 * (16 + 2 * 4)
+    for result, scale in zip(results, (1, 1, 1, 1, 1, 1, 2, 2), strict=True):
+        assert result["temporary_bytes_per_token"] <= 2.5 * scale * token_bytes
+        assert result["result_bytes_per_token"] <= 1.1 * scale * token_bytes
+
+
+def test_linear_attention_shapes():
+    compile_cases(
+        "v4:2x2x1",  # the least VMEM of all
+        [
+            dict(tokens=8192),
+            dict(tokens=1, heads=2, key_heads=1, head_dim=32),
+            dict(tokens=1000, key_heads=1, initial=(1, 16), packed=True),
+            dict(tokens=700, heads=4, key_heads=1, head_dim=256, dtype="float32", initial=(1, 4), packed=True),
+            dict(tokens=700, heads=2, key_heads=2, head_dim=200, dtype="float32", feature_map="relu", initial=(1, 2)),
+        ],
+        "linear_attention",
     )

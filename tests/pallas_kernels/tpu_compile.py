@@ -4,6 +4,7 @@ A program of its own (`python tpu_compile.py v5e:2x2 CASE ...`, cases as JSON), 
 as the process. Prints one JSON object a case.
 """
 
+import functools
 import json
 import os
 import sys
@@ -11,15 +12,15 @@ import sys
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from pallas_kernels import tpu
+from pallas_kernels.tpu import linear_attention
 
 
-def compile_case(
-    mesh: jax.sharding.Mesh,
+def lower_rat(
+    array,
     *,
     backward: bool,
     tokens: int,
@@ -30,31 +31,78 @@ def compile_case(
     dtype: str = "bfloat16",
     rope_base: float | None = 10000.0,
     packed: bool = False,
-) -> dict:
-    """Kernel names found in the compiled program, and its temporary bytes per token."""
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def array(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
+) -> jax.stages.Lowered:
+    """`array` gives the type of an argument of a shape and dtype."""
     settings = dict(num_groups=groups, chunk_size=chunk, rope_base=rope_base)
     arrays = dict(
-        projected=array(1, tokens, 3 * width + 2 * groups * head_dim), gate_bias=array(width, dtype=jnp.float32)
+        projected=array(1, tokens, 3 * width + 2 * groups * head_dim, dtype=dtype),
+        gate_bias=array(width, dtype="float32"),
     )
     if packed:
-        arrays |= {name: array(1, tokens, dtype=jnp.int32) for name in ("positions", "segment_ids")}
+        arrays |= {name: array(1, tokens, dtype="int32") for name in ("positions", "segment_ids")}
+    if not backward:
+        return tpu.rat_forward.lower(**arrays, **settings)
+    shapes = jax.eval_shape(lambda arrays: tpu.rat_forward(**arrays, **settings)[1], arrays)
+    residuals = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
+    d_out = array(1, tokens, width, dtype=dtype)
+    return tpu.rat_backward.lower(residuals, **arrays, d_out=d_out, **settings)
+
+
+def lower_linear_attention(
+    array,
+    *,
+    backward: bool,
+    tokens: int,
+    heads: int = 16,
+    key_heads: int = 4,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    feature_map: str = "softmax",
+    initial: tuple[int, int] | None = None,
+    packed: bool = False,
+) -> jax.stages.Lowered:
+    """`array` gives the type of an argument of a shape and dtype; `initial` is how many rows and heads have states."""
+    state = 2 * head_dim, head_dim
+    arrays = dict(query=array(1, tokens, heads, head_dim, dtype=dtype))
+    arrays |= {name: array(1, tokens, key_heads, head_dim, dtype=dtype) for name in ("key", "value")}
+    if initial is not None:
+        arrays["initial_state"] = array(*initial, *state, dtype="float32")
+    if packed:
+        arrays["documents"] = array(1, tokens, dtype="int32")
+    if not backward:
+        return linear_attention.linear_attention_forward.lower(**arrays, feature_map=feature_map)
+    run = functools.partial(linear_attention.linear_attention_forward, feature_map=feature_map)
+    shapes = jax.eval_shape(lambda arrays: run(**arrays)[2], arrays)
+    residuals = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
+    gradients = dict(d_out=arrays["query"], d_final_state=array(1, key_heads, *state, dtype="float32"))
+    return linear_attention.linear_attention_backward.lower(residuals, **arrays, **gradients, feature_map=feature_map)
+
+
+# By op: what lowers a case, and the names of the kernels that it may hold.
+OPS = {
+    "rat": (lower_rat, tpu.FORWARD_KERNELS + tpu.BACKWARD_KERNELS),
+    "linear_attention": (
+        lower_linear_attention,
+        linear_attention.FORWARD_KERNELS + linear_attention.BACKWARD_KERNELS,
+    ),
+}
+
+
+def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
+    """Kernel names found in the compiled program; its temporary bytes and those of its results, per token."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    lower, names = OPS[op]
     with jax.set_mesh(mesh):
-        if backward:
-            shapes = jax.eval_shape(lambda arrays: tpu.rat_forward(**arrays, **settings)[1], arrays)
-            residuals = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
-            lowered = tpu.rat_backward.lower(residuals, **arrays, d_out=array(1, tokens, width), **settings)
-        else:
-            lowered = tpu.rat_forward.lower(**arrays, **settings)
-        compiled = lowered.compile()
-    text = compiled.as_text()
+        compiled = lower(array, **case).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
     return dict(
-        kernels=[name for name in tpu.FORWARD_KERNELS + tpu.BACKWARD_KERNELS if name in text],
-        temporary_bytes_per_token=compiled.memory_analysis().temp_size_in_bytes / tokens,
+        kernels=[name for name in names if name in text],
+        temporary_bytes_per_token=memory.temp_size_in_bytes / case["tokens"],
+        result_bytes_per_token=memory.output_size_in_bytes / case["tokens"],
     )
 
 

@@ -59,6 +59,7 @@ def get_config() -> config_dict.ConfigDict:
     config.data.seq_len = 256  # tokens
     config.data.global_batch_size = 8  # sequences
     config.data.segment_documents = False
+    config.data.first_target_id = 0
     config.data.num_workers = 0
 
     config.optimizer = config_dict.ConfigDict()

@@ -160,11 +160,13 @@ class DataConfig:
     seq_len: int  # T, tokens of a training sequence
     global_batch_size: int  # sequences of an optimizer step, over all hosts and devices
     segment_documents: bool  # True: no mixer looks across a document's end; False: the release's behaviour
+    first_target_id: int  # targets of lower ids do not count in the loss; 0: all count
     num_workers: int  # processes that read ahead; 0 reads in the main process
 
     def __post_init__(self):
         for name in ("seq_len", "global_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
+        _require(self.first_target_id >= 0, f"first_target_id must be 0 or more, got {self.first_target_id}")
         _require(self.num_workers >= 0, f"num_workers must be 0 or more, got {self.num_workers}")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from rat_jax.checkpoint import LoadedModel
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch, ValidationData
@@ -206,11 +205,11 @@ def evaluate(
         if value is not None and value < 1:
             raise EvaluationError(f"{name} must be 1 or more, got {value}")
     num_rows = max(1, batch_tokens // (context_length * mesh.size)) * mesh.size
-    config = DataConfig(
+    config = dataclasses.replace(
+        loaded.config.data,
         path=str(corpus.path),
         seq_len=context_length,
         global_batch_size=num_rows,
-        segment_documents=loaded.config.data.segment_documents,
         num_workers=0,
     )
     data = ValidationData(config, vocab_size=loaded.config.model.vocab_size)

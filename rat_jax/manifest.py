@@ -14,6 +14,7 @@ _ADDED = {  # fields of `config.model` that version 1 did not have, with what it
     "num_kv_heads": None,
     "qk_norm": False,
     "mlp_kind": "gelu",
+    "scan_unroll": 1,
     "rattention": {
         "window": 32,
         "rope": True,
@@ -51,6 +52,7 @@ class Manifest:
                 raise CheckpointError(f"{file} has format version {version}; this code reads {FORMAT_VERSION} and 1")
             if version == 1:
                 values["config"]["model"] |= _ADDED
+                values["config"]["data"]["first_target_id"] = 0
             return cls(**values | {"config": config_from_dict(values["config"])})
         except FileNotFoundError:
             raise CheckpointError(f"{path} was not finished: it has no {MANIFEST_FILE}") from None

@@ -154,7 +154,12 @@ def _recipe(model: ModelConfig, seq_len: int) -> Config:
         seed=0,
         model=model,
         data=DataConfig(
-            path="data/fineweb-edu", seq_len=seq_len, global_batch_size=512, segment_documents=False, num_workers=4
+            path="data/fineweb-edu",
+            seq_len=seq_len,
+            global_batch_size=512,
+            segment_documents=False,
+            first_target_id=0,
+            num_workers=4,
         ),
         optimizer=OptimizerConfig(
             learning_rate=8e-4,

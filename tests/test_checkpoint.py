@@ -104,11 +104,12 @@ class TestLoadModel:
         assert_is_multiple(loaded.model, model, 30)
         assert loaded.model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, CONFIG.model.vocab_size)
 
-    def test_version_1_had_fewer_fields_of_models(self, run):
+    def test_version_1_had_fewer_fields(self, run):
         file = run / "checkpoints/30/manifest.json"
         values = json.loads(file.read_text()) | {"format_version": 1}
-        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "rattention"):
+        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "rattention", "scan_unroll"):
             del values["config"]["model"][name]
+        del values["config"]["data"]["first_target_id"]
         file.write_text(json.dumps(values))
         loaded = load_model(run)
         assert loaded.step == 30

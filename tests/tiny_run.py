@@ -58,12 +58,14 @@ def tiny_config(corpus: pathlib.Path | str, **changes: Any) -> Config:
             },
             "dtype": "float32",
             "remat": "none",
+            "scan_unroll": 1,
         },
         "data": {
             "path": str(corpus),
             "seq_len": 16,
             "global_batch_size": 8,
             "segment_documents": True,
+            "first_target_id": 0,
             "num_workers": 0,
         },
         "optimizer": {

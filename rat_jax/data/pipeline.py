@@ -31,7 +31,9 @@ class Batch(NamedTuple):
 
     tokens: Int32[np.ndarray, "B T"]
     targets: Int32[np.ndarray, "B T"]  # the token after each one
-    loss_weights: Float32[np.ndarray, "B T"]  # 1; 0 where the input ends a document, and on padding
+    loss_weights: Float32[
+        np.ndarray, "B T"
+    ]  # 1; 0 where the input ends a document, for targets that do not count, on padding
     segment_ids: Int32[np.ndarray, "B T"] | None  # 1, 2, ... per document of the row, 0 on padding; None: not asked for
 
 
@@ -42,6 +44,7 @@ class Windows:
     file: TokenFile
     seq_len: int
     segment_documents: bool
+    first_target_id: int
 
     @property
     def num_full(self) -> int:
@@ -75,7 +78,7 @@ class Windows:
         return Batch(
             tokens=np.ascontiguousarray(tokens),
             targets=np.ascontiguousarray(targets),
-            loss_weights=(is_token & ~is_end).astype(np.float32),
+            loss_weights=(is_token & ~is_end & (targets >= self.first_target_id)).astype(np.float32),
             segment_ids=segment_ids,
         )
 
@@ -250,7 +253,7 @@ def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows:
             f"{file.path} has a vocabulary of {file.header.vocab_size}, but the model's is {vocab_size}: set "
             f"model.vocab_size to {file.header.vocab_size}, or data.path to files of that vocabulary"
         )
-    return Windows(file, config.seq_len, config.segment_documents)
+    return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
 
 
 def _local_rows(global_batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:

@@ -50,7 +50,9 @@ def make_corpus(folder, train, validation):
 
 @pytest.fixture
 def config(path) -> DataConfig:
-    return DataConfig(path=str(path), seq_len=SEQ_LEN, global_batch_size=4, segment_documents=False, num_workers=0)
+    return DataConfig(
+        path=str(path), seq_len=SEQ_LEN, global_batch_size=4, segment_documents=False, first_target_id=0, num_workers=0
+    )
 
 
 def train_data(config, *, seed=0, host=0, hosts=1) -> TrainData:

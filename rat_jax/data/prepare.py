@@ -35,6 +35,7 @@ sources (--source, --validation_source; may be given several times):
   jsonl:PATH                 JSON lines (.gz too): a file, *.json* below a folder, or a pattern; text under --field
   parquet:PATH               Parquet: a file, *.parquet below a folder, or a pattern; text in the column --field
   hf:NAME[:CONFIG[:SPLIT]]   a Hugging Face data set (needs the package `datasets`); text in the column --field
+  recall:COUNT               generated documents of an associative recall task, for --tokenizer ids:46:0
   PATH                       one of the above by its ending; text if it is none
   release-bin:FILE           flat uint16 token ids of the PyTorch release, used where they are; give the training file
                              as --source and the validation file as --validation_source

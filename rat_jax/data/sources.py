@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from rat_jax.data import DataError
+from rat_jax.data.recall import recall_documents
 
 _BLOCK_CHARACTERS = 1 << 20
 
@@ -187,6 +188,21 @@ class HuggingFaceDataset(Source):
             raise DataError(f"{name}, after row {row}, cannot be read: {error}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Recall(Source):
+    """Generated documents of the task of `rat_jax.data.recall`, as numbers for the tokenizer `ids:46:0`."""
+
+    count: int
+
+    @property
+    def num_documents(self) -> int:
+        return self.count
+
+    def documents(self) -> Iterator[Document]:
+        for number, ids in enumerate(recall_documents(self.count), start=1):
+            yield Document(f"recall, document {number}", " ".join(map(str, ids)))
+
+
 def python_stdlib(options: ReadOptions) -> TextFiles:
     """The `.py` files of the running Python's standard library, its tests and installed packages left out.
 
@@ -222,6 +238,10 @@ def parse_source(spec: str, options: ReadOptions) -> Source:
         case ["hf", name]:
             name, config, split = [*name.split(":", 2), "", ""][:3]
             return HuggingFaceDataset(name, config or None, split or "train", options)
+        case ["recall", count]:
+            if not count.isdecimal() or int(count) < 1:
+                raise DataError(f"source {spec}: what stands after the colon is the number of documents")
+            return Recall(int(count))
     if spec.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
         return JsonLines(_find(spec, "*"), options)
     if spec.endswith(".parquet"):

@@ -11,15 +11,17 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from pallas_kernels.cudnn import call
 from rat_jax.ops.attention_types import Attended, Place
 from rat_jax.ops.kept import kept
-from rat_jax.ops.platform import devices, expected_platform, on_each_device
+from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.shapes import Array, Float
 
+_OLDEST = (8, 0)  # compute capability
 Plain = Callable[[int | None, Array, Array, Array], Attended]  # of window, query, key and value
 
 
 def is_candidate() -> bool:
-    """Whether the program is traced for a platform that has cuDNN; which body runs is settled at lowering."""
-    return expected_platform() in ("gpu", "cuda")
+    """Whether the program is traced for devices that have cuDNN's attention; the body is settled at lowering."""
+    capability = expected_capability()
+    return expected_platform() in ("gpu", "cuda") and (capability is None or capability >= _OLDEST)
 
 
 def refusal(query: Array, key: Array, value: Array, query_place: Place, key_place: Place) -> str | None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.linear_attention_plan import LinearPlan
@@ -20,24 +21,34 @@ class Features(NamedTuple):
 
 
 def features(plan: LinearPlan, x: jax.Array) -> Features:
+    """Both halves of x [rows, lanes]."""
     x = x.astype(jnp.float32)
     if plan.feature_map == "relu":
         return Features(jnp.maximum(x, 0.0), jnp.maximum(-x, 0.0))
+    x = x.T  # sums over channels then go from register to register; across lanes they took most of the forward kernel
 
     def softmax(x):
         if plan.head_dim < plan.lanes:
-            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 1) < plan.head_dim, x, _MASKED)
-        x = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))
-        return x / jnp.sum(x, axis=1, keepdims=True)
+            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < plan.head_dim, x, _MASKED)
+        x = jnp.exp(x - jnp.max(x, axis=0, keepdims=True))
+        return x * _reciprocal(plan, jnp.sum(x, axis=0, keepdims=True))
 
-    return Features(softmax(x), softmax(-x))
+    return Features(softmax(x).T, softmax(-x).T)
+
+
+def _reciprocal(plan: LinearPlan, x: jax.Array) -> jax.Array:
+    """1 / x for x from 1 to H; a division minds infinities too, which made up half of the kernel's arithmetic."""
+    guess = pl.reciprocal(x, approx=True)  # a bfloat16's digits or more; each step doubles their number
+    for _ in range(1 if plan.dtype == jnp.bfloat16 else 2):
+        guess *= 2.0 - x * guess
+    return guess
 
 
 def joined(plan: LinearPlan, halves: Features) -> jax.Array:
     """[rows, features] in the kernel's dtype."""
     if plan.folded:
         return (halves.positive + pltpu.roll(halves.negative, plan.head_dim, 1)).astype(plan.dtype)
-    return jnp.concatenate([half.astype(plan.dtype) for half in halves], axis=1)
+    return jnp.concatenate(halves, axis=1).astype(plan.dtype)
 
 
 def pull_back(plan: LinearPlan, halves: Features, d_features: jax.Array) -> jax.Array:

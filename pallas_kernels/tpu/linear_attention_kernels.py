@@ -1,4 +1,4 @@
-"""Linear attention over tiles of a row in order: scores inside a tile, one matrix-valued state across tiles."""
+"""Linear attention over the blocks of a row in order: scores inside a block, one matrix-valued state between blocks."""
 
 import types
 
@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.attention import matmul
 from pallas_kernels.tpu.launch import Interpret, launch
-from pallas_kernels.tpu.linear_attention_features import features, joined, pull_back
+from pallas_kernels.tpu.linear_attention_features import Features, features, joined, pull_back
 from pallas_kernels.tpu.linear_attention_plan import LinearPlan
 from pallas_kernels.tpu.recurrence import to_column
 
@@ -91,6 +91,9 @@ def backward(
         shape = jax.ShapeDtypeStruct((plan.batch, *initial.shape[1:]), jnp.float32)
         block = (1, plan.initials, plan.features, plan.lanes)
         outputs["d_initial"] = shape, pl.BlockSpec(block, lambda batch, key_head, _, __: (batch, key_head, 0, 0))
+    scratch = {"d_state": ((plan.features, plan.lanes), jnp.float32)}
+    if plan.parts > 1:
+        scratch |= {name: ((plan.tile, plan.lanes), jnp.float32) for name in ("d_key_sum", "d_value_sum")}
     return launch(
         _backward_kernel,
         BACKWARD_NAME,
@@ -99,11 +102,7 @@ def backward(
         _GRID,
         inputs,
         outputs,
-        {
-            "d_state": ((plan.features, plan.lanes), jnp.float32),
-            "d_key_features": ((plan.tile, plan.features), jnp.float32),
-            "d_value_sum": ((plan.tile, plan.lanes), jnp.float32),
-        },
+        scratch,
         interpret,
     )
 
@@ -159,34 +158,37 @@ def _forward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
     def _():
         refs.final_state[...] = jnp.zeros_like(refs.final_state)
 
-    state = refs.final_state[0, 0].astype(plan.dtype)
-    key = joined(plan, features(plan, _tokens(plan, tile, refs.key[0])))
-    value = _tokens(plan, tile, refs.value[0])
-    query = joined(plan, features(plan, _stack(plan, refs.query[0])))
-    rows = _documents(plan, refs)
-    scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
-    out = matmul(plan, scores, value, (1, 0)) + _of_rows(plan, rows.reads, matmul(plan, query, state, (1, 0)))
-    if plan.initials == 1:
-        out += matmul(plan, query, refs.initial[0, 0], (1, 0))
-    for head in range(plan.shared):
-        here = slice(head * plan.tile, (head + 1) * plan.tile)
-        of_head = out[here]
-        if plan.initials > 1:
-            of_head += matmul(plan, query[here], refs.initial[0, head], (1, 0))
-        refs.out[0, :, head * plan.lanes : (head + 1) * plan.lanes] = of_head.astype(plan.dtype)
+    state = refs.final_state[0, 0]
+    refs.states[0, 0, 0] = state.astype(plan.dtype)
+    for block in range(plan.blocks):
+        rows = _documents(plan, refs, block)
+        key = joined(plan, features(plan, _tokens(plan, tile, block, refs.key)))
+        value = _tokens(plan, tile, block, refs.value)
+        query = joined(plan, features(plan, _stack(plan, refs.query[0, _tokens_of(plan, block)])))
+        scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
+        carried = matmul(plan, query, state.astype(plan.dtype), (1, 0))
+        out = matmul(plan, scores, value, (1, 0)) + _of_rows(plan, rows.reads, carried)
+        if plan.initials == 1:
+            out += matmul(plan, query, refs.initial[0, 0], (1, 0))
+        for head in range(plan.shared):
+            of_head = _of_head(plan, head, out)
+            if plan.initials > 1:
+                of_head += matmul(plan, _of_head(plan, head, query), refs.initial[0, head], (1, 0))
+            refs.out[0, _tokens_of(plan, block), _channels_of(plan, head)] = of_head.astype(plan.dtype)
+        state = _kept(rows, state) + matmul(plan, key, _of_rows(plan, rows.adds, value), (0, 0))
 
     @pl.when(part == plan.parts - 1)
     def _():
-        refs.states[0, 0, 0] = state
-        added = matmul(plan, key, _of_rows(plan, rows.adds, value), (0, 0))
-        refs.final_state[0, 0] = _kept(rows, refs.final_state[0, 0]) + added
+        refs.final_state[0, 0] = state
 
 
 def _backward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
-    """Tiles come in reverse; A are the visible scores, d_S the gradient of the state after the tile.
+    """Blocks come in reverse; A are the visible scores, d_S the gradient of the state after the block.
 
     d_A = d_out v^T, d_phi(q) = d_A phi(k) + d_out S^T, d_phi(k) = d_A^T phi(q) + v d_S^T,
-    d_v = A^T d_out + phi(k) d_S, and the gradient before the tile is d_S + phi(q)^T d_out.
+    d_v = A^T d_out + phi(k) d_S, and the gradient before the block is d_S + phi(q)^T d_out.
+    All of it is linear in d_out and d_S: the first part of the queries starts from the d_S after the tile, the others
+    from zero, and the sums over parts are those of the tile.
     """
     step, part = pl.program_id(2), pl.program_id(3)
     tile = plan.tiles - 1 - step
@@ -197,90 +199,118 @@ def _backward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
         if plan.initials:
             refs.d_initial[...] = jnp.zeros_like(refs.d_initial)
 
-    rows = _documents(plan, refs)
-    key_halves = features(plan, _tokens(plan, tile, refs.key[0]))
-    key = joined(plan, key_halves)
-    value = _tokens(plan, tile, refs.value[0])
+    keys, states, state = [], [], refs.states[0, 0, 0].astype(jnp.float32)
+    for block in range(plan.blocks):
+        keys.append(features(plan, _tokens(plan, tile, block, refs.key)))
+        states.append(state.astype(plan.dtype))
+        if block < plan.blocks - 1:
+            rows = _documents(plan, refs, block)
+            value = _of_rows(plan, rows.adds, _tokens(plan, tile, block, refs.value))
+            state = _kept(rows, state) + matmul(plan, joined(plan, keys[block]), value, (0, 0))
+    d_state = refs.d_state[...]
+    if plan.parts > 1:
+        d_state = jnp.where(part == 0, d_state, 0.0)
+    for block in reversed(range(plan.blocks)):
+        here, rows = _tokens_of(plan, block), _documents(plan, refs, block)
+        key, value = joined(plan, keys[block]), _tokens(plan, tile, block, refs.value)
+        query_halves = features(plan, _stack(plan, _tokens(plan, tile, block, refs.query)))
+        query = joined(plan, query_halves)
+        d_out = _stack(plan, _tokens(plan, tile, block, refs.d_out))
+        d_added = d_state.astype(plan.dtype)
+        scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
+        d_value = _of_rows(plan, rows.adds, matmul(plan, key, d_added, (1, 0))) + matmul(plan, scores, d_out, (0, 0))
+        d_scores = _visible(plan, rows, matmul(plan, d_out, value, (1, 1))).astype(plan.dtype)
+        d_key = _of_rows(plan, rows.adds, matmul(plan, value, d_added, (1, 1)))
+        d_key += matmul(plan, d_scores, query, (0, 0))
+        d_carried = _of_rows(plan, rows.reads, d_out)
+        d_state = _kept(rows, d_state) + matmul(plan, query, d_carried, (0, 0))
+        d_query = matmul(plan, d_scores, key, (1, 0)) + matmul(plan, d_carried, states[block], (1, 1))
+        if plan.initials == 1:
+            d_query += matmul(plan, d_out, refs.initial[0, 0], (1, 1))
+            refs.d_initial[0, 0] += matmul(plan, query, d_out, (0, 0))
+        for head in range(plan.shared):
+            query_of_head, d_out_of_head, d_query_of_head = (_of_head(plan, head, x) for x in (query, d_out, d_query))
+            if plan.initials > 1:
+                d_query_of_head += matmul(plan, d_out_of_head, refs.initial[0, head], (1, 1))
+                refs.d_initial[0, part * plan.shared + head] += matmul(plan, query_of_head, d_out_of_head, (0, 0))
+            halves = Features(*(_of_head(plan, head, half) for half in query_halves))
+            d_query_of_head = pull_back(plan, halves, d_query_of_head)
+            refs.d_query[0, here, _channels_of(plan, head)] = d_query_of_head.astype(plan.dtype)
+        d_key = pull_back(plan, keys[block], d_key)
+        if plan.parts > 1:
+            d_key = _summed(plan, part, refs.d_key_sum, here, d_key)
+            d_value = _summed(plan, part, refs.d_value_sum, here, d_value)
+        refs.d_key[0, here] = d_key.astype(plan.dtype)
+        refs.d_value[0, here] = d_value.astype(plan.dtype)
+    if plan.parts > 1:
+        d_state = _summed(plan, part, refs.d_state, slice(None), d_state)
+    refs.d_state[...] = d_state
 
-    @pl.when(part == 0)
-    def _():
-        d_state = refs.d_state[...].astype(plan.dtype)
-        refs.d_key_features[...] = _of_rows(plan, rows.adds, matmul(plan, value, d_state, (1, 1)))
-        refs.d_value_sum[...] = _of_rows(plan, rows.adds, matmul(plan, key, d_state, (1, 0)))
-        refs.d_state[...] = _kept(rows, refs.d_state[...])
 
-    query_halves = features(plan, _stack(plan, _tokens(plan, tile, refs.query[0])))
-    query = joined(plan, query_halves)
-    d_out = _stack(plan, _tokens(plan, tile, refs.d_out[0]))
-    scores = _visible(plan, rows, matmul(plan, query, key, (1, 1))).astype(plan.dtype)
-    refs.d_value_sum[...] += matmul(plan, scores, d_out, (0, 0))
-    d_scores = _visible(plan, rows, matmul(plan, d_out, value, (1, 1))).astype(plan.dtype)
-    refs.d_key_features[...] += matmul(plan, d_scores, query, (0, 0))
-    d_carried = _of_rows(plan, rows.reads, d_out)
-    refs.d_state[...] += matmul(plan, query, d_carried, (0, 0))
-    d_query = matmul(plan, d_scores, key, (1, 0)) + matmul(plan, d_carried, refs.states[0, 0, 0], (1, 1))
-    if plan.initials == 1:
-        d_query += matmul(plan, d_out, refs.initial[0, 0], (1, 1))
-        refs.d_initial[0, 0] += matmul(plan, query, d_out, (0, 0))
-    for head in range(plan.shared):
-        here = slice(head * plan.tile, (head + 1) * plan.tile)
-        of_head = d_query[here]
-        if plan.initials > 1:
-            of_head += matmul(plan, d_out[here], refs.initial[0, head], (1, 1))
-            refs.d_initial[0, part * plan.shared + head] += matmul(plan, query[here], d_out[here], (0, 0))
-        of_head = pull_back(plan, type(query_halves)(*(half[here] for half in query_halves)), of_head)
-        refs.d_query[0, :, head * plan.lanes : (head + 1) * plan.lanes] = of_head.astype(plan.dtype)
-
-    @pl.when(part == plan.parts - 1)
-    def _():
-        refs.d_key[0] = pull_back(plan, key_halves, refs.d_key_features[...]).astype(plan.dtype)
-        refs.d_value[0] = refs.d_value_sum[...].astype(plan.dtype)
+def _summed(plan: LinearPlan, part: jax.Array, total, here: slice, x: jax.Array) -> jax.Array:
+    """Adds x to what the parts before this one have left there."""
+    x = jnp.where(part == 0, 0.0, total[here]) + x
+    total[here] = x
+    return x
 
 
-def _tokens(plan: LinearPlan, tile: jax.Array, x: jax.Array) -> jax.Array:
-    """The block with zeros past the last token, where anything may stand, and zero times anything may be NaN."""
+def _tokens_of(plan: LinearPlan, block: int) -> slice:
+    return slice(block * plan.block, (block + 1) * plan.block)
+
+
+def _channels_of(plan: LinearPlan, head: int) -> slice:
+    return slice(head * plan.lanes, (head + 1) * plan.lanes)
+
+
+def _of_head(plan: LinearPlan, head: int, x: jax.Array) -> jax.Array:
+    """Its rows among those of `_stack`."""
+    return x[head * plan.block : (head + 1) * plan.block]
+
+
+def _tokens(plan: LinearPlan, tile: jax.Array, block: int, ref) -> jax.Array:
+    """A block of the tile, zero past the last token: anything may stand there, and zero times anything may be NaN."""
+    x = ref[0, _tokens_of(plan, block)]
     if not plan.partial:
         return x
-    token = tile * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0)
+    token = tile * plan.tile + block * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, 1), 0)
     return jnp.where(token < plan.tokens, x, jnp.zeros_like(x))
 
 
 def _stack(plan: LinearPlan, x: jax.Array) -> jax.Array:
-    """[tile, shared lanes] -> [shared tile, lanes]."""
-    heads = [x[:, head * plan.lanes : (head + 1) * plan.lanes] for head in range(plan.shared)]
-    return jnp.concatenate(heads, axis=0)
+    """[block, shared lanes] -> [shared block, lanes]."""
+    return jnp.concatenate([x[:, _channels_of(plan, head)] for head in range(plan.shared)], axis=0)
 
 
-def _documents(plan: LinearPlan, refs: types.SimpleNamespace) -> types.SimpleNamespace:
+def _documents(plan: LinearPlan, refs: types.SimpleNamespace, block: int) -> types.SimpleNamespace:
     """What documents hide; without them every field is None.
 
-    `same` bool [tile, tile]; `reads` and `adds` bool [tile, 1]: the token's document is that of the state before the
-    tile, and of the state after it; `keeps` bool [1, 1]: both states are of one document.
+    `same` bool [block, block]; `reads` and `adds` bool [block, 1]: the token's document is that of the state before
+    the block, and of the state after it; `keeps` bool [1, 1]: both states are of one document.
     """
     if not plan.segmented:
         return types.SimpleNamespace(same=None, reads=None, adds=None, keeps=None)
-    own, before = refs.documents[0, 0, 0:1], refs.documents[0, 0, 1:2]
-    column, last = to_column(own), own[:, plan.tile - 1 :]
-    return types.SimpleNamespace(
-        same=column == own, reads=column == before[:, :1], adds=column == last, keeps=before[:, :1] == last
-    )
+    here = _tokens_of(plan, block)
+    own = refs.documents[0, 0, 0:1, here]
+    before = refs.documents[0, 0, 0:1, here.start - 1 : here.start] if block else refs.documents[0, 0, 1:2, 0:1]
+    column, last = to_column(own), own[:, plan.block - 1 :]
+    return types.SimpleNamespace(same=column == own, reads=column == before, adds=column == last, keeps=before == last)
 
 
 def _visible(plan: LinearPlan, rows: types.SimpleNamespace, scores: jax.Array) -> jax.Array:
-    """float32 [shared tile, tile], zero where the key is of a later token or of another document."""
-    square = (plan.tile, plan.tile)
+    """float32 [shared block, block], zero where the key is of a later token or of another document."""
+    square = (plan.block, plan.block)
     visible = lax.broadcasted_iota(jnp.int32, square, 1) <= lax.broadcasted_iota(jnp.int32, square, 0)
     if rows.same is not None:
         visible &= rows.same
     scores = jnp.where(visible[None], scores.reshape(plan.shared, *square), 0.0)
-    return scores.reshape(plan.rows, plan.tile)
+    return scores.reshape(plan.rows, plan.block)
 
 
 def _of_rows(plan: LinearPlan, chosen: jax.Array | None, x: jax.Array) -> jax.Array:
-    """The chosen rows of one tile, or of every head's; zero elsewhere."""
+    """The chosen rows of one block, or of every head's; zero elsewhere."""
     if chosen is None:
         return x
-    by_head = x.reshape(-1, plan.tile, x.shape[1])
+    by_head = x.reshape(-1, plan.block, x.shape[1])
     return jnp.where(chosen[None], by_head, jnp.zeros_like(by_head)).reshape(x.shape)
 
 

@@ -79,29 +79,32 @@ def test_shapes():
     )
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_linear_attention(topology):
-    """Real sizes: a compiler keeps other layouts of arguments and results, nothing that grows faster than T.
+def test_linear_attention():
+    """Compilers keep arguments and results in other layouts, 0 to 1.7 times as large; nothing grows faster than T.
 
     Results are `out` and the states before every tile.
     """
     sizes = [dict(tokens=8192), dict(tokens=131072), dict(tokens=8192, head_dim=64)]
-    results = compile_cases(topology, [*sizes, dict(tokens=8192, dtype="float32")], "linear_attention")
+    results = compile_cases("v5e:2x2", [*sizes, dict(tokens=8192, dtype="float32")], "linear_attention")
     token_bytes = 2 * 128 * (16 + 2 * 4)
     for result, scale in zip(results, (1, 1, 1, 1, 1, 1, 2, 2), strict=True):
-        assert result["temporary_bytes_per_token"] <= 2.5 * scale * token_bytes
+        assert result["temporary_bytes_per_token"] <= 2 * scale * token_bytes
         assert result["result_bytes_per_token"] <= 1.1 * scale * token_bytes
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_linear_attention_on_other_chips(topology):
+    compile_cases(topology, [dict(tokens=8192)], "linear_attention")
 
 
 def test_linear_attention_shapes():
     compile_cases(
         "v4:2x2x1",  # the least VMEM of all
         [
-            dict(tokens=8192),
             dict(tokens=1, heads=2, key_heads=1, head_dim=32),
             dict(tokens=1000, key_heads=1, initial=(1, 16), packed=True),
             dict(tokens=700, heads=4, key_heads=1, head_dim=256, dtype="float32", initial=(1, 4), packed=True),
-            dict(tokens=700, heads=2, key_heads=2, head_dim=200, dtype="float32", feature_map="relu", initial=(1, 2)),
+            dict(tokens=700, heads=2, key_heads=2, head_dim=200, feature_map="relu", initial=(1, 2)),
         ],
         "linear_attention",
     )

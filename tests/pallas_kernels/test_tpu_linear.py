@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import linear_attention as linear
 from pallas_kernels.tpu.linear_attention_plan import LinearTiles
 
-SMALL = LinearTiles(tokens=16, rows=32)
+SMALL = LinearTiles(tokens=16, block=8, rows=16)
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rat_jax.ops import linear_attention_xla
 from rat_jax.ops.kept import kept
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
-from rat_jax.ops.platform import devices, expected_platform, on_each_device
+from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.shapes import Array, Float, Int
 
 _PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
@@ -71,9 +71,8 @@ def _forward(kernel, fall_back, feature_map, query, key, value, initial_state, d
     arrays = (query, key, value, initial_state, documents)
 
     def run(query, key, value, initial_state, documents):
-        return _module(kernel).linear_attention_forward(
-            query, key, value, feature_map=feature_map, initial_state=initial_state, documents=documents
-        )
+        options = {"feature_map": feature_map, "initial_state": initial_state, "documents": documents}
+        return _module(kernel).linear_attention_forward(query, key, value, **options, **_card(kernel))
 
     def plain(*arrays):
         residuals = jax.eval_shape(run, *arrays)[2]
@@ -90,17 +89,9 @@ def _backward(kernel, fall_back, feature_map, kept_arrays, d_attended: LinearAtt
     initial_state = kept_arrays[3]
 
     def run(query, key, value, initial_state, documents, residuals, d_out, d_state):
-        return _module(kernel).linear_attention_backward(
-            residuals,
-            query,
-            key,
-            value,
-            d_out,
-            d_state,
-            feature_map=feature_map,
-            initial_state=initial_state,
-            documents=documents,
-        )
+        arrays = (residuals, query, key, value, d_out, d_state)
+        options = {"feature_map": feature_map, "initial_state": initial_state, "documents": documents}
+        return _module(kernel).linear_attention_backward(*arrays, **options, **_card(kernel))
 
     def plain(query, key, value, initial_state, documents, residuals, *d_attended):
         del residuals
@@ -127,6 +118,10 @@ def _by_platform(kernel: str, run, plain):
     if plain is None:
         return run
     return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
+
+
+def _card(kernel: str) -> dict[str, tuple[int, int] | None]:
+    return {"capability": expected_capability()} if kernel == "triton" else {}
 
 
 def _module(kernel: str) -> ModuleType:

@@ -81,6 +81,21 @@ def test_equals_the_recordings(feature_map, implementation):
         close(found, arrays[name], 1e-4)
 
 
+def test_the_triton_kernels_are_traced_for_a_gpu(monkeypatch):
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidate", lambda: "triton")
+
+    def loss(arrays):
+        return jnp.sum(residual_linear_attention(*arrays, window=5).out)
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(inputs()))
+    for kernel in ("totals", "scan", "states", "outputs", "values", "keys", "queries"):
+        assert f"linear_attention_{kernel}" in text
+
+
 def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
     arrays, segments = inputs(), jnp.asarray(np.repeat([[1] * 20 + [2] * 17], 2, axis=0))
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from rat_jax.layout import RowEnd
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.mixers.local_attention import LocalAttentionCache
+from rat_jax.mixers.rattention import RattentionCache
 from rat_jax.mixers.rnn import RnnCache
 from rat_jax.model import ModelCache
 from rat_jax.ops.rat_types import RatState
 from rat_jax.shapes import Array
 
-_Cache = ModelCache | AttentionCache | LocalAttentionCache | RnnCache | RatState
+_Cache = ModelCache | AttentionCache | LocalAttentionCache | RattentionCache | RnnCache | RatState
 
 
 def random_contents(shapes: _Cache) -> _Cache:
@@ -57,6 +58,8 @@ def at_position(cache: _Cache, position: Array, chunk_size: int) -> _Cache:
                 summary_segment_ids=filled(cache.summary_segment_ids, count),
                 num_summaries=count * jnp.ones_like(cache.num_summaries),
             )
+        case RattentionCache():
+            return dataclasses.replace(cache, ring=at_position(cache.ring, position, chunk_size))
         case RnnCache():
             return cache
 
@@ -71,6 +74,9 @@ def bytes_read(cache: _Cache, position: int, chunk_size: int) -> int:
         case RatState():
             summaries = 2 * cache.summary_key.dtype.itemsize * _first(cache.summary_key, position // chunk_size)
             return summaries + 2 * cache.key.dtype.itemsize * cache.key.size
+        case RattentionCache():
+            state = cache.state.dtype.itemsize * cache.state.size
+            return bytes_read(cache.ring, position, chunk_size) + state
         case RnnCache():
             return cache.state.dtype.itemsize * cache.state.size
 

@@ -1,4 +1,4 @@
-"""Latency and memory of one layer, for every mixer and every body of the RAT op, in one run.
+r"""Latency and memory of one layer, for every mixer and every body of the RAT op, in one run.
 
 A layer is norm, input projection, mixing, output projection and residual, in bfloat16. Each row of the first table is
 one length T at the same number of tokens, so that the batch is tokens / T: `train` is forward and backward with the
@@ -11,6 +11,13 @@ with two and a half times the forward's products in the backward) at the measure
 mixing at the measured copy bandwidth; for a decode step it is the bytes of cache and matrices at that bandwidth.
 
   python benchmarks/layer_latency.py --out docs/layer_latency.png
+
+RAttention beside attention in longer windows, with 4 key heads, and its step from position 1K to 1M:
+
+  windows="local_attention:512 local_attention:2048 local_attention:4096"
+  python benchmarks/layer_latency.py --key_heads 4 --lengths 8192 131072 --torch_lengths \
+    --layers attention $windows rattention:512 --decode_layers attention $windows rattention:512 \
+    --decode_rows 16 --decode_positions 1024 32768 1048576 --out docs/rattention_latency.png
 """
 
 import argparse
@@ -44,7 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=262_144, help="of every row of the table")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--key_heads", type=int, default=None, help="of attention and RAttention; left out: --heads")
+    parser.add_argument("--groups", type=int, default=2, help="of RAT's queries and keys")
     parser.add_argument("--chunk_size", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--layers", nargs="*", default=LAYERS + BODIES, help="`rat` alone is the library's own choice")
@@ -233,45 +241,55 @@ def _ratio(baseline: dict[str, Any] | None, row: dict[str, Any], name: str) -> s
     return "" if baseline is None else f"{baseline[name] / row[name]:.2f}x"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Train and prefill latency over T, a line for each layer."""
+def plot(passes: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) -> None:
+    """Train and prefill latency over T and a decode step's over the position, a line for each layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
-    for axes, name in zip(panels, ("train", "prefill"), strict=True):
-        for kind in dict.fromkeys(row["layer"] for row in rows):
-            points = [(row["tokens"], row[f"{name}_ms"]) for row in rows if row["layer"] == kind and "error" not in row]
+    pictures = [
+        (passes, "tokens", "train_ms", "T, tokens of a sequence", "train of a layer, ms"),
+        (passes, "tokens", "prefill_ms", "T, tokens of a sequence", "prefill of a layer, ms"),
+        (steps, "position", "ms", "position", "a decode step of a layer, ms"),
+    ]
+    kinds = list(dict.fromkeys(row["layer"] for row in [*passes, *steps]))
+    figure, panels = plt.subplots(1, len(pictures), figsize=(15, 4.5))
+    for axes, (rows, across, up, xlabel, ylabel) in zip(panels, pictures, strict=True):
+        for i, kind in enumerate(kinds):
+            points = [(row[across], row[up]) for row in rows if row["layer"] == kind and "error" not in row]
             if points:
                 style = "--" if kind.startswith("torch:") else "-"
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=kind)
-        axes.set(xscale="log", yscale="log", xlabel="T, tokens of a sequence", ylabel=f"{name} of a layer, ms")
-    panels[0].legend()
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
     """Prints the tables and writes what was asked for."""
     flags, start = arguments(), time.perf_counter()
     card.share_memory()
-    sizes = layers.Sizes(flags.width, flags.heads, flags.groups, flags.chunk_size, flags.window)
+    key_heads = flags.heads if flags.key_heads is None else flags.key_heads
+    sizes = layers.Sizes(flags.width, flags.heads, key_heads, flags.groups, flags.chunk_size, flags.window)
     flags.torch_rows = torch_rows(flags)  # first: JAX does not give back memory that it has taken
     ceilings = card.measure_ceilings(flags.repeats)
     description = card.describe()
     print(description)
     print(
-        f"D {sizes.width}, {sizes.heads} heads, G {sizes.groups}, L {sizes.chunk_size}, window {sizes.window}, bf16, "
-        f"{flags.tokens} tokens; copy {ceilings.copy_gb_per_s:.0f} GB/s, products {ceilings.tflop_per_s:.0f} TFLOP/s"
+        f"D {sizes.width}, {sizes.heads} heads, K {sizes.key_heads}, G {sizes.groups}, L {sizes.chunk_size}, "
+        f"window {sizes.window}, bf16, {flags.tokens} tokens; copy {ceilings.copy_gb_per_s:.0f} GB/s, "
+        f"products {ceilings.tflop_per_s:.0f} TFLOP/s"
     )
     passes = run_passes(sizes, flags, ceilings)
     steps = run_decode(sizes, flags, ceilings)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
     if flags.out is not None:
         out = Path(flags.out)
-        plot(passes, out)
+        plot(passes, steps, out)
         table = {"card": description, "sizes": sizes._asdict(), "tokens": flags.tokens, **ceilings._asdict()}
         out.with_suffix(".json").write_text(json.dumps(table | {"passes": passes, "decode": steps}, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """One layer of every mixer by itself: norm, input projection, mixing, output projection, residual; and its decode step.
 
 Attention and local attention are cuDNN's, so that they are as fast a baseline as the device has. RAT is the public op,
-in the body that is asked for.
+in the body that is asked for; RAttention is the mixer of the library, between the same two projections as attention.
 """
 
 import dataclasses
@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from benchmarks.caches import at_position, bytes_read
+from configs import default
+from rat_jax.config import config_from_dict
 from rat_jax.layers import NORM_EPSILON
 from rat_jax.layout import TokenLayout, whole_rows
 from rat_jax.mixers.attention import AttentionCache
+from rat_jax.mixers.rattention import Rattention, RattentionCache
 from rat_jax.mixers.rnn import RnnCache
 from rat_jax.ops.rat import RatImplementation, rat_mix
 from rat_jax.ops.rat_types import RatState
@@ -34,9 +38,10 @@ class Sizes(NamedTuple):
 
     width: int  # D
     heads: int  # N
-    groups: int  # G
+    key_heads: int  # K, of attention, local attention and RAttention
+    groups: int  # G, of RAT
     chunk_size: int  # L
-    window: int  # W
+    window: int  # W, where the layer's name has none
 
 
 class Layer(NamedTuple):
@@ -46,33 +51,45 @@ class Layer(NamedTuple):
     mix: Callable[[Array, Array], Array]  # projected [B, T, X], gate bias [D] -> [B, T, D]
     step: Callable[[Array, Array, Int[Array, ""], Any], tuple[Array, Any]]  # projected, bias, position, cache
     new_cache: Callable[[int, int], Any]  # rows, capacity -> an empty cache
-    keys: Callable[[int], float]  # T -> keys that a token attends to, in the mean
+    keys: Callable[[int], float]  # T -> keys that a token attends to, in the mean, or as many as cost the same products
 
 
 def make_layer(kind: str, sizes: Sizes) -> Layer:
-    """The layer of a kind: attention, local_attention, rnn, rat or rat:IMPLEMENTATION.
+    """The layer of a kind: attention, local_attention[:WINDOW], rattention[:WINDOW], rnn or rat[:IMPLEMENTATION].
 
     Raises:
       ValueError: if there is no such kind or implementation.
     """
-    width, window = sizes.width, sizes.window
-    head_dim = width // sizes.heads
+    width, head_dim = sizes.width, sizes.width // sizes.heads
+    attention_channels = width + 2 * sizes.key_heads * head_dim
     match kind.split(":"):
         case ["attention"]:
             return Layer(
-                3 * width,
-                functools.partial(_attention, heads=sizes.heads, window=None),
-                functools.partial(_attention_step, heads=sizes.heads, slots=None),
+                attention_channels,
+                functools.partial(_attention, sizes=sizes, window=None),
+                functools.partial(_attention_step, sizes=sizes, slots=None),
                 functools.partial(_attention_cache, sizes=sizes),
                 lambda tokens: (tokens + 1) / 2,
             )
-        case ["local_attention"]:
+        case ["local_attention", *windows] if len(windows) <= 1:
+            window = _window(windows, sizes)
             return Layer(
-                3 * width,
-                functools.partial(_attention, heads=sizes.heads, window=window),
-                functools.partial(_attention_step, heads=sizes.heads, slots=window + 1),
+                attention_channels,
+                functools.partial(_attention, sizes=sizes, window=window),
+                functools.partial(_attention_step, sizes=sizes, slots=window + 1),
                 lambda rows, capacity: _attention_cache(rows, min(window + 1, capacity), sizes),
-                lambda tokens: min(window + 1, (tokens + 1) / 2),
+                lambda tokens: _keys_in_window(window, tokens),
+            )
+        case ["rattention", *windows] if len(windows) <= 1:
+            window = _window(windows, sizes)
+            states = head_dim * (1 + sizes.key_heads / sizes.heads)  # read by every head, summed up by key heads
+            mixer = functools.partial(_rattention, sizes, window)
+            return Layer(
+                attention_channels,
+                lambda projected, gate_bias: mixer().mix(projected, whole_rows(*projected.shape[:2]))[0],
+                functools.partial(_rattention_step, mixer),
+                lambda rows, capacity: mixer().init_cache(rows, capacity),
+                lambda tokens: _keys_in_window(window, tokens) + states,
             )
         case ["rnn"]:
             return Layer(3 * width, _rnn, _rnn_step, functools.partial(_rnn_cache, sizes=sizes), lambda tokens: 0)
@@ -95,6 +112,20 @@ def make_layer(kind: str, sizes: Sizes) -> Layer:
                 lambda tokens: tokens / (2 * sizes.chunk_size),
             )
     raise ValueError(f"no layer is called {kind!r}")
+
+
+def _window(named: list[str], sizes: Sizes) -> int:
+    if not named:
+        return sizes.window
+    if not named[0].isdecimal():
+        raise ValueError(f"a window is a number of tokens, got {named[0]!r}")
+    return int(named[0])
+
+
+def _keys_in_window(window: int, tokens: int) -> float:
+    """Keys that a token sees in the mean, itself and at most `window` before it."""
+    early = min(window, tokens)  # the token at place t < W sees t + 1
+    return (early * (early + 1) / 2 + (tokens - early) * (window + 1)) / tokens
 
 
 def make_params(channels: int, width: int) -> dict[str, Array]:
@@ -168,35 +199,36 @@ def _norm(x: Array, scale: Array) -> Array:
     return (x32 * inverse * scale.reshape(1, 1, -1)).astype(x.dtype)
 
 
-def _heads(projected: Array, heads: int, positions: Array) -> tuple[Array, Array, Array]:
-    """Queries, keys and values [B, T, N, H] of a projection that holds v, q, k."""
-    shape = (*projected.shape[:2], heads, -1)
-    value, query, key = (x.reshape(shape) for x in jnp.split(projected, 3, axis=-1))
+def _heads(projected: Array, sizes: Sizes, positions: Array) -> tuple[Array, Array, Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of a projection that holds them in this order."""
+    head_dim = sizes.width // sizes.heads
+    edges = [sizes.width, sizes.width + sizes.key_heads * head_dim]
+    query, key, value = (x.reshape(*x.shape[:2], -1, head_dim) for x in jnp.split(projected, edges, axis=-1))
     return rotate(query, positions, ROPE_BASE), rotate(key, positions, ROPE_BASE), value
 
 
-def _attention(projected: Array, gate_bias: Array, *, heads: int, window: int | None) -> Array:
+def _attention(projected: Array, gate_bias: Array, *, sizes: Sizes, window: int | None) -> Array:
     del gate_bias
-    batch, tokens, channels = projected.shape
-    query, key, value = _heads(projected, heads, whole_rows(batch, tokens).positions)
+    batch, tokens = projected.shape[:2]
+    query, key, value = _heads(projected, sizes, whole_rows(batch, tokens).positions)
     local = {} if window is None else {"local_window_size": (window, 0)}
     out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn", **local)
-    return out.reshape(batch, tokens, channels // 3)
+    return out.reshape(batch, tokens, sizes.width)
 
 
 def _attention_cache(rows: int, capacity: int, sizes: Sizes) -> AttentionCache:
     slots = -(-capacity // _CUDNN_SLOTS) * _CUDNN_SLOTS
-    zeros = jnp.zeros((rows, slots, sizes.heads, sizes.width // sizes.heads), DTYPE)
+    zeros = jnp.zeros((rows, slots, sizes.key_heads, sizes.width // sizes.heads), DTYPE)
     return AttentionCache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32))
 
 
 def _attention_step(
-    projected: Array, gate_bias: Array, position: Array, cache: AttentionCache, *, heads: int, slots: int | None
+    projected: Array, gate_bias: Array, position: Array, cache: AttentionCache, *, sizes: Sizes, slots: int | None
 ) -> tuple[Array, AttentionCache]:
     """All rows stand at the same position; in a ring of `slots` the keys' order does not matter."""
     del gate_bias
     rows = projected.shape[0]
-    query, key, value = _heads(projected, heads, jnp.full((rows, 1), position, jnp.int32))
+    query, key, value = _heads(projected, sizes, jnp.full((rows, 1), position, jnp.int32))
     slot = position if slots is None else position % slots
     count = position + 1 if slots is None else jnp.minimum(position + 1, slots)
     cache = dataclasses.replace(
@@ -209,6 +241,28 @@ def _attention_step(
         query, cache.key, cache.value, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return out.reshape(rows, 1, -1), cache
+
+
+def _rattention(sizes: Sizes, window: int) -> Rattention:
+    """The mixer; made inside a traced function, where its unused projections cost nothing."""
+    model = config_from_dict(default.get_config()).model
+    options = dataclasses.replace(model.rattention, window=window, rope=True, rope_base=ROPE_BASE)
+    config = dataclasses.replace(
+        model,
+        width=sizes.width,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.key_heads,
+        dtype=jnp.dtype(DTYPE).name,
+        rattention=options,
+    )
+    return Rattention(config, rngs=nnx.Rngs(0))
+
+
+def _rattention_step(
+    mixer: Callable[[], Rattention], projected: Array, gate_bias: Array, position: Array, cache: RattentionCache
+) -> tuple[Array, RattentionCache]:
+    del gate_bias
+    return mixer().mix(projected, _one_token(projected.shape[0], position), cache)
 
 
 def _rnn(projected: Array, gate_bias: Array) -> Array:

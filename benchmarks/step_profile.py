@@ -17,6 +17,7 @@ WORK = [
 ]
 # Which part of a training step asked for it, by the scopes of `rat_jax`; the first that fits.
 PARTS = ["optimizer", "loss", "mixer", "mlp"]
+OWN_KERNELS = ("rat_", "linear_attention_")
 
 
 class Operation(NamedTuple):
@@ -30,8 +31,8 @@ class Operation(NamedTuple):
 
     @property
     def group(self) -> str:
-        """What it does, and for which part of the step; RAT's kernels go by their names."""
-        if self.kernel.startswith("rat_"):
+        """What it does, and for which part of the step; this project's kernels go by their names."""
+        if self.kernel.startswith(OWN_KERNELS):
             return self.kernel.split("(")[0]
         name = f"{self.kernel} {self.instruction}"
         work = next((work for work, pattern in WORK if re.search(pattern, name, re.IGNORECASE)), "element-wise")

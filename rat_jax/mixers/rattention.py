@@ -71,8 +71,15 @@ class Rattention(nnx.Module):
         self, x: Float[Array, "B T D"], layout: TokenLayout, cache: RattentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
+        mixed, cache = self.mix(self.in_proj(x), layout, cache)
+        return self.out_proj(mixed), cache
+
+    def mix(
+        self, projected: Float[Array, "B T X"], layout: TokenLayout, cache: RattentionCache | None = None
+    ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
+        """Everything between the two projections: q, k and v of all heads side by side, to the sum of both branches."""
         config, options = self.config, self.config.rattention
-        query, key, value = self._split(self.in_proj(x))
+        query, key, value = self._split(projected)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         with jax.named_scope("linear_branch"):
@@ -94,8 +101,8 @@ class Rattention(nnx.Module):
                 query, key = (rotate(x, layout.positions, options.rope_base) for x in (query, key))
             ring = None if cache is None else cache.ring
             local, ring = attend_in_window(query, key, value, layout, ring, options.window)
-        mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(x.dtype)
-        return self.out_proj(mixed.reshape(x.shape)), None if cache is None else RattentionCache(ring, state)
+        mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(projected.dtype)
+        return mixed.reshape(*mixed.shape[:2], -1), None if cache is None else RattentionCache(ring, state)
 
     def _split(self, projected: Array) -> tuple[Array, Array, Array]:
         config = self.config

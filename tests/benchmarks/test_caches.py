@@ -10,7 +10,7 @@ from tests.small import PATTERNS, small_model
 
 
 @pytest.mark.parametrize("position", [3, 17])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, ("rattention",)])
 def test_places_are_those_of_rows_that_were_read(pattern, position):
     model = small_model(pattern)
     empty = model.init_cache(2, capacity=24)

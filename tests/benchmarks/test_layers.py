@@ -7,10 +7,10 @@ import pytest
 
 from benchmarks.layers import DTYPE, Sizes, decode, make_layer, make_params, step_bytes
 
-SIZES = Sizes(width=32, heads=4, groups=2, chunk_size=4, window=5)
+SIZES = Sizes(width=32, heads=4, key_heads=2, groups=2, chunk_size=4, window=5)
 
 
-@pytest.mark.parametrize("kind", ["rnn", "rat", "rat:xla"])
+@pytest.mark.parametrize("kind", ["rnn", "rat", "rat:xla", "rattention", "rattention:2"])
 def test_steps_are_the_pass(kind):
     layer = make_layer(kind, SIZES)
     projected = jax.random.normal(jax.random.key(0), (2, 11, layer.channels), DTYPE)
@@ -36,7 +36,7 @@ def test_a_decode_loop_keeps_its_cache_in_place():
     assert step_bytes(layer, SIZES, 3, 16) > step_bytes(layer, SIZES, 3, 8)
 
 
-@pytest.mark.parametrize("kind", ["rat:other", "rat:xla:other", "other"])
+@pytest.mark.parametrize("kind", ["rat:other", "rat:xla:other", "other", "rattention:other", "local_attention:other"])
 def test_unknown_layers_are_refused(kind):
     with pytest.raises(ValueError, match="other"):
         make_layer(kind, SIZES)

@@ -7,14 +7,16 @@ Features are made inside the kernels, half by half, enter products in the dtype 
 
 A row is cut into blocks of L tokens (64 in 16-bit types up to H = 128, less elsewhere). Multiply-adds, a token:
 
-    states (`linear_attention_totals`, `_scan`, `_states`)    4 K H^2, made twice 2 K H^2 each
+    states (`linear_attention_states`)                        2 K H^2
     `linear_attention_outputs`                                N (2 H^2 + 3 L H)
-    reverse states, the same three kernels                    4 N H^2
-    `linear_attention_values`, `_keys`, `_queries`            2 K H^2 + 3 N L H, 2 K H^2 + 3 N L H, N (2 H^2 + 3 L H)
+    reverse states, the same kernel                           2 N H^2
+    `linear_attention_keys`, which gives d_v too              4 K H^2 + 6 N L H
+    `linear_attention_queries`                                N (2 H^2 + 3 L H)
 
-The triangle above the diagonal is computed too. Beside the arrays, states are written once and read once in each
-direction: 2 K H^2 / L elements a token; those of the forward pass are kept for the backward pass. Sums of segments, in
-float32, do not grow with T.
+Where rows are too few to fill a card they are cut into segments: `linear_attention_totals` then takes the products of
+the states once more, and `linear_attention_scan` adds up. The triangle above the diagonal is computed too. Beside the
+arrays, states are written once and read once in each direction: 2 K H^2 / L elements a token; those of the forward pass
+are kept for the backward pass. Sums of segments, in float32, do not grow with T.
 """
 
 from typing import Any, NamedTuple
@@ -107,18 +109,18 @@ def forward(run: call.Run, p: LinearProblem, query, key, value, initial, documen
 def backward(run: call.Run, p: LinearProblem, states, query, key, value, d_out, d_final_state, initial, documents):
     """The backward kernels through `run`: gradients of query, key, value and initial state (None: there is none)."""
     d_states, _ = _states(run, p, query, d_out, documents, d_final_state, p.num_heads, reverse=True)
-    (d_value,) = run(gradients.values_launch(p), query, key, d_out, d_states, documents)
-    (d_key,) = run(gradients.keys_launch(p), query, key, value, d_out, d_states, documents)
+    d_key, d_value = run(gradients.keys_launch(p), query, key, value, d_out, d_states, documents)
     (d_query,) = run(gradients.queries_launch(p), query, key, value, d_out, states, initial, documents)
     d_initial = _d_initial(run, p, query, d_out, documents) if p.initial_heads else None
     return d_query, d_key, d_value, d_initial
 
 
 def _states(run: call.Run, p: LinearProblem, x, y, documents, entering, heads: int, reverse: bool) -> tuple[Any, Any]:
+    if p.segments == 1:
+        return run(states_launch(p, heads, reverse), x, y, entering, documents)
     (totals,) = run(totals_launch(p, heads, reverse), x, y, documents)
     starts, final = run(scan_launch(p, reverse), totals, entering, documents)
-    (states,) = run(states_launch(p, heads, reverse), x, y, starts, documents)
-    return states, final
+    return run(states_launch(p, heads, reverse), x, y, starts, documents)[0], final
 
 
 def _d_initial(run: call.Run, p: LinearProblem, query, d_out, documents):

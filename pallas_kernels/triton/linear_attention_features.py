@@ -10,7 +10,7 @@ def half_features(x, H: tl.constexpr, P: tl.constexpr, SOFTMAX: tl.constexpr):
     if SOFTMAX:
         if H != P:
             x = tl.where((tl.arange(0, P) < H)[None, :], x, -float("inf"))
-        weights = tl.exp2((x - tl.max(x, axis=1)[:, None]) * 1.4426950408889634)
+        weights = tl.exp2(x * 1.4426950408889634 - (tl.max(x, axis=1) * 1.4426950408889634)[:, None])
         return weights * (1.0 / tl.sum(weights, axis=1))[:, None]
     return tl.maximum(x, 0.0)
 
@@ -24,26 +24,37 @@ def pull_back(f, d_f, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, first, rows, n, column, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH channels of head n from `column` on, of the rows from `first` on of an array [..., N, H].
+def load_rows(
+    base, first, rows, n, column, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr = 1
+):
+    """WIDTH channels from `column` on of the tokens from `first` on of an array [..., N, H], HEADS rows a token.
 
-    It is 0 in rows that are not taken.
+    Row i is head n + i % HEADS of token i // HEADS, and 0 if it is not taken.
     """
-    at, mask = _rows(rows, n, column, N, H, WIDTH)
+    at, mask = _rows(rows, n, column, N, H, WIDTH, HEADS)
     return tl.load(base + first * (N * H) + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(base, first, rows, n, column, x, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr):
-    at, mask = _rows(rows, n, column, N, H, WIDTH)
+def store_rows(
+    base, first, rows, n, column, x, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr = 1
+):
+    at, mask = _rows(rows, n, column, N, H, WIDTH, HEADS)
     tl.store(base + first * (N * H) + at, x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _rows(rows, n, column, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr):
+def _rows(rows, n, column, N: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
     channel = column + tl.arange(0, WIDTH)
     mask = rows[:, None] & (channel < H)[None, :]
-    return tl.arange(0, rows.shape[0])[:, None] * (N * H) + n * H + channel[None, :], mask
+    i = tl.arange(0, rows.shape[0])
+    return (i // HEADS * (N * H) + (n + i % HEADS) * H)[:, None] + channel[None, :], mask
+
+
+@triton.jit
+def tokens_of(block, BLOCK: tl.constexpr, HEADS: tl.constexpr = 1):
+    """The token of each row of a block, HEADS rows a token."""
+    return block * BLOCK + tl.arange(0, BLOCK * HEADS) // HEADS
 
 
 @triton.jit

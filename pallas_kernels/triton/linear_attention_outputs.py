@@ -10,6 +10,7 @@ from pallas_kernels.triton.linear_attention_features import (
     load_rows,
     load_state,
     store_rows,
+    tokens_of,
 )
 from pallas_kernels.triton.linear_attention_problem import LinearProblem
 from pallas_kernels.triton.linear_attention_states import document_before
@@ -34,25 +35,21 @@ def linear_attention_outputs(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     INITIAL_ROWS: tl.constexpr,
     INITIAL_HEADS: tl.constexpr,
 ):
-    """One program takes one block and goes through the query heads of a key head, whose features are made once."""
+    """One program takes one block and goes through the query heads of a key head, HEADS at once.
+
+    The key head's features are made once.
+    """
     SHARED: tl.constexpr = N // K
     PARTS: tl.constexpr = P // COLUMNS
     column = tl.program_id(0) % PARTS * COLUMNS
     k = tl.program_id(0) // PARTS % K
     block = tl.program_id(0) // (PARTS * K)
     row = tl.program_id(1).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    in_row = token < tokens
-    first = row * tokens + block * BLOCK
-    seen = token[:, None] >= token[None, :]
-    reads = in_row
-    if SEGMENTED:
-        document = tl.load(documents + row * tokens + token, mask=in_row, other=0)
-        seen = seen & (document[:, None] == document[None, :])
-        reads = document == document_before(documents, row, block, tokens, BLOCK)
+    in_row, in_tile, first, seen, reads, _ = block_tokens(documents, row, block, tokens, BLOCK, HEADS, SEGMENTED)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     v = load_rows(value, first, in_row, k, column, K, H, COLUMNS)
     key_plus = half_features(raw, H, P, SOFTMAX).to(v.dtype)
@@ -60,11 +57,10 @@ def linear_attention_outputs(
     state = states + ((row * K + k) * tl.cdiv(tokens, BLOCK) + block) * (2 * P * P)
     state_plus = load_state(state, 0, column, P, COLUMNS)
     state_minus = load_state(state, 1, column, P, COLUMNS)
-    for r in range(SHARED):
-        n = k * SHARED + r
-        raw = load_rows(query, first, in_row, n, 0, N, H, P).to(tl.float32)
-        plus = half_features(raw, H, P, SOFTMAX).to(v.dtype)
-        minus = half_features(-raw, H, P, SOFTMAX).to(v.dtype)
+    for n in range(k * SHARED, (k + 1) * SHARED, HEADS):
+        q = load_rows(query, first, in_tile, n, 0, N, H, P, HEADS).to(tl.float32)
+        plus = half_features(q, H, P, SOFTMAX).to(v.dtype)
+        minus = half_features(-q, H, P, SOFTMAX).to(v.dtype)
         scores = tl.dot(plus, tl.trans(key_plus), input_precision=PRECISION)
         scores = tl.dot(minus, tl.trans(key_minus), scores, input_precision=PRECISION)
         scores = tl.where(seen, scores, 0.0).to(v.dtype)
@@ -79,7 +75,29 @@ def linear_attention_outputs(
             right = load_initial(of_head, 1, column, H, P, COLUMNS)
             acc = tl.dot(minus, right.to(v.dtype), acc, input_precision=PRECISION)
         acc = tl.dot(scores, v, acc, input_precision=PRECISION)
-        store_rows(out, first, in_row, n, column, acc, N, H, COLUMNS)
+        store_rows(out, first, in_tile, n, column, acc, N, H, COLUMNS, HEADS)
+
+
+@triton.jit
+def block_tokens(documents, row, block, tokens, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Which keys of a block, and which rows of its queries, are in the row of the batch; and the block's place there.
+
+    Then which queries see which keys, which read S_c, and which keys G_c is of.
+    """
+    token = tokens_of(block, BLOCK)
+    of_tile = tokens_of(block, BLOCK, HEADS)
+    in_row = token < tokens
+    in_tile = of_tile < tokens
+    seen = of_tile[:, None] >= token[None, :]
+    reads = in_tile
+    is_read = in_row
+    if SEGMENTED:
+        document = tl.load(documents + row * tokens + token, mask=in_row, other=0)
+        reader = tl.load(documents + row * tokens + of_tile, mask=in_tile, other=0)
+        seen = seen & (reader[:, None] == document[None, :])
+        reads = in_tile & (reader == document_before(documents, row, block, tokens, BLOCK))
+        is_read = in_row & (document == document_before(documents, row, block + 1, tokens, BLOCK))
+    return in_row, in_tile, row * tokens + block * BLOCK, seen, reads, is_read
 
 
 @triton.jit
@@ -98,7 +116,7 @@ def outputs_launch(p: LinearProblem) -> Launch:
         grid=(p.blocks * p.key_heads * (p.padded // p.columns), p.batch),
         integers=(p.tokens,),
         outputs=(((p.batch, p.tokens, p.num_heads, p.head_dim), p.dtype),),
-        constants=(*p.constants(), *p.initial_constants()),
+        constants=(*p.constants(), ("HEADS", p.stacked), *p.initial_constants()),
         num_warps=8 if p.padded > 64 else 4,
-        num_stages=1,
+        num_stages=1 if p.initial_heads else p.stages,
     )

@@ -55,6 +55,23 @@ class LinearProblem:
         return min(self.padded, 32 if self.little_shared_memory else widest)
 
     @property
+    def much_shared_memory(self) -> bool:
+        """Whether a program may have 227 KiB of shared memory, as on Hopper; tiles are then loaded ahead."""
+        return self.dtype != "float32" and (self.capability is None or self.capability[0] in (9, 10))
+
+    @property
+    def stages(self) -> int:
+        """Heads whose tiles are on their way or in use."""
+        return 2 if self.much_shared_memory else 1
+
+    @property
+    def stacked(self) -> int:
+        """Query heads whose rows stand in one tile of outputs: a power of two that divides N / K."""
+        if not self.much_shared_memory or self.initial_heads:  # whose tiles take the room
+            return 1
+        return min(self.shared & -self.shared, 2)
+
+    @property
     def blocks(self) -> int:
         """C, of a row."""
         return cdiv(self.tokens, self.block)
@@ -62,7 +79,10 @@ class LinearProblem:
     @property
     def span(self) -> int:
         """Blocks of a segment; segments are summed up side by side, blocks one after the other."""
-        segments = max(1, self.sum_programs // (self.batch * self.key_heads * 2 * (self.padded // self.columns)))
+        of_rows = self.batch * self.key_heads * 2 * (self.padded // self.columns)
+        if 2 * of_rows >= self.sum_programs:  # more segments would take all products twice for little
+            return self.blocks
+        segments = self.sum_programs // of_rows
         return cdiv(self.blocks, min(self.blocks, segments))
 
     @property

@@ -4,7 +4,8 @@ A boundary b lies before block b, and its document is that of the token before i
 over the earlier tokens of its document; in reverse, over its document's later tokens. A block's array entry holds the
 sum that enters the block from the side where the direction starts.
 
-Segments of blocks are summed up side by side (`linear_attention_totals`), then the totals one after the other
+Where rows and heads are enough to fill a card, `linear_attention_states` goes through whole rows. Elsewhere segments of
+blocks are summed up side by side (`linear_attention_totals`), then the totals one after the other
 (`linear_attention_scan`), then the blocks of every segment (`linear_attention_states`): the products are taken twice,
 which costs less than to write and read float32 sums of every block.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.triton.call import Launch
-from pallas_kernels.triton.linear_attention_features import half_features, load_rows
+from pallas_kernels.triton.linear_attention_features import half_features, load_rows, tokens_of
 from pallas_kernels.triton.linear_attention_problem import LinearProblem
 from pallas_kernels.triton.problem import cdiv
 
@@ -37,6 +38,7 @@ def linear_attention_totals(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """One program sums up one half of the features and COLUMNS channels of y over a segment, heads of a group too."""
@@ -46,11 +48,12 @@ def linear_attention_totals(
     first = segment * span
     last = tl.minimum(first + span, blocks) - 1
     state = tl.zeros([P, COLUMNS], tl.float32)
-    for i in range(last - first + 1):
-        block = last - i if REVERSE else first + i
-        state = _add_block(
-            state, block, x, y, documents, row, k, half, column, tokens,
-            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
+    STEPS: tl.constexpr = N // (K * HEADS)
+    for i in range((last - first + 1) * STEPS):
+        block = last - i // STEPS if REVERSE else first + i // STEPS
+        state = _add_heads(
+            state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
+            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, HEADS, REVERSE,
         )  # fmt: skip
     at = (row * K + k) * tl.cdiv(blocks, span) + segment
     tl.store(totals + at * (2 * P * P) + _matrix(half, column, P, COLUMNS), state)
@@ -102,11 +105,12 @@ def linear_attention_scan(
 def linear_attention_states(
     x,  # [B, T, N, H]
     y,  # [B, T, N, H]
-    starts,  # [B, K, segments, 2, P, P] float32
+    starts,  # [B, K, segments, 2, P, P] float32; if WHOLE what the scan takes as entering
     documents,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     span,
     states,  # [B, K, C, 2, P, P]: the sum that enters each block
+    final,  # [B, K, 2 H, H] float32: the sum that leaves the last block; written only if WHOLE
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -116,24 +120,41 @@ def linear_attention_states(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """As `linear_attention_totals`, but from the sum that enters the segment, and every block's is stored."""
+    """As `linear_attention_totals`, but from the sum that enters the segment, and every block's is stored.
+
+    WHOLE: the one segment is the row, whose sum is the final state.
+    """
     segment, k, half, column = _place(K, P, COLUMNS)
     row = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(tokens, BLOCK)
     first = segment * span
     last = tl.minimum(first + span, blocks) - 1
     matrix = _matrix(half, column, P, COLUMNS)
-    state = tl.load(starts + ((row * K + k) * tl.cdiv(blocks, span) + segment) * (2 * P * P) + matrix)
-    for i in range(last - first + 1):
-        block = last - i if REVERSE else first + i
-        at = ((row * K + k) * blocks + block) * (2 * P * P)
-        tl.store(states + at + matrix, state.to(states.dtype.element_ty))
-        state = _add_block(
-            state, block, x, y, documents, row, k, half, column, tokens,
-            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
+    feature = tl.arange(0, P)[:, None]
+    channel = column + tl.arange(0, COLUMNS)[None, :]
+    real = (feature < H) & (channel < H)
+    at_real = (row * K + k) * (2 * H * H) + (half * H + feature) * H + channel
+    state = tl.zeros([P, COLUMNS], tl.float32)
+    if not WHOLE:
+        state = tl.load(starts + ((row * K + k) * tl.cdiv(blocks, span) + segment) * (2 * P * P) + matrix)
+    elif REVERSE:
+        state = tl.load(starts + at_real, mask=real, other=0.0)
+    STEPS: tl.constexpr = N // (K * HEADS)
+    for i in range((last - first + 1) * STEPS):
+        block = last - i // STEPS if REVERSE else first + i // STEPS
+        if i % STEPS == 0:
+            at = ((row * K + k) * blocks + block) * (2 * P * P)
+            tl.store(states + at + matrix, state.to(states.dtype.element_ty))
+        state = _add_heads(
+            state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
+            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, HEADS, REVERSE,
         )  # fmt: skip
+    if WHOLE:
+        tl.store(final + at_real, state, mask=real)
 
 
 @triton.jit
@@ -150,30 +171,27 @@ def _matrix(half, column, P: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _add_block(
-    state, block, x, y, documents, row, k, half, column, tokens,
+def _add_heads(
+    state, block, step, x, y, documents, row, k, half, column, tokens,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SOFTMAX: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTMAX: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The sum at the boundary on the other side of a block."""
-    SHARED: tl.constexpr = N // K
-    token = block * BLOCK + tl.arange(0, BLOCK)
+    """Adds HEADS heads of a block; after the last step it is the sum at the boundary on the block's other side."""
+    token = tokens_of(block, BLOCK, HEADS)
     rows = token < tokens
     if SEGMENTED:
         before = document_before(documents, row, block, tokens, BLOCK)
         after = document_before(documents, row, block + 1, tokens, BLOCK)
         document = tl.load(documents + row * tokens + token, mask=rows, other=0)
         rows = rows & (document == (before if REVERSE else after))
-        state = tl.where(before == after, state, 0.0)
+        state = tl.where((before == after) | (step > 0), state, 0.0)
     at_block = row * tokens + block * BLOCK
-    for r in range(SHARED):
-        n = k * SHARED + r
-        f = half_features(
-            load_rows(x, at_block, rows, n, 0, N, H, P).to(tl.float32) * (1.0 - 2.0 * half), H, P, SOFTMAX
-        )
-        right = load_rows(y, at_block, rows, n, column, N, H, COLUMNS)
-        state = tl.dot(tl.trans(f.to(right.dtype)), right, state, input_precision=PRECISION)
-    return state
+    n = k * (N // K) + step * HEADS
+    raw = load_rows(x, at_block, rows, n, 0, N, H, P, HEADS).to(tl.float32)
+    f = half_features(raw * (1.0 - 2.0 * half), H, P, SOFTMAX)
+    right = load_rows(y, at_block, rows, n, column, N, H, COLUMNS, HEADS)
+    return tl.dot(tl.trans(f.to(right.dtype)), right, state, input_precision=PRECISION)
 
 
 @triton.jit
@@ -184,21 +202,28 @@ def document_before(documents, row, block, tokens, BLOCK: tl.constexpr):
 
 def totals_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
     """`linear_attention_totals` for x and y of `heads` heads; the inputs are those of the kernel in their order."""
-    return _sums_launch(p, heads, reverse, linear_attention_totals, (p.segments, "float32"))
+    outputs = (((p.batch, p.key_heads, p.segments, 2, p.padded, p.padded), "float32"),)
+    return _sums_launch(p, heads, reverse, linear_attention_totals, outputs)
 
 
 def states_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
     """`linear_attention_states` for x and y of `heads` heads."""
-    return _sums_launch(p, heads, reverse, linear_attention_states, (p.blocks, p.dtype))
+    whole = p.segments == 1
+    outputs = (
+        ((p.batch, p.key_heads, p.blocks, 2, p.padded, p.padded), p.dtype),
+        ((p.batch, p.key_heads, 2 * p.head_dim, p.head_dim) if whole else (1, 1, 1, 1), "float32"),
+    )
+    return _sums_launch(p, heads, reverse, linear_attention_states, outputs, (("WHOLE", whole),))
 
 
-def _sums_launch(p: LinearProblem, heads: int, reverse: bool, kernel, output: tuple[int, str]) -> Launch:
+def _sums_launch(p: LinearProblem, heads: int, reverse: bool, kernel, outputs, more=()) -> Launch:
+    more = (("N", heads), ("HEADS", 1), ("REVERSE", reverse), *more)
     return Launch(
         kernel=kernel,
         grid=(p.segments * p.key_heads * 2 * (p.padded // p.columns), p.batch),
         integers=(p.tokens, p.span),
-        outputs=(((p.batch, p.key_heads, output[0], 2, p.padded, p.padded), output[1]),),
-        constants=tuple((dict(p.constants()) | {"N": heads, "REVERSE": reverse}).items()),
+        outputs=outputs,
+        constants=tuple((dict(p.constants()) | dict(more)).items()),
         num_warps=8 if p.padded * p.columns >= 128 * 64 else 4,
         num_stages=2 if p.dtype != "float32" else 1,
     )

@@ -114,6 +114,10 @@ CASES = {
     "documents": LinearCase(
         problem(2, 100, 2, 1, 16, segmented=True, initial_rows=2, initial_heads=2), ((40, 2, 50, 1, 7), (32, 64, 4))
     ),
+    "whole_rows": LinearCase(problem(2, 140, 4, 1, 32, "float16", sum_programs=1)),
+    "whole_rows_of_documents": LinearCase(
+        problem(2, 140, 4, 1, 20, "float16", "softmax", True, sum_programs=1), ((64, 50, 10, 16), (30, 110))
+    ),
     "documents_relu": LinearCase(problem(1, 97, 2, 1, 20, "float32", "relu", True), ((31, 1, 33, 32),)),
 }
 

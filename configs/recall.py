@@ -35,9 +35,9 @@ def get_config(mixer: str = "rattention") -> config_dict.ConfigDict:
     config.data.first_target_id = 42  # the values
 
     config.optimizer.learning_rate = 1e-2
-    config.training.num_steps = 400
+    config.training.num_steps = 1000
     config.training.log_every_steps = 50
     config.training.validate_every_steps = 100
     config.training.validation_batches = 8
-    config.training.checkpoint_every_steps = 400
+    config.training.checkpoint_every_steps = 1000
     return config

@@ -1,4 +1,4 @@
-"""Accuracy of trained models on the recall task, by the distance of what is asked for: a table, and docs/recall.png.
+"""Accuracy of trained models on the recall task, near and far queries apart: a table, and docs/recall.png.
 
   python docs/draw_recall.py runs/recall_*
 
@@ -19,23 +19,23 @@ from matplotlib.figure import Figure
 
 from rat_jax.checkpoint import LoadedModel, load_model
 from rat_jax.data.pipeline import ValidationData
-from rat_jax.data.recall import FAR_QUERIES, NEAR_QUERIES, NUM_VALUES, query_distances
+from rat_jax.data.recall import FAR_QUERIES, NEAR_QUERIES, NUM_VALUES
 
-BIN_TOKENS = 5
+KINDS = {"near": "1 to 14 tokens back", "far": "65 to 78 tokens back"}
 
 
-def answers(loaded: LoadedModel) -> tuple[np.ndarray, np.ndarray]:
-    """Of every query of the validation split, a row a document: whether the answer is right, and the distance."""
+def accuracies(loaded: LoadedModel) -> tuple[float, float]:
+    """Right answers in percent, of the near and of the far queries of the validation split."""
     graphdef, params = nnx.split(loaded.model)
     predict: Callable = jax.jit(lambda params, tokens: jnp.argmax(nnx.merge(graphdef, params)(tokens), axis=-1))
     queries = [*NEAR_QUERIES, *FAR_QUERIES]
-    right, distances = [], []
+    right = []
     for batch in ValidationData(loaded.config.data, vocab_size=loaded.config.model.vocab_size):
         rows = batch.loss_weights[:, queries].all(axis=1)  # the last batch may hold rows of padding
         found = np.asarray(predict(params, batch.tokens))
         right.append((found == batch.targets)[:, queries][rows])
-        distances.append(query_distances(batch.tokens[rows]))
-    return np.concatenate(right), np.concatenate(distances)
+    of_query = 100 * np.concatenate(right).mean(axis=0)
+    return of_query[: len(NEAR_QUERIES)].mean(), of_query[len(NEAR_QUERIES) :].mean()
 
 
 def main() -> None:
@@ -43,30 +43,28 @@ def main() -> None:
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("recall.png"))
     arguments = parser.parse_args()
+    print("| mixer | steps | " + " | ".join(f"{kind} queries ({what})" for kind, what in KINDS.items()) + " |")
+    print("|---|---|---|---|")
+    found = {}
+    for workdir in arguments.workdirs:
+        loaded = load_model(workdir)
+        (mixer,) = loaded.config.model.pattern
+        found[mixer] = accuracies(loaded)
+        print(f"| {mixer} | {loaded.step} | " + " | ".join(f"{percent:.1f} %" for percent in found[mixer]) + " |")
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    print("| mixer | steps | near queries (1 to 14 tokens back) | far queries (65 to 78 tokens back) |")
-    print("|---|---|---|---|")
-    for workdir in arguments.workdirs:
-        loaded = load_model(workdir)
-        right, distances = answers(loaded)
-        (mixer,) = loaded.config.model.pattern
-        near, far = (100 * right[:, part].mean() for part in (slice(len(NEAR_QUERIES)), slice(len(NEAR_QUERIES), None)))
-        print(f"| {mixer} | {loaded.step} | {near:.1f} % | {far:.1f} % |")
-        bins = distances // BIN_TOKENS
-        points = np.unique(bins)
-        accuracy = np.array([100 * right[bins == point].mean() for point in points])
-        gap = int(np.argmax(np.diff(points))) + 1  # nothing is asked for at the distances between
-        (line,) = axes.plot((points[:gap] + 0.5) * BIN_TOKENS, accuracy[:gap], "o-", markersize=3, label=mixer)
-        axes.plot((points[gap:] + 0.5) * BIN_TOKENS, accuracy[gap:], "o-", markersize=3, color=line.get_color())
-    axes.axvline(32, color="gray", linestyle="--", linewidth=1, label="window")
-    axes.axhline(100 / NUM_VALUES, color="gray", linestyle=":", linewidth=1, label="guessing")
-    axes.set_xlabel("tokens between the pair and its query")
+    for offset, color, (kind, what), heights in zip(
+        (-0.2, 0.2), ("tab:gray", "tab:blue"), KINDS.items(), zip(*found.values(), strict=True), strict=True
+    ):
+        bars = axes.bar(np.arange(len(found)) + offset, heights, 0.4, color=color, label=f"{kind}: {what}")
+        axes.bar_label(bars, fmt="%.0f")
+    axes.axhline(100 / NUM_VALUES, color="black", linestyle=":", linewidth=1, label="guessing")
+    axes.set_xticks(range(len(found)), list(found))
     axes.set_ylabel("right answers, %")
-    axes.set_ylim(0, 102)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_ylim(0, 135)
+    axes.set_yticks(range(0, 101, 25))
+    axes.legend(ncols=3, loc="upper center", fontsize=9)
     figure.savefig(arguments.out, dpi=120)
 
 

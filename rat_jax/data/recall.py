@@ -15,7 +15,6 @@ least 65 ids before them, which two layers that see 32 earlier tokens each do no
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int
 
 NUM_KEYS = 8
 NUM_VALUES = 4
@@ -39,11 +38,3 @@ def recall_documents(count: int) -> Iterator[np.ndarray]:
         for position, asked in zip([*NEAR_QUERIES, *FAR_QUERIES], rng.permutation(NUM_KEYS), strict=True):
             ids[position : position + 2] = _FIRST_KEY + keys[asked], _FIRST_VALUE + values[asked]
         yield ids
-
-
-def query_distances(documents: Int[np.ndarray, "n T"]) -> Int[np.ndarray, "n Q"]:
-    """How many tokens before each query, near ones first, the pair of its key stands."""
-    keys = (documents[:, :NUM_KEYS] - _FIRST_PAIR) // NUM_VALUES
-    queries = np.array([*NEAR_QUERIES, *FAR_QUERIES])
-    asked = documents[:, queries] - _FIRST_KEY
-    return queries - np.argmax(asked[:, :, None] == keys[:, None, :], axis=-1)

@@ -186,7 +186,7 @@ def test_refusals(changes, reason):
     [(2, 640, 4, 2, 128, 16), (1, 1000, 6, 3, 64, 16), (2, 300, 2, 1, 40, 7), (1, 33, 2, 2, 64, 16)],
     ids=str,
 )
-def test_errs_at_most_twice_as_much_as_triton(sizes, dtype):
+def test_errs_at_most_twice_as_much_as_triton_or_two_roundoffs(sizes, dtype):
     from pallas_kernels.triton import attention as triton_attention
     from pallas_kernels.triton import attention_backward
     from pallas_kernels.triton.call import run as launch
@@ -206,5 +206,7 @@ def test_errs_at_most_twice_as_much_as_triton(sizes, dtype):
 
     x |= {name: x[name].at[:, -1].set(0) for name in ("summary_keys", "summary_values")}
     triton = errors(run(p, x, expected, (forward, backward)), expected)
+    # In float16 Triton comes down to the roundoff of its results, 2^-11; cuDNN also rounds each query head's dK and dV.
+    least = 2**-10 if dtype == "float16" else 1e-6
     for name, error in errors(run(p, x, expected), expected).items():
-        assert error <= 2 * triton[name] + 1e-6, name
+        assert error <= max(2 * triton[name], least), name

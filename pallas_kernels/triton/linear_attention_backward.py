@@ -131,8 +131,7 @@ def linear_attention_queries(
 ):
     """One program takes one block and goes through the query heads of a key head, HEADS at once.
 
-    It takes one half of the features at a time, and what the first gives waits in the arrays' dtype; the scores'
-    gradient is made once a head.
+    It takes one half of the features at a time; the scores' gradient is made once a head.
     """
     SHARED: tl.constexpr = N // K
     k = tl.program_id(0) % K
@@ -149,61 +148,48 @@ def linear_attention_queries(
     state_minus = load_state(state, 1, 0, P, COLUMNS)
     for n in range(k * SHARED, (k + 1) * SHARED, HEADS):
         do = load_rows(d_out, first, in_tile, n, 0, N, H, COLUMNS, HEADS)
-        q = load_rows(query, first, in_tile, n, 0, N, H, P, HEADS)
         d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         for column in tl.static_range(COLUMNS, P, COLUMNS):
             more_v = load_rows(value, first, in_row, k, column, K, H, COLUMNS)
             more_do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
             d_scores = _dot_transposed(more_do, more_v, d_scores, PRECISION)
         d_scores = tl.where(seen, d_scores, 0.0).to(states.dtype.element_ty)
+        q = load_rows(query, first, in_tile, n, 0, N, H, P, HEADS).to(tl.float32)
         of_head = initial
         if INITIAL_HEADS:
             of_head = initial_of(initial, row, n, k, H, K, INITIAL_ROWS, INITIAL_HEADS)
+        d_f = tl.dot(d_scores, key_plus, input_precision=PRECISION)
         d_f = _through_states(
-            do, state_plus, d_out, state, of_head, 0, first, in_tile, reads, n,
+            d_f, do, state_plus, d_out, state, of_head, 0, first, in_tile, reads, n,
             N, H, P, COLUMNS, SEGMENTED, PRECISION, HEADS, INITIAL_HEADS,
         )  # fmt: skip
-        d_f = tl.dot(d_scores, key_plus, d_f, input_precision=PRECISION)
-        d_raw = _pull_back_rows(q, 1.0, d_f, H, P, SOFTMAX).to(states.dtype.element_ty)
+        d_raw = pull_back(half_features(q, H, P, SOFTMAX), d_f, SOFTMAX)
+        d_f = tl.dot(d_scores, key_minus, input_precision=PRECISION)
         d_f = _through_states(
-            do, state_minus, d_out, state, of_head, 1, first, in_tile, reads, n,
+            d_f, do, state_minus, d_out, state, of_head, 1, first, in_tile, reads, n,
             N, H, P, COLUMNS, SEGMENTED, PRECISION, HEADS, INITIAL_HEADS,
         )  # fmt: skip
-        d_f = tl.dot(d_scores, key_minus, d_f, input_precision=PRECISION)
-        d_raw += _pull_back_rows(q, -1.0, d_f, H, P, SOFTMAX)
+        d_raw -= pull_back(half_features(-q, H, P, SOFTMAX), d_f, SOFTMAX)
         store_rows(d_query, first, in_tile, n, 0, d_raw, N, H, P, HEADS)
 
 
 @triton.jit
-def _pull_back_rows(q, sign: tl.constexpr, d_f, H: tl.constexpr, P: tl.constexpr, SOFTMAX: tl.constexpr):
-    """What one half of the features gives of q's gradient.
-
-    The product by 0 has q laid out over the threads as `d_f` is, before it is float32; it also keeps the features from
-    being made, and held in registers, before `d_f` is there. Where `d_f` is not finite the gradient is not either.
-    """
-    f = half_features(q.to(tl.float32) * sign + 0.0 * d_f, H, P, SOFTMAX)
-    return sign * pull_back(f, d_f, SOFTMAX)
-
-
-@triton.jit
 def _through_states(
-    do, of_half, d_out, state, initial, half, first, in_tile, reads, n,
+    d_f, do, of_half, d_out, state, initial, half, first, in_tile, reads, n,
     N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
     SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, INITIAL_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """d_out (S_0 + S_c)^T for one half of the features; `do` and `of_half` are their first COLUMNS channels."""
-    d_f = tl.dot(do, tl.trans(of_half), input_precision=PRECISION)
-    for column in tl.static_range(COLUMNS, P, COLUMNS):
-        more_do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
-        d_f = _dot_transposed(more_do, load_state(state, half, column, P, COLUMNS), d_f, PRECISION)
-    if SEGMENTED:
-        d_f = tl.where(reads[:, None], d_f, 0.0)
-    if INITIAL_HEADS:
-        for column in tl.static_range(0, P, COLUMNS):
-            if column > 0:
-                do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
+    """Adds d_out (S_0 + S_c)^T for one half of the features; `do` and `of_half` are their first COLUMNS channels."""
+    for column in tl.static_range(0, P, COLUMNS):
+        if column > 0:
+            do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
+            of_half = load_state(state, half, column, P, COLUMNS)
+        if INITIAL_HEADS:
             right = load_initial(initial, half, column, H, P, COLUMNS)
             d_f = _dot_transposed(do, right.to(do.dtype), d_f, PRECISION)
+        if SEGMENTED:
+            do = tl.where(reads[:, None], do, 0.0).to(do.dtype)
+        d_f = _dot_transposed(do, of_half, d_f, PRECISION)
     return d_f
 
 
@@ -215,23 +201,21 @@ def _dot_transposed(left, right, acc, PRECISION: tl.constexpr):
 
 def keys_launch(p: LinearProblem) -> Launch:
     """`linear_attention_keys`; the inputs are those of the kernel in their order, as they are below."""
-    return _launch(p, linear_attention_keys, 2, p.key_heads, p.padded // p.columns, 1, p.stages)
+    return _launch(p, linear_attention_keys, 2, p.key_heads, p.padded // p.columns, p.stages)
 
 
 def queries_launch(p: LinearProblem) -> Launch:
     """`linear_attention_queries`."""
-    stacked = p.stacked if p.padded == 128 else 1  # 8 warps of 16 rows: sums along a row stay within a warp
-    stages = p.stages if stacked > 1 else 1
-    return _launch(p, linear_attention_queries, 1, p.num_heads, 1, stacked, stages, p.initial_constants())
+    return _launch(p, linear_attention_queries, 1, p.num_heads, 1, 1, p.initial_constants())
 
 
-def _launch(p: LinearProblem, kernel, count: int, heads: int, parts: int, stacked: int, stages: int, more=()) -> Launch:
+def _launch(p: LinearProblem, kernel, count: int, heads: int, parts: int, stages: int, more=()) -> Launch:
     return Launch(
         kernel=kernel,
         grid=(p.blocks * p.key_heads * parts, p.batch),
         integers=(p.tokens,),
         outputs=(((p.batch, p.tokens, heads, p.head_dim), p.dtype),) * count,
-        constants=(*p.constants(), ("HEADS", stacked), *more),
+        constants=(*p.constants(), ("HEADS", 1), *more),
         num_warps=8 if p.padded > 64 else 4,
         num_stages=stages,
     )

@@ -55,11 +55,6 @@ class LinearProblem:
         return min(self.padded, 32 if self.little_shared_memory else widest)
 
     @property
-    def sum_columns(self) -> int:
-        """Those of the kernels that sum up states; by 64 a multiprocessor of Hopper has registers for two programs."""
-        return min(self.columns, 64)
-
-    @property
     def much_shared_memory(self) -> bool:
         """Whether a program may have 227 KiB of shared memory, as on Hopper; tiles are then loaded ahead."""
         return self.dtype != "float32" and (self.capability is None or self.capability[0] in (9, 10))
@@ -71,7 +66,7 @@ class LinearProblem:
 
     @property
     def stacked(self) -> int:
-        """Query heads whose rows stand in one tile of what queries read or get: a power of two that divides N / K."""
+        """Query heads whose rows stand in one tile of outputs: a power of two that divides N / K."""
         if not self.much_shared_memory or self.initial_heads:  # whose tiles take the room
             return 1
         return min(self.shared & -self.shared, 2)
@@ -84,7 +79,7 @@ class LinearProblem:
     @property
     def span(self) -> int:
         """Blocks of a segment; segments are summed up side by side, blocks one after the other."""
-        of_rows = self.batch * self.key_heads * 2 * (self.padded // self.sum_columns)
+        of_rows = self.batch * self.key_heads * 2 * (self.padded // self.columns)
         if 2 * of_rows >= self.sum_programs:  # more segments would take all products twice for little
             return self.blocks
         segments = self.sum_programs // of_rows

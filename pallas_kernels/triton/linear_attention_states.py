@@ -217,14 +217,14 @@ def states_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
 
 
 def _sums_launch(p: LinearProblem, heads: int, reverse: bool, kernel, outputs, more=()) -> Launch:
-    more = (("N", heads), ("COLUMNS", p.sum_columns), ("HEADS", 1), ("REVERSE", reverse), *more)
+    more = (("N", heads), ("HEADS", 1), ("REVERSE", reverse), *more)
     return Launch(
         kernel=kernel,
-        grid=(p.segments * p.key_heads * 2 * (p.padded // p.sum_columns), p.batch),
+        grid=(p.segments * p.key_heads * 2 * (p.padded // p.columns), p.batch),
         integers=(p.tokens, p.span),
         outputs=outputs,
         constants=tuple((dict(p.constants()) | dict(more)).items()),
-        num_warps=8 if p.padded * p.sum_columns >= 128 * 64 else 4,
+        num_warps=8 if p.padded * p.columns >= 128 * 64 else 4,
         num_stages=2 if p.dtype != "float32" else 1,
     )
 

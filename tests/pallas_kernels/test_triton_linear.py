@@ -1,11 +1,5 @@
 """Linear attention's Triton kernels: interpreted, compiled ahead of time, traced through jax-triton, and on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,33 +11,16 @@ from pallas_kernels.triton import linear_attention
 from pallas_kernels.triton import linear_attention_backward as gradients
 from pallas_kernels.triton.linear_attention_outputs import outputs_launch
 from pallas_kernels.triton.linear_attention_states import scan_launch, states_launch, totals_launch
-from tests.pallas_kernels import triton_compile, triton_linear_twin
+from tests.pallas_kernels import triton_compile, triton_interpreter, triton_linear_twin
 from tests.pallas_kernels.triton_linear_twin import CASES, LinearCase, problem
 
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Importing jax-triton empties this variable, without which triton itself launches nothing."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
     """Errors of every case, from one process in which triton interprets kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pallas_kernels.triton_linear_twin"],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    return {line.pop("case"): line for line in lines}
+    return triton_interpreter.errors_of("tests.pallas_kernels.triton_linear_twin")
 
 
 @pytest.mark.parametrize("name", CASES)

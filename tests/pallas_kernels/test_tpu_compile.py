@@ -80,16 +80,17 @@ def test_shapes():
 
 
 def test_linear_attention():
-    """Compilers keep arguments and results in other layouts, 0 to 1.7 times as large; nothing grows faster than T.
+    """Compilers may copy each array of tokens once, into another layout; nothing grows faster than T.
 
-    Results are `out` and the states before every tile.
+    Results are `out` and the states before every tile. Tiles have 128 channels, of heads of 64 too.
     """
     sizes = [dict(tokens=8192), dict(tokens=131072), dict(tokens=8192, head_dim=64)]
     results = compile_cases("v5e:2x2", [*sizes, dict(tokens=8192, dtype="float32")], "linear_attention")
-    token_bytes = 2 * 128 * (16 + 2 * 4)
-    for result, scale in zip(results, (1, 1, 1, 1, 1, 1, 2, 2), strict=True):
-        assert result["temporary_bytes_per_token"] <= 2 * scale * token_bytes
-        assert result["result_bytes_per_token"] <= 1.1 * scale * token_bytes
+    of_query, of_key = 2 * 128 * 16, 2 * 128 * 4
+    copies = (2 * of_query + 2 * of_key, 3 * of_query + 4 * of_key)  # q, k, v, out; q, k, v, d_out and three gradients
+    for i, (result, scale) in enumerate(zip(results, (1, 1, 1, 1, 1, 1, 2, 2), strict=True)):
+        assert result["temporary_bytes_per_token"] <= 1.01 * scale * copies[i % 2]
+        assert result["result_bytes_per_token"] <= 1.1 * scale * (of_query + 2 * of_key)
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])

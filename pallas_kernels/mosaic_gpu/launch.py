@@ -83,14 +83,68 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def row_iota(rows: int) -> jax.Array:
+    """The index of every row of an accumulator."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
 def load_rows(ref: Any, axis: int, *, optimized: bool = True) -> jax.Array:
     """A vector to be broadcast along an axis of an accumulator; from global memory, not `optimized`."""
     index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
     return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=optimized)
 
 
+def load_matrix(ref: Any) -> jax.Array:
+    """A matrix in global memory, laid out like an accumulator."""
+    index = () if jax.__version_info__ >= (0, 12) else ((),)
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
 def ceil_div(a: jax.Array, b: int) -> jax.Array:
     return lax.div(a + (b - 1), jnp.int32(b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Stages in shared memory that are filled in turn, each again as soon as its consumers have left it.
+
+    Attributes:
+      tiles: [stages, tile] or, where a stage has several tiles, [stages, tiles, tile].
+      filled: barriers of the stages, on which a copy of each tile arrives.
+      consumed: barriers of the stages, on which consumers arrive.
+    """
+
+    tiles: Any
+    filled: Any
+    consumed: Any
+
+    @property
+    def stages(self) -> int:
+        return self.tiles.shape[0]
+
+    def fill(self, step: jax.Array, *sources: Any) -> None:
+        """Starts the copies of a step, once what stood in its stage has been consumed."""
+        stage = lax.rem(step, self.stages)
+        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[stage]))
+        for i, source in enumerate(sources):
+            tile = self.tiles.at[stage, i] if len(sources) > 1 else self.tiles.at[stage]
+            plgpu.copy_gmem_to_smem(source, tile, self.filled.at[stage])
+
+    def wait(self, step: jax.Array) -> Any:
+        """The stage of a step, once it is filled; a consumer waits for every step of a stage that it waits for."""
+        stage = lax.rem(step, self.stages)
+        plgpu.barrier_wait(self.filled.at[stage])
+        return self.tiles.at[stage]
+
+    def release(self, step: jax.Array) -> None:
+        plgpu.barrier_arrive(self.consumed.at[lax.rem(step, self.stages)])
+
+
+def ring_types(stages: int, shape: tuple[int, ...], dtype, *, consumers: int) -> tuple[Any, Any, Any]:
+    """Scratch types of a ring's fields; `shape` is that of a stage, with the number of its tiles if they are several."""
+    copies = shape[0] if len(shape) > 2 else 1
+    filled = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    return tiled((stages, *shape), dtype), filled, plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
 
 
 def produce(steps: jax.Array, stages: int, *rings: tuple[Any, Callable[[jax.Array], None]]) -> None:

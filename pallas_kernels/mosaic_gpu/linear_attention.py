@@ -1,0 +1,111 @@
+"""Causal linear attention with a delay by Mosaic GPU, the core of residual linear attention (arXiv 2506.15545).
+
+    out_t = phi(q_t) sum_{s <= t - delay} phi(k_s)^T v_s,
+
+phi(x) = [m(x), m(-x)] in float32, m the softmax over the H channels or the positive part; no normaliser, no decay.
+Features enter products in the dtype of `value`, and sums are float32.
+
+A row is cut into blocks of L = 128 tokens, in two tiles. Multiply-adds, a token, if tiles are not skipped but half of
+their diagonals is:
+
+    states (`linear_attention_sums`)                     2 K H^2
+    `linear_attention_outputs`                           N (2 H^2 + 3 L H / 2)
+    reverse states, the same kernel                      2 N H^2
+    `linear_attention_queries`                           N (2 H^2 + 3 L H / 2)
+    `linear_attention_keys`, which gives d_v too         4 K H^2 + 2 N L H
+
+Where rows are too few to fill a card they are cut into segments, and the products of the states are taken twice. Beside
+the arrays, states are written once and read once in each direction, 2 K H^2 / L elements a token; those of the forward
+pass are kept for the backward pass.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_gpu.linear_attention_keys import keys_gradients
+from pallas_kernels.mosaic_gpu.linear_attention_outputs import outputs
+from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem, refusal
+from pallas_kernels.mosaic_gpu.linear_attention_queries import queries_gradient
+from pallas_kernels.mosaic_gpu.linear_attention_sums import running_sums
+
+__all__ = ["LinearResiduals", "linear_attention_backward", "linear_attention_forward", "refusal"]
+
+_ROWS = 8  # of an array that a copy takes at once, so that rows have whole multiples of them
+
+
+class LinearResiduals(NamedTuple):
+    """What the backward pass keeps of a forward pass beside its arguments."""
+
+    states: jax.Array  # [B, K, C, 2, H, H]: what each block starts from
+
+
+def linear_attention_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, feature_map: str, delay: int = 0
+) -> tuple[jax.Array, jax.Array, LinearResiduals]:
+    """The module's equation; head n reads key head n // (N / K).
+
+    Args:
+      query: [B, T, N, H] bfloat16 or float16; `key` and `value` are [B, T, K, H], all of one dtype.
+      feature_map: "softmax" or "relu".
+      delay: tokens after which a key and its value are seen, 0 or more.
+
+    Returns:
+      out [B, T, N, H]; the sum that the last token reads, float32 [B, K, 2 H, H]; residuals.
+
+    Raises:
+      ValueError: with the text of `refusal`, if the kernels do not take these shapes.
+    """
+    p = _problem(query, key, value, feature_map, delay)
+    query, key, value = (_whole_rows(x) for x in (query, key, value))
+    nothing = jnp.zeros((p.batch, p.key_heads, 2 * p.head_dim, p.head_dim), jnp.float32)
+    states, final_state = running_sums(p, key, value, nothing, reverse=False)
+    out = outputs(p, query, key, value, states)
+    return out[:, : p.tokens], final_state, LinearResiduals(states)
+
+
+def linear_attention_backward(
+    residuals: LinearResiduals,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    d_final_state: jax.Array,
+    *,
+    feature_map: str,
+    delay: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, each in its array's shape and dtype.
+
+    `d_out` [B, T, N, H] and `d_final_state` [B, K, 2 H, H] are those of the first two results of
+    `linear_attention_forward`, which gave `residuals` and takes the other arguments.
+    """
+    p = _problem(query, key, value, feature_map, delay)
+    d_out, d_final_state = d_out.astype(query.dtype), d_final_state.astype(jnp.float32)
+    query, key, value, d_out = (_whole_rows(x) for x in (query, key, value, d_out))
+    d_states, _ = running_sums(p, query, d_out, d_final_state, reverse=True)
+    d_query = queries_gradient(p, query, key, value, d_out, residuals.states)
+    d_key, d_value = keys_gradients(p, query, key, value, d_out, d_states)
+    return tuple(x[:, : p.tokens] for x in (d_query, d_key, d_value))
+
+
+def _problem(query, key, value, feature_map: str, delay: int) -> LinearProblem:
+    reason = refusal(query.shape, key.shape, query.dtype)
+    if reason is None and (value.shape != key.shape or not query.dtype == key.dtype == value.dtype):
+        reason = (
+            f"value must have the shape of key, and both the dtype of query: got {value.shape} and {key.shape}, "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if reason is not None:
+        raise ValueError(reason)
+    if feature_map not in ("softmax", "relu"):
+        raise ValueError(f"feature_map must be 'softmax' or 'relu', got {feature_map!r}")
+    if delay < 0:
+        raise ValueError(f"delay must be 0 or more, got {delay}")
+    return LinearProblem(*query.shape[:3], *key.shape[2:], query.dtype.name, feature_map, min(delay, query.shape[1]))
+
+
+def _whole_rows(x: jax.Array) -> jax.Array:
+    """Zeros follow the last token, up to what a copy takes."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _ROWS), (0, 0), (0, 0)])

@@ -1,0 +1,84 @@
+"""What the kernels of linear attention that work on single blocks share: which blocks, their keys, their diagonals."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import launch
+from pallas_kernels.mosaic_gpu.launch import ROWS
+from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
+from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, MULTIPROCESSORS, LinearProblem
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The blocks that a program goes through; programs side by side read neighbouring heads of the same tokens."""
+
+    rows: int
+    blocks: int
+    key_heads: int
+
+    @property
+    def total(self) -> int:
+        return self.rows * self.blocks * self.key_heads
+
+    @property
+    def programs(self) -> int:
+        return min(MULTIPROCESSORS, self.total)
+
+    def count(self, program: jax.Array) -> jax.Array:
+        """Blocks of a program."""
+        return lax.div(self.total - 1 - program, self.programs) + 1
+
+    def of(self, program: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Row, key head and block of a program's i-th block."""
+        place = program + i * self.programs
+        k, place = lax.rem(place, self.key_heads), lax.div(place, self.key_heads)
+        return lax.div(place, self.blocks), k, lax.rem(place, self.blocks)
+
+
+def key_start(p: LinearProblem, block: jax.Array, r: jax.Array | int) -> jax.Array:
+    """The first key of a block's tile r; tiles before the row's first token have no keys."""
+    return block * BLOCK - p.offset + r * ROWS
+
+
+def key_tile(array: Any, row: jax.Array, start: jax.Array, k: jax.Array) -> Any:
+    """ROWS keys or values; some other tile if it would begin before the row."""
+    return array.at[row, pl.ds(jnp.maximum(start, 0), ROWS), k]
+
+
+def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
+    """Which keys of a tile there are and some query of the row sees; features of the others must be 0."""
+    return launch.row_iota(ROWS) < jnp.where(start >= 0, p.tokens - p.delay - start, 0)
+
+
+def store_key_features(p: LinearProblem, tile: Any, start: jax.Array, features: Any, group: jax.Array) -> None:
+    """phi of the tile of keys of a warpgroup, into `features` [2, tiles, ROWS, H]."""
+    real = real_keys(p, start)
+    for half, sign in enumerate((1.0, -1.0)):
+        found = half_features(tile[...], sign, softmax=p.softmax, real=real)
+        features.at[half, group][...] = found.astype(tile.dtype)
+    plgpu.commit_smem()
+
+
+def meet(barrier: Any) -> None:
+    """Waits until both warpgroups that compute are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def seen(p: LinearProblem, scores: jax.Array, queries: jax.Array, keys: jax.Array, *, query_axis: int) -> jax.Array:
+    """Scores of the block's tiles `queries` and `keys`, with 0 where the query does not see the key."""
+    after = launch.iota(scores.shape, query_axis) - launch.iota(scores.shape, 1 - query_axis)
+    return jnp.where(after >= p.lag + (keys - queries) * ROWS, scores, 0.0)
+
+
+def release_stored(ring: launch.Ring, step: jax.Array) -> None:
+    """Gives back the tile of a step once its copy to memory, the last of this warpgroup, has read it."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    ring.release(step)

@@ -1,0 +1,93 @@
+"""The sizes of one call of linear attention, its blocks, and which calls the Mosaic GPU kernels take."""
+
+import dataclasses
+from typing import Literal
+
+from pallas_kernels.mosaic_gpu.launch import ROWS
+from pallas_kernels.triton.problem import cdiv
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)
+TILES = 2  # of ROWS tokens: a block, one for each of the warpgroups that compute
+BLOCK = TILES * ROWS  # tokens between which scores are made; a state is kept for each block
+MULTIPROCESSORS = 132  # of the largest Hopper cards; smaller ones run the programs that are left afterwards
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProblem:
+    """Static sizes of the op; see `pallas_kernels.mosaic_gpu.linear_attention` for the equations."""
+
+    batch: int  # B
+    tokens: int  # T
+    num_heads: int  # N
+    key_heads: int  # K; head n reads key head n // (N / K)
+    head_dim: int  # H
+    dtype: Literal["bfloat16", "float16"]
+    feature_map: Literal["softmax", "relu"]
+    delay: int = 0  # tokens after which a key and its value are seen
+
+    @property
+    def shared(self) -> int:
+        """Query heads of a key head."""
+        return self.num_heads // self.key_heads
+
+    @property
+    def softmax(self) -> bool:
+        return self.feature_map == "softmax"
+
+    @property
+    def offset(self) -> int:
+        """Key s stands beside query s + offset: the delay in whole tiles, so that tiles of keys begin where copies may."""
+        return self.delay // ROWS * ROWS
+
+    @property
+    def lag(self) -> int:
+        """Tokens after the query beside it from which on a key is seen: what is left of the delay, less than a tile."""
+        return self.delay - self.offset
+
+    @property
+    def blocks(self) -> int:
+        """C: blocks of a row of queries."""
+        return cdiv(self.tokens, BLOCK)
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of a row beside which keys stand, also after the last query."""
+        return cdiv(self.tokens + self.offset, BLOCK)
+
+    @property
+    def span(self) -> int:
+        """Blocks of a segment; segments are summed up side by side, the blocks of one after the other."""
+        rows = self.batch * self.key_heads
+        return cdiv(self.blocks, min(self.blocks, max(1, MULTIPROCESSORS // rows)))
+
+    @property
+    def segments(self) -> int:
+        return cdiv(self.blocks, self.span)
+
+
+def refusal(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    dtype: object,
+    *,
+    initial_shape: tuple[int, ...] | None = None,
+    segmented: bool = False,
+) -> str | None:
+    """Why query [B, T, N, H], key and value [B, T, K, H] cannot run here and the nearest that can; None if they can."""
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    if name not in DTYPES:
+        return f"dtype {name} is none of {', '.join(DTYPES)}; the Triton kernels take float32"
+    if initial_shape is not None or segmented:
+        return "packed documents and an initial state are not taken; the Triton kernels take them"
+    if len(query_shape) != 4 or min(query_shape) < 1:
+        return f"query must be [B, T, N, H] with sizes of 1 or more, got shape {query_shape}"
+    batch, tokens, heads, head_dim = query_shape
+    if len(key_shape) != 4 or (*key_shape[:2], key_shape[3]) != (batch, tokens, head_dim) or key_shape[2] < 1:
+        return f"key must be [B, T, K, H]: got {key_shape}; nearest: ({batch}, {tokens}, {heads}, {head_dim})"
+    if heads % key_shape[2]:
+        return f"query heads must be a multiple of key heads, got {heads} and {key_shape[2]}"
+    if head_dim not in HEAD_DIMS:
+        nearest = min(HEAD_DIMS, key=lambda size: abs(size - head_dim))
+        return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}; the nearest is {nearest}"
+    return None

@@ -130,6 +130,14 @@ class Ring:
             tile = self.tiles.at[stage, i] if len(sources) > 1 else self.tiles.at[stage]
             plgpu.copy_gmem_to_smem(source, tile, self.filled.at[stage])
 
+    def put(self, step: jax.Array, tile: jax.Array) -> None:
+        """Stores a tile that a warpgroup has computed, as `fill` copies one."""
+        stage = lax.rem(step, self.stages)
+        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[stage]))
+        self.tiles.at[stage][...] = tile
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.filled.at[stage])
+
     def wait(self, step: jax.Array) -> Any:
         """The stage of a step, once it is filled; a consumer waits for every step of a stage that it waits for."""
         stage = lax.rem(step, self.stages)

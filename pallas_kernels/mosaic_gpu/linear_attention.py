@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic_gpu.launch import ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_keys import keys_gradients
 from pallas_kernels.mosaic_gpu.linear_attention_outputs import outputs
 from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem, refusal
@@ -57,8 +58,8 @@ def linear_attention_forward(
     Raises:
       ValueError: with the text of `refusal`, if the kernels do not take these shapes.
     """
-    p = _problem(query, key, value, feature_map, delay)
-    query, key, value = (_whole_rows(x) for x in (query, key, value))
+    p, late = _problem(query, key, value, feature_map, delay)
+    query, key, value = _filled(query), _filled(key, late), _filled(value, late)
     nothing = jnp.zeros((p.batch, p.key_heads, 2 * p.head_dim, p.head_dim), jnp.float32)
     states, final_state = running_sums(p, key, value, nothing, reverse=False)
     out = outputs(p, query, key, value, states)
@@ -81,16 +82,18 @@ def linear_attention_backward(
     `d_out` [B, T, N, H] and `d_final_state` [B, K, 2 H, H] are those of the first two results of
     `linear_attention_forward`, which gave `residuals` and takes the other arguments.
     """
-    p = _problem(query, key, value, feature_map, delay)
-    d_out, d_final_state = d_out.astype(query.dtype), d_final_state.astype(jnp.float32)
-    query, key, value, d_out = (_whole_rows(x) for x in (query, key, value, d_out))
+    p, late = _problem(query, key, value, feature_map, delay)
+    d_out, d_final_state = _filled(d_out.astype(query.dtype)), d_final_state.astype(jnp.float32)
+    query, key, value = _filled(query), _filled(key, late), _filled(value, late)
     d_states, _ = running_sums(p, query, d_out, d_final_state, reverse=True)
     d_query = queries_gradient(p, query, key, value, d_out, residuals.states)
     d_key, d_value = keys_gradients(p, query, key, value, d_out, d_states)
+    d_key, d_value = (jnp.pad(x[:, late:], [(0, 0), (0, late), (0, 0), (0, 0)]) for x in (d_key, d_value))
     return tuple(x[:, : p.tokens] for x in (d_query, d_key, d_value))
 
 
-def _problem(query, key, value, feature_map: str, delay: int) -> LinearProblem:
+def _problem(query, key, value, feature_map: str, delay: int) -> tuple[LinearProblem, int]:
+    """The sizes, and by how many tokens keys and values are to be put off beside the delay that kernels take."""
     reason = refusal(query.shape, key.shape, query.dtype)
     if reason is None and (value.shape != key.shape or not query.dtype == key.dtype == value.dtype):
         reason = (
@@ -103,9 +106,15 @@ def _problem(query, key, value, feature_map: str, delay: int) -> LinearProblem:
         raise ValueError(f"feature_map must be 'softmax' or 'relu', got {feature_map!r}")
     if delay < 0:
         raise ValueError(f"delay must be 0 or more, got {delay}")
-    return LinearProblem(*query.shape[:3], *key.shape[2:], query.dtype.name, feature_map, min(delay, query.shape[1]))
+    delay = min(delay, query.shape[1])
+    late = 0 if delay % ROWS == 1 else delay % ROWS
+    sizes = *query.shape[:3], *key.shape[2:], query.dtype.name, feature_map, delay - late
+    return LinearProblem(*sizes), late
 
 
-def _whole_rows(x: jax.Array) -> jax.Array:
-    """Zeros follow the last token, up to what a copy takes."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _ROWS), (0, 0), (0, 0)])
+def _filled(x: jax.Array, late: int = 0) -> jax.Array:
+    """Zeros stand in front of the first token, and after the last up to what a copy takes."""
+    if not late and x.shape[1] % _ROWS == 0:
+        return x
+    x = x[:, : x.shape[1] - late]
+    return jnp.pad(x, [(0, 0), (late, -(x.shape[1] + late) % _ROWS), (0, 0), (0, 0)])

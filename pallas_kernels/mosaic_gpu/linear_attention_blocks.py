@@ -60,8 +60,8 @@ def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
 def store_key_features(p: LinearProblem, tile: Any, start: jax.Array, features: Any, group: jax.Array) -> None:
     """phi of the tile of keys of a warpgroup, into `features` [2, tiles, ROWS, H]."""
     real = real_keys(p, start)
-    for half, sign in enumerate((1.0, -1.0)):
-        found = half_features(tile[...], sign, softmax=p.softmax, real=real)
+    for half in range(2):
+        found = half_features(tile[...], half, softmax=p.softmax, real=real)
         features.at[half, group][...] = found.astype(tile.dtype)
     plgpu.commit_smem()
 
@@ -72,10 +72,15 @@ def meet(barrier: Any) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def seen(p: LinearProblem, scores: jax.Array, queries: jax.Array, keys: jax.Array, *, query_axis: int) -> jax.Array:
-    """Scores of the block's tiles `queries` and `keys`, with 0 where the query does not see the key."""
-    after = launch.iota(scores.shape, query_axis) - launch.iota(scores.shape, 1 - query_axis)
-    return jnp.where(after >= p.lag + (keys - queries) * ROWS, scores, 0.0)
+def seen(p: LinearProblem, scores: jax.Array, *, query_axis: int) -> jax.Array:
+    """Scores of tiles that stand beside each other, with 0 where the query does not see the key."""
+    row, column = (launch.iota(scores.shape, axis) for axis in (0, 1))
+    # A thread has columns c + 8 i and c + 8 i + 1 of a row, with c in 0, 2, 4, 6. Taken apart, c is one register of
+    # the thread and the rest are constants of the program.
+    own, rest = column & 6, column & ~6
+    if query_axis == 0:
+        return jnp.where(row - own - int(p.strict) >= rest, scores, 0.0)
+    return jnp.where(row - own + int(p.strict) <= rest, scores, 0.0)
 
 
 def release_stored(ring: launch.Ring, step: jax.Array) -> None:

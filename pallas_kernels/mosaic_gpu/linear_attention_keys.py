@@ -2,8 +2,7 @@
 
     d_v = phi(k) G_c + tril(phi(q) phi(k)^T)^T d_out,   d_phi(k) = v G_c^T + tril(d_out v^T)^T phi(q).
 
-Each of the two warpgroups that compute has one half of the features of keys and queries, and so a part of d_v; the
-parts are added up once a tile of keys.
+One warpgroup has the first equation and one the second, with as many products; the third makes the features of queries.
 """
 
 import functools
@@ -15,12 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
-from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
+from pallas_kernels.mosaic_gpu.launch import ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_start, key_tile, meet, real_keys, seen
-from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
+from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back, restored
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
 
-STAGES = 2  # tiles of queries, of d_out and of values in flight
+VALUES, KEYS, FEATURES = range(3)  # warpgroups; the first two make half 0 and half 1 of the features of keys
+REGISTERS = (152, 208, 144)  # of their threads
+RAW_STAGES, FEATURE_STAGES, D_OUT_STAGES = 2, 3, 2  # tiles of queries, halves of their features, tiles of d_out
 
 
 def linear_attention_keys_mosaic(
@@ -31,9 +32,10 @@ def linear_attention_keys_mosaic(
     d_states,  # [B, K, C, 2, H, H]: the reverse sum that enters each block
     d_key,  # [B, T, K, H]
     d_value,  # [B, T, K, H]
-    tiles,
-    filled,
-    consumed,
+    raw,
+    queries_filled,
+    keys_filled,
+    keys_consumed,
     d_out_tiles,
     d_out_filled,
     d_out_consumed,
@@ -43,146 +45,191 @@ def linear_attention_keys_mosaic(
     state_tiles,
     state_filled,
     state_consumed,
-    key_features,
     query_features,
-    parts_stored,
-    parts_read,
+    features_filled,
+    features_consumed,
+    key_features,
+    keys_stored,
+    keys_read,
     *,
     p: LinearProblem,
     places: Places,
 ):
     """One program goes through blocks of a key head: for each tile of keys, the queries of the block from it on."""
-    ring = launch.Ring(tiles, filled, consumed)  # a tile of keys, those of the queries that see it, the keys again
     d_out_ring = launch.Ring(d_out_tiles, d_out_filled, d_out_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
-    first_block = p.offset // BLOCK
+    feature_ring = launch.Ring(query_features, features_filled, features_consumed)
     program, group = lax.axis_index("program"), lax.axis_index("group")
+    blocks = places.count(program)
 
-    def place(i):
-        row, k, block = places.of(program, i)
-        return row, k, first_block + block
+    def place(tile):
+        """Row, key head, block and number in it of a program's tile of keys; how many tiles of queries see it."""
+        row, k, block = places.of(program, lax.div(tile, TILES))
+        block, r = p.offset // BLOCK + block, lax.rem(tile, TILES)
+        return row, k, block, r, jnp.where(block < p.blocks, (TILES - r) * p.shared, 0)
 
-    def readers(block, r):
-        """Tiles of queries, of all heads, that see some key of tile r."""
-        return jnp.where(block < p.blocks, (TILES - r) * p.shared, 0)
+    def compute(role, begin, add_queries, finish, gradient):
+        """The loop over tiles of one role; `pair` counts the tiles of queries so far, of all tiles of keys."""
+        plgpu.set_max_registers(REGISTERS[role], action="increase" if REGISTERS[role] > 168 else "decrease")
 
-    @pl.when(group < COMPUTE_GROUPS)
-    def _compute():
-        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
-        sign = (1 - 2 * group).astype(jnp.float32)
-        of_keys, of_queries = key_features.at[group], query_features.at[group]
+        def add_tile(tile, pair):
+            row, k, block, r, count = place(tile)
+            start = key_start(p, block, r)
+            plgpu.barrier_wait(keys_filled)
+            keys = raw.at[lax.rem(pair + tile, RAW_STAGES)][...]
+            found = half_features(keys, role, softmax=p.softmax, real=real_keys(p, start))
+            plgpu.barrier_arrive(keys_consumed)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last gradient, from the same memory
+            key_features[role] = found.astype(key_features.dtype)
+            plgpu.commit_smem()
+            meet(keys_stored)
+            pl.when(r == 0)(lambda: plgpu.barrier_wait(state_filled.at[0]))
+            carry = begin(tile)
+            pl.when(r == TILES - 1)(lambda: state_ring.release(lax.div(tile, TILES)))
+            beside = pair + jnp.minimum(count, p.shared)
+            carry = lax.fori_loop(pair, beside, functools.partial(add_queries, tile, masked=True), carry)
+            carry = lax.fori_loop(beside, pair + count, functools.partial(add_queries, tile, masked=False), carry)
+            found = finish(tile, carry)
+            meet(keys_read)
+            key_features[role] = found.astype(key_features.dtype)
+            plgpu.commit_smem()
 
-        def add_block(i, counts):
-            row, k, block = place(i)
-            state = state_ring.wait(i).at[group]
+            @pl.when(start >= 0)
+            def _store():
+                plgpu.copy_smem_to_gmem(key_features.at[role], key_tile(gradient, row, start, k))
 
-            def add_tile(r, counts):
-                step, d_out_step, value_step = counts
-                start, count = key_start(p, block, r), readers(block, r)
-                last = step + 1 + count
+            return pair + count
 
-                def features_of(step):
-                    tile = ring.wait(step)[...]
-                    ring.release(step)
-                    return half_features(tile, sign, softmax=p.softmax, real=real_keys(p, start))
-
-                of_keys[...] = features_of(step).astype(of_keys.dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last tile, from the queries' memory
-                plgpu.commit_smem()
-                values = value_ring.wait(value_step)
-
-                def begin(d_v, d_half):
-                    plgpu.wgmma(d_v, of_keys, state)
-                    plgpu.wgmma(d_half, values, plgpu.transpose_ref(state, (1, 0)))
-                    return d_v[...], d_half[...]
-
-                accumulator = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
-                carry = pl.run_scoped(begin, accumulator, accumulator)
-                pl.when(r == TILES - 1)(lambda: state_ring.release(i))
-
-                def add_queries(n, carry):
-                    tile = ring.wait(step + 1 + n)
-                    of_queries[...] = half_features(tile[...], sign, softmax=p.softmax).astype(of_queries.dtype)
-                    ring.release(step + 1 + n)
-                    plgpu.commit_smem()
-                    do = d_out_ring.wait(d_out_step + n)
-                    queries = r + lax.div(n, p.shared)
-
-                    def products(refs):
-                        scores, d_scores, d_v, d_half = refs
-                        plgpu.wgmma(scores, of_keys, plgpu.transpose_ref(of_queries, (1, 0)))
-                        plgpu.wgmma(d_scores, values, plgpu.transpose_ref(do, (1, 0)))
-                        for ref, acc, right in ((scores, d_v, do), (d_scores, d_half, of_queries)):
-                            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(ref, wait_n=1))
-                            found = seen(p, found, queries, r, query_axis=1)
-                            plgpu.wgmma(acc, found.astype(right.dtype), right)
-
-                    zeros = launch.zeros((ROWS, ROWS))
-                    _, _, *carry = pl.run_state(products)(tuple(map(plgpu.ACC.init, (zeros, zeros, *carry))))
-                    d_out_ring.release(d_out_step + n)
-                    return tuple(carry)
-
-                d_v, d_half = lax.fori_loop(0, count, add_queries, carry)
-                value_ring.release(value_step)
-                d_k = pull_back(features_of(last), d_half, softmax=p.softmax) * sign
-
-                # The first group adds up d_k and the second d_v; two numbers of 16 bits carry what the other adds.
-                mine, others = jnp.where(group == 0, d_k, d_v), jnp.where(group == 0, d_v, d_k)
-                rounded = others.astype(of_keys.dtype)
-                of_keys[...] = rounded
-                of_queries[...] = (others - rounded.astype(jnp.float32)).astype(of_queries.dtype)
-                plgpu.commit_smem()
-                meet(parts_stored)
-                for part in (key_features, query_features):
-                    mine += part.at[1 - group][...].astype(jnp.float32)
-                meet(parts_read)
-                of_queries[...] = mine.astype(of_queries.dtype)
-                plgpu.commit_smem()
-                for g, gradient in enumerate((d_key, d_value)):
-
-                    @pl.when((group == g) & (start >= 0))
-                    def _store(gradient=gradient):
-                        plgpu.copy_smem_to_gmem(of_queries, key_tile(gradient, row, start, k))
-
-                return last + 1, d_out_step + count, value_step + 1
-
-            return lax.fori_loop(0, TILES, add_tile, counts)
-
-        lax.fori_loop(0, places.count(program), add_block, (0, 0, 0))
+        lax.fori_loop(0, blocks * TILES, add_tile, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(group == MEMORY_GROUP)
-    def _memory():
-        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
+    def weights_of(products, masked):
+        """Scores of a tile of keys and one of queries, rounded."""
 
-        def fill_block(i, counts):
-            row, k, block = place(i)
+        def run(scores):
+            products(scores)
+            return scores[...]
 
-            def fill_tile(r, counts):
-                step, d_out_step, value_step = counts
-                start, count = key_start(p, block, r), readers(block, r)
-                ring.fill(step, key_tile(key, row, start, k))
-                value_ring.fill(value_step, key_tile(value, row, start, k))
+        found = pl.run_scoped(run, plgpu.ACC((ROWS, ROWS), jnp.float32))
+        return (seen(p, found, query_axis=1) if masked else found).astype(raw.dtype)
 
-                @pl.when(r == 0)
-                def _of_block():
-                    source = d_states.at[row, k, jnp.minimum(block, p.blocks - 1)]
-                    state_ring.fill(i, *(source.at[half] for half in range(2)))
+    accumulator = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
 
-                @pl.loop(0, count)
-                def _queries(n):
-                    at = pl.ds(block * BLOCK + (r + lax.div(n, p.shared)) * ROWS, ROWS)
-                    head = k * p.shared + lax.rem(n, p.shared)
-                    ring.fill(step + 1 + n, query.at[row, at, head])
-                    d_out_ring.fill(d_out_step + n, d_out.at[row, at, head])
+    @pl.when(group == VALUES)
+    def _values():
+        def begin(tile):
+            def products(d_v):
+                for half in range(2):
+                    plgpu.wgmma(d_v, key_features.at[half], state_tiles.at[0, half])
+                return d_v[...]
 
-                ring.fill(step + 1 + count, key_tile(key, row, start, k))
-                return step + 2 + count, d_out_step + count, value_step + 1
+            return pl.run_scoped(products, accumulator)
 
-            return lax.fori_loop(0, TILES, fill_tile, counts)
+        def add_queries(tile, n, d_v, masked):
+            def products(scores):
+                for half in range(2):
+                    queries = feature_ring.wait(2 * n + half)
+                    plgpu.wgmma(scores, key_features.at[half], plgpu.transpose_ref(queries, (1, 0)))
 
-        lax.fori_loop(0, places.count(program), fill_block, (0, 0, 0))
+            weights = weights_of(products, masked)
+            for half in range(2):
+                feature_ring.release(2 * n + half)
+            do = d_out_ring.wait(n)
+            d_v = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, do))(plgpu.ACC.init(d_v))
+            d_out_ring.release(n)
+            return d_v
+
+        compute(VALUES, begin, add_queries, lambda tile, d_v: d_v, d_value)
+
+    @pl.when(group == KEYS)
+    def _keys():
+        def begin(tile):
+            values = value_ring.wait(tile)
+
+            def products(*d_halves):
+                for half in range(2):
+                    plgpu.wgmma(d_halves[half], values, plgpu.transpose_ref(state_tiles.at[0, half], (1, 0)))
+                return tuple(d_half[...] for d_half in d_halves)
+
+            return pl.run_scoped(products, accumulator, accumulator)
+
+        def add_queries(tile, n, d_halves, masked):
+            values, do = value_tiles.at[0], d_out_ring.wait(n)
+            weights = weights_of(lambda scores: plgpu.wgmma(scores, values, plgpu.transpose_ref(do, (1, 0))), masked)
+            d_out_ring.release(n)
+
+            def products(refs):
+                for half in range(2):
+                    plgpu.wgmma(refs[half], weights, feature_ring.wait(2 * n + half))
+
+            d_halves = pl.run_state(products)(tuple(map(plgpu.ACC.init, d_halves)))
+            for half in range(2):
+                feature_ring.release(2 * n + half)
+            return tuple(d_halves)
+
+        def finish(tile, d_halves):
+            value_ring.release(tile)
+            plus, minus = (
+                pull_back(restored(key_features[half], softmax=p.softmax), d_halves[half], softmax=p.softmax)
+                for half in range(2)
+            )
+            return plus - minus
+
+        compute(KEYS, begin, add_queries, finish, d_key)
+
+    @pl.when(group == FEATURES)
+    def _features():
+        plgpu.set_max_registers(REGISTERS[FEATURES], action="decrease")
+
+        def fill_state(i):
+            row, k, block, *_ = place(i * TILES)
+            source = d_states.at[row, k, jnp.minimum(block, p.blocks - 1)]
+            state_ring.fill(i, *(source.at[half] for half in range(2)))
+
+        def fill_tile(tile, pair):
+            row, k, block, r, count = place(tile)
+            start = key_start(p, block, r)
+
+            def stage_of(n):
+                """Of the n-th tile of queries; the tile of keys stands before them."""
+                return lax.rem(pair + tile + 1 + n, RAW_STAGES)
+
+            def at(n):
+                return row, pl.ds(block * BLOCK + (r + lax.div(n, p.shared)) * ROWS, ROWS), k * p.shared + lax.rem(n, p.shared)
+
+            def fill_query(n):
+                plgpu.copy_gmem_to_smem(query.at[at(n)], raw.at[stage_of(n)], queries_filled.at[stage_of(n)])
+
+            def store_features(n):
+                plgpu.barrier_wait(queries_filled.at[stage_of(n)])
+                for half in range(2):
+                    found = half_features(raw.at[stage_of(n)][...], half, softmax=p.softmax)
+                    feature_ring.put(2 * (pair + n) + half, found.astype(raw.dtype))
+
+            plgpu.copy_gmem_to_smem(key_tile(key, row, start, k), raw.at[stage_of(-1)], keys_filled)
+            pl.when(tile == 0)(lambda: fill_state(0))
+
+            @pl.when(count > 0)
+            def _ahead():
+                fill_query(0)
+                d_out_ring.fill(pair, d_out.at[at(0)])
+                store_features(0)
+
+            value_ring.fill(tile, key_tile(value, row, start, k))
+            plgpu.barrier_wait(keys_consumed)
+            pl.when(count > 1)(lambda: fill_query(1))
+
+            @pl.loop(1, count)
+            def _queries(n):
+                d_out_ring.fill(pair + n, d_out.at[at(n)])
+                pl.when(n + 1 < count)(lambda: fill_query(n + 1))
+                store_features(n)
+
+            pl.when((r == TILES - 1) & (tile + 1 < blocks * TILES))(lambda: fill_state(lax.div(tile, TILES) + 1))
+            return pair + count
+
+        lax.fori_loop(0, blocks * TILES, fill_tile, 0)
 
 
 def keys_gradients(
@@ -192,20 +239,23 @@ def keys_gradients(
     dtype, H = jnp.dtype(p.dtype), p.head_dim
     places = Places(p.batch, p.key_blocks - p.offset // BLOCK, p.key_heads)
     shape = jax.ShapeDtypeStruct(key.shape, dtype)
-    ring = launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS)
+    both = plgpu.Barrier(num_arrivals=2)
     return launch.kernel(
         functools.partial(linear_attention_keys_mosaic, p=p, places=places),
         name=linear_attention_keys_mosaic.__name__,
         programs=places.programs,
         out_type=(shape, shape),
         scratch_types=(
-            *ring,
-            *ring,
-            *ring,
-            *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),
-            launch.tiled((COMPUTE_GROUPS, ROWS, H), dtype),
-            launch.tiled((COMPUTE_GROUPS, ROWS, H), dtype),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
+            launch.tiled((RAW_STAGES, ROWS, H), dtype),
+            plgpu.Barrier(num_barriers=RAW_STAGES),
+            plgpu.Barrier(),
+            both,
+            *launch.ring_types(D_OUT_STAGES, (ROWS, H), dtype, consumers=2),
+            *launch.ring_types(1, (ROWS, H), dtype, consumers=1),
+            *launch.ring_types(1, (2, H, H), dtype, consumers=2),
+            *launch.ring_types(FEATURE_STAGES, (ROWS, H), dtype, consumers=2),
+            launch.tiled((2, ROWS, H), dtype),
+            both,
+            both,
         ),
     )(query, key, value, d_out, d_states)

@@ -76,7 +76,7 @@ def linear_attention_outputs_mosaic(
                 step = of_keys + TILES * (1 + j)
                 r = lax.rem(group + j, TILES)
                 tile = ring.wait(step)
-                halves = [half_features(tile[...], s, softmax=p.softmax).astype(tile.dtype) for s in (1.0, -1.0)]
+                halves = [half_features(tile[...], half, softmax=p.softmax).astype(tile.dtype) for half in range(2)]
                 pl.when(j > 0)(lambda: release_stored(ring, step - TILES))
 
                 def score(scores, r):
@@ -88,13 +88,13 @@ def linear_attention_outputs_mosaic(
                     for half in range(2):
                         plgpu.wgmma(acc, halves[half], state.at[half])
                     found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=2))
-                    plgpu.wgmma(acc, seen(p, found, r, r, query_axis=0).astype(tile.dtype), values.at[r])
+                    plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(tile.dtype), values.at[r])
                     return acc[...]
 
                 def below_diagonal(_, acc):
                     def scores_of(scores):
                         score(scores, 0)
-                        return seen(p, scores[...], r, 0, query_axis=0).astype(tile.dtype)
+                        return scores[...].astype(tile.dtype)
 
                     found = pl.run_scoped(scores_of, plgpu.ACC((ROWS, ROWS), jnp.float32))
                     return pl.run_state(lambda ref: plgpu.wgmma(ref, found, values.at[0]))(plgpu.ACC.init(acc))

@@ -24,7 +24,7 @@ class LinearProblem:
     head_dim: int  # H
     dtype: Literal["bfloat16", "float16"]
     feature_map: Literal["softmax", "relu"]
-    delay: int = 0  # tokens after which a key and its value are seen
+    delay: int = 0  # tokens after which a key and its value are seen: a multiple of ROWS, or one more
 
     @property
     def shared(self) -> int:
@@ -41,9 +41,9 @@ class LinearProblem:
         return self.delay // ROWS * ROWS
 
     @property
-    def lag(self) -> int:
-        """Tokens after the query beside it from which on a key is seen: what is left of the delay, less than a tile."""
-        return self.delay - self.offset
+    def strict(self) -> bool:
+        """Whether the query beside a key is the last that does not see it, and not the first that does."""
+        return self.delay > self.offset
 
     @property
     def blocks(self) -> int:

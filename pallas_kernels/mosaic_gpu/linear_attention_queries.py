@@ -87,13 +87,13 @@ def linear_attention_queries_mosaic(
                     for half in range(2):
                         plgpu.wgmma(d_halves[half], do, plgpu.transpose_ref(state.at[half], (1, 0)))
                     found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_scores, wait_n=2))
-                    add(d_halves, seen(p, found, r, r, query_axis=0), r)
+                    add(d_halves, seen(p, found, query_axis=0), r)
                     return tuple(d_half[...] for d_half in d_halves)
 
                 def below_diagonal(_, d_halves):
                     def scores_of(d_scores):
                         plgpu.wgmma(d_scores, do, plgpu.transpose_ref(values.at[0], (1, 0)))
-                        return seen(p, d_scores[...], r, 0, query_axis=0)
+                        return d_scores[...]
 
                     found = pl.run_scoped(scores_of, plgpu.ACC((ROWS, ROWS), jnp.float32))
                     return pl.run_state(lambda refs: add(refs, found, 0))(tuple(map(plgpu.ACC.init, d_halves)))
@@ -104,8 +104,8 @@ def linear_attention_queries_mosaic(
                 ring.release(step)
                 tile = ring.wait(step + TILES)
                 plus, minus = (
-                    pull_back(half_features(tile[...], sign, softmax=p.softmax), d_half, softmax=p.softmax)
-                    for sign, d_half in zip((1.0, -1.0), d_halves, strict=True)
+                    pull_back(half_features(tile[...], half, softmax=p.softmax), d_halves[half], softmax=p.softmax)
+                    for half in range(2)
                 )
                 tile[...] = (plus - minus).astype(tile.dtype)
                 plgpu.commit_smem()

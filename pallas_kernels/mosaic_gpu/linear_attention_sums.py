@@ -53,17 +53,15 @@ def linear_attention_sums_mosaic(
         start = block * BLOCK + r * ROWS if reverse else key_start(p, block, r)
         return start, k * shared + lax.div(step, TILES)
 
-    @pl.when(group < COMPUTE_GROUPS)
-    def _compute():
+    def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
-        sign = (1 - 2 * group).astype(jnp.float32)
-        features = feature_tiles.at[group]
-        of_half = pl.ds(group * H, H)
+        features = feature_tiles.at[half]
+        of_half = pl.ds(half * H, H)
 
         def add_tile(step, state):
             x_tile, y_tile = xs.wait(step), ys.wait(step)
             real = None if reverse else real_keys(p, place(step)[0])  # zeros follow the last gradient
-            found = half_features(x_tile[...], sign, softmax=p.softmax, real=real)
+            found = half_features(x_tile[...], half, softmax=p.softmax, real=real)
             features[...] = found.astype(features.dtype)
             plgpu.commit_smem()
             transposed = plgpu.transpose_ref(features, (1, 0))
@@ -74,17 +72,20 @@ def linear_attention_sums_mosaic(
 
         def add_block(i, state):
             if keep:
-                tile = state_tiles.at[group]
+                tile = state_tiles.at[half]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 tile[...] = state.astype(tile.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(tile, states[0].at[row, k, block_of(i), group])
+                plgpu.copy_smem_to_gmem(tile, states[0].at[row, k, block_of(i), half])
             return lax.fori_loop(i * steps, (i + 1) * steps, add_tile, state)
 
         state = launch.load_matrix(entering.at[row, k, segment, of_half])
         state = lax.fori_loop(0, blocks, add_block, state)
         leaving.at[row, k, segment, of_half][...] = state
         plgpu.wait_smem_to_gmem(0)
+
+    for half in range(2):
+        pl.when(group == half)(functools.partial(compute, half))
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():

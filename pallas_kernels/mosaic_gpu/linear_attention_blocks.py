@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
-from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, MULTIPROCESSORS, LinearProblem
+from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, MULTIPROCESSORS, TILES, LinearProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,15 @@ def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
     return launch.row_iota(ROWS) < jnp.where(start >= 0, p.tokens - p.delay - start, 0)
 
 
-def store_key_features(p: LinearProblem, tile: Any, start: jax.Array, features: Any, group: jax.Array) -> None:
-    """phi of the tile of keys of a warpgroup, into `features` [2, tiles, ROWS, H]."""
-    real = real_keys(p, start)
-    for half in range(2):
-        found = half_features(tile[...], half, softmax=p.softmax, real=real)
-        features.at[half, group][...] = found.astype(tile.dtype)
+def store_key_features(
+    p: LinearProblem, ring: launch.Ring, step: jax.Array, block: jax.Array, half: int, features: Any
+) -> None:
+    """One half of phi of a block's keys, whose tiles are those of a ring from `step` on, into `features` [tiles, ...]."""
+    for r in range(TILES):
+        tile = ring.wait(step + r)
+        found = half_features(tile[...], half, softmax=p.softmax, real=real_keys(p, key_start(p, block, r)))
+        ring.release(step + r)
+        features.at[r][...] = found.astype(features.dtype)
     plgpu.commit_smem()
 
 
@@ -83,7 +86,50 @@ def seen(p: LinearProblem, scores: jax.Array, *, query_axis: int) -> jax.Array:
     return jnp.where(row - own + int(p.strict) <= rest, scores, 0.0)
 
 
-def release_stored(ring: launch.Ring, step: jax.Array) -> None:
-    """Gives back the tile of a step once its copy to memory, the last of this warpgroup, has read it."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    ring.release(step)
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What two warpgroups have of a tile is added up in the ring's tile that both have read, and copied to memory.
+
+    Warpgroup 1 leaves its part there, rounded, once warpgroup 0 has read the tile; warpgroup 0 adds its own.
+
+    Attributes:
+      ring: whose tiles both warpgroups consume.
+      read: barriers of its stages, on which warpgroup 0 arrives.
+      stored: barriers of its stages, on which warpgroup 1 arrives.
+    """
+
+    ring: launch.Ring
+    read: Any
+    stored: Any
+
+    def load(self, step: jax.Array, half: int) -> jax.Array:
+        """The tile of a step, as it was filled."""
+        found = self.ring.wait(step)[...]
+        if half == 0:
+            plgpu.barrier_arrive(self.read.at[lax.rem(step, self.ring.stages)])
+        return found
+
+    def store(self, step: jax.Array, half: int, part: jax.Array, target: Any) -> None:
+        stage = lax.rem(step, self.ring.stages)
+        tile = self.ring.tiles.at[stage]
+        if half == 1:
+            plgpu.barrier_wait(self.read.at[stage])
+            tile[...] = part.astype(tile.dtype)
+            plgpu.barrier_arrive(self.stored.at[stage])
+            self.ring.release(step)
+        else:
+            plgpu.barrier_wait(self.stored.at[stage])
+            tile[...] = (part + tile[...].astype(jnp.float32)).astype(tile.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, target)
+
+    def release(self, step: jax.Array, half: int) -> None:
+        """Gives back the tile of a step, the last that this warpgroup has stored, once the copy has read it."""
+        if half == 0:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.ring.release(step)
+
+
+def sum_types(stages: int) -> tuple[Any, Any]:
+    """Scratch types of the barriers of `Sums`."""
+    return plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)

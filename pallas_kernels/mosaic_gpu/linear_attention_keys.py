@@ -1,4 +1,4 @@
-"""Gradients of keys and values beside a block of queries, with G_c, the sum of phi(q)^T d_out after the block:
+"""Gradients of a tile of keys and values, with G_c, the sum of phi(q)^T d_out after the tile of queries beside it:
 
     d_v = phi(k) G_c + tril(phi(q) phi(k)^T)^T d_out,   d_phi(k) = v G_c^T + tril(d_out v^T)^T phi(q).
 
@@ -15,12 +15,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
-from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_start, key_tile, meet, real_keys, seen
+from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_tile, meet, real_keys, seen
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back, restored
-from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
+from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem
+from pallas_kernels.triton.problem import cdiv
 
 VALUES, KEYS, FEATURES = range(3)  # warpgroups; the first two make half 0 and half 1 of the features of keys
-REGISTERS = (152, 208, 144)  # of their threads
+REGISTERS = (144, 232, 128)  # of their threads
 RAW_STAGES, FEATURE_STAGES, D_OUT_STAGES = 2, 3, 2  # tiles of queries, halves of their features, tiles of d_out
 
 
@@ -29,7 +30,7 @@ def linear_attention_keys_mosaic(
     key,  # [B, T, K, H]
     value,  # [B, T, K, H]
     d_out,  # [B, T, N, H]
-    d_states,  # [B, K, C, 2, H, H]: the reverse sum that enters each block
+    d_states,  # [B, K, c, 2, H, H]: the reverse sum that enters each tile of queries
     d_key,  # [B, T, K, H]
     d_value,  # [B, T, K, H]
     raw,
@@ -55,27 +56,25 @@ def linear_attention_keys_mosaic(
     p: LinearProblem,
     places: Places,
 ):
-    """One program goes through blocks of a key head: for each tile of keys, the queries of the block from it on."""
+    """One program goes through tiles of keys, and the queries beside each, of all heads that share the key head."""
     d_out_ring = launch.Ring(d_out_tiles, d_out_filled, d_out_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
     feature_ring = launch.Ring(query_features, features_filled, features_consumed)
     program, group = lax.axis_index("program"), lax.axis_index("group")
-    blocks = places.count(program)
+    count = places.count(program)
 
     def place(tile):
-        """Row, key head, block and number in it of a program's tile of keys; how many tiles of queries see it."""
-        row, k, block = places.of(program, lax.div(tile, TILES))
-        block, r = p.offset // BLOCK + block, lax.rem(tile, TILES)
-        return row, k, block, r, jnp.where(block < p.blocks, (TILES - r) * p.shared, 0)
+        """Row, key head and first key of a program's tile; the number of queries' tiles beside it."""
+        row, k, place = places.of(program, tile)
+        return row, k, place * ROWS, jnp.where(place * ROWS + p.offset < p.tokens, p.shared, 0)
 
     def compute(role, begin, add_queries, finish, gradient):
         """The loop over tiles of one role; `pair` counts the tiles of queries so far, of all tiles of keys."""
         plgpu.set_max_registers(REGISTERS[role], action="increase" if REGISTERS[role] > 168 else "decrease")
 
         def add_tile(tile, pair):
-            row, k, block, r, count = place(tile)
-            start = key_start(p, block, r)
+            row, k, start, readers = place(tile)
             plgpu.barrier_wait(keys_filled)
             keys = raw.at[lax.rem(pair + tile, RAW_STAGES)][...]
             found = half_features(keys, role, softmax=p.softmax, real=real_keys(p, start))
@@ -84,27 +83,20 @@ def linear_attention_keys_mosaic(
             key_features[role] = found.astype(key_features.dtype)
             plgpu.commit_smem()
             meet(keys_stored)
-            pl.when(r == 0)(lambda: plgpu.barrier_wait(state_filled.at[0]))
-            carry = begin(tile)
-            pl.when(r == TILES - 1)(lambda: state_ring.release(lax.div(tile, TILES)))
-            beside = pair + jnp.minimum(count, p.shared)
-            carry = lax.fori_loop(pair, beside, functools.partial(add_queries, tile, masked=True), carry)
-            carry = lax.fori_loop(beside, pair + count, functools.partial(add_queries, tile, masked=False), carry)
+            carry = begin(tile, state_ring.wait(tile))
+            state_ring.release(tile)
+            carry = lax.fori_loop(pair, pair + readers, functools.partial(add_queries, tile), carry)
             found = finish(tile, carry)
             meet(keys_read)
             key_features[role] = found.astype(key_features.dtype)
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(key_features.at[role], key_tile(gradient, row, start, k))
+            return pair + readers
 
-            @pl.when(start >= 0)
-            def _store():
-                plgpu.copy_smem_to_gmem(key_features.at[role], key_tile(gradient, row, start, k))
-
-            return pair + count
-
-        lax.fori_loop(0, blocks * TILES, add_tile, 0)
+        lax.fori_loop(0, count, add_tile, 0)
         plgpu.wait_smem_to_gmem(0)
 
-    def weights_of(products, masked):
+    def weights_of(products):
         """Scores of a tile of keys and one of queries, rounded."""
 
         def run(scores):
@@ -112,27 +104,27 @@ def linear_attention_keys_mosaic(
             return scores[...]
 
         found = pl.run_scoped(run, plgpu.ACC((ROWS, ROWS), jnp.float32))
-        return (seen(p, found, query_axis=1) if masked else found).astype(raw.dtype)
+        return seen(p, found, query_axis=1).astype(raw.dtype)
 
     accumulator = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
 
     @pl.when(group == VALUES)
     def _values():
-        def begin(tile):
+        def begin(tile, state):
             def products(d_v):
                 for half in range(2):
-                    plgpu.wgmma(d_v, key_features.at[half], state_tiles.at[0, half])
+                    plgpu.wgmma(d_v, key_features.at[half], state.at[half])
                 return d_v[...]
 
             return pl.run_scoped(products, accumulator)
 
-        def add_queries(tile, n, d_v, masked):
+        def add_queries(tile, n, d_v):
             def products(scores):
                 for half in range(2):
                     queries = feature_ring.wait(2 * n + half)
                     plgpu.wgmma(scores, key_features.at[half], plgpu.transpose_ref(queries, (1, 0)))
 
-            weights = weights_of(products, masked)
+            weights = weights_of(products)
             for half in range(2):
                 feature_ring.release(2 * n + half)
             do = d_out_ring.wait(n)
@@ -144,19 +136,19 @@ def linear_attention_keys_mosaic(
 
     @pl.when(group == KEYS)
     def _keys():
-        def begin(tile):
+        def begin(tile, state):
             values = value_ring.wait(tile)
 
             def products(*d_halves):
                 for half in range(2):
-                    plgpu.wgmma(d_halves[half], values, plgpu.transpose_ref(state_tiles.at[0, half], (1, 0)))
+                    plgpu.wgmma(d_halves[half], values, plgpu.transpose_ref(state.at[half], (1, 0)))
                 return tuple(d_half[...] for d_half in d_halves)
 
             return pl.run_scoped(products, accumulator, accumulator)
 
-        def add_queries(tile, n, d_halves, masked):
+        def add_queries(tile, n, d_halves):
             values, do = value_tiles.at[0], d_out_ring.wait(n)
-            weights = weights_of(lambda scores: plgpu.wgmma(scores, values, plgpu.transpose_ref(do, (1, 0))), masked)
+            weights = weights_of(lambda scores: plgpu.wgmma(scores, values, plgpu.transpose_ref(do, (1, 0))))
             d_out_ring.release(n)
 
             def products(refs):
@@ -170,11 +162,13 @@ def linear_attention_keys_mosaic(
 
         def finish(tile, d_halves):
             value_ring.release(tile)
-            plus, minus = (
-                pull_back(restored(key_features[half], softmax=p.softmax), d_halves[half], softmax=p.softmax)
-                for half in range(2)
-            )
-            return plus - minus
+            parts = []
+            for half in range(2):
+                if half:
+                    plgpu.commit_smem()  # keeps the compiler from working on both at once, which spills registers
+                found = restored(key_features[half], softmax=p.softmax)
+                parts.append(pull_back(found, d_halves[half], softmax=p.softmax))
+            return parts[0] - parts[1]
 
         compute(KEYS, begin, add_queries, finish, d_key)
 
@@ -182,21 +176,20 @@ def linear_attention_keys_mosaic(
     def _features():
         plgpu.set_max_registers(REGISTERS[FEATURES], action="decrease")
 
-        def fill_state(i):
-            row, k, block, *_ = place(i * TILES)
-            source = d_states.at[row, k, jnp.minimum(block, p.blocks - 1)]
-            state_ring.fill(i, *(source.at[half] for half in range(2)))
+        def fill_state(tile):
+            row, k, start, _ = place(tile)
+            source = d_states.at[row, k, jnp.minimum(lax.div(start + p.offset, ROWS), d_states.shape[2] - 1)]
+            state_ring.fill(tile, *(source.at[half] for half in range(2)))
 
         def fill_tile(tile, pair):
-            row, k, block, r, count = place(tile)
-            start = key_start(p, block, r)
+            row, k, start, readers = place(tile)
 
             def stage_of(n):
                 """Of the n-th tile of queries; the tile of keys stands before them."""
                 return lax.rem(pair + tile + 1 + n, RAW_STAGES)
 
             def at(n):
-                return row, pl.ds(block * BLOCK + (r + lax.div(n, p.shared)) * ROWS, ROWS), k * p.shared + lax.rem(n, p.shared)
+                return row, pl.ds(start + p.offset, ROWS), k * p.shared + n
 
             def fill_query(n):
                 plgpu.copy_gmem_to_smem(query.at[at(n)], raw.at[stage_of(n)], queries_filled.at[stage_of(n)])
@@ -210,7 +203,7 @@ def linear_attention_keys_mosaic(
             plgpu.copy_gmem_to_smem(key_tile(key, row, start, k), raw.at[stage_of(-1)], keys_filled)
             pl.when(tile == 0)(lambda: fill_state(0))
 
-            @pl.when(count > 0)
+            @pl.when(readers > 0)
             def _ahead():
                 fill_query(0)
                 d_out_ring.fill(pair, d_out.at[at(0)])
@@ -218,18 +211,18 @@ def linear_attention_keys_mosaic(
 
             value_ring.fill(tile, key_tile(value, row, start, k))
             plgpu.barrier_wait(keys_consumed)
-            pl.when(count > 1)(lambda: fill_query(1))
+            pl.when(readers > 1)(lambda: fill_query(1))
 
-            @pl.loop(1, count)
+            @pl.loop(1, readers)
             def _queries(n):
                 d_out_ring.fill(pair + n, d_out.at[at(n)])
-                pl.when(n + 1 < count)(lambda: fill_query(n + 1))
+                pl.when(n + 1 < readers)(lambda: fill_query(n + 1))
                 store_features(n)
 
-            pl.when((r == TILES - 1) & (tile + 1 < blocks * TILES))(lambda: fill_state(lax.div(tile, TILES) + 1))
-            return pair + count
+            pl.when(tile + 1 < count)(lambda: fill_state(tile + 1))
+            return pair + readers
 
-        lax.fori_loop(0, blocks * TILES, fill_tile, 0)
+        lax.fori_loop(0, count, fill_tile, 0)
 
 
 def keys_gradients(
@@ -237,7 +230,7 @@ def keys_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """d_key and d_value [B, T, K, H]; `d_states` are those of `linear_attention_sums.running_sums` in reverse."""
     dtype, H = jnp.dtype(p.dtype), p.head_dim
-    places = Places(p.batch, p.key_blocks - p.offset // BLOCK, p.key_heads)
+    places = Places(p.batch, cdiv(p.tokens, ROWS), p.key_heads)
     shape = jax.ShapeDtypeStruct(key.shape, dtype)
     both = plgpu.Barrier(num_arrivals=2)
     return launch.kernel(

@@ -1,7 +1,7 @@
 """What queries read: out = phi(q) S_c + tril(phi(q) phi(k)^T) v for a block of tokens that S_c enters.
 
-The warpgroups that compute take tiles of the query heads that share a key head in turn. Features of a tile of queries
-stay in registers; those of the block's keys, its values and its state are shared.
+Everything is a sum over the two halves of the features: each warpgroup that computes has one half, and the parts of a
+tile of outputs are added up at the end.
 """
 
 import functools
@@ -16,12 +16,12 @@ from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
     Places,
+    Sums,
     key_start,
     key_tile,
-    meet,
-    release_stored,
     seen,
     store_key_features,
+    sum_types,
 )
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
@@ -44,74 +44,64 @@ def linear_attention_outputs_mosaic(
     value_tiles,
     value_filled,
     value_consumed,
+    read,
+    stored,
     features,
-    features_stored,
-    features_read,
     *,
     p: LinearProblem,
     places: Places,
 ):
-    """One program goes through blocks of a key head and, in each, through two tiles of every query head."""
+    """One program goes through blocks of a key head and, in each, through the tiles of every query head."""
     ring = launch.Ring(tiles, filled, consumed)
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
-    steps = TILES * (1 + p.shared)  # of a block: its keys, then two tiles of each query head
+    sums = Sums(ring, read, stored)
+    steps = TILES * (1 + p.shared)  # of a block: its keys, then the tiles of each query head
     program, group = lax.axis_index("program"), lax.axis_index("group")
 
-    @pl.when(group < COMPUTE_GROUPS)
-    def _compute():
+    def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        key_features = features.at[half]
 
         @pl.loop(0, places.count(program))
         def _block(i):
             row, k, block = places.of(program, i)
-            of_keys = i * steps + group
-            store_key_features(p, ring.wait(of_keys), key_start(p, block, group), features, group)
-            ring.release(of_keys)
-            meet(features_stored)
-            state, values = state_ring.wait(i), value_ring.wait(i)
+            store_key_features(p, ring, i * steps, block, half, key_features)
+            state, values = state_ring.wait(i).at[half], value_ring.wait(i)
 
             @pl.loop(0, p.shared)
             def _head(j):
-                step = of_keys + TILES * (1 + j)
-                r = lax.rem(group + j, TILES)
-                tile = ring.wait(step)
-                halves = [half_features(tile[...], half, softmax=p.softmax).astype(tile.dtype) for half in range(2)]
-                pl.when(j > 0)(lambda: release_stored(ring, step - TILES))
+                for r in range(TILES):
+                    step = i * steps + TILES * (1 + j) + r
+                    queries = half_features(sums.load(step, half), half, softmax=p.softmax).astype(tiles.dtype)
+                    if r > 0:
+                        sums.release(step - 1, half)
+                    else:
+                        pl.when(j > 0)(lambda step=step: sums.release(step - 1, half))
 
-                def score(scores, r):
-                    for half in range(2):
-                        plgpu.wgmma(scores, halves[half], plgpu.transpose_ref(features.at[half, r], (1, 0)))
+                    def products(acc, *scores, queries=queries, r=r):
+                        for s in range(r + 1):  # the tile of keys beside the queries first
+                            plgpu.wgmma(scores[s], queries, plgpu.transpose_ref(key_features.at[r - s], (1, 0)))
+                        plgpu.wgmma(acc, queries, state)
+                        for s in range(r + 1):
+                            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores[s], wait_n=r + 1))
+                            found = found if s else seen(p, found, query_axis=0)
+                            plgpu.wgmma(acc, found.astype(queries.dtype), values.at[r - s])
+                        return acc[...]
 
-                def on_diagonal(scores, acc):
-                    score(scores, r)
-                    for half in range(2):
-                        plgpu.wgmma(acc, halves[half], state.at[half])
-                    found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=2))
-                    plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(tile.dtype), values.at[r])
-                    return acc[...]
-
-                def below_diagonal(_, acc):
-                    def scores_of(scores):
-                        score(scores, 0)
-                        return scores[...].astype(tile.dtype)
-
-                    found = pl.run_scoped(scores_of, plgpu.ACC((ROWS, ROWS), jnp.float32))
-                    return pl.run_state(lambda ref: plgpu.wgmma(ref, found, values.at[0]))(plgpu.ACC.init(acc))
-
-                shapes = (ROWS, ROWS), (ROWS, p.head_dim)
-                acc = pl.run_scoped(on_diagonal, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-                acc = lax.fori_loop(0, r, below_diagonal, acc)
-                tile[...] = acc.astype(tile.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(tile, out.at[row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j])
+                    scores = (plgpu.ACC((ROWS, ROWS), jnp.float32),) * (r + 1)
+                    acc = pl.run_scoped(products, plgpu.ACC((ROWS, p.head_dim), jnp.float32), *scores)
+                    target = out.at[row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j]
+                    sums.store(step, half, acc, target)
 
             state_ring.release(i)
             value_ring.release(i)
-            release_stored(ring, of_keys + TILES * p.shared)
-            meet(features_read)
+            sums.release((i + 1) * steps - 1, half)
 
         plgpu.wait_smem_to_gmem(0)
+
+    for half in range(2):
+        pl.when(group == half)(functools.partial(compute, half))
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():
@@ -126,9 +116,9 @@ def linear_attention_outputs_mosaic(
 
             @pl.loop(0, p.shared)
             def _head(j):
-                for g in range(COMPUTE_GROUPS):
-                    at = pl.ds(block * BLOCK + lax.rem(g + j, TILES) * ROWS, ROWS)
-                    ring.fill(i * steps + TILES * (1 + j) + g, query.at[row, at, k * p.shared + j])
+                for r in range(TILES):
+                    at = row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j
+                    ring.fill(i * steps + TILES * (1 + j) + r, query.at[at])
 
                 @pl.when(j == 0)
                 def _of_block():
@@ -146,11 +136,10 @@ def outputs(p: LinearProblem, query: jax.Array, key: jax.Array, value: jax.Array
         programs=places.programs,
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
         scratch_types=(
-            *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=1),
+            *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
             *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),
             *launch.ring_types(1, (TILES, ROWS, H), dtype, consumers=COMPUTE_GROUPS),
+            *sum_types(STAGES),
             launch.tiled((2, TILES, ROWS, H), dtype),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
     )(query, key, value, states)

@@ -51,11 +51,6 @@ class LinearProblem:
         return cdiv(self.tokens, BLOCK)
 
     @property
-    def key_blocks(self) -> int:
-        """Blocks of a row beside which keys stand, also after the last query."""
-        return cdiv(self.tokens + self.offset, BLOCK)
-
-    @property
     def span(self) -> int:
         """Blocks of a segment; segments are summed up side by side, the blocks of one after the other."""
         rows = self.batch * self.key_heads

@@ -1,6 +1,6 @@
 """Gradients of queries: d_phi(q) = d_out S_c^T + tril(d_out v^T) phi(k) for a block of tokens that S_c enters.
 
-Tiles are divided between the warpgroups as in `linear_attention_outputs`.
+Each warpgroup that computes has one half of the features, as in `linear_attention_outputs`.
 """
 
 import functools
@@ -15,12 +15,12 @@ from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
     Places,
+    Sums,
     key_start,
     key_tile,
-    meet,
-    release_stored,
     seen,
     store_key_features,
+    sum_types,
 )
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
@@ -44,80 +44,67 @@ def linear_attention_queries_mosaic(
     value_tiles,
     value_filled,
     value_consumed,
+    read,
+    stored,
     features,
-    features_stored,
-    features_read,
     *,
     p: LinearProblem,
     places: Places,
 ):
-    """One program goes through blocks of a key head and, in each, through two tiles of every query head."""
+    """One program goes through blocks of a key head and, in each, through the tiles of every query head."""
     ring = launch.Ring(tiles, filled, consumed)
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
-    steps = TILES * (1 + 2 * p.shared)  # of a block: its keys, then two tiles of d_out and two of queries a head
+    sums = Sums(ring, read, stored)
+    steps = TILES * (1 + 2 * p.shared)  # of a block: its keys, then tiles of d_out and of queries of each head in turn
     program, group = lax.axis_index("program"), lax.axis_index("group")
 
-    @pl.when(group < COMPUTE_GROUPS)
-    def _compute():
+    def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        key_features = features.at[half]
 
         @pl.loop(0, places.count(program))
         def _block(i):
             row, k, block = places.of(program, i)
-            of_keys = i * steps + group
-            store_key_features(p, ring.wait(of_keys), key_start(p, block, group), features, group)
-            ring.release(of_keys)
-            meet(features_stored)
-            state, values = state_ring.wait(i), value_ring.wait(i)
+            store_key_features(p, ring, i * steps, block, half, key_features)
+            state, values = state_ring.wait(i).at[half], value_ring.wait(i)
 
             @pl.loop(0, p.shared)
             def _head(j):
-                step = of_keys + TILES * (1 + 2 * j)
-                r = lax.rem(group + j, TILES)
-                do = ring.wait(step)
-                pl.when(j > 0)(lambda: release_stored(ring, step - TILES))
+                for r in range(TILES):
+                    step = i * steps + TILES * (1 + 2 * j) + 2 * r
+                    do = ring.wait(step)
 
-                def add(d_halves, d_scores, r):
-                    for half in range(2):
-                        plgpu.wgmma(d_halves[half], d_scores.astype(do.dtype), features.at[half, r])
+                    def products(acc, *scores, do=do, r=r):
+                        for s in range(r + 1):  # the tile of keys beside the queries first
+                            plgpu.wgmma(scores[s], do, plgpu.transpose_ref(values.at[r - s], (1, 0)))
+                        plgpu.wgmma(acc, do, plgpu.transpose_ref(state, (1, 0)))
+                        for s in range(r + 1):
+                            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores[s], wait_n=r + 1))
+                            found = found if s else seen(p, found, query_axis=0)
+                            plgpu.wgmma(acc, found.astype(do.dtype), key_features.at[r - s])
+                        return acc[...]
 
-                def on_diagonal(d_scores, *d_halves):
-                    plgpu.wgmma(d_scores, do, plgpu.transpose_ref(values.at[r], (1, 0)))
-                    for half in range(2):
-                        plgpu.wgmma(d_halves[half], do, plgpu.transpose_ref(state.at[half], (1, 0)))
-                    found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_scores, wait_n=2))
-                    add(d_halves, seen(p, found, query_axis=0), r)
-                    return tuple(d_half[...] for d_half in d_halves)
-
-                def below_diagonal(_, d_halves):
-                    def scores_of(d_scores):
-                        plgpu.wgmma(d_scores, do, plgpu.transpose_ref(values.at[0], (1, 0)))
-                        return d_scores[...]
-
-                    found = pl.run_scoped(scores_of, plgpu.ACC((ROWS, ROWS), jnp.float32))
-                    return pl.run_state(lambda refs: add(refs, found, 0))(tuple(map(plgpu.ACC.init, d_halves)))
-
-                shapes = (ROWS, ROWS), (ROWS, p.head_dim), (ROWS, p.head_dim)
-                d_halves = pl.run_scoped(on_diagonal, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-                d_halves = lax.fori_loop(0, r, below_diagonal, d_halves)
-                ring.release(step)
-                tile = ring.wait(step + TILES)
-                plus, minus = (
-                    pull_back(half_features(tile[...], half, softmax=p.softmax), d_halves[half], softmax=p.softmax)
-                    for half in range(2)
-                )
-                tile[...] = (plus - minus).astype(tile.dtype)
-                plgpu.commit_smem()
-                at = pl.ds(block * BLOCK + r * ROWS, ROWS)
-                plgpu.copy_smem_to_gmem(tile, d_query.at[row, at, k * p.shared + j])
+                    scores = (plgpu.ACC((ROWS, ROWS), jnp.float32),) * (r + 1)
+                    acc = pl.run_scoped(products, plgpu.ACC((ROWS, p.head_dim), jnp.float32), *scores)
+                    ring.release(step)
+                    if r > 0:
+                        sums.release(step - 1, half)
+                    else:
+                        pl.when(j > 0)(lambda step=step: sums.release(step - 1, half))
+                    found = half_features(sums.load(step + 1, half), half, softmax=p.softmax)
+                    part = pull_back(found, acc, softmax=p.softmax)
+                    target = d_query.at[row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j]
+                    sums.store(step + 1, half, -part if half else part, target)
 
             state_ring.release(i)
             value_ring.release(i)
-            release_stored(ring, of_keys + TILES * 2 * p.shared)
-            meet(features_read)
+            sums.release((i + 1) * steps - 1, half)
 
         plgpu.wait_smem_to_gmem(0)
+
+    for half in range(2):
+        pl.when(group == half)(functools.partial(compute, half))
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():
@@ -132,21 +119,15 @@ def linear_attention_queries_mosaic(
 
             @pl.loop(0, p.shared)
             def _head(j):
-                step = i * steps + TILES * (1 + 2 * j)
-                at = [
-                    (row, pl.ds(block * BLOCK + lax.rem(g + j, TILES) * ROWS, ROWS), k * p.shared + j)
-                    for g in range(COMPUTE_GROUPS)
-                ]
-                for g in range(COMPUTE_GROUPS):
-                    ring.fill(step + g, d_out.at[at[g]])
+                for r in range(TILES):
+                    at = row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j
+                    for s, array in enumerate((d_out, query)):
+                        ring.fill(i * steps + TILES * (1 + 2 * j) + 2 * r + s, array.at[at])
 
                 @pl.when(j == 0)
                 def _of_block():
-                    value_ring.fill(i, *(key_tile(value, row, start, k) for start in starts))
                     state_ring.fill(i, *(states.at[row, k, block, half] for half in range(2)))
-
-                for g in range(COMPUTE_GROUPS):
-                    ring.fill(step + TILES + g, query.at[at[g]])
+                    value_ring.fill(i, *(key_tile(value, row, start, k) for start in starts))
 
 
 def queries_gradient(
@@ -161,11 +142,10 @@ def queries_gradient(
         programs=places.programs,
         out_type=jax.ShapeDtypeStruct(query.shape, dtype),
         scratch_types=(
-            *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=1),
+            *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
             *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),
             *launch.ring_types(1, (TILES, ROWS, H), dtype, consumers=COMPUTE_GROUPS),
+            *sum_types(STAGES),
             launch.tiled((2, TILES, ROWS, H), dtype),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
     )(query, key, value, d_out, states)

@@ -1,5 +1,8 @@
 """States of linear attention: running sums over blocks of phi(x)^T y, in either direction.
 
+Forward, a block is of TILES tiles. In reverse it is a single tile: the kernel that reads those sums makes the features
+of a block's queries once for each tile of keys, which costs more than to write and read twice as many.
+
 Each of the two warpgroups that compute holds one half of a state, [H, H], in the registers of its accumulator. A
 block's array entry holds the sum that enters it from the side where the direction starts.
 """
@@ -14,9 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
-from pallas_kernels.mosaic_gpu.linear_attention_blocks import key_start, key_tile, real_keys
+from pallas_kernels.mosaic_gpu.linear_attention_blocks import key_tile, real_keys
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
-from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
+from pallas_kernels.mosaic_gpu.linear_attention_problem import TILES, LinearProblem
+from pallas_kernels.triton.problem import cdiv
 
 STAGES = 4  # tiles of x and y in flight
 
@@ -25,7 +29,7 @@ def linear_attention_sums_mosaic(
     x,  # [B, T, n, H], whose features are taken; n is N or K
     y,  # [B, T, n, H]
     entering,  # [B, K, segments, 2 H, H] float32: the sum that enters each segment
-    *results,  # if it is kept [B, K, C, 2, H, H], the sum that enters each block; [B, K, segments, 2 H, H], what leaves
+    *results,  # if it is kept [B, K, c, 2, H, H], the sum that enters each block; [B, K, segments, 2 H, H], what leaves
     p: LinearProblem,
     heads: int,
     reverse: bool,
@@ -38,9 +42,10 @@ def linear_attention_sums_mosaic(
     program = lax.axis_index("program")
     k, segment = lax.rem(program, p.key_heads), lax.rem(lax.div(program, p.key_heads), p.segments)
     row = lax.div(program, p.key_heads * p.segments)
-    first = segment * p.span
-    blocks = jnp.minimum(p.span, p.blocks - first)
-    steps = TILES * shared  # of a block
+    tiles = _tiles(reverse)
+    first = segment * (p.span * TILES // tiles)
+    blocks = jnp.minimum(p.span * TILES // tiles, cdiv(p.tokens, tiles * ROWS) - first)
+    steps = tiles * shared  # of a block
     group = lax.axis_index("group")
 
     def block_of(i):
@@ -49,9 +54,8 @@ def linear_attention_sums_mosaic(
     def place(step):
         """First token and head of a step's tiles."""
         i, step = lax.div(step, steps), lax.rem(step, steps)
-        block, r = block_of(i), lax.rem(step, TILES)
-        start = block * BLOCK + r * ROWS if reverse else key_start(p, block, r)
-        return start, k * shared + lax.div(step, TILES)
+        start = (block_of(i) * tiles + lax.rem(step, tiles)) * ROWS
+        return start if reverse else start - p.offset, k * shared + lax.div(step, tiles)
 
     def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
@@ -98,14 +102,20 @@ def linear_attention_sums_mosaic(
             ys.fill(step, key_tile(y, row, start, n))
 
 
+def _tiles(reverse: bool) -> int:
+    """Of a block for which a sum is kept."""
+    return 1 if reverse else TILES
+
+
 def sums(p: LinearProblem, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool, keep: bool):
-    """The sums that enter each block, [B, K, C, 2, H, H] in the dtype of y, if they are kept; those that leave.
+    """The sums that enter each block, [B, K, c, 2, H, H] in the dtype of y, if they are kept; those that leave.
 
     `entering`, float32 [B, K, segments, 2 H, H], is what enters each segment; what leaves has the same form. In reverse
     x is the query and y the gradient of the output, otherwise they are key and value.
     """
     dtype, H, heads = jnp.dtype(p.dtype), p.head_dim, x.shape[2]
-    states = [jax.ShapeDtypeStruct((p.batch, p.key_heads, p.blocks, 2, H, H), dtype)] if keep else []
+    shape = p.batch, p.key_heads, cdiv(p.tokens, _tiles(reverse) * ROWS), 2, H, H
+    states = [jax.ShapeDtypeStruct(shape, dtype)] if keep else []
     ring = launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS)
     found = launch.kernel(
         functools.partial(linear_attention_sums_mosaic, p=p, heads=heads, reverse=reverse, keep=keep),

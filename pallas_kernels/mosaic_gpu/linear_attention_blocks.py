@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
-from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, MULTIPROCESSORS, TILES, LinearProblem
+from pallas_kernels.mosaic_gpu.linear_attention_problem import MULTIPROCESSORS, LinearProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,8 @@ class Places:
         return lax.div(place, self.blocks), k, lax.rem(place, self.blocks)
 
 
-def key_start(p: LinearProblem, block: jax.Array, r: jax.Array | int) -> jax.Array:
-    """The first key of a block's tile r; tiles before the row's first token have no keys."""
-    return block * BLOCK - p.offset + r * ROWS
-
-
 def key_tile(array: Any, row: jax.Array, start: jax.Array, k: jax.Array) -> Any:
-    """ROWS keys or values; some other tile if it would begin before the row."""
+    """The keys or values from `start` on; some other tile if it would begin before the row."""
     return array.at[row, pl.ds(jnp.maximum(start, 0), ROWS), k]
 
 
@@ -58,14 +53,20 @@ def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
 
 
 def store_key_features(
-    p: LinearProblem, ring: launch.Ring, step: jax.Array, block: jax.Array, half: int, features: Any
+    p: LinearProblem, tile: jax.Array, start: jax.Array, half: int, features: Any
 ) -> None:
-    """One half of phi of a block's keys, whose tiles are those of a ring from `step` on, into `features` [tiles, ...]."""
-    for r in range(TILES):
-        tile = ring.wait(step + r)
-        found = half_features(tile[...], half, softmax=p.softmax, real=real_keys(p, key_start(p, block, r)))
-        ring.release(step + r)
-        features.at[r][...] = found.astype(features.dtype)
+    """One half of phi of a tile of keys, into `features` [ROWS, H]."""
+    found = half_features(tile, half, softmax=p.softmax, real=real_keys(p, start))
+    features[...] = found.astype(features.dtype)
+    plgpu.commit_smem()
+
+
+def add_to_state(state: Any, features: Any, values: Any) -> None:
+    """One half of a state [H, H] goes on to the next tile; it is rounded again, up to TILES - 1 times in a block."""
+    sums = pl.run_state(lambda ref: plgpu.wgmma(ref, plgpu.transpose_ref(features, (1, 0)), values))(
+        plgpu.ACC.init(state[...].astype(jnp.float32))
+    )
+    state[...] = sums.astype(state.dtype)
     plgpu.commit_smem()
 
 

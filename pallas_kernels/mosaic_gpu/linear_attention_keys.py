@@ -218,8 +218,9 @@ def linear_attention_keys_mosaic(
                 d_out_ring.fill(pair + n, d_out.at[at(n)])
                 pl.when(n + 1 < readers)(lambda: fill_query(n + 1))
                 store_features(n)
+                pl.when((n == 1) & (tile + 1 < count))(lambda: fill_state(tile + 1))
 
-            pl.when(tile + 1 < count)(lambda: fill_state(tile + 1))
+            pl.when((readers < 2) & (tile + 1 < count))(lambda: fill_state(tile + 1))
             return pair + readers
 
         lax.fori_loop(0, count, fill_tile, 0)

@@ -8,8 +8,8 @@ from pallas_kernels.triton.problem import cdiv
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
-TILES = 2  # of ROWS tokens: a block, one for each of the warpgroups that compute
-BLOCK = TILES * ROWS  # tokens between which scores are made; a state is kept for each block
+TILES = 4  # of ROWS tokens, between which scores are made: a block, for which a state is kept in memory
+BLOCK = TILES * ROWS
 MULTIPROCESSORS = 132  # of the largest Hopper cards; smaller ones run the programs that are left afterwards
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
     Places,
     Sums,
-    key_start,
+    add_to_state,
     key_tile,
     seen,
     store_key_features,
@@ -25,7 +25,8 @@ from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
 
-STAGES = 4  # tiles of keys, of d_out and of queries in flight, and of gradients on their way to memory
+STAGES = 6  # tiles of keys, of d_out and of queries in flight, and of gradients on their way to memory
+VALUE_STAGES = 2  # tiles of values in flight
 
 
 def linear_attention_queries_mosaic(
@@ -56,50 +57,54 @@ def linear_attention_queries_mosaic(
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
     sums = Sums(ring, read, stored)
-    steps = TILES * (1 + 2 * p.shared)  # of a block: its keys, then tiles of d_out and of queries of each head in turn
+    steps = 1 + 2 * p.shared  # of a tile: its keys, then d_out and the queries of each head in turn
     program, group = lax.axis_index("program"), lax.axis_index("group")
 
     def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
         key_features = features.at[half]
 
+        accumulators = plgpu.ACC((ROWS, p.head_dim), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
+
         @pl.loop(0, places.count(program))
         def _block(i):
             row, k, block = places.of(program, i)
-            store_key_features(p, ring, i * steps, block, half, key_features)
-            state, values = state_ring.wait(i).at[half], value_ring.wait(i)
+            state = state_ring.wait(i).at[half]
 
-            @pl.loop(0, p.shared)
-            def _head(j):
-                for r in range(TILES):
-                    step = i * steps + TILES * (1 + 2 * j) + 2 * r
-                    do = ring.wait(step)
+            @pl.loop(0, TILES)
+            def _tile(r):
+                tile, start = i * TILES + r, block * BLOCK + r * ROWS
+                step = tile * steps
+                keys = ring.wait(step)[...]
+                ring.release(step)
+                store_key_features(p, keys, start - p.offset, half, key_features)
+                values = value_ring.wait(tile)
 
-                    def products(acc, *scores, do=do, r=r):
-                        for s in range(r + 1):  # the tile of keys beside the queries first
-                            plgpu.wgmma(scores[s], do, plgpu.transpose_ref(values.at[r - s], (1, 0)))
+                @pl.loop(0, p.shared)
+                def _head(j):
+                    at = step + 1 + 2 * j
+                    do = ring.wait(at)
+
+                    def products(acc, scores):
+                        plgpu.wgmma(scores, do, plgpu.transpose_ref(values, (1, 0)))
                         plgpu.wgmma(acc, do, plgpu.transpose_ref(state, (1, 0)))
-                        for s in range(r + 1):
-                            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores[s], wait_n=r + 1))
-                            found = found if s else seen(p, found, query_axis=0)
-                            plgpu.wgmma(acc, found.astype(do.dtype), key_features.at[r - s])
-                        return acc[...]
+                        found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+                        plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(do.dtype), key_features)
+                        found = half_features(sums.load(at + 1, half), half, softmax=p.softmax)
+                        return found, acc[...]
 
-                    scores = (plgpu.ACC((ROWS, ROWS), jnp.float32),) * (r + 1)
-                    acc = pl.run_scoped(products, plgpu.ACC((ROWS, p.head_dim), jnp.float32), *scores)
-                    ring.release(step)
-                    if r > 0:
-                        sums.release(step - 1, half)
-                    else:
-                        pl.when(j > 0)(lambda step=step: sums.release(step - 1, half))
-                    found = half_features(sums.load(step + 1, half), half, softmax=p.softmax)
+                    found, acc = pl.run_scoped(products, *accumulators)
+                    ring.release(at)
+                    pl.when(j > 0)(lambda: sums.release(at - 1, half))
                     part = pull_back(found, acc, softmax=p.softmax)
-                    target = d_query.at[row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j]
-                    sums.store(step + 1, half, -part if half else part, target)
+                    target = d_query.at[row, pl.ds(start, ROWS), k * p.shared + j]
+                    sums.store(at + 1, half, -part if half else part, target)
+
+                pl.when(r < TILES - 1)(lambda: add_to_state(state, key_features, values))
+                value_ring.release(tile)
+                sums.release(step + steps - 1, half)
 
             state_ring.release(i)
-            value_ring.release(i)
-            sums.release((i + 1) * steps - 1, half)
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -113,21 +118,23 @@ def linear_attention_queries_mosaic(
         @pl.loop(0, places.count(program))
         def _block(i):
             row, k, block = places.of(program, i)
-            starts = [key_start(p, block, r) for r in range(TILES)]
-            for r, start in enumerate(starts):
-                ring.fill(i * steps + r, key_tile(key, row, start, k))
 
-            @pl.loop(0, p.shared)
-            def _head(j):
-                for r in range(TILES):
-                    at = row, pl.ds(block * BLOCK + r * ROWS, ROWS), k * p.shared + j
-                    for s, array in enumerate((d_out, query)):
-                        ring.fill(i * steps + TILES * (1 + 2 * j) + 2 * r + s, array.at[at])
+            @pl.loop(0, TILES)
+            def _tile(r):
+                tile, start = i * TILES + r, block * BLOCK + r * ROWS
+                step = tile * steps
+                ring.fill(step, key_tile(key, row, start - p.offset, k))
+                value_ring.fill(tile, key_tile(value, row, start - p.offset, k))
 
-                @pl.when(j == 0)
+                @pl.when(r == 0)
                 def _of_block():
                     state_ring.fill(i, *(states.at[row, k, block, half] for half in range(2)))
-                    value_ring.fill(i, *(key_tile(value, row, start, k) for start in starts))
+
+                @pl.loop(0, p.shared)
+                def _head(j):
+                    at = row, pl.ds(start, ROWS), k * p.shared + j
+                    for s, array in enumerate((d_out, query)):
+                        ring.fill(step + 1 + 2 * j + s, array.at[at])
 
 
 def queries_gradient(
@@ -144,8 +151,8 @@ def queries_gradient(
         scratch_types=(
             *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
             *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),
-            *launch.ring_types(1, (TILES, ROWS, H), dtype, consumers=COMPUTE_GROUPS),
+            *launch.ring_types(VALUE_STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
             *sum_types(STAGES),
-            launch.tiled((2, TILES, ROWS, H), dtype),
+            launch.tiled((2, ROWS, H), dtype),
         ),
     )(query, key, value, d_out, states)

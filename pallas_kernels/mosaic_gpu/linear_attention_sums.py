@@ -42,7 +42,7 @@ def linear_attention_sums_mosaic(
     program = lax.axis_index("program")
     k, segment = lax.rem(program, p.key_heads), lax.rem(lax.div(program, p.key_heads), p.segments)
     row = lax.div(program, p.key_heads * p.segments)
-    tiles = _tiles(reverse)
+    tiles = _tiles(reverse)  # of a block
     first = segment * (p.span * TILES // tiles)
     blocks = jnp.minimum(p.span * TILES // tiles, cdiv(p.tokens, tiles * ROWS) - first)
     steps = tiles * shared  # of a block

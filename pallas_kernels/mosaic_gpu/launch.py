@@ -149,7 +149,7 @@ class Ring:
 
 
 def ring_types(stages: int, shape: tuple[int, ...], dtype, *, consumers: int) -> tuple[Any, Any, Any]:
-    """Scratch types of a ring's fields; `shape` is that of a stage, with the number of its tiles if they are several."""
+    """Scratch types of a ring's fields; `shape` is that of a stage, its tiles first where it has several."""
     copies = shape[0] if len(shape) > 2 else 1
     filled = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
     return tiled((stages, *shape), dtype), filled, plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)

@@ -52,9 +52,7 @@ def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
     return launch.row_iota(ROWS) < jnp.where(start >= 0, p.tokens - p.delay - start, 0)
 
 
-def store_key_features(
-    p: LinearProblem, tile: jax.Array, start: jax.Array, half: int, features: Any
-) -> None:
+def store_key_features(p: LinearProblem, tile: jax.Array, start: jax.Array, half: int, features: Any) -> None:
     """One half of phi of a tile of keys, into `features` [ROWS, H]."""
     found = half_features(tile, half, softmax=p.softmax, real=real_keys(p, start))
     features[...] = found.astype(features.dtype)

@@ -1,4 +1,6 @@
-"""Gradients of a tile of keys and values, with G_c, the sum of phi(q)^T d_out after the tile of queries beside it:
+"""Gradients of a tile of keys and values.
+
+With G_c, the sum of phi(q)^T d_out after the tile of queries that stands beside that of keys,
 
     d_v = phi(k) G_c + tril(phi(q) phi(k)^T)^T d_out,   d_phi(k) = v G_c^T + tril(d_out v^T)^T phi(q).
 
@@ -16,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
 from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_tile, meet, real_keys, seen
-from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back, restored
+from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
 from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem
 from pallas_kernels.triton.problem import cdiv
 
@@ -166,7 +168,8 @@ def linear_attention_keys_mosaic(
             for half in range(2):
                 if half:
                     plgpu.commit_smem()  # keeps the compiler from working on both at once, which spills registers
-                found = restored(key_features[half], softmax=p.softmax)
+                # Features that were rounded serve as weights, whose sum is 1 but for the rounding.
+                found = key_features[half].astype(jnp.float32)
                 parts.append(pull_back(found, d_halves[half], softmax=p.softmax))
             return parts[0] - parts[1]
 

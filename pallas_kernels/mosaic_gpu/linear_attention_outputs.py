@@ -23,7 +23,7 @@ from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
     store_key_features,
     sum_types,
 )
-from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
+from pallas_kernels.mosaic_gpu.linear_attention_features import by_rows, half_weights, scales
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
 
 STAGES = 6  # tiles of keys and queries in flight, and of outputs on their way to memory
@@ -83,8 +83,10 @@ def linear_attention_outputs_mosaic(
                 @pl.loop(0, p.shared)
                 def _head(j):
                     at = step + 1 + j
-                    queries = half_features(sums.load(at, half), half, softmax=p.softmax).astype(tiles.dtype)
+                    weights = half_weights(sums.load(at, half), half, softmax=p.softmax)
+                    queries, scale = weights.astype(tiles.dtype), scales(weights, softmax=p.softmax)
                     pl.when(j > 0)(lambda: sums.release(at - 1, half))
+                    pl.when((j == 0) & (tile > 0))(lambda: sums.release(step - 1, half))
 
                     def products(acc, scores):
                         plgpu.wgmma(scores, queries, plgpu.transpose_ref(key_features, (1, 0)))
@@ -94,11 +96,11 @@ def linear_attention_outputs_mosaic(
                         return acc[...]
 
                     acc = pl.run_scoped(products, *accumulators)
+                    acc = acc if scale is None else acc * by_rows(scale, acc)
                     sums.store(at, half, acc, out.at[row, pl.ds(start, ROWS), k * p.shared + j])
 
                 pl.when(r < TILES - 1)(lambda: add_to_state(state, key_features, values))
                 value_ring.release(tile)
-                sums.release(step + steps - 1, half)
 
             state_ring.release(i)
 

@@ -37,7 +37,7 @@ class LinearProblem:
 
     @property
     def offset(self) -> int:
-        """Key s stands beside query s + offset: the delay in whole tiles, so that tiles of keys begin where copies may."""
+        """Key s stands beside query s + offset: the delay in whole tiles, which begin where copies may."""
         return self.delay // ROWS * ROWS
 
     @property

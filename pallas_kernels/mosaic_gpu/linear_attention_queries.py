@@ -22,7 +22,7 @@ from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
     store_key_features,
     sum_types,
 )
-from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
+from pallas_kernels.mosaic_gpu.linear_attention_features import half_weights, pull_back
 from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
 
 STAGES = 6  # tiles of keys, of d_out and of queries in flight, and of gradients on their way to memory
@@ -90,19 +90,19 @@ def linear_attention_queries_mosaic(
                         plgpu.wgmma(acc, do, plgpu.transpose_ref(state, (1, 0)))
                         found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
                         plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(do.dtype), key_features)
-                        found = half_features(sums.load(at + 1, half), half, softmax=p.softmax)
-                        return found, acc[...]
+                        weights = half_weights(sums.load(at + 1, half), half, softmax=p.softmax)
+                        return weights, acc[...]
 
-                    found, acc = pl.run_scoped(products, *accumulators)
+                    weights, acc = pl.run_scoped(products, *accumulators)
                     ring.release(at)
                     pl.when(j > 0)(lambda: sums.release(at - 1, half))
-                    part = pull_back(found, acc, softmax=p.softmax)
+                    pl.when((j == 0) & (tile > 0))(lambda: sums.release(step - 1, half))
+                    part = pull_back(weights, acc, softmax=p.softmax)
                     target = d_query.at[row, pl.ds(start, ROWS), k * p.shared + j]
                     sums.store(at + 1, half, -part if half else part, target)
 
                 pl.when(r < TILES - 1)(lambda: add_to_state(state, key_features, values))
                 value_ring.release(tile)
-                sums.release(step + steps - 1, half)
 
             state_ring.release(i)
 

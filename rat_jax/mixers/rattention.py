@@ -12,7 +12,7 @@ from rat_jax.layout import TokenLayout
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window
 from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttended
-from rat_jax.ops.linear_attention_xla import features
+from rat_jax.ops.linear_attention_xla import delayed, features
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate
 from rat_jax.shapes import Array, Float, Float32
@@ -143,15 +143,10 @@ class Rattention(nnx.Module):
         left_key, left_value = ring.key[rows, slots], ring.value[rows, slots]
         if options.rope:
             left_key = rotate(left_key, reach - layout.positions, options.rope_base)
-        tokens = query.shape[1]
-        if tokens > reach:
-
-            def earlier(x):
-                return jnp.pad(x[:, : tokens - reach], [(0, 0), (reach, 0)] + [(0, 0)] * (x.ndim - 2))
-
-            from_new = (earlier(layout.segment_ids) == layout.segment_ids)[..., None, None]
-            left_key = jnp.where(from_new, earlier(key), left_key)
-            left_value = jnp.where(from_new, earlier(value), left_value)
+        if query.shape[1] > reach:
+            from_new = (delayed(layout.segment_ids, reach) == layout.segment_ids)[..., None, None]
+            left_key = jnp.where(from_new, delayed(key, reach), left_key)
+            left_value = jnp.where(from_new, delayed(value, reach), left_value)
             from_ring |= from_new[..., 0, 0]
         enters = (from_ring & layout.is_token)[..., None, None]
         return linear_attention(

@@ -2,6 +2,7 @@
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,22 @@ from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.shapes import Array, Float, Int
 
-_PLATFORMS = {"triton": "cuda", "pallas_tpu": "tpu"}
+_PLATFORMS = {"mosaic_gpu": "cuda", "triton": "cuda", "pallas_tpu": "tpu"}
+_HOPPER = 9  # compute capability 9.x
+TAKE_DELAYS = ("mosaic_gpu",)
 
 
-def candidate() -> str | None:
-    """The kernel that is worth tracing here; which body runs is settled when the program is lowered."""
+def candidates() -> tuple[str, ...]:
+    """Kernels worth tracing here, the fastest first; which body runs is settled when the program is lowered."""
     match expected_platform():
         case "gpu" | "cuda":
-            return "triton"
+            capability = expected_capability()
+            on_hopper = capability is not None and capability[0] == _HOPPER
+            return ("mosaic_gpu", "triton") if on_hopper else ("triton",)
         case "tpu":
-            return "pallas_tpu"
+            return ("pallas_tpu",)
         case _:
-            return None
+            return ()
 
 
 def refusal(
@@ -36,7 +41,6 @@ def refusal(
     state: Array | None,
 ) -> str | None:
     """Why a kernel cannot run a call and what comes nearest; None where it can."""
-    del documents
     if state is not None:
         return "it takes no state; implementation 'xla' does"
     if not query.dtype == key.dtype == value.dtype:
@@ -44,14 +48,21 @@ def refusal(
     if query.shape[0] % devices():
         return f"{query.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
     initial_shape = None if initial_state is None else initial_state.shape
+    if kernel == "mosaic_gpu":
+        capability = expected_capability()
+        if capability is not None and capability[0] != _HOPPER:
+            return f"it needs a card of compute capability 9.x, this one has {capability[0]}.{capability[1]}"
+        if initial_state is not None or documents is not None:
+            return "it takes neither packed documents nor an initial state; implementation 'triton' does"
     return _module(kernel).refusal(query.shape, key.shape, query.dtype, initial_shape=initial_shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def attend(
     kernel: str,
     fall_back: bool,
     feature_map: FeatureMap,
+    delay: int,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
@@ -61,23 +72,26 @@ def attend(
     """See `rat_jax.ops.linear_attention.linear_attention`. On a mesh, each device runs its own batch rows.
 
     Args:
-      kernel: "triton" or "pallas_tpu".
+      kernel: one of `_PLATFORMS`.
       fall_back: lowered for another platform than the kernel's, run the plain XLA body instead.
+      feature_map: as there.
+      delay: as there; 0 for a kernel that is not in `TAKE_DELAYS`.
+      query, key, value, initial_state, documents: as there.
     """
-    return _forward(kernel, fall_back, feature_map, query, key, value, initial_state, documents)[0]
+    return _forward(kernel, fall_back, feature_map, delay, query, key, value, initial_state, documents)[0]
 
 
-def _forward(kernel, fall_back, feature_map, query, key, value, initial_state, documents):
+def _forward(kernel, fall_back, feature_map, delay, query, key, value, initial_state, documents):
     arrays = (query, key, value, initial_state, documents)
 
-    def run(query, key, value, initial_state, documents):
-        options = {"feature_map": feature_map, "initial_state": initial_state, "documents": documents}
-        return _module(kernel).linear_attention_forward(query, key, value, **options, **_card(kernel))
+    def run(query, key, value, *more):
+        options = _options(kernel, feature_map, delay, *more)
+        return _module(kernel).linear_attention_forward(query, key, value, **options)
 
     def plain(*arrays):
         residuals = jax.eval_shape(run, *arrays)[2]
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)  # its backward needs none of them
-        return *linear_attention_xla.attend(feature_map, *arrays), empty
+        return *linear_attention_xla.attend(feature_map, delay, *arrays), empty
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
     shared = (3,) if _is_shared(initial_state) else ()
@@ -85,19 +99,19 @@ def _forward(kernel, fall_back, feature_map, query, key, value, initial_state, d
     return LinearAttended(out, state), (*arrays, residuals)
 
 
-def _backward(kernel, fall_back, feature_map, kept_arrays, d_attended: LinearAttended):
+def _backward(kernel, fall_back, feature_map, delay, kept_arrays, d_attended: LinearAttended):
     initial_state = kept_arrays[3]
 
     def run(query, key, value, initial_state, documents, residuals, d_out, d_state):
         arrays = (residuals, query, key, value, d_out, d_state)
-        options = {"feature_map": feature_map, "initial_state": initial_state, "documents": documents}
-        return _module(kernel).linear_attention_backward(*arrays, **options, **_card(kernel))
+        options = _options(kernel, feature_map, delay, initial_state, documents)
+        return _module(kernel).linear_attention_backward(*arrays, **options)
 
     def plain(query, key, value, initial_state, documents, residuals, *d_attended):
         del residuals
 
         def attended(query, key, value, initial_state):
-            return linear_attention_xla.attend(feature_map, query, key, value, initial_state, documents)
+            return linear_attention_xla.attend(feature_map, delay, query, key, value, initial_state, documents)
 
         return jax.vjp(attended, query, key, value, initial_state)[1](LinearAttended(*d_attended))
 
@@ -120,13 +134,19 @@ def _by_platform(kernel: str, run, plain):
     return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
 
 
-def _card(kernel: str) -> dict[str, tuple[int, int] | None]:
-    return {"capability": expected_capability()} if kernel == "triton" else {}
+def _options(kernel: str, feature_map, delay, initial_state, documents) -> dict[str, Any]:
+    if kernel == "mosaic_gpu":
+        return {"feature_map": feature_map, "delay": delay}
+    card = {"capability": expected_capability()} if kernel == "triton" else {}
+    return {"feature_map": feature_map, "initial_state": initial_state, "documents": documents, **card}
 
 
 def _module(kernel: str) -> ModuleType:
-    if kernel == "triton":
-        from pallas_kernels.triton import linear_attention  # imports Triton, which machines without a GPU may lack
-    else:
-        from pallas_kernels.tpu import linear_attention
+    match kernel:
+        case "triton":
+            from pallas_kernels.triton import linear_attention  # imports Triton, which machines without a GPU may lack
+        case "mosaic_gpu":
+            from pallas_kernels.mosaic_gpu import linear_attention
+        case _:
+            from pallas_kernels.tpu import linear_attention
     return linear_attention

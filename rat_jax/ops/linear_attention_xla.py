@@ -27,8 +27,15 @@ def features(x: Float[Array, "*n H"], feature_map: FeatureMap) -> Float32[Array,
     return jnp.concatenate(parts, axis=-1)
 
 
+def delayed(x: Float[Array, "B T *n"], delay: int) -> Float[Array, "B T *n"]:
+    """Row t holds what was in row t - delay; the first rows are zeros."""
+    kept = max(0, x.shape[1] - delay)
+    return jnp.pad(x[:, :kept], [(0, 0), (x.shape[1] - kept, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
 def attend(
     feature_map: FeatureMap,
+    delay: int,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
@@ -43,6 +50,7 @@ def attend(
     """
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
+    key, value = delayed(key, delay), delayed(value, delay)
     if state is None:
         state = jnp.zeros((batch, key_heads, 2 * head_dim, head_dim), jnp.float32)
     if tokens == 1:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from rat_jax.layout import from_segments
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import FeatureMap
+from rat_jax.ops.linear_attention_xla import delayed
 from rat_jax.shapes import Array, Float, Float32, Int
 
 __all__ = ["FeatureMap", "LinearImplementation", "ResidualLinearAttended", "residual_linear_attention"]
@@ -52,22 +53,18 @@ def residual_linear_attention(
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     _check(window, initial_state, batch, heads, key_heads, head_dim)
-    shift = min(window + 1, tokens)
-
-    def entering(x):  # row t holds what leaves the window of token t
-        return jnp.pad(x[:, : tokens - shift], [(0, 0), (shift, 0)] + [(0, 0)] * (x.ndim - 2))
-
-    key, value, documents = entering(key), entering(value), None
+    delay, documents = min(window + 1, tokens), None  # after which a token has left the window
     if segment_ids is not None:
         layout = from_segments(segment_ids)[0]
-        same = layout.is_token & (entering(layout.segment_ids) == layout.segment_ids)
-        value = jnp.where(same[..., None, None], value, 0)
-        documents = jnp.cumsum(layout.starts(), axis=1, dtype=jnp.int32)
+        key, value, left = (delayed(x, delay) for x in (key, value, layout.segment_ids))
+        value = jnp.where((layout.is_token & (left == layout.segment_ids))[..., None, None], value, 0)
+        delay, documents = 0, jnp.cumsum(layout.starts(), axis=1, dtype=jnp.int32)
     attended = linear_attention(
         query,
         key,
         value,
         feature_map=feature_map,
+        delay=delay,
         initial_state=initial_state,
         documents=documents,
         implementation=implementation,

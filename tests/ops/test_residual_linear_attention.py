@@ -115,7 +115,7 @@ def test_the_triton_kernels_are_traced_for_a_gpu(monkeypatch):
         import jax_triton  # noqa: F401
     except ImportError as error:
         pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
-    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidate", lambda: "triton")
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidates", lambda: ("triton",))
 
     def loss(arrays):
         return jnp.sum(residual_linear_attention(*arrays, window=5).out)
@@ -136,7 +136,7 @@ def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(arrays, initial(1, 2))
 
     expected = gradients()
-    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidate", lambda: "pallas_tpu")
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidates", lambda: ("pallas_tpu",))
     jax.tree.map(lambda found, want: close(found, np.asarray(want)), gradients(), expected)
 
 
@@ -289,7 +289,7 @@ def test_memory_grows_with_the_number_of_tokens():
         ({"window": -1}, "window must be 0 or more, got -1"),
         ({"feature_map": "exp"}, "feature_map must be 'softmax' or 'relu', got 'exp'"),
         ({"initial_state": jnp.zeros((1, 3, 16, 8))}, r"initial_state must be \(2 or 1, 4 or 2, 16, 8\), got \(1, 3"),
-        ({"implementation": "cudnn"}, "implementation must be one of xla, triton, pallas_tpu, got 'cudnn'"),
+        ({"implementation": "cudnn"}, "implementation must be one of xla, triton, mosaic_gpu, pallas_tpu, got 'cudnn'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, message):

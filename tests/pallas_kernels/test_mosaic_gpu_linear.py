@@ -1,0 +1,139 @@
+"""Linear attention's Mosaic GPU kernels: lowered for CUDA on any machine, and on a Hopper GPU against float64.
+
+As with those of the RAT op, the interpreter of Mosaic GPU does not run them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mosaic_gpu import linear_attention
+
+KERNELS = [f"linear_attention_{name}_mosaic" for name in ("sums", "outputs", "queries", "keys")]
+CASES = {  # B, T, N, K, H, dtype, feature map, delay
+    "plain": (2, 1024, 4, 2, 128, "bfloat16", "softmax", 513),
+    "no_delay": (1, 600, 3, 1, 64, "bfloat16", "softmax", 0),
+    "any_delay": (2, 304, 4, 2, 128, "bfloat16", "softmax", 70),
+    "relu": (2, 300, 2, 2, 64, "float16", "relu", 5),
+    "short": (3, 40, 2, 1, 64, "bfloat16", "softmax", 1),
+    "nothing_seen": (1, 130, 2, 1, 64, "bfloat16", "softmax", 200),
+    "segments": (1, 3000, 2, 1, 128, "float16", "softmax", 65),
+    "whole_rows": (70, 300, 4, 2, 64, "bfloat16", "softmax", 65),
+}
+LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}
+NAMES = ("out", "final", "d_query", "d_key", "d_value")
+
+
+def inputs(case, seed=0):
+    """Random query, key and value; and the gradients of out and final state."""
+    batch, tokens, heads, key_heads, head_dim, dtype, *_ = case
+    keys = jax.random.split(jax.random.key(seed), 5)
+    counts, scales = (heads, key_heads, key_heads, heads), (2, 2, 1, 1)
+    arrays = [
+        (jax.random.normal(key, (batch, tokens, n, head_dim)) * scale).astype(dtype)
+        for key, n, scale in zip(keys, counts, scales, strict=False)
+    ]
+    return *arrays, jax.random.normal(keys[4], (batch, key_heads, 2 * head_dim, head_dim))
+
+
+def both(case, query, key, value, d_out, d_final):
+    options = {"feature_map": case[-2], "delay": case[-1]}
+    out, final, residuals = linear_attention.linear_attention_forward(query, key, value, **options)
+    arrays = residuals, query, key, value, d_out, d_final
+    return out, final, *linear_attention.linear_attention_backward(*arrays, **options)
+
+
+def truth(case, *arrays):
+    """Everything in float64, head by head."""
+    *_, feature_map, delay = case
+    query, key, value, d_out, d_final = (np.asarray(x.astype(jnp.float32), np.float64) for x in arrays)
+    shared = query.shape[2] // key.shape[2]
+    found = [np.zeros(x.shape) for x in (query, d_final, query, key, value)]
+    out, final, d_query, d_key, d_value = found
+    age = np.subtract.outer(np.arange(query.shape[1]), np.arange(query.shape[1]))
+    seen, last = age >= delay, (age[-1] >= delay)[:, None]
+
+    def halves(x):
+        if feature_map == "relu":
+            return [np.maximum(x, 0), np.maximum(-x, 0)]
+        powers = [np.exp(sign * x - (sign * x).max(axis=1, keepdims=True)) for sign in (1, -1)]
+        return [e / e.sum(axis=1, keepdims=True) for e in powers]
+
+    def pulled(phi, d_phi):
+        parts = []
+        for f, d in zip(phi, np.split(d_phi, 2, axis=1), strict=True):
+            parts.append(f * (d - (f * d).sum(axis=1, keepdims=True)) if feature_map == "softmax" else d * (f > 0))
+        return parts[0] - parts[1]
+
+    for b, n in np.ndindex(query.shape[0], query.shape[2]):
+        k = n // shared
+        of_query, of_key, v, do = halves(query[b, :, n]), halves(key[b, :, k]), value[b, :, k], d_out[b, :, n]
+        phi_q, phi_k = np.concatenate(of_query, axis=1), np.concatenate(of_key, axis=1)
+        scores, d_scores = (phi_q @ phi_k.T) * seen, (do @ v.T) * seen
+        out[b, :, n] = scores @ v
+        d_query[b, :, n] = pulled(of_query, d_scores @ phi_k)
+        d_phi_k = d_scores.T @ phi_q
+        d_value[b, :, k] += scores.T @ do
+        if n % shared == 0:
+            final[b, k] = (phi_k * last).T @ v
+            d_value[b, :, k] += (phi_k @ d_final[b, k]) * last
+            d_phi_k += (v @ d_final[b, k].T) * last
+        d_key[b, :, k] += pulled(of_key, d_phi_k)
+    return dict(zip(NAMES, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_lower_for_cuda(name):
+    arrays = jax.eval_shape(lambda: inputs(CASES[name]))
+    traced = jax.jit(functools.partial(both, CASES[name])).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(kernel in text for kernel in KERNELS)
+    query, key, value, _, d_final = arrays
+    for found, want in zip(traced.out_info, (query, d_final, query, key, value), strict=True):
+        assert (found.shape, found.dtype) == (want.shape, want.dtype)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "dtype", "reason"),
+    [
+        ((2, 8, 4, 64), (2, 8, 2, 64), "float32", "none of bfloat16, float16; the Triton kernels take float32"),
+        ((2, 8, 4, 96), (2, 8, 2, 96), "bfloat16", "head_dim 96 is none of 64, 128; the nearest is 64"),
+        ((2, 8, 4, 256), (2, 8, 2, 256), "bfloat16", "nearest is 128"),
+        ((2, 8, 5, 64), (2, 8, 2, 64), "bfloat16", "multiple of key heads, got 5 and 2"),
+        ((2, 8, 4, 64), (2, 9, 2, 64), "bfloat16", "nearest: (2, 8, 4, 64)"),
+        ((2, 0, 4, 64), (2, 0, 2, 64), "bfloat16", "1 or more"),
+    ],
+)
+def test_refused_shapes_say_why(query, key, dtype, reason):
+    assert reason in linear_attention.refusal(query, key, jnp.dtype(dtype))
+    assert linear_attention.refusal((2, 8, 4, 64), (2, 8, 2, 64), jnp.float16) is None
+
+
+def test_the_entry_points_refuse_what_they_cannot_run():
+    query, key = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
+    run = linear_attention.linear_attention_forward
+    with pytest.raises(ValueError, match="multiple of key heads"):
+        run(key, query, query, feature_map="relu")
+    with pytest.raises(ValueError, match="dtype of query"):
+        run(query, key, key.astype(jnp.float16), feature_map="relu")
+    with pytest.raises(ValueError, match="feature_map"):
+        run(query, key, key, feature_map="elu")
+    with pytest.raises(ValueError, match="delay must be 0 or more, got -1"):
+        run(query, key, key, feature_map="relu", delay=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_those_of_float64(name):
+    capability = jax.devices()[0].compute_capability
+    if capability != "9.0":
+        pytest.skip(f"the kernels are for compute capability 9.0, not {capability}")
+    case = CASES[name]
+    arrays = inputs(case)
+    want = truth(case, *arrays)
+    for result, value in zip(NAMES, jax.jit(functools.partial(both, case))(*arrays), strict=True):
+        error, size = np.linalg.norm(np.asarray(value, np.float64) - want[result]), np.linalg.norm(want[result])
+        assert error <= LIMITS[case[5]] * size, (result, error, size)  # false for NaN too

@@ -105,7 +105,8 @@ def _backward(kernel, fall_back, feature_map, delay, kept_arrays, d_attended: Li
     def run(query, key, value, initial_state, documents, residuals, d_out, d_state):
         arrays = (residuals, query, key, value, d_out, d_state)
         options = _options(kernel, feature_map, delay, initial_state, documents)
-        return _module(kernel).linear_attention_backward(*arrays, **options)
+        gradients = _module(kernel).linear_attention_backward(*arrays, **options)
+        return *gradients, *[None] * (4 - len(gradients))  # a kernel that takes no initial state gives no gradient of one
 
     def plain(query, key, value, initial_state, documents, residuals, *d_attended):
         del residuals

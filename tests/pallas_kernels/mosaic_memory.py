@@ -1,0 +1,242 @@
+"""Memory of a program on NumPy arrays, whose elements are NaN until they are written, and its barriers.
+
+Accesses to shared memory that nothing orders are faults, in whatever order they happened to come.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.pallas_kernels.mosaic_machine import Clock, Fault, Operation, Warpgroup, fault, place, running
+
+
+class Span(NamedTuple):
+    """Indices along an axis of an array; a dropped axis has one, and is none of the reference's."""
+
+    start: int
+    size: int
+    dropped: bool = False
+
+
+class Slice(NamedTuple):
+    """What `pl.ds` makes."""
+
+    start: int
+    size: int
+
+
+class Global:
+    """Global memory: an argument, which is only read, or a result, whose elements are written once."""
+
+    def __init__(self, name: str, array: np.ndarray, *, result: bool):
+        self.name, self.array = name, array
+        self.unwritten = np.full(array.shape, result)
+
+    def read(self, ref: "Ref") -> np.ndarray:
+        return self.array[ref.index()].copy()
+
+    def write(self, ref: "Ref", value: np.ndarray, operation: Operation | None = None) -> None:
+        """The elements that lie inside the array, as a copy writes them."""
+        index, part = ref.clipped()
+        if not self.unwritten[index].all():
+            raise fault(f"{self.name} is an argument, or has been written there already", operation)
+        self.array[index] = value[part]
+        self.unwritten[index] = False
+
+    def padded(self, ref: "Ref") -> np.ndarray:
+        """What a copy reads, zeros after the end of the array."""
+        found = np.zeros(ref.shape, self.array.dtype)
+        index, part = ref.clipped()
+        found[part] = self.array[index]
+        return found
+
+
+class Shared:
+    """Shared memory.
+
+    Attributes:
+      tile: multiples of which, along the last axes, copies take.
+      uncommitted: 1 + the warpgroup whose store an element has that copies and products need not see yet, or 0.
+    """
+
+    def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
+        self.name, self.array, self.tile = name, array, tile
+        self.uncommitted = np.zeros(array.shape, np.int8)
+        self._accesses: dict[tuple, tuple[int, str]] = {}
+
+    def read(self, ref: "Ref") -> np.ndarray:
+        self.access(ref, running(), writes=False)
+        return self.array[ref.index()].copy()
+
+    def write(self, ref: "Ref", value: np.ndarray) -> None:
+        group = running()
+        self.access(ref, group, writes=True)
+        self.array[ref.index()] = value
+        self.uncommitted[ref.index()] = 1 + group.index
+        group.uncommitted.add(self)
+
+    def commit(self, group: Warpgroup) -> None:
+        self.uncommitted[self.uncommitted == 1 + group.index] = 0
+
+    def check_committed(self, ref: "Ref") -> None:
+        if self.uncommitted[ref.index()].any():
+            raise fault(f"stores to {self.name} are not committed")
+
+    def access(self, ref: "Ref", agent: Warpgroup | Operation, *, writes: bool) -> None:
+        """Raises a fault if an earlier access to some of the same elements is not ordered before this one."""
+        box = tuple((start, start + size) for start, size, _ in ref.spans)
+        now = place() if isinstance(agent, Warpgroup) else agent.place
+        for (other_box, other, wrote), (moment, then) in list(self._accesses.items()):
+            apart = any(a >= d or c >= b for (a, b), (c, d) in zip(box, other_box, strict=True))
+            if other is agent or apart or not (writes or wrote):
+                continue
+            if moment > agent.clock.get(other, 0):
+                acts = ["writes" if w else "reads" for w in (writes, wrote)]
+                raise Fault(f"race: {agent} {acts[0]} {self.name} {box} at {now}; {other} {acts[1]} it at {then}")
+            if writes and all(a <= c and d <= b for (a, b), (c, d) in zip(box, other_box, strict=True)):
+                del self._accesses[other_box, other, wrote]  # what is ordered after this one is so after that one too
+        self._accesses[box, agent, writes] = agent.clock[agent], now
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A part of an array in memory."""
+
+    memory: Global | Shared
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, memory: Global | Shared) -> "Ref":
+        return cls(memory, tuple(Span(0, size) for size in memory.array.shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(size for _, size, dropped in self.spans if not dropped)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.memory.array.dtype
+
+    @property
+    def at(self) -> "_At":
+        return _At(self._part)
+
+    def _part(self, index: Any) -> "Ref":
+        parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
+        if len(parts) > len(self.shape):
+            raise fault(f"{self.memory.name} of shape {self.shape} has {len(parts)} indices")
+        spans = []
+        for start, size, dropped in self.spans:
+            if dropped or not parts:
+                spans.append(Span(start, size, dropped))
+                continue
+            part = parts.pop(0)
+            if isinstance(part, Slice):
+                spans.append(Span(start + int(part.start), part.size))
+                continue
+            if not 0 <= part < size:
+                raise fault(f"index {part} of {self.memory.name}, which has {size} there")
+            spans.append(Span(start + int(part), 1, dropped=True))
+        return Ref(self.memory, tuple(spans))
+
+    def index(self) -> tuple[slice | int, ...]:
+        """For its array, inside which it must lie."""
+        for (start, size, _), length in zip(self.spans, self.memory.array.shape, strict=True):
+            if start < 0 or start + size > length:
+                raise fault(f"{start} to {start + size} of {self.memory.name}, which has {length} there")
+        return tuple(start if dropped else slice(start, start + size) for start, size, dropped in self.spans)
+
+    def clipped(self) -> tuple[tuple[slice | int, ...], tuple[slice, ...]]:
+        """The part before its array's end: the index for the array, and for a value of the reference's shape."""
+        index, part = [], []
+        for (start, size, dropped), length in zip(self.spans, self.memory.array.shape, strict=True):
+            inside = min(max(length - start, 0), size)
+            index.append(start if dropped else slice(start, start + inside))
+            part += [] if dropped else [slice(0, inside)]
+        return tuple(index), tuple(part)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        running().step()
+        return self.memory.read(self._part(index))
+
+    def __setitem__(self, index: Any, value: np.ndarray) -> None:
+        part = self._part(index)
+        part.index()
+        if (value.shape, value.dtype) != (part.shape, part.dtype):
+            raise fault(f"{value.dtype} {value.shape} stored to {part.dtype} {part.shape} of {self.memory.name}")
+        running().step()
+        self.memory.write(part, value)
+
+
+class _At:
+    """Indexes without reading."""
+
+    def __init__(self, part: Callable[[Any], Any]):
+        self._part = part
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._part(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A tile whose axes a product takes in the other order."""
+
+    ref: Ref
+
+
+class Barrier:
+    """Counts arrivals; a warpgroup waits for its first, second, ... phase in turn, known from their parity alone."""
+
+    def __init__(self, name: str, arrivals: int):
+        self.name, self.arrivals, self.arrived = name, arrivals, 0
+        self._clock = Clock()
+        self._phases: list[Clock] = []  # of those that are over
+        self._waits: collections.Counter[Warpgroup] = collections.Counter()
+
+    def arrive(self, clock: Clock) -> None:
+        self._clock.join(clock)
+        self.arrived += 1
+        if self.arrived == self.arrivals:
+            self.arrived = 0
+            self._phases.append(Clock(self._clock))
+
+    def wait(self) -> None:
+        group = running()
+        phase = self._waits[group]
+        what = f"phase {phase} of {self.name}, of which {len(self._phases)} are over"
+        group.step(lambda: (len(self._phases) - phase) % 2 == 1, what)
+        if len(self._phases) > phase + 1:
+            raise fault(f"{len(self._phases)} phases of {self.name} were over when phase {phase} was waited for")
+        group.clock.join(self._phases[phase])
+        self._waits[group] += 1
+
+    def check_end(self) -> None:
+        """After the program: who waits for a barrier has waited for all of its phases but the last."""
+        for group, waits in self._waits.items():
+            if waits < len(self._phases) - 1:
+                raise fault(f"{group} has waited for {waits} of {len(self._phases)} phases of {self.name}")
+
+
+class Barriers:
+    """Barriers of one scratch type, or the one that has been chosen of them."""
+
+    def __init__(self, barriers: list[Barrier]):
+        self.barriers = barriers
+
+    @property
+    def at(self) -> _At:
+        return _At(self._chosen)
+
+    def _chosen(self, index: int) -> "Barriers":
+        if not 0 <= index < len(self.barriers):
+            raise fault(f"index {index} of {len(self.barriers)} barriers like {self.barriers[0].name}")
+        return Barriers([self.barriers[index]])
+
+    @property
+    def only(self) -> Barrier:
+        (barrier,) = self.barriers
+        return barrier

@@ -82,24 +82,28 @@ def test_equals_the_recordings(feature_map, implementation):
 
 
 @pytest.mark.parametrize("feature_map", ["softmax", "relu"])
-@pytest.mark.parametrize("implementation", ["pallas_tpu", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "implementation",
+    ["pallas_tpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "mosaic_gpu"))],
+)
 def test_kernels_in_bfloat16_err_at_most_twice_as_much_as_plain_xla(implementation, feature_map):
-    arrays = [*inputs(tokens=150, head_dim=32, dtype=jnp.bfloat16), initial(1, 2, head_dim=32)]
+    head_dim = 64 if implementation == "mosaic_gpu" else 32
+    arrays = list(inputs(tokens=150, head_dim=head_dim, dtype=jnp.bfloat16))
+    if implementation != "mosaic_gpu":
+        arrays.append(initial(1, 2, head_dim=head_dim))
     d_out = jax.random.normal(jax.random.key(9), arrays[0].shape, jnp.bfloat16)
 
     def results(implementation, dtype):
-        def run(*arguments):
-            *arguments, state = arguments
+        def run(query, key, value, state=None):
             options = {"window": 5, "feature_map": feature_map, "implementation": implementation}
-            return residual_linear_attention(*arguments, initial_state=state, **options)
+            return residual_linear_attention(query, key, value, initial_state=state, **options)
 
         @jax.jit
         def both(arrays, d_out):
             attended, pull_back = jax.vjp(run, *arrays)
             return *attended, *pull_back(attended._replace(out=d_out, final_state=attended.final_state))
 
-        *rounded, state = arrays
-        return both([*(x.astype(dtype) for x in rounded), state], d_out.astype(dtype))
+        return both([*(x.astype(dtype) for x in arrays[:3]), *arrays[3:]], d_out.astype(dtype))
 
     with jax.default_matmul_precision("highest"):
         expected = results("xla", jnp.float32)
@@ -125,18 +129,46 @@ def test_the_triton_kernels_are_traced_for_a_gpu(monkeypatch):
         assert f"linear_attention_{kernel}" in text
 
 
-def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
-    arrays, segments = inputs(), jnp.asarray(np.repeat([[1] * 20 + [2] * 17], 2, axis=0))
+def test_on_hopper_the_mosaic_gpu_kernels_run_forward_and_backward(monkeypatch):
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidates", lambda: ("mosaic_gpu",))
+
+    def lowered(**options):
+        arrays = inputs(head_dim=64, dtype=jnp.bfloat16)
+        loss = jax.value_and_grad(lambda x: jnp.sum(residual_linear_attention(*x, window=5, **options).out))
+        return jax.jit(loss).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = lowered()
+    assert all(f"linear_attention_{kernel}_mosaic" in text for kernel in ("sums", "outputs", "keys", "queries"))
+    for refused in ({"segment_ids": jnp.ones((2, 37), jnp.int32)}, {"initial_state": initial(1, 2, head_dim=64)}):
+        assert "mosaic" not in lowered(**refused)
+
+
+def test_packed_documents_are_refused_by_the_name_of_mosaic_gpu():
+    with pytest.raises(ValueError, match="neither packed documents nor an initial state; implementation 'triton' does"):
+        residual_linear_attention(
+            *inputs(head_dim=64, dtype=jnp.bfloat16),
+            window=5,
+            segment_ids=jnp.ones((2, 37), jnp.int32),
+            implementation="mosaic_gpu",
+        )
+
+
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "mosaic_gpu"])
+def test_traced_for_a_kernel_but_lowered_for_a_cpu_plain_xla_runs(kernel, monkeypatch):
+    whole = kernel == "mosaic_gpu"
+    arrays = inputs(head_dim=64, dtype=jnp.bfloat16) if whole else inputs()
+    segments = None if whole else jnp.asarray(np.repeat([[1] * 20 + [2] * 17], 2, axis=0))
+    state = None if whole else initial(1, 2)
 
     def gradients():
         def loss(arrays, state):
             attended = residual_linear_attention(*arrays, window=5, initial_state=state, segment_ids=segments)
-            return jnp.sum(attended.out**2) + jnp.sum(attended.final_state**2)
+            return jnp.sum(attended.out.astype(jnp.float32) ** 2) + jnp.sum(attended.final_state**2)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(arrays, initial(1, 2))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(arrays, state)
 
     expected = gradients()
-    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidates", lambda: ("pallas_tpu",))
+    monkeypatch.setattr("rat_jax.ops.linear_attention_kernels.candidates", lambda: (kernel,))
     jax.tree.map(lambda found, want: close(found, np.asarray(want)), gradients(), expected)
 
 

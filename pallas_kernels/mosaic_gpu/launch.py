@@ -20,6 +20,7 @@ from pallas_kernels.triton.problem import Problem
 COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
 ROWS = 64  # rows of a warpgroup's matrix instruction
+LAUNCH_REGISTERS = 168  # of each thread of three warpgroups when a program starts, and on average ever after
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read
 
@@ -102,6 +103,12 @@ def load_matrix(ref: Any) -> jax.Array:
 
 def ceil_div(a: jax.Array, b: int) -> jax.Array:
     return lax.div(a + (b - 1), jnp.int32(b))
+
+
+def meet(barrier: Any) -> None:
+    """Waits until all warpgroups that arrive on it are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 @dataclasses.dataclass(frozen=True)

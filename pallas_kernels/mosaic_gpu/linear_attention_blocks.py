@@ -1,4 +1,4 @@
-"""What the kernels of linear attention that work on single blocks share: which blocks, their keys, their diagonals."""
+"""What the kernels of linear attention share: which blocks a program has, their keys, who sees whom."""
 
 import dataclasses
 from typing import Any
@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
-from pallas_kernels.mosaic_gpu.linear_attention_features import half_features
 from pallas_kernels.mosaic_gpu.linear_attention_problem import MULTIPROCESSORS, LinearProblem
 
 
@@ -52,28 +50,6 @@ def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
     return launch.row_iota(ROWS) < jnp.where(start >= 0, p.tokens - p.delay - start, 0)
 
 
-def store_key_features(p: LinearProblem, tile: jax.Array, start: jax.Array, half: int, features: Any) -> None:
-    """One half of phi of a tile of keys, into `features` [ROWS, H]."""
-    found = half_features(tile, half, softmax=p.softmax, real=real_keys(p, start))
-    features[...] = found.astype(features.dtype)
-    plgpu.commit_smem()
-
-
-def add_to_state(state: Any, features: Any, values: Any) -> None:
-    """One half of a state [H, H] goes on to the next tile; it is rounded again, up to TILES - 1 times in a block."""
-    sums = pl.run_state(lambda ref: plgpu.wgmma(ref, plgpu.transpose_ref(features, (1, 0)), values))(
-        plgpu.ACC.init(state[...].astype(jnp.float32))
-    )
-    state[...] = sums.astype(state.dtype)
-    plgpu.commit_smem()
-
-
-def meet(barrier: Any) -> None:
-    """Waits until both warpgroups that compute are here."""
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
-
-
 def seen(p: LinearProblem, scores: jax.Array, *, query_axis: int) -> jax.Array:
     """Scores of tiles that stand beside each other, with 0 where the query does not see the key."""
     row, column = (launch.iota(scores.shape, axis) for axis in (0, 1))
@@ -83,52 +59,3 @@ def seen(p: LinearProblem, scores: jax.Array, *, query_axis: int) -> jax.Array:
     if query_axis == 0:
         return jnp.where(row - own - int(p.strict) >= rest, scores, 0.0)
     return jnp.where(row - own + int(p.strict) <= rest, scores, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """What two warpgroups have of a tile is added up in the ring's tile that both have read, and copied to memory.
-
-    Warpgroup 1 leaves its part there, rounded, once warpgroup 0 has read the tile; warpgroup 0 adds its own.
-
-    Attributes:
-      ring: whose tiles both warpgroups consume.
-      read: barriers of its stages, on which warpgroup 0 arrives.
-      stored: barriers of its stages, on which warpgroup 1 arrives.
-    """
-
-    ring: launch.Ring
-    read: Any
-    stored: Any
-
-    def load(self, step: jax.Array, half: int) -> jax.Array:
-        """The tile of a step, as it was filled."""
-        found = self.ring.wait(step)[...]
-        if half == 0:
-            plgpu.barrier_arrive(self.read.at[lax.rem(step, self.ring.stages)])
-        return found
-
-    def store(self, step: jax.Array, half: int, part: jax.Array, target: Any) -> None:
-        stage = lax.rem(step, self.ring.stages)
-        tile = self.ring.tiles.at[stage]
-        if half == 1:
-            plgpu.barrier_wait(self.read.at[stage])
-            tile[...] = part.astype(tile.dtype)
-            plgpu.barrier_arrive(self.stored.at[stage])
-            self.ring.release(step)
-        else:
-            plgpu.barrier_wait(self.stored.at[stage])
-            tile[...] = (part + tile[...].astype(jnp.float32)).astype(tile.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, target)
-
-    def release(self, step: jax.Array, half: int) -> None:
-        """Gives back the tile of a step, the last that this warpgroup has stored, once the copy has read it."""
-        if half == 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.ring.release(step)
-
-
-def sum_types(stages: int) -> tuple[Any, Any]:
-    """Scratch types of the barriers of `Sums`."""
-    return plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_barriers=stages)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
 from pallas_kernels.mosaic_gpu.launch import ROWS
-from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_tile, meet, real_keys, seen
+from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, key_tile, real_keys, seen
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_features, pull_back
 from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem
 from pallas_kernels.triton.problem import cdiv
@@ -73,7 +73,9 @@ def linear_attention_keys_mosaic(
 
     def compute(role, begin, add_queries, finish, gradient):
         """The loop over tiles of one role; `pair` counts the tiles of queries so far, of all tiles of keys."""
-        plgpu.set_max_registers(REGISTERS[role], action="increase" if REGISTERS[role] > 168 else "decrease")
+        plgpu.set_max_registers(
+            REGISTERS[role], action="increase" if REGISTERS[role] > launch.LAUNCH_REGISTERS else "decrease"
+        )
 
         def add_tile(tile, pair):
             row, k, start, readers = place(tile)
@@ -84,12 +86,12 @@ def linear_attention_keys_mosaic(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last gradient, from the same memory
             key_features[role] = found.astype(key_features.dtype)
             plgpu.commit_smem()
-            meet(keys_stored)
+            launch.meet(keys_stored)
             carry = begin(tile, state_ring.wait(tile))
             state_ring.release(tile)
             carry = lax.fori_loop(pair, pair + readers, functools.partial(add_queries, tile), carry)
             found = finish(tile, carry)
-            meet(keys_read)
+            launch.meet(keys_read)
             key_features[role] = found.astype(key_features.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(key_features.at[role], key_tile(gradient, row, start, k))

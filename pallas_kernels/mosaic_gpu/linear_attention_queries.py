@@ -1,7 +1,4 @@
-"""Gradients of queries: d_phi(q) = d_out S_c^T + tril(d_out v^T) phi(k) for a block of tokens that S_c enters.
-
-Each warpgroup that computes has one half of the features, as in `linear_attention_outputs`.
-"""
+"""Gradients of queries: d_phi(q) = d_out S_c^T + tril(d_out v^T) phi(k) for tokens after a place that S_c enters."""
 
 import functools
 
@@ -12,21 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import launch
-from pallas_kernels.mosaic_gpu.launch import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
-from pallas_kernels.mosaic_gpu.linear_attention_blocks import (
-    Places,
-    Sums,
-    add_to_state,
-    key_tile,
-    seen,
-    store_key_features,
-    sum_types,
-)
+from pallas_kernels.mosaic_gpu.launch import ROWS
+from pallas_kernels.mosaic_gpu.linear_attention_blocks import Places, seen
 from pallas_kernels.mosaic_gpu.linear_attention_features import half_weights, pull_back
-from pallas_kernels.mosaic_gpu.linear_attention_problem import BLOCK, TILES, LinearProblem
-
-STAGES = 6  # tiles of keys, of d_out and of queries in flight, and of gradients on their way to memory
-VALUE_STAGES = 2  # tiles of values in flight
+from pallas_kernels.mosaic_gpu.linear_attention_problem import LinearProblem
+from pallas_kernels.mosaic_gpu.linear_attention_tiles import run_tiles, tile_types
 
 
 def linear_attention_queries_mosaic(
@@ -36,123 +23,41 @@ def linear_attention_queries_mosaic(
     d_out,  # [B, T, N, H]
     states,  # [B, K, C, 2, H, H]: the sum that enters each block
     d_query,  # [B, T, N, H]
-    tiles,
-    filled,
-    consumed,
-    state_tiles,
-    state_filled,
-    state_consumed,
-    value_tiles,
-    value_filled,
-    value_consumed,
-    read,
-    stored,
-    features,
-    *,
+    *scratch,
     p: LinearProblem,
     places: Places,
 ):
-    """One program goes through blocks of a key head and, in each, through the tiles of every query head."""
-    ring = launch.Ring(tiles, filled, consumed)
-    state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
-    value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
-    sums = Sums(ring, read, stored)
-    steps = 1 + 2 * p.shared  # of a tile: its keys, then d_out and the queries of each head in turn
-    program, group = lax.axis_index("program"), lax.axis_index("group")
+    """Each head of a tile: the gradient of one half of the features, then that of the queries through it."""
+    accumulators = plgpu.ACC((ROWS, p.head_dim), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
 
-    def compute(half):
-        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
-        key_features = features.at[half]
+    def add_head(sums, half, step, beside, at, release):
+        do = sums.ring.wait(step)
 
-        accumulators = plgpu.ACC((ROWS, p.head_dim), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
+        def products(acc, scores):
+            plgpu.wgmma(scores, do, plgpu.transpose_ref(beside.values, (1, 0)))
+            plgpu.wgmma(acc, do, plgpu.transpose_ref(beside.state, (1, 0)))
+            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+            plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(do.dtype), beside.features)
+            return half_weights(sums.load(step + 1, half), half, softmax=p.softmax), acc[...]
 
-        @pl.loop(0, places.count(program))
-        def _block(i):
-            row, k, block = places.of(program, i)
-            state = state_ring.wait(i).at[half]
+        weights, acc = pl.run_scoped(products, *accumulators)
+        sums.ring.release(step)
+        release()
+        part = pull_back(weights, acc, softmax=p.softmax)
+        sums.store(step + 1, half, -part if half else part, d_query.at[at])
 
-            @pl.loop(0, TILES)
-            def _tile(r):
-                tile, start = i * TILES + r, block * BLOCK + r * ROWS
-                step = tile * steps
-                keys = ring.wait(step)[...]
-                ring.release(step)
-                store_key_features(p, keys, start - p.offset, half, key_features)
-                values = value_ring.wait(tile)
-
-                @pl.loop(0, p.shared)
-                def _head(j):
-                    at = step + 1 + 2 * j
-                    do = ring.wait(at)
-
-                    def products(acc, scores):
-                        plgpu.wgmma(scores, do, plgpu.transpose_ref(values, (1, 0)))
-                        plgpu.wgmma(acc, do, plgpu.transpose_ref(state, (1, 0)))
-                        found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-                        plgpu.wgmma(acc, seen(p, found, query_axis=0).astype(do.dtype), key_features)
-                        weights = half_weights(sums.load(at + 1, half), half, softmax=p.softmax)
-                        return weights, acc[...]
-
-                    weights, acc = pl.run_scoped(products, *accumulators)
-                    ring.release(at)
-                    pl.when(j > 0)(lambda: sums.release(at - 1, half))
-                    pl.when((j == 0) & (tile > 0))(lambda: sums.release(step - 1, half))
-                    part = pull_back(weights, acc, softmax=p.softmax)
-                    target = d_query.at[row, pl.ds(start, ROWS), k * p.shared + j]
-                    sums.store(at + 1, half, -part if half else part, target)
-
-                pl.when(r < TILES - 1)(lambda: add_to_state(state, key_features, values))
-                value_ring.release(tile)
-
-            state_ring.release(i)
-
-        plgpu.wait_smem_to_gmem(0)
-
-    for half in range(2):
-        pl.when(group == half)(functools.partial(compute, half))
-
-    @pl.when(group == MEMORY_GROUP)
-    def _memory():
-        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
-
-        @pl.loop(0, places.count(program))
-        def _block(i):
-            row, k, block = places.of(program, i)
-
-            @pl.loop(0, TILES)
-            def _tile(r):
-                tile, start = i * TILES + r, block * BLOCK + r * ROWS
-                step = tile * steps
-                ring.fill(step, key_tile(key, row, start - p.offset, k))
-                value_ring.fill(tile, key_tile(value, row, start - p.offset, k))
-
-                @pl.when(r == 0)
-                def _of_block():
-                    state_ring.fill(i, *(states.at[row, k, block, half] for half in range(2)))
-
-                @pl.loop(0, p.shared)
-                def _head(j):
-                    at = row, pl.ds(start, ROWS), k * p.shared + j
-                    for s, array in enumerate((d_out, query)):
-                        ring.fill(step + 1 + 2 * j + s, array.at[at])
+    run_tiles(p, places, key, value, states, (d_out, query), scratch, add_head)
 
 
 def queries_gradient(
     p: LinearProblem, query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array, states: jax.Array
 ) -> jax.Array:
     """d_query [B, T, N, H]; `states` are those of `linear_attention_sums.running_sums`."""
-    dtype, H = jnp.dtype(p.dtype), p.head_dim
     places = Places(p.batch, p.blocks, p.key_heads)
     return launch.kernel(
         functools.partial(linear_attention_queries_mosaic, p=p, places=places),
         name=linear_attention_queries_mosaic.__name__,
         programs=places.programs,
-        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
-        scratch_types=(
-            *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
-            *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),
-            *launch.ring_types(VALUE_STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
-            *sum_types(STAGES),
-            launch.tiled((2, ROWS, H), dtype),
-        ),
+        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        scratch_types=tile_types(p),
     )(query, key, value, d_out, states)

@@ -1,4 +1,7 @@
-"""Pallas Mosaic GPU kernels, for Hopper: the attention of the RAT mixing op to summaries, forward and backward."""
+"""Pallas Mosaic GPU kernels, for Hopper: the attention of the RAT mixing op to summaries, forward and backward.
+
+Linear attention stands in `linear_attention`.
+"""
 
 from pallas_kernels.mosaic_gpu.attention import forward
 from pallas_kernels.mosaic_gpu.attention_backward import backward

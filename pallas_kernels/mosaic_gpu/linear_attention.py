@@ -5,18 +5,22 @@
 phi(x) = [m(x), m(-x)] in float32, m the softmax over the H channels or the positive part; no normaliser, no decay.
 Features enter products in the dtype of `value`, and sums are float32.
 
-A row is cut into blocks of L = 128 tokens, in two tiles. Multiply-adds, a token, if tiles are not skipped but half of
-their diagonals is:
+A row is cut into tiles of L = 64 tokens, between which scores are made, and into blocks of four, from whose states
+those of its tiles are made, rounded each time. Products count for whole tiles. Multiply-adds, a token:
 
     states (`linear_attention_sums`)                     2 K H^2
-    `linear_attention_outputs`                           N (2 H^2 + 3 L H / 2)
-    reverse states, the same kernel                      2 N H^2
-    `linear_attention_queries`                           N (2 H^2 + 3 L H / 2)
-    `linear_attention_keys`, which gives d_v too         4 K H^2 + 2 N L H
+    `linear_attention_outputs`                           2 N H^2 + 4 N L H + 3/4 2 K H^2
+    reverse states, of every tile, the same kernel       2 N H^2
+    `linear_attention_queries`                           2 N H^2 + 4 N L H + 3/4 2 K H^2
+    `linear_attention_keys`, which gives d_v too         4 K H^2 + 6 N L H
 
-Where rows are too few to fill a card they are cut into segments, and the products of the states are taken twice. Beside
-the arrays, states are written once and read once in each direction, 2 K H^2 / L elements a token; those of the forward
-pass are kept for the backward pass.
+`linear_attention_outputs` takes the product of scores and values, and `linear_attention_queries` that of d_out and
+values, once for each half of the features. Beside the arrays, states are written once and read once: H^2 K / 2 L
+elements a token forward, which are kept for the backward pass, where they are read again; four times as many in
+reverse. Where rows are too few to fill a card they are cut into segments, and the products of the states are taken
+twice.
+
+Memory limits the kernels: of one H100's rate they reach 66 to 92 % (`docs/performance.md`).
 """
 
 from typing import NamedTuple
@@ -39,7 +43,7 @@ _ROWS = 8  # of an array that a copy takes at once, so that rows have whole mult
 class LinearResiduals(NamedTuple):
     """What the backward pass keeps of a forward pass beside its arguments."""
 
-    states: jax.Array  # [B, K, C, 2, H, H]: what each block starts from
+    states: jax.Array  # [B, K, C, 2, H, H]: what each block of four tiles starts from
 
 
 def linear_attention_forward(

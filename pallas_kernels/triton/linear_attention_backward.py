@@ -42,7 +42,6 @@ def linear_attention_keys(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     """One program computes COLUMNS channels of d_value of a block, and the first one of a block its d_key.
 
@@ -55,7 +54,7 @@ def linear_attention_keys(
     k = tl.program_id(0) // PARTS % K
     block = tl.program_id(0) // (PARTS * K)
     row = tl.program_id(1).to(tl.int64)
-    in_row, in_tile, first, seen, _, is_read = block_tokens(documents, row, block, tokens, BLOCK, HEADS, SEGMENTED)
+    in_row, _, first, seen, _, is_read = block_tokens(documents, row, block, tokens, BLOCK, 1, SEGMENTED)
     seen = tl.trans(seen)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     v = load_rows(value, first, in_row, k, 0, K, H, COLUMNS)
@@ -79,9 +78,9 @@ def linear_attention_keys(
         d_v = tl.where(is_read[:, None], d_v, 0.0)
         d_plus = tl.where(is_read[:, None], d_plus, 0.0)
         d_minus = tl.where(is_read[:, None], d_minus, 0.0)
-    for n in range(k * SHARED, (k + 1) * SHARED, HEADS):
-        q = load_rows(query, first, in_tile, n, 0, N, H, P, HEADS).to(tl.float32)
-        do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
+    for n in range(k * SHARED, (k + 1) * SHARED):
+        q = load_rows(query, first, in_row, n, 0, N, H, P).to(tl.float32)
+        do = load_rows(d_out, first, in_row, n, column, N, H, COLUMNS)
         plus = half_features(q, H, P, SOFTMAX).to(v.dtype)
         minus = half_features(-q, H, P, SOFTMAX).to(v.dtype)
         scores = tl.dot(key_plus, tl.trans(plus), input_precision=PRECISION)
@@ -92,7 +91,7 @@ def linear_attention_keys(
             d_scores = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             for more in tl.static_range(COLUMNS, P, COLUMNS):
                 more_v = load_rows(value, first, in_row, k, more, K, H, COLUMNS)
-                more_do = load_rows(d_out, first, in_tile, n, more, N, H, COLUMNS, HEADS)
+                more_do = load_rows(d_out, first, in_row, n, more, N, H, COLUMNS)
                 d_scores = _dot_transposed(more_v, more_do, d_scores, PRECISION)
             d_scores = tl.where(seen, d_scores, 0.0).to(v.dtype)
             d_plus = tl.dot(d_scores, plus, d_plus, input_precision=PRECISION)
@@ -125,11 +124,10 @@ def linear_attention_queries(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
     INITIAL_ROWS: tl.constexpr,
     INITIAL_HEADS: tl.constexpr,
 ):
-    """One program takes one block and goes through the query heads of a key head, HEADS at once.
+    """One program takes one block and goes through the query heads of a key head.
 
     It takes one half of the features at a time; the scores' gradient is made once a head.
     """
@@ -137,7 +135,7 @@ def linear_attention_queries(
     k = tl.program_id(0) % K
     block = tl.program_id(0) // K
     row = tl.program_id(1).to(tl.int64)
-    in_row, in_tile, first, seen, reads, _ = block_tokens(documents, row, block, tokens, BLOCK, HEADS, SEGMENTED)
+    in_row, _, first, seen, reads, _ = block_tokens(documents, row, block, tokens, BLOCK, 1, SEGMENTED)
     state = states + ((row * K + k) * tl.cdiv(tokens, BLOCK) + block) * (2 * P * P)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     key_plus = half_features(raw, H, P, SOFTMAX).to(states.dtype.element_ty)
@@ -146,43 +144,43 @@ def linear_attention_queries(
     v = load_rows(value, first, in_row, k, 0, K, H, COLUMNS)
     state_plus = load_state(state, 0, 0, P, COLUMNS)
     state_minus = load_state(state, 1, 0, P, COLUMNS)
-    for n in range(k * SHARED, (k + 1) * SHARED, HEADS):
-        do = load_rows(d_out, first, in_tile, n, 0, N, H, COLUMNS, HEADS)
+    for n in range(k * SHARED, (k + 1) * SHARED):
+        do = load_rows(d_out, first, in_row, n, 0, N, H, COLUMNS)
         d_scores = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         for column in tl.static_range(COLUMNS, P, COLUMNS):
             more_v = load_rows(value, first, in_row, k, column, K, H, COLUMNS)
-            more_do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
+            more_do = load_rows(d_out, first, in_row, n, column, N, H, COLUMNS)
             d_scores = _dot_transposed(more_do, more_v, d_scores, PRECISION)
         d_scores = tl.where(seen, d_scores, 0.0).to(states.dtype.element_ty)
-        q = load_rows(query, first, in_tile, n, 0, N, H, P, HEADS).to(tl.float32)
+        q = load_rows(query, first, in_row, n, 0, N, H, P).to(tl.float32)
         of_head = initial
         if INITIAL_HEADS:
             of_head = initial_of(initial, row, n, k, H, K, INITIAL_ROWS, INITIAL_HEADS)
         d_f = tl.dot(d_scores, key_plus, input_precision=PRECISION)
         d_f = _through_states(
-            d_f, do, state_plus, d_out, state, of_head, 0, first, in_tile, reads, n,
-            N, H, P, COLUMNS, SEGMENTED, PRECISION, HEADS, INITIAL_HEADS,
+            d_f, do, state_plus, d_out, state, of_head, 0, first, in_row, reads, n,
+            N, H, P, COLUMNS, SEGMENTED, PRECISION, INITIAL_HEADS,
         )  # fmt: skip
         d_raw = pull_back(half_features(q, H, P, SOFTMAX), d_f, SOFTMAX)
         d_f = tl.dot(d_scores, key_minus, input_precision=PRECISION)
         d_f = _through_states(
-            d_f, do, state_minus, d_out, state, of_head, 1, first, in_tile, reads, n,
-            N, H, P, COLUMNS, SEGMENTED, PRECISION, HEADS, INITIAL_HEADS,
+            d_f, do, state_minus, d_out, state, of_head, 1, first, in_row, reads, n,
+            N, H, P, COLUMNS, SEGMENTED, PRECISION, INITIAL_HEADS,
         )  # fmt: skip
         d_raw -= pull_back(half_features(-q, H, P, SOFTMAX), d_f, SOFTMAX)
-        store_rows(d_query, first, in_tile, n, 0, d_raw, N, H, P, HEADS)
+        store_rows(d_query, first, in_row, n, 0, d_raw, N, H, P)
 
 
 @triton.jit
 def _through_states(
-    d_f, do, of_half, d_out, state, initial, half, first, in_tile, reads, n,
+    d_f, do, of_half, d_out, state, initial, half, first, in_row, reads, n,
     N: tl.constexpr, H: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
-    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr, INITIAL_HEADS: tl.constexpr,
+    SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, INITIAL_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Adds d_out (S_0 + S_c)^T for one half of the features; `do` and `of_half` are their first COLUMNS channels."""
     for column in tl.static_range(0, P, COLUMNS):
         if column > 0:
-            do = load_rows(d_out, first, in_tile, n, column, N, H, COLUMNS, HEADS)
+            do = load_rows(d_out, first, in_row, n, column, N, H, COLUMNS)
             of_half = load_state(state, half, column, P, COLUMNS)
         if INITIAL_HEADS:
             right = load_initial(initial, half, column, H, P, COLUMNS)
@@ -215,7 +213,7 @@ def _launch(p: LinearProblem, kernel, count: int, heads: int, parts: int, stages
         grid=(p.blocks * p.key_heads * parts, p.batch),
         integers=(p.tokens,),
         outputs=(((p.batch, p.tokens, heads, p.head_dim), p.dtype),) * count,
-        constants=(*p.constants(), ("HEADS", 1), *more),
+        constants=(*p.constants(), *more),
         num_warps=8 if p.padded > 64 else 4,
         num_stages=stages,
     )

@@ -38,7 +38,6 @@ def linear_attention_totals(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """One program sums up one half of the features and COLUMNS channels of y over a segment, heads of a group too."""
@@ -48,12 +47,12 @@ def linear_attention_totals(
     first = segment * span
     last = tl.minimum(first + span, blocks) - 1
     state = tl.zeros([P, COLUMNS], tl.float32)
-    STEPS: tl.constexpr = N // (K * HEADS)
+    STEPS: tl.constexpr = N // K
     for i in range((last - first + 1) * STEPS):
         block = last - i // STEPS if REVERSE else first + i // STEPS
-        state = _add_heads(
+        state = _add_head(
             state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
-            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, HEADS, REVERSE,
+            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
         )  # fmt: skip
     at = (row * K + k) * tl.cdiv(blocks, span) + segment
     tl.store(totals + at * (2 * P * P) + _matrix(half, column, P, COLUMNS), state)
@@ -120,7 +119,6 @@ def linear_attention_states(
     SOFTMAX: tl.constexpr,
     SEGMENTED: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
     REVERSE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -143,15 +141,15 @@ def linear_attention_states(
         state = tl.load(starts + ((row * K + k) * tl.cdiv(blocks, span) + segment) * (2 * P * P) + matrix)
     elif REVERSE:
         state = tl.load(starts + at_real, mask=real, other=0.0)
-    STEPS: tl.constexpr = N // (K * HEADS)
+    STEPS: tl.constexpr = N // K
     for i in range((last - first + 1) * STEPS):
         block = last - i // STEPS if REVERSE else first + i // STEPS
         if i % STEPS == 0:
             at = ((row * K + k) * blocks + block) * (2 * P * P)
             tl.store(states + at + matrix, state.to(states.dtype.element_ty))
-        state = _add_heads(
+        state = _add_head(
             state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
-            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, HEADS, REVERSE,
+            N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
         )  # fmt: skip
     if WHOLE:
         tl.store(final + at_real, state, mask=real)
@@ -171,14 +169,13 @@ def _matrix(half, column, P: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _add_heads(
+def _add_head(
     state, block, step, x, y, documents, row, k, half, column, tokens,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    SOFTMAX: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, HEADS: tl.constexpr,
-    REVERSE: tl.constexpr,
+    SOFTMAX: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Adds HEADS heads of a block; after the last step it is the sum at the boundary on the block's other side."""
-    token = tokens_of(block, BLOCK, HEADS)
+    """Adds a head of a block; after the last step it is the sum at the boundary on the block's other side."""
+    token = tokens_of(block, BLOCK)
     rows = token < tokens
     if SEGMENTED:
         before = document_before(documents, row, block, tokens, BLOCK)
@@ -187,10 +184,10 @@ def _add_heads(
         rows = rows & (document == (before if REVERSE else after))
         state = tl.where((before == after) | (step > 0), state, 0.0)
     at_block = row * tokens + block * BLOCK
-    n = k * (N // K) + step * HEADS
-    raw = load_rows(x, at_block, rows, n, 0, N, H, P, HEADS).to(tl.float32)
+    n = k * (N // K) + step
+    raw = load_rows(x, at_block, rows, n, 0, N, H, P).to(tl.float32)
     f = half_features(raw * (1.0 - 2.0 * half), H, P, SOFTMAX)
-    right = load_rows(y, at_block, rows, n, column, N, H, COLUMNS, HEADS)
+    right = load_rows(y, at_block, rows, n, column, N, H, COLUMNS)
     return tl.dot(tl.trans(f.to(right.dtype)), right, state, input_precision=PRECISION)
 
 
@@ -217,7 +214,7 @@ def states_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
 
 
 def _sums_launch(p: LinearProblem, heads: int, reverse: bool, kernel, outputs, more=()) -> Launch:
-    more = (("N", heads), ("HEADS", 1), ("REVERSE", reverse), *more)
+    more = (("N", heads), ("REVERSE", reverse), *more)
     return Launch(
         kernel=kernel,
         grid=(p.segments * p.key_heads * 2 * (p.padded // p.columns), p.batch),

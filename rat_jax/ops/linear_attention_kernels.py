@@ -106,7 +106,8 @@ def _backward(kernel, fall_back, feature_map, delay, kept_arrays, d_attended: Li
         arrays = (residuals, query, key, value, d_out, d_state)
         options = _options(kernel, feature_map, delay, initial_state, documents)
         gradients = _module(kernel).linear_attention_backward(*arrays, **options)
-        return *gradients, *[None] * (4 - len(gradients))  # a kernel that takes no initial state gives no gradient of one
+        # A kernel that takes no initial state gives no gradient of one.
+        return *gradients, *[None] * (4 - len(gradients))
 
     def plain(query, key, value, initial_state, documents, residuals, *d_attended):
         del residuals

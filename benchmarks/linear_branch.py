@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--key_heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--implementation", default=None, help="xla, triton or pallas_tpu; left out: the library's own")
+    parser.add_argument("--implementation", default=None, help="of linear attention; left out: the library's own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="what the time of both passes goes to")
     flags = parser.parse_args()

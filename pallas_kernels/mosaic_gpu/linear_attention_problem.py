@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from pallas_kernels.mosaic_gpu.launch import ROWS
+from pallas_kernels.triton import linear_attention_problem
 from pallas_kernels.triton.problem import cdiv
 
 DTYPES = ("bfloat16", "float16")
@@ -67,22 +68,16 @@ def refusal(
     dtype: object,
     *,
     initial_shape: tuple[int, ...] | None = None,
-    segmented: bool = False,
 ) -> str | None:
     """Why query [B, T, N, H], key and value [B, T, K, H] cannot run here and the nearest that can; None if they can."""
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     if name not in DTYPES:
         return f"dtype {name} is none of {', '.join(DTYPES)}; the Triton kernels take float32"
-    if initial_shape is not None or segmented:
-        return "packed documents and an initial state are not taken; the Triton kernels take them"
-    if len(query_shape) != 4 or min(query_shape) < 1:
-        return f"query must be [B, T, N, H] with sizes of 1 or more, got shape {query_shape}"
-    batch, tokens, heads, head_dim = query_shape
-    if len(key_shape) != 4 or (*key_shape[:2], key_shape[3]) != (batch, tokens, head_dim) or key_shape[2] < 1:
-        return f"key must be [B, T, K, H]: got {key_shape}; nearest: ({batch}, {tokens}, {heads}, {head_dim})"
-    if heads % key_shape[2]:
-        return f"query heads must be a multiple of key heads, got {heads} and {key_shape[2]}"
-    if head_dim not in HEAD_DIMS:
+    if initial_shape is not None:
+        return "an initial state is not taken; the Triton kernels take one"
+    reason = linear_attention_problem.refusal(query_shape, key_shape, dtype)  # what no kernel can run
+    head_dim = query_shape[-1]
+    if reason is None and head_dim not in HEAD_DIMS:
         nearest = min(HEAD_DIMS, key=lambda size: abs(size - head_dim))
         return f"head_dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}; the nearest is {nearest}"
-    return None
+    return reason

@@ -7,9 +7,10 @@ The order of everything that may happen in several is drawn:
 * A copy from global memory leaves its target NaN until it is done. One to global memory reads its source some time
   before that is waited for, and writes later still.
 * A product reads its operands in shared memory some time before its accumulator is waited for.
-* Copies and products see what has been committed; neither sees registers before `wait` or `load`.
 
-Layouts, registers and times are not emulated, nor are more than one program at once.
+Copies and products that find stores which are not committed, accesses that nothing orders, waits without end and all
+else that `Fault` is raised for end the kernel. Layouts and the number of registers are not emulated, and programs run
+one after the other.
 """
 
 import dataclasses
@@ -79,24 +80,19 @@ def _kernel(
     """`plgpu.kernel` for a grid of one axis, whose programs run one after the other."""
     parameters = [name for name, q in inspect.signature(body).parameters.items() if q.kind == q.POSITIONAL_OR_KEYWORD]
 
-    def names():
-        yield from parameters
-        while True:
-            yield f"an array or barrier after {parameters[-1]}"
+    def named(position, make, *arguments, **options):
+        name = parameters[position] if position < len(parameters) else f"argument {position}"
+        return make(name, *arguments, **options)
 
     def run(*arrays):
         results = out_type if isinstance(out_type, tuple) else (out_type,)
-        named = names()
-        memory = [Global(next(named), np.array(x), result=False) for x in arrays]
-        found = [Global(next(named), np.full(x.shape, np.nan, x.dtype), result=True) for x in results]
-        memory += found
+        memory = [named(i, Global, np.array(x), result=False) for i, x in enumerate(arrays)]
+        for x in results:
+            memory.append(named(len(memory), Global, np.full(x.shape, np.nan, x.dtype), result=True))
         programs = list(range(*grid))
         draws.shuffle(programs)
         for program in programs:
-            named = names()
-            for _ in memory:
-                next(named)
-            scratch = [_scratch(next(named), kind) for kind in scratch_types]
+            scratch = [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)]
             used = sum(s.array.nbytes for s in scratch if isinstance(s, Shared))
             if used > SHARED_MEMORY:
                 raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
@@ -107,7 +103,7 @@ def _kernel(
                 if isinstance(barriers, Barriers):
                     for barrier in barriers.barriers:
                         barrier.check_end()
-        values = tuple(jnp.asarray(x.array) for x in found)
+        values = tuple(jnp.asarray(x.array) for x in memory[len(arrays) :])
         return values if isinstance(out_type, tuple) else values[0]
 
     return run
@@ -124,14 +120,239 @@ class Accumulator:
     """Float32 sums in registers, to which products are added."""
 
     def __init__(self, value: np.ndarray):
-        self.value = np.array(value, np.float32)
+        self.value, self.products = np.array(value, np.float32), []
 
-    def read(self, left: int) -> np.ndarray:
-        group = running()
-        group.wait_for_products(left)
-        self._check_idle()
-        return self.value.copy()
-
-    def _check_idle(self) -> None:
-        if any(target is self for _, target in _pending_targets()):
+    def check_idle(self) -> None:
+        if any(product in running().products for product in self.products):
             raise fault("a product to this accumulator is under way")
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return _accumulator_load(self, wait_n=0)[index]
+
+    def __setitem__(self, index: Any, value: np.ndarray) -> None:
+        self.check_idle()
+        self.value[index] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatorType:
+    """What `plgpu.ACC` makes."""
+
+    shape: tuple[int, int]
+    dtype: Any
+
+    init = Accumulator
+
+    def make(self) -> Accumulator:
+        return Accumulator(np.zeros(self.shape))
+
+
+def _accumulator_load(accumulator: Accumulator, *, wait_n: int) -> np.ndarray:
+    running().wait_for_products(wait_n)
+    accumulator.check_idle()
+    return accumulator.value.copy()
+
+
+def _wgmma(accumulator: Accumulator, a: Any, b: Any) -> None:
+    running().step()
+    product = Operation("product", running())
+    left, right = (_operand(x, product) for x in (a, b))
+    shape = left().shape[0], right().shape[1]
+    if left().shape[1] != right().shape[0] or shape != accumulator.value.shape:
+        raise fault(f"{left().shape} times {right().shape} added to {accumulator.value.shape}")
+    if left().dtype != right().dtype or left().dtype not in PRODUCT_DTYPES:
+        raise fault(f"{left().dtype} times {right().dtype}")
+
+    def add():
+        accumulator.value += left().astype(np.float32) @ right().astype(np.float32)
+
+    product.steps.append(add)
+    accumulator.products.append(product)
+    running().products.append(product)
+
+
+def _operand(x: Any, product: Operation) -> Callable[[], np.ndarray]:
+    """What gives the operand as it is when the product is computed."""
+    if isinstance(x, Transposed):
+        read = _operand(x.ref, product)
+        return lambda: read().T
+    if isinstance(x, Ref):
+        x.memory.check_committed(x)
+        x.memory.access(x, product, writes=False)
+        return lambda: x.memory.array[x.index()]
+    registers = x.copy()
+    return lambda: registers
+
+
+def _check_copy(outside: Ref, inside: Ref) -> None:
+    inside.memory.check_committed(inside)
+    if (outside.shape, outside.dtype) != (inside.shape, inside.dtype):
+        raise fault(f"copy between {outside.dtype} {outside.shape} and {inside.dtype} {inside.shape}")
+    lengths = outside.memory.array.shape
+    axes = [(span.start, n) for span, n in zip(outside.spans, lengths, strict=True) if not span.dropped]
+    if any(span.start < 0 for span in outside.spans):
+        raise fault(f"copy that starts before {outside.memory.name}, at {[span.start for span in outside.spans]}")
+    for tile, (start, length) in zip(reversed(inside.memory.tile), reversed(axes), strict=False):
+        if start % tile or length % tile:
+            raise fault(f"copy from {start} of {length} of {outside.memory.name}, no multiples of {tile}")
+
+
+def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barriers) -> None:
+    running().step()
+    _check_copy(source, target)
+    load = Operation("load", running())
+    target.memory.access(target, load, writes=True)
+    target.memory.array[target.index()] = np.nan
+
+    def arrive():
+        target.memory.array[target.index()] = source.memory.padded(source)
+        barrier.only.arrive(load.clock)
+
+    load.steps.append(arrive)
+    running().machine.loads.append(load)
+
+
+def _copy_smem_to_gmem(source: Ref, target: Ref) -> None:
+    running().step()
+    _check_copy(target, source)
+    store = Operation("store", running())
+    source.memory.access(source, store, writes=False)
+
+    read: list[np.ndarray] = []
+    store.steps.append(lambda: read.append(source.memory.array[source.index()].copy()))
+    store.steps.append(lambda: target.memory.write(target, *read, store))
+    running().stores.append(store)
+
+
+def _wait_smem_to_gmem(left: int, *, wait_read_only: bool = False) -> None:
+    running().wait_for_stores(left, read_only=wait_read_only)
+
+
+def _commit_smem() -> None:
+    group = running()
+    group.step()
+    for memory in group.uncommitted:
+        memory.commit(group)
+    group.uncommitted.clear()
+
+
+def _barrier_arrive(barrier: Barriers) -> None:
+    group = running()
+    group.step()
+    barrier.only.arrive(group.clock)
+    group.tick()
+
+
+def _load(ref: Ref, index: tuple = (), *, layout: Any, optimized: bool = True) -> np.ndarray:
+    return ref[index]
+
+
+def _iota(dtype: Any, shape: tuple[int, ...], axis: int, *, layout: Any) -> np.ndarray:
+    return np.indices(shape, dtype)[axis]
+
+
+def _transposed(ref: Ref, permutation: tuple[int, ...]) -> Transposed:
+    if permutation != (1, 0):
+        raise fault(f"tiles are transposed by (1, 0), not {permutation}")
+    return Transposed(ref)
+
+
+def _when(condition: bool) -> Callable[[Callable[[], None]], None]:
+    return lambda body: body() if condition else None
+
+
+def _loop(lower: int, upper: int) -> Callable[[Callable[[int], None]], None]:
+    def run(body):
+        for i in range(lower, upper):
+            body(i)
+
+    return run
+
+
+def _fori_loop(lower: int, upper: int, body: Callable[[int, Any], Any], carry: Any) -> Any:
+    for i in range(lower, upper):
+        carry = body(i, carry)
+    return carry
+
+
+def _run_scoped(body: Callable[..., Any], *kinds: AccumulatorType) -> Any:
+    accumulators = [kind.make() for kind in kinds]
+    found = body(*accumulators)
+    for accumulator in accumulators:
+        accumulator.check_idle()
+    return found
+
+
+def _run_state(body: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def run(initial):
+        several = isinstance(initial, tuple)
+        refs = [Accumulator(x.value) for x in (initial if several else (initial,))]
+        body(tuple(refs) if several else refs[0])
+        values = [ref[...] for ref in refs]
+        return values if several else values[0]
+
+    return run
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    found = np.where(condition, a, b)
+    return (found.astype(np.float32) if found.dtype == np.float64 else found)[()]
+
+
+def _broadcast_in_dim(x: np.ndarray, shape: tuple[int, ...], axes: list[int]) -> np.ndarray:
+    return np.broadcast_to(np.expand_dims(x, [i for i in range(len(shape)) if i not in axes]), shape)
+
+
+def _div(a: int, b: int) -> int:
+    """Rounded towards 0, as on the machine."""
+    quotient = abs(int(a)) // abs(int(b))
+    return quotient if (a < 0) == (b < 0) else -quotient
+
+
+NAMES = {
+    "plgpu": {
+        "ACC": AccumulatorType,
+        "Layout": plgpu.Layout,
+        "barrier_arrive": _barrier_arrive,
+        "barrier_wait": lambda barrier: barrier.only.wait(),
+        "broadcasted_iota": _iota,
+        "commit_smem": _commit_smem,
+        "copy_gmem_to_smem": _copy_gmem_to_smem,
+        "copy_smem_to_gmem": _copy_smem_to_gmem,
+        "layout_cast": lambda x, layout: x,
+        "load": _load,
+        "set_max_registers": lambda count, *, action: None,
+        "transpose_ref": _transposed,
+        "wait_smem_to_gmem": _wait_smem_to_gmem,
+        "wgmma": _wgmma,
+        "wgmma_accumulator_load": _accumulator_load,
+    },
+    "pl": {"ds": Slice, "loop": _loop, "run_scoped": _run_scoped, "run_state": _run_state, "when": _when},
+    "lax": {
+        "axis_index": lambda name: running().axes[name],
+        "broadcast_in_dim": _broadcast_in_dim,
+        "div": _div,
+        "fori_loop": _fori_loop,
+        "optimization_barrier": lambda x: x,
+        "rem": lambda a, b: int(a) - _div(a, b) * int(b),
+        "rsqrt": lambda x: 1 / np.sqrt(x),
+    },
+    "jnp": {
+        name: getattr(np, name)
+        for name in (
+            "clip",
+            "exp2",
+            "float32",
+            "full",
+            "inf",
+            "int32",
+            "log",
+            "max",
+            "maximum",
+            "min",
+            "minimum",
+            "sum",
+        )
+    }
+    | {"where": _where},
+}

@@ -101,7 +101,7 @@ class Warpgroup:
         self.uncommitted: set[Any] = set()
         self.turn, self.finished = threading.Event(), False
         self.ready: Callable[[], bool] | None = None
-        self.waits_for = ""
+        self.place, self.what = "", str
 
     def __str__(self) -> str:
         return f"warpgroup {self.index}"
@@ -109,18 +109,21 @@ class Warpgroup:
     def tick(self) -> None:
         self.clock[self] += 1
 
-    def step(self, ready: Callable[[], bool] | None = None, what: str = "") -> None:
-        """Lets others go on before the next operation, which may come once `ready`, if given, is true."""
-        self.ready = ready
+    def step(self, ready: Callable[[], bool] | None = None, what: Callable[[], str] = str) -> None:
+        """Lets others go on before the next operation, which may come once `ready`, if given, is true of `what`."""
+        self.ready, self.what = ready, what
         if ready is not None:
-            self.waits_for = f"waits for {what} at {place()}"
+            self.place = place()
         self.machine.draw_until(self)
         self.ready = None
+
+    def state(self) -> str:
+        return f"{self} has ended" if self.finished else f"{self} waits for {self.what()} at {self.place}"
 
     def wait_for_products(self, left: int) -> None:
         """Until at most `left` products are under way."""
         done = self.products[: max(len(self.products) - left, 0)]
-        self.step(lambda: not any(product.steps for product in done), "products")
+        self.step(lambda: not any(product.steps for product in done), lambda: "products")
         for product in done:
             self.clock.join(product.clock)
         del self.products[: len(done)]
@@ -129,10 +132,13 @@ class Warpgroup:
         """Until all but the last `left` copies to global memory are done, or have at least read their sources."""
         done = self.stores[: max(len(self.stores) - left, 0)]
         steps_left = 1 if read_only else 0
-        self.step(lambda: all(len(store.steps) <= steps_left for store in done), "copies to global memory")
+        self.step(lambda: all(len(store.steps) <= steps_left for store in done), lambda: "copies to global memory")
         for store in done:
             self.clock.join(store.clock)
-        self.read_stores.update(done)
+        if read_only:
+            self.read_stores.update(done)
+        else:
+            del self.stores[: len(done)]
 
 
 class Machine:
@@ -150,10 +156,11 @@ class Machine:
         self.loaded: list[Operation] = []
         self.error: BaseException | None = None
         self.count = 0
+        self.weights: dict[Warpgroup | str, float] = {}
 
     def run(self, body: Callable[[], None]) -> None:
         """Runs the body in every warpgroup; raises what the first of them raises that fails."""
-        threads = [threading.Thread(target=self._thread, args=(group, body)) for group in self.warpgroups]
+        threads = [threading.Thread(target=self._thread, args=(group, body), daemon=True) for group in self.warpgroups]
         for thread in threads:
             thread.start()
         self.draws.choice(self.warpgroups).turn.set()
@@ -212,8 +219,7 @@ class Machine:
                     self._await_turn(warpgroup)
                 return
         if not all(group.finished for group in self.warpgroups):
-            states = (f"{group} {'has ended' if group.finished else group.waits_for}" for group in self.warpgroups)
-            raise Fault("\n  ".join(("deadlock", *states)))
+            raise Fault("\n  ".join(("deadlock", *(group.state() for group in self.warpgroups))))
 
     def _candidates(self) -> list[Warpgroup | Operation]:
         found: list[Warpgroup | Operation] = list(self.loads)

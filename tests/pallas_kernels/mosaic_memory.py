@@ -88,14 +88,14 @@ class Shared:
     def access(self, ref: "Ref", agent: Warpgroup | Operation, *, writes: bool) -> None:
         """Raises a fault if an earlier access to some of the same elements is not ordered before this one."""
         box = tuple((start, start + size) for start, size, _ in ref.spans)
-        now = place() if isinstance(agent, Warpgroup) else agent.place
+        now = f"{agent} at {place()}" if isinstance(agent, Warpgroup) else str(agent)
         for (other_box, other, wrote), (moment, then) in list(self._accesses.items()):
             apart = any(a >= d or c >= b for (a, b), (c, d) in zip(box, other_box, strict=True))
             if other is agent or apart or not (writes or wrote):
                 continue
             if moment > agent.clock.get(other, 0):
-                acts = ["writes" if w else "reads" for w in (writes, wrote)]
-                raise Fault(f"race: {agent} {acts[0]} {self.name} {box} at {now}; {other} {acts[1]} it at {then}")
+                acts = ["written" if w else "read" for w in (writes, wrote)]
+                raise Fault(f"race: {self.name} {box} is {acts[0]} by {now}\n  and {acts[1]} by {then}")
             if writes and all(a <= c and d <= b for (a, b), (c, d) in zip(box, other_box, strict=True)):
                 del self._accesses[other_box, other, wrote]  # what is ordered after this one is so after that one too
         self._accesses[box, agent, writes] = agent.clock[agent], now
@@ -207,8 +207,10 @@ class Barrier:
     def wait(self) -> None:
         group = running()
         phase = self._waits[group]
-        what = f"phase {phase} of {self.name}, of which {len(self._phases)} are over"
-        group.step(lambda: (len(self._phases) - phase) % 2 == 1, what)
+        group.step(
+            lambda: (len(self._phases) - phase) % 2 == 1,
+            lambda: f"phase {phase} of {self.name}, of which {len(self._phases)} are over",
+        )
         if len(self._phases) > phase + 1:
             raise fault(f"{len(self._phases)} phases of {self.name} were over when phase {phase} was waited for")
         group.clock.join(self._phases[phase])
@@ -218,7 +220,7 @@ class Barrier:
         """After the program: who waits for a barrier has waited for all of its phases but the last."""
         for group, waits in self._waits.items():
             if waits < len(self._phases) - 1:
-                raise fault(f"{group} has waited for {waits} of {len(self._phases)} phases of {self.name}")
+                raise Fault(f"{group} has waited for {waits} of {len(self._phases)} phases of {self.name}")
 
 
 class Barriers:

@@ -1,7 +1,7 @@
-"""The Mosaic GPU kernels of the RAT op: lowered for CUDA on any machine, and on a Hopper GPU.
+"""The Mosaic GPU kernels of the RAT op: lowered for CUDA, emulated on any machine, and run on a Hopper GPU.
 
 The interpreter for Mosaic GPU (jax 0.10) multiplies from shared memory only, while these kernels hold weights in
-registers, so that values are tested on the GPU.
+registers, so that without a GPU `mosaic_emulator` runs them.
 """
 
 import functools
@@ -15,6 +15,7 @@ import pytest
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu import attention
 from pallas_kernels.triton.problem import Problem
+from tests.pallas_kernels import mosaic_emulator
 
 SHAPES = {  # B, T, N, G, H, L, dtype
     "plain": (2, 512, 4, 2, 128, 16, "bfloat16"),
@@ -26,6 +27,7 @@ SHAPES = {  # B, T, N, G, H, L, dtype
     "one_token": (3, 1, 2, 1, 128, 16, "bfloat16"),
     "many_summaries": (1, 4160, 2, 1, 128, 2, "bfloat16"),
 }
+BLOCKS = [(128, 2, 1, True), (128, 2, 1, False), (64, 2, 2, False)]  # fields of `attention.Blocks`
 LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}
 
 
@@ -145,6 +147,43 @@ def test_refused_shapes_raise_with_the_reason(changes, reason):
         jax.eval_shape(functools.partial(run_forward, p), x)
 
 
+def check_values(p, forward, backward):
+    x = inputs(p)
+    want = truth(p, x)
+    out, lse = forward(p, x)
+    gradients = backward(p, x, *(jnp.asarray(want[row], jnp.float32) for row in ("delta", "lse")))
+    names = ("d_rotated_queries", "d_own_scores", "own_weights", "d_summary_keys", "d_summary_values")
+    got = {"out": out.reshape(want["out"].shape), "lse": lse} | dict(zip(names, gradients, strict=True))
+    for result, value in got.items():
+        error = np.linalg.norm(np.asarray(value, np.float64) - want[result])
+        size = np.linalg.norm(want[result])
+        assert error <= LIMITS[p.dtype] * size, (result, error, size)  # false for NaN too
+
+
+def check_blocks(p, blocks):
+    x = inputs(p)
+    shape = (p.batch, p.tokens, -1, p.head_dim)
+    arguments = (x["own_scores"], x["rotated_queries"], x["summary_keys"], x["summary_values"])
+    out, lse = attention.attend(
+        p, x["projected"].reshape(shape), x["running_values"], *arguments, attention.Blocks(*blocks)
+    )
+    want = truth(p, x)
+    assert np.linalg.norm(np.asarray(out, np.float64) - want["out"]) <= 4e-3 * np.linalg.norm(want["out"])
+    np.testing.assert_allclose(lse, want["lse"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ragged", "long_chunks"])
+def test_emulated_values_are_those_of_float64(name, monkeypatch):
+    mosaic_emulator.install(monkeypatch, seed=0)
+    check_values(problem(SHAPES[name]), run_forward, run_backward)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_choice_of_blocks_gives_the_same_emulated(blocks, monkeypatch):
+    mosaic_emulator.install(monkeypatch, seed=0)
+    check_blocks(problem((1, 768, 2, 1, 64, 2, "bfloat16")), blocks)
+
+
 @pytest.fixture
 def hopper():
     capability = jax.devices()[0].compute_capability
@@ -155,30 +194,10 @@ def hopper():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_are_those_of_float64(hopper, name):
-    p = problem(SHAPES[name])
-    x = inputs(p)
-    want = truth(p, x)
-    out, lse = jax.jit(functools.partial(run_forward, p))(x)
-    rows = (jnp.asarray(want[row], jnp.float32) for row in ("delta", "lse"))
-    gradients = jax.jit(functools.partial(run_backward, p))(x, *rows)
-    names = ("d_rotated_queries", "d_own_scores", "own_weights", "d_summary_keys", "d_summary_values")
-    got = {"out": out.reshape(want["out"].shape), "lse": lse} | dict(zip(names, gradients, strict=True))
-    for result, value in got.items():
-        error = np.linalg.norm(np.asarray(value, np.float64) - want[result])
-        size = np.linalg.norm(want[result])
-        assert error <= LIMITS[p.dtype] * size, (result, error, size)  # false for NaN too
+    check_values(problem(SHAPES[name]), *(jax.jit(run, static_argnums=0) for run in (run_forward, run_backward)))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [(128, 2, 1, True), (128, 2, 1, False), (64, 2, 2, False)])
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_every_choice_of_blocks_gives_the_same(hopper, blocks):
-    p = problem((1, 2048, 2, 1, 128, 8, "bfloat16"))
-    x = inputs(p)
-    shape = (p.batch, p.tokens, -1, p.head_dim)
-    arguments = (x["own_scores"], x["rotated_queries"], x["summary_keys"], x["summary_values"])
-    out, lse = attention.attend(
-        p, x["projected"].reshape(shape), x["running_values"], *arguments, attention.Blocks(*blocks)
-    )
-    want = truth(p, x)
-    assert np.linalg.norm(np.asarray(out, np.float64) - want["out"]) <= 4e-3 * np.linalg.norm(want["out"])
-    np.testing.assert_allclose(lse, want["lse"], rtol=1e-5, atol=1e-5)
+    check_blocks(problem((1, 2048, 2, 1, 128, 8, "bfloat16")), blocks)

@@ -1,16 +1,25 @@
-"""Linear attention's Mosaic GPU kernels: lowered for CUDA on any machine, and on a Hopper GPU against float64.
+"""Linear attention's Mosaic GPU kernels: lowered for CUDA, emulated on any machine, and run on a Hopper GPU.
 
-As with those of the RAT op, the interpreter of Mosaic GPU does not run them.
+The interpreter of Mosaic GPU does not run them; `mosaic_emulator` does, in an order of warpgroups and copies that is
+drawn, so that values are compared with float64 without a GPU too, and what no order of events allows is found.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.mosaic_gpu import linear_attention
+from pallas_kernels.mosaic_gpu import (
+    launch,
+    linear_attention,
+    linear_attention_blocks,
+    linear_attention_problem,
+)
+from tests.pallas_kernels import mosaic_emulator
+from tests.pallas_kernels.mosaic_machine import Fault
 
 KERNELS = [f"linear_attention_{name}_mosaic" for name in ("sums", "outputs", "queries", "keys")]
 CASES = {  # B, T, N, K, H, dtype, feature map, delay
@@ -22,6 +31,11 @@ CASES = {  # B, T, N, K, H, dtype, feature map, delay
     "nothing_seen": (1, 130, 2, 1, 64, "bfloat16", "softmax", 200),
     "segments": (1, 3000, 2, 1, 128, "float16", "softmax", 65),
     "whole_rows": (70, 300, 4, 2, 64, "bfloat16", "softmax", 65),
+}
+SMALL = (1, 304, 2, 1, 64, "bfloat16", "softmax", 65)
+EMULATED = {name: CASES[name] for name in ("no_delay", "any_delay", "relu", "short", "nothing_seen")} | {
+    "whole_tiles": (1, 1100, 4, 2, 64, "float16", "softmax", 64),
+    "one_more": (1, 600, 2, 1, 128, "bfloat16", "softmax", 65),
 }
 LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}
 NAMES = ("out", "final", "d_query", "d_key", "d_value")
@@ -85,6 +99,12 @@ def truth(case, *arrays):
     return dict(zip(NAMES, found, strict=True))
 
 
+def check_values(case, want, values):
+    for result, value in zip(NAMES, values, strict=True):
+        error, size = np.linalg.norm(np.asarray(value, np.float64) - want[result]), np.linalg.norm(want[result])
+        assert error <= LIMITS[case[5]] * size, (result, error, size)  # false for NaN too
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_lower_for_cuda(name):
     arrays = jax.eval_shape(lambda: inputs(CASES[name]))
@@ -125,6 +145,77 @@ def test_the_entry_points_refuse_what_they_cannot_run():
         run(query, key, key, feature_map="relu", delay=-1)
 
 
+def emulate(monkeypatch, *, seed, processors):
+    mosaic_emulator.install(monkeypatch, seed)
+    for module in (linear_attention_problem, linear_attention_blocks):
+        monkeypatch.setattr(module, "MULTIPROCESSORS", processors)
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_emulated_values_are_those_of_float64(name, monkeypatch):
+    case = EMULATED[name]
+    arrays = inputs(case)
+    want = truth(case, *arrays)
+    for seed, processors in enumerate((2, 132)):  # several blocks a program, and one
+        emulate(monkeypatch, seed=seed, processors=processors)
+        check_values(case, want, both(case, *arrays))
+
+
+def unchecked_wait(ring, step):
+    return ring.tiles.at[step % ring.stages]
+
+
+def hasty_wait(ring, step, wait=launch.Ring.wait, release=launch.Ring.release):
+    tile = wait(ring, step)
+    release(ring, step)
+    return tile
+
+
+def twofold_release(ring, step, release=launch.Ring.release):
+    release(ring, step)
+    release(ring, step)
+
+
+def hasty_load(accumulator, *, wait_n, load=mosaic_emulator.NAMES["plgpu"]["wgmma_accumulator_load"]):
+    return load(accumulator, wait_n=wait_n + 1)
+
+
+def nothing(*_, **options):
+    pass
+
+
+RING, PROBLEM, PLGPU = launch.Ring, linear_attention_problem.LinearProblem, mosaic_emulator.NAMES["plgpu"]
+MISTAKES = {  # what stands in which place, and the fault
+    "stores that are not committed": ([(PLGPU, "commit_smem", nothing)], "not committed"),
+    "stages that are not released": ([(RING, "release", nothing)], "deadlock"),
+    "stages that are released twice": ([(RING, "release", twofold_release)], "deadlock|race|were over"),
+    "stages that are released at once": ([(RING, "wait", hasty_wait), (RING, "release", nothing)], "race"),
+    "copies that are not waited for": ([(RING, "wait", unchecked_wait)], "race"),
+    "stores that are not waited for": ([(PLGPU, "wait_smem_to_gmem", nothing)], "race|nothing waited for"),
+    "products that are not waited for": ([(PLGPU, "wgmma_accumulator_load", hasty_load)], "is under way"),
+    "copies that start between tiles": ([(PROBLEM, "offset", 70)], "no multiples of 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_emulator_finds(mistake, monkeypatch):
+    changes, message = MISTAKES[mistake]
+    emulate(monkeypatch, seed=0, processors=2)
+    for place, name, instead in changes:
+        (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, name, instead)
+    with pytest.raises(Fault, match=message) as caught:
+        both(SMALL, *inputs(SMALL))
+    assert re.search(r"(launch|linear_attention_\w+)\.py:\d+ \(", str(caught.value))
+
+
+def test_emulated_values_show_a_mask_that_is_a_token_off(monkeypatch):
+    emulate(monkeypatch, seed=0, processors=2)
+    monkeypatch.setattr(PROBLEM, "strict", False)
+    arrays = inputs(SMALL)
+    with pytest.raises(AssertionError, match="'out'"):
+        check_values(SMALL, truth(SMALL, *arrays), both(SMALL, *arrays))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_values_are_those_of_float64(name):
@@ -134,6 +225,4 @@ def test_values_are_those_of_float64(name):
     case = CASES[name]
     arrays = inputs(case)
     want = truth(case, *arrays)
-    for result, value in zip(NAMES, jax.jit(functools.partial(both, case))(*arrays), strict=True):
-        error, size = np.linalg.norm(np.asarray(value, np.float64) - want[result]), np.linalg.norm(want[result])
-        assert error <= LIMITS[case[5]] * size, (result, error, size)  # false for NaN too
+    check_values(case, want, jax.jit(functools.partial(both, case))(*arrays))

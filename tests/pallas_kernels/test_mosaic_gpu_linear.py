@@ -18,6 +18,7 @@ from pallas_kernels.mosaic_gpu import (
     linear_attention_blocks,
     linear_attention_problem,
 )
+from rat_jax.ops import linear_attention_xla
 from tests.pallas_kernels import mosaic_emulator
 from tests.pallas_kernels.mosaic_machine import Fault
 
@@ -159,6 +160,19 @@ def test_emulated_values_are_those_of_float64(name, monkeypatch):
     for seed, processors in enumerate((2, 132)):  # several blocks a program, and one
         emulate(monkeypatch, seed=seed, processors=processors)
         check_values(case, want, both(case, *arrays))
+
+
+@pytest.mark.parametrize("name", ["any_delay", "relu", "whole_tiles"])
+def test_emulated_kernels_err_at_most_twice_as_much_as_plain_xla(name, monkeypatch):
+    case = EMULATED[name]
+    *arrays, d_out, d_final = inputs(case)
+    want = truth(case, *arrays, d_out, d_final)
+    attended, pull = jax.vjp(functools.partial(linear_attention_xla.attend, *case[-2:]), *arrays)
+    plain = (*attended, *pull(attended._replace(out=d_out, state=d_final)))
+    emulate(monkeypatch, seed=0, processors=2)
+    for result, value, other in zip(NAMES, both(case, *arrays, d_out, d_final), plain, strict=True):
+        errors = [np.linalg.norm(np.asarray(x, np.float64) - want[result]) for x in (value, other)]
+        assert errors[0] <= 2 * errors[1], (result, errors)
 
 
 def unchecked_wait(ring, step):

@@ -184,13 +184,6 @@ def test_every_choice_of_blocks_gives_the_same_emulated(blocks, monkeypatch):
     check_blocks(problem((1, 768, 2, 1, 64, 2, "bfloat16")), blocks)
 
 
-@pytest.fixture
-def hopper():
-    capability = jax.devices()[0].compute_capability
-    if capability != "9.0":
-        pytest.skip(f"the kernels are for compute capability 9.0, not {capability}")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_are_those_of_float64(hopper, name):

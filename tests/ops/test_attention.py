@@ -128,7 +128,10 @@ def test_traced_for_a_gpu_but_lowered_for_the_cpu(window, traced_for_a_gpu):
             jax.jit(jax.value_and_grad(functools.partial(function, implementation=implementation)))(arguments)
             for implementation in (None, "xla")
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1e-6), found, expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            # Two programs may round one float32 sum to neighbouring numbers of 16 bits.
+            rtol = 1e-6 if a.dtype == jnp.float32 else 2**-7
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=rtol)
 
 
 @pytest.mark.parametrize(

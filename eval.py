@@ -15,14 +15,14 @@ from collections.abc import Iterable
 import tqdm
 from absl import app, flags, logging
 
-from rat_jax.checkpoint import LoadedModel, load_model
-from rat_jax.config import ConfigError, MeshConfig
-from rat_jax.data import DataError
+from rat_jax.checkpoints import LoadedModel, Workdir, load_model
+from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
-from rat_jax.evaluation import EvaluationError, check_tokenizer, evaluate, plot, table
+from rat_jax.errors import RatJaxError
+from rat_jax.evaluation.perplexity import EvaluationError, check_tokenizer, evaluate, plot, table
+from rat_jax.files import write_json
 from rat_jax.sharding import make_mesh
-from rat_jax.workdir import CheckpointError, Workdir, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _STEP = flags.DEFINE_integer("step", None, "evaluate the checkpoint of this step; left out: the newest")
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise EvaluationError(f"{arguments[1]!r} is no flag")
         _evaluate()
-    except (CheckpointError, ConfigError, DataError, EvaluationError) as error:
+    except RatJaxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

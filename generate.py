@@ -12,12 +12,11 @@ import sys
 
 from absl import app, flags, logging
 
-from rat_jax.checkpoint import load_model
-from rat_jax.config import ConfigError
-from rat_jax.data import DataError
-from rat_jax.prompts import PromptError, Texts, find_tokenizer, read_prompts
-from rat_jax.sampling import SamplingError, generate
-from rat_jax.workdir import CheckpointError, Workdir
+from rat_jax.checkpoints import Workdir, load_model
+from rat_jax.errors import RatJaxError
+from rat_jax.sampling import generate
+from rat_jax.sampling.completions import CompletionWriter
+from rat_jax.sampling.prompts import PromptError, find_tokenizer, read_prompts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _STEP = flags.DEFINE_integer("step", None, "use the checkpoint of this step; left out: the newest")
@@ -43,10 +42,10 @@ def _generate() -> None:
     loaded = load_model(_WORKDIR.value, _STEP.value, report=lambda line: print(line, file=sys.stderr))
     tokenizer = find_tokenizer(Workdir(pathlib.Path(_WORKDIR.value)), loaded.config, _DATA_PATH.value)
     output_file = None if _OUTPUT_FILE.value is None else pathlib.Path(_OUTPUT_FILE.value)
-    texts = Texts(prompts, tokenizer, output_file)
+    writer = CompletionWriter(prompts, tokenizer, output_file)
     generate(
         loaded.model,
-        texts.prompt_ids,
+        writer.prompt_ids,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -55,7 +54,7 @@ def _generate() -> None:
         seed=_SEED.value,
         eos_id=tokenizer.eos_id,
         batch_size=_BATCH_SIZE.value,
-        on_tokens=texts.add,
+        on_tokens=writer.add,
     )
 
 
@@ -65,7 +64,7 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise PromptError(f"{arguments[1]!r} is no flag; put a prompt with spaces in quotes")
         _generate()
-    except (CheckpointError, ConfigError, DataError, PromptError, SamplingError) as error:
+    except RatJaxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

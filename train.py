@@ -14,10 +14,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from rat_jax.config import Config, ConfigError, config_from_dict
-from rat_jax.data import DataError
-from rat_jax.interruption import INTERRUPTED_EXIT_CODE
+from rat_jax.errors import RatJaxError
 from rat_jax.training import NonFiniteError, train
-from rat_jax.workdir import CheckpointError
+from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "file with get_config()", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, log, loss curve")
@@ -49,13 +48,13 @@ def main(arguments: list[str]) -> None:
         if _DISTRIBUTED.value:
             jax.distributed.initialize()
         result = train(config, _WORKDIR.value)
-    except (ConfigError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except NonFiniteError as error:
         sys.exit(f"error: {error}")
+    except RatJaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if not result.finished:
-        sys.exit(INTERRUPTED_EXIT_CODE)
+        sys.exit(PREEMPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rat_jax.layout import RowEnd
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.mixers.local_attention import LocalAttentionCache
 from rat_jax.mixers.rattention import RattentionCache
 from rat_jax.mixers.rnn import RnnCache
 from rat_jax.model import ModelCache
 from rat_jax.ops.rat_types import RatState
+from rat_jax.segments import StreamState
 from rat_jax.shapes import Array
 
 _Cache = ModelCache | AttentionCache | LocalAttentionCache | RattentionCache | RnnCache | RatState
@@ -41,16 +41,16 @@ def at_position(cache: _Cache, position: Array, chunk_size: int) -> _Cache:
     match cache:
         case ModelCache():
             ones = jnp.ones_like(cache.end.position)
-            end = RowEnd(segment_id=ones, num_documents=ones, position=position * ones, num_tokens=position * ones)
+            end = StreamState(segment_id=ones, num_documents=ones, position=position * ones, num_tokens=position * ones)
             return ModelCache(tuple(at_position(layer, position, chunk_size) for layer in cache.layers), end)
         case AttentionCache():
             return dataclasses.replace(cache, segment_ids=filled(cache.segment_ids, position))
         case LocalAttentionCache():
-            size = cache.order.shape[1]
+            size = cache.token_index.shape[1]
             slots = jnp.arange(size)
             order = position - 1 - (position - 1 - slots) % size  # the last token before `position` of each slot
-            order = jnp.broadcast_to(order[None], cache.order.shape).astype(jnp.int32)
-            return dataclasses.replace(cache, segment_ids=(order >= 0).astype(jnp.int32), order=order)
+            order = jnp.broadcast_to(order[None], cache.token_index.shape).astype(jnp.int32)
+            return dataclasses.replace(cache, segment_ids=(order >= 0).astype(jnp.int32), token_index=order)
         case RatState():
             count = position // chunk_size
             return dataclasses.replace(

@@ -18,7 +18,6 @@ from benchmarks.caches import at_position, bytes_read
 from configs import default
 from rat_jax.config import config_from_dict
 from rat_jax.layers import NORM_EPSILON
-from rat_jax.layout import TokenLayout, whole_rows
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.mixers.rattention import Rattention, RattentionCache
 from rat_jax.mixers.rnn import RnnCache
@@ -26,6 +25,7 @@ from rat_jax.ops.rat import RatImplementation, rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.rope import rotate
+from rat_jax.segments import SegmentInfo, whole_rows
 from rat_jax.shapes import Array, Float, Int
 
 ROPE_BASE = 10_000.0
@@ -279,13 +279,13 @@ def _rnn_step(projected: Array, gate_bias: Array, position: Array, cache: RnnCac
     return mixed, RnnCache(states[:, -1])
 
 
-def _gated(projected: Array, gate_bias: Array, layout: TokenLayout, state: Array | None) -> tuple[Array, Array]:
+def _gated(projected: Array, gate_bias: Array, segments: SegmentInfo, state: Array | None) -> tuple[Array, Array]:
     z, value, gate = jnp.split(projected, 3, axis=-1)
     states = gated_recurrence(
         gate.astype(jnp.float32) + gate_bias.reshape(1, 1, -1),
         value,
-        starts=layout.starts(),
-        is_token=layout.is_token,
+        starts=segments.starts(),
+        is_token=segments.is_token,
         initial_state=state,
     )
     return (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(projected.dtype), states
@@ -301,6 +301,6 @@ def _rat_step(
     return rat_mix(projected, gate_bias, _one_token(projected.shape[0], position), state=cache, **options)
 
 
-def _one_token(rows: int, position: Array) -> TokenLayout:
+def _one_token(rows: int, position: Array) -> SegmentInfo:
     positions = jnp.full((rows, 1), position, jnp.int32)
-    return TokenLayout(jnp.ones_like(positions), positions, positions, contiguous=False)
+    return SegmentInfo(jnp.ones_like(positions), positions, positions, contiguous=False)

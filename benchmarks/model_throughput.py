@@ -31,10 +31,10 @@ from benchmarks import card, decode_throughput, step_profile
 from benchmarks.timing import time_once
 from rat_jax.config import Config, config_from_dict
 from rat_jax.data.pipeline import Batch
-from rat_jax.metrics import peak_flops
+from rat_jax.flops import peak_flops
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding, make_mesh
-from rat_jax.train_step import initial_state, train_step
+from rat_jax.training.step import initial_state, train_step
 
 TRAIN_BATCH_SIZES = [4, 8, 16]
 DECODE_BATCH_SIZES = [256, 736, 1024]

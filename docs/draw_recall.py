@@ -17,7 +17,7 @@ from flax import nnx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rat_jax.checkpoint import LoadedModel, load_model
+from rat_jax.checkpoints.store import LoadedModel, load_model
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.data.recall import FAR_QUERIES, NEAR_QUERIES, NUM_VALUES
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from rat_jax.config import ModelConfig
 from rat_jax.layers import RmsNorm, projection
-from rat_jax.layout import TokenLayout
 from rat_jax.mixers import MixerCache, make_mixer
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float
 
 
@@ -56,11 +56,11 @@ class ResidualBlock(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: MixerCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: MixerCache | None = None
     ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
         """The block's output and, where a cache was given, the new one."""
         with jax.named_scope("mixer"):
-            mixed, cache = self.mixer(self.mixer_norm(x), layout, cache)
+            mixed, cache = self.mixer(self.mixer_norm(x), segments, cache)
             x = x + mixed
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.mlp_norm(x))

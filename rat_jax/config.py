@@ -14,12 +14,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from rat_jax.errors import ConfigError
+
 MixerKind = Literal["attention", "local_attention", "rnn", "rat", "rattention"]
 MIXER_KINDS: tuple[str, ...] = typing.get_args(MixerKind)
-
-
-class ConfigError(ValueError):
-    """A value or a combination of values that no run can have; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ class RmsNorm(nnx.Module):
         return (x32 * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-class HeadsNorm(nnx.Module):
+class PerHeadRmsNorm(nnx.Module):
     """As `RmsNorm`, over the channels of each head by itself and with a scale for each channel of each head.
 
     The scale is a vector of all heads' channels, because vectors stay float32 where matrices may be cast.
@@ -53,7 +53,7 @@ class HeadsNorm(nnx.Module):
         return x * inverse * self.scale[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
 
 
-def timescale_gate_bias(key: Array, width: int, max_timescale: int) -> Float32[Array, " D"]:
+def chrono_gate_bias(key: Array, width: int, max_timescale: int) -> Float32[Array, " D"]:
     """Forget-gate biases log(Uniform(1, max_timescale - 1)): memories of 1 .. max_timescale tokens (arXiv 1804.11188).
 
     A recurrence no longer than two tokens has no such range and starts from 0.

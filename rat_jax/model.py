@@ -9,9 +9,9 @@ from flax import nnx
 from rat_jax.blocks import ResidualBlock
 from rat_jax.config import ModelConfig
 from rat_jax.layers import INITIAL_STD, RmsNorm
-from rat_jax.layout import RowEnd, TokenLayout, from_segments, whole_rows
 from rat_jax.mixers import MixerCache
-from rat_jax.ops.kept import keeping
+from rat_jax.ops.remat import saving_named
+from rat_jax.segments import SegmentInfo, StreamState, from_segments, whole_rows
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
@@ -21,7 +21,7 @@ class ModelCache:
     """What a model remembers of the rows it has read."""
 
     layers: tuple[MixerCache, ...]  # one for each layer, not stacked: a scan would copy them all at every step
-    end: RowEnd
+    end: StreamState
 
 
 class LanguageModel(nnx.Module):
@@ -60,8 +60,8 @@ class LanguageModel(nnx.Module):
 
     def hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """The final norm's output for each token, from which `logits` predicts the next."""
-        layout = whole_rows(*tokens.shape) if segment_ids is None else from_segments(segment_ids)[0]
-        return self.final_norm(self._scan_layers(self._embed(tokens), layout))
+        segments = whole_rows(*tokens.shape) if segment_ids is None else from_segments(segment_ids)[0]
+        return self.final_norm(self._scan_layers(self._embed(tokens), segments))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """hidden E^T with the embedding E; products in the compute dtype, sums in float32."""
@@ -98,13 +98,15 @@ class LanguageModel(nnx.Module):
         graphdef, state = nnx.split(block)
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[index // len(self.config.pattern)], state))
 
-    def _scan_layers(self, x: Array, layout: TokenLayout) -> Array:
+    def _scan_layers(self, x: Array, segments: SegmentInfo) -> Array:
         parts = [nnx.split(block) for _, block in sorted(self.blocks.items())]
         graphdefs, states = [part[0] for part in parts], [part[1] for part in parts]
 
         def run_pattern(x, states):
             for graphdef, state in zip(graphdefs, states, strict=True):
-                run = _remat(lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(x, layout)[0], self.config)
+                run = _remat(
+                    lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(x, segments)[0], self.config
+                )
                 x = run(state, x)
             return x, None
 
@@ -132,7 +134,7 @@ class Decoder(nnx.Module):
         """An empty cache for rows of at most `capacity` tokens."""
         return ModelCache(
             layers=tuple(layer.mixer.init_cache(batch_size, capacity) for layer in self.layers),
-            end=RowEnd.empty(batch_size),
+            end=StreamState.empty(batch_size),
         )
 
     def extend(
@@ -141,11 +143,11 @@ class Decoder(nnx.Module):
         """As `LanguageModel.extend`, but with the final norm's output, of which `logits` may take a part."""
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
-        layout, end = from_segments(segment_ids, cache.end)
+        segments, end = from_segments(segment_ids, cache.end)
         x = _embed(tokens, self.embedding, self.config)
         layer_caches = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = layer(x, layout, layer_cache)
+            x, layer_cache = layer(x, segments, layer_cache)
             layer_caches.append(layer_cache)
         return self.final_norm(x), ModelCache(layers=tuple(layer_caches), end=end)
 
@@ -184,4 +186,4 @@ def _remat(run, config: ModelConfig):
         case "block":
             return jax.checkpoint(run)
         case "dots":
-            return jax.checkpoint(run, policy=keeping(jax.checkpoint_policies.dots_with_no_batch_dims_saveable))
+            return jax.checkpoint(run, policy=saving_named(jax.checkpoint_policies.dots_with_no_batch_dims_saveable))

@@ -6,10 +6,10 @@ import sys
 import jax
 import numpy as np
 
-from rat_jax.checkpoint import abstract_model
+from rat_jax.checkpoints.store import abstract_model
 from rat_jax.data.pipeline import Batch
 from rat_jax.sharding import global_batch, leaf_names, make_mesh
-from rat_jax.train_step import initial_state, train_step
+from rat_jax.training.step import initial_state, train_step
 from tests.tiny_run import tiny_config
 
 MESHES = {"1x1": (1, 1, 1), "4x1": (4, 1, 1), "1x4": (1, 4, 1), "2x2": (2, 2, 2)}  # data, fsdp, accumulation steps

@@ -5,7 +5,7 @@ import json
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoint import save_model
+from rat_jax.checkpoints.store import save_model
 from rat_jax.data.corpus import Corpus
 from rat_jax.model import LanguageModel
 from tests.commands import run_script

@@ -5,10 +5,10 @@ import json
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoint import load_model, save_model
+from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
-from rat_jax.sampling import generate
+from rat_jax.sampling.generation import generate
 from tests.commands import run_script
 from tests.tiny_run import tiny_config
 

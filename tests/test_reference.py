@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.test_release import FOLDER, MODELS, recording
+from tests.release.test_weights import FOLDER, MODELS, recording
 
 PATTERNS = {
     "attention": ("attention",),

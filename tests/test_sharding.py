@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rat_jax import sharding
-from rat_jax.checkpoint import abstract_model
+from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import ConfigError, MeshConfig, config_from_dict
 from rat_jax.sharding import check_divides, check_spec, leaf_names, make_mesh, partition_specs, shardings
 from tests.tiny_run import tiny_config

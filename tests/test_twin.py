@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoint import abstract_model
-from rat_jax.release import release_state_dict
+from rat_jax.checkpoints.store import abstract_model
+from rat_jax.release.weights import release_state_dict
 from tests.small import small_model_config
 
 torch = pytest.importorskip("torch")

@@ -1,5 +1,7 @@
 """Text to token files (`python -m rat_jax.data.prepare`), and token files to batches (`rat_jax.data.pipeline`)."""
 
+from rat_jax.errors import RatJaxError
 
-class DataError(ValueError):
+
+class DataError(RatJaxError, ValueError):
     """Text, tokens or a tokenizer that cannot be used; the message names the file and says what to change."""

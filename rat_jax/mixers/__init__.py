@@ -1,6 +1,6 @@
 """Token mixers: the parts of a layer that move information between tokens.
 
-One contract for all: `mixer(x, layout, cache=None) -> (y, cache)` with x and y [B, T, D]. Without a cache the tokens
+One contract for all: `mixer(x, segments, cache=None) -> (y, cache)` with x and y [B, T, D]. Without a cache the tokens
 start their rows (training, scoring); with one they follow those the cache has seen (prefill, chunked prefill, steps),
 and the new cache comes back. `mixer.init_cache(batch_size, capacity)` makes an empty one.
 """

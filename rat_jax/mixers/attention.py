@@ -8,9 +8,9 @@ from flax import nnx
 
 from rat_jax.config import ModelConfig
 from rat_jax.layers import RmsNorm, projection
-from rat_jax.layout import TokenLayout
-from rat_jax.ops.attention import Place, attention
+from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rope import rotate
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Int
 
 
@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         return AttentionCache(zeros, zeros, jnp.zeros(shape[:2], jnp.int32))
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: AttentionCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
         query, key, value = split_heads(self.in_proj(x), self.config)
@@ -54,15 +54,15 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.config.attention.rope:
             base = self.config.attention.rope_base
-            query, key = rotate(query, layout.positions, base), rotate(key, layout.positions, base)
-        place = Place(layout.segment_ids, layout.order, layout.contiguous)
-        key_place = place
+            query, key = rotate(query, segments.positions, base), rotate(key, segments.positions, base)
+        place = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
+        key_info = place
         if cache is not None:
-            cache = _append(cache, key, value, layout)
+            cache = _append(cache, key, value, segments)
             key, value = cache.key, cache.value
             slots = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-            key_place = Place(cache.segment_ids, jnp.broadcast_to(slots, cache.segment_ids.shape))
-        mixed = attention(query, key, value, query_place=place, key_place=key_place)
+            key_info = KeyInfo(cache.segment_ids, jnp.broadcast_to(slots, cache.segment_ids.shape))
+        mixed = attention(query, key, value, query_info=place, key_info=key_info)
         return self.out_proj(mixed.out.reshape(x.shape)), cache
 
 
@@ -76,11 +76,11 @@ def split_heads(
     return query, key, value
 
 
-def _append(cache: AttentionCache, key: Array, value: Array, layout: TokenLayout) -> AttentionCache:
-    slots = jnp.where(layout.is_token, layout.order, cache.key.shape[1])
+def _append(cache: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> AttentionCache:
+    slots = jnp.where(segments.is_token, segments.token_index, cache.key.shape[1])
     rows = jnp.arange(slots.shape[0])[:, None]
     return AttentionCache(
         key=cache.key.at[rows, slots].set(key, mode="drop"),
         value=cache.value.at[rows, slots].set(value, mode="drop"),
-        segment_ids=cache.segment_ids.at[rows, slots].set(layout.segment_ids, mode="drop"),
+        segment_ids=cache.segment_ids.at[rows, slots].set(segments.segment_ids, mode="drop"),
     )

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import projection, timescale_gate_bias
-from rat_jax.layout import TokenLayout
+from rat_jax.layers import chrono_gate_bias, projection
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatState
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float
 
 
@@ -20,7 +20,7 @@ class Rat(nnx.Module):
         grouped = config.rat.num_groups * config.head_dim
         self.in_proj = projection(config.width, 3 * config.width + 2 * grouped, dtype, rngs)
         self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.gate_bias = nnx.Param(timescale_gate_bias(rngs.params(), config.width, config.rat.chunk_size))
+        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), config.width, config.rat.chunk_size))
 
     def init_cache(self, batch_size: int, capacity: int) -> RatState:
         """An empty cache with room for `capacity` tokens a row: one pair of vectors for every full chunk."""
@@ -34,13 +34,13 @@ class Rat(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: RatState | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RatState | None = None
     ) -> tuple[Float[Array, "B T D"], RatState | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
         mixed = rat_mix(
             self.in_proj(x),
             self.gate_bias[...],
-            layout,
+            segments,
             num_heads=self.config.num_heads,
             num_groups=self.config.rat.num_groups,
             chunk_size=self.config.rat.chunk_size,

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import INITIAL_STD, HeadsNorm, RmsNorm, projection
-from rat_jax.layout import TokenLayout
+from rat_jax.layers import INITIAL_STD, PerHeadRmsNorm, RmsNorm, projection
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window
 from rat_jax.ops.linear_attention import linear_attention
-from rat_jax.ops.linear_attention_types import LinearAttended
-from rat_jax.ops.linear_attention_xla import delayed, features
+from rat_jax.ops.linear_attention_types import LinearAttentionOutput
+from rat_jax.ops.linear_attention_xla import features, lagged
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
 
 _BRANCH_NORM_EPSILON = 1e-8
@@ -46,8 +46,8 @@ class Rattention(nnx.Module):
         kv_width = config.kv_heads * config.head_dim
         self.in_proj = projection(config.width, config.width + 2 * kv_width, dtype, rngs)
         self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.local_norm = HeadsNorm(config.width, _BRANCH_NORM_EPSILON)
-        self.linear_norm = HeadsNorm(config.width, _BRANCH_NORM_EPSILON)
+        self.local_norm = PerHeadRmsNorm(config.width, _BRANCH_NORM_EPSILON)
+        self.linear_norm = PerHeadRmsNorm(config.width, _BRANCH_NORM_EPSILON)
         if config.qk_norm:
             self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
         if options.learned_scales:
@@ -68,14 +68,14 @@ class Rattention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: RattentionCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RattentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
-        mixed, cache = self.mix(self.in_proj(x), layout, cache)
+        mixed, cache = self.mix(self.in_proj(x), segments, cache)
         return self.out_proj(mixed), cache
 
     def mix(
-        self, projected: Float[Array, "B T X"], layout: TokenLayout, cache: RattentionCache | None = None
+        self, projected: Float[Array, "B T X"], segments: SegmentInfo, cache: RattentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
         """Everything between the two projections: q, k and v of all heads side by side, to the sum of both branches."""
         config, options = self.config, self.config.rattention
@@ -92,15 +92,15 @@ class Rattention(nnx.Module):
                     window=options.window,
                     feature_map=options.feature_map,
                     initial_state=self._initial_state(),
-                    segment_ids=None if layout.contiguous else layout.segment_ids,
+                    segment_ids=None if segments.contiguous else segments.segment_ids,
                 ).out
             else:
-                linear, state = self._extend(query, key, value, layout, cache)
+                linear, state = self._extend(query, key, value, segments, cache)
         with jax.named_scope("local_branch"):
             if options.rope:
-                query, key = (rotate(x, layout.positions, options.rope_base) for x in (query, key))
+                query, key = (rotate(x, segments.positions, options.rope_base) for x in (query, key))
             ring = None if cache is None else cache.ring
-            local, ring = attend_in_window(query, key, value, layout, ring, options.window)
+            local, ring = attend_in_window(query, key, value, segments, ring, options.window)
         mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(projected.dtype)
         return mixed.reshape(*mixed.shape[:2], -1), None if cache is None else RattentionCache(ring, state)
 
@@ -127,8 +127,8 @@ class Rattention(nnx.Module):
         return jnp.einsum("mkf,mkh->kfh", key, value.astype(jnp.float32))[None]
 
     def _extend(
-        self, query: Array, key: Array, value: Array, layout: TokenLayout, cache: RattentionCache
-    ) -> LinearAttended:
+        self, query: Array, key: Array, value: Array, segments: SegmentInfo, cache: RattentionCache
+    ) -> LinearAttentionOutput:
         """The linear branch of tokens that follow those in the cache.
 
         With each new token t the token t - W - 1 leaves the window, and enters the state if it is of the same document.
@@ -137,24 +137,24 @@ class Rattention(nnx.Module):
         options, ring = self.config.rattention, cache.ring
         rows = jnp.arange(query.shape[0])[:, None]
         reach = options.window + 1
-        order = layout.order - reach
-        slots = order % ring.order.shape[1]
-        from_ring = (ring.order[rows, slots] == order) & (ring.segment_ids[rows, slots] == layout.segment_ids)
+        order = segments.token_index - reach
+        slots = order % ring.token_index.shape[1]
+        from_ring = (ring.token_index[rows, slots] == order) & (ring.segment_ids[rows, slots] == segments.segment_ids)
         left_key, left_value = ring.key[rows, slots], ring.value[rows, slots]
         if options.rope:
-            left_key = rotate(left_key, reach - layout.positions, options.rope_base)
+            left_key = rotate(left_key, reach - segments.positions, options.rope_base)
         if query.shape[1] > reach:
-            from_new = (delayed(layout.segment_ids, reach) == layout.segment_ids)[..., None, None]
-            left_key = jnp.where(from_new, delayed(key, reach), left_key)
-            left_value = jnp.where(from_new, delayed(value, reach), left_value)
+            from_new = (lagged(segments.segment_ids, reach) == segments.segment_ids)[..., None, None]
+            left_key = jnp.where(from_new, lagged(key, reach), left_key)
+            left_value = jnp.where(from_new, lagged(value, reach), left_value)
             from_ring |= from_new[..., 0, 0]
-        enters = (from_ring & layout.is_token)[..., None, None]
+        enters = (from_ring & segments.is_token)[..., None, None]
         return linear_attention(
             self._scaled(query, "query_scale"),
             self._scaled(left_key, "key_scale"),
             jnp.where(enters, left_value, 0),
             feature_map=options.feature_map,
             initial_state=self._initial_state(),
-            documents=jnp.cumsum(layout.starts(), axis=1, dtype=jnp.int32),
+            documents=jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32),
             state=cache.state,
         )

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import projection, timescale_gate_bias
-from rat_jax.layout import TokenLayout
+from rat_jax.layers import chrono_gate_bias, projection
 from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
 
 
@@ -32,7 +32,7 @@ class Rnn(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.in_proj = projection(config.width, 3 * config.width, dtype, rngs)
         self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.gate_bias = nnx.Param(timescale_gate_bias(rngs.params(), config.width, config.rnn.max_timescale))
+        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), config.width, config.rnn.max_timescale))
 
     def init_cache(self, batch_size: int, capacity: int) -> RnnCache:
         """An empty cache; its size does not depend on `capacity`."""
@@ -40,15 +40,15 @@ class Rnn(nnx.Module):
         return RnnCache(jnp.zeros((batch_size, self.config.width), jnp.float32))
 
     def __call__(
-        self, x: Float[Array, "B T D"], layout: TokenLayout, cache: RnnCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RnnCache | None = None
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:
         """Mixes tokens; see `rat_jax.mixers` for the contract."""
         z, value, gate = jnp.split(self.in_proj(x), 3, axis=-1)
         states = gated_recurrence(
             gate.astype(jnp.float32) + self.gate_bias[...].reshape(1, 1, -1),
             value,
-            starts=layout.starts(),
-            is_token=layout.is_token,
+            starts=segments.starts(),
+            is_token=segments.is_token,
             initial_state=None if cache is None else cache.state,
         )
         mixed = (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(x.dtype)

@@ -5,12 +5,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from rat_jax.layout import whole_rows
 from rat_jax.ops import attention_cudnn
-from rat_jax.ops.attention_types import Attended, Place
+from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
+from rat_jax.segments import whole_rows
 from rat_jax.shapes import Array, Bool, Float
 
-__all__ = ["Attended", "AttentionImplementation", "Place", "attention"]
+__all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
 AttentionImplementation = Literal["xla", "cudnn"]
 
@@ -24,12 +24,12 @@ def attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    query_place: Place,
-    key_place: Place,
+    query_info: KeyInfo,
+    key_info: KeyInfo,
     window: int | None = None,
     aligned: bool = False,
     implementation: AttentionImplementation | None = None,
-) -> Attended:
+) -> AttentionOutput:
     """out_t = sum_s p_ts v_s, p_t = softmax over the visible s of q_t . k_s / sqrt(H).
 
     Key s is visible to query t when both belong to the same document and 0 <= order_t - order_s (<= `window` where one
@@ -50,52 +50,52 @@ def attention(
     if heads % key_heads:
         raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
     if implementation != "xla":
-        reason = attention_cudnn.refusal(query, key, value, query_place, key_place)
+        reason = attention_cudnn.refusal(query, key, value, query_info, key_info)
         if reason is None and (implementation == "cudnn" or attention_cudnn.is_candidate()):
             return attention_cudnn.attend(_plain_whole_rows, implementation is None, window, query, key, value)
         if implementation == "cudnn":
             raise ValueError(f"implementation 'cudnn' cannot run this call: {reason}")
-    return _plain(query, key, value, query_place, key_place, window, aligned)
+    return _plain(query, key, value, query_info, key_info, window, aligned)
 
 
-def _plain_whole_rows(window: int | None, query: Array, key: Array, value: Array) -> Attended:
+def _plain_whole_rows(window: int | None, query: Array, key: Array, value: Array) -> AttentionOutput:
     """Plain XLA for the calls that cuDNN takes."""
-    layout = whole_rows(*query.shape[:2])
-    place = Place(layout.segment_ids, layout.order)
+    segments = whole_rows(*query.shape[:2])
+    place = KeyInfo(segments.segment_ids, segments.token_index)
     return _plain(query, key, value, place, place, window, aligned=True)
 
 
 def _plain(
-    query: Array, key: Array, value: Array, query_place: Place, key_place: Place, window: int | None, aligned: bool
-) -> Attended:
+    query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo, window: int | None, aligned: bool
+) -> AttentionOutput:
     heads = query.shape[2]
     batch, tokens = query.shape[:2]
     keys = key.shape[1]
     block = _block_size(batch * heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
     if block == tokens:
-        return _attend(query, key, value, _visible(query_place, key_place, window))
+        return _attend(query, key, value, _visible(query_info, key_info, window))
 
     span = block + window if aligned and window is not None else keys
     cut_keys = span < keys
     if cut_keys:  # keys in front that nobody sees, so that every block's span lies inside
-        key, value, key_place = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0), (span, 0)] + [(0, 0)] * (x.ndim - 2)), (key, value, key_place)
+        key, value, key_info = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (span, 0)] + [(0, 0)] * (x.ndim - 2)), (key, value, key_info)
         )
     tail = [(0, 0), (0, -tokens % block)]
     query = jnp.pad(query, [*tail, (0, 0), (0, 0)])
-    query_place = jax.tree.map(lambda x: jnp.pad(x, tail), query_place)
+    query_info = jax.tree.map(lambda x: jnp.pad(x, tail), query_info)
     if cut_keys:  # the last block may reach past the last key
-        key, value, key_place = jax.tree.map(
-            lambda x: jnp.pad(x, tail + [(0, 0)] * (x.ndim - 2)), (key, value, key_place)
+        key, value, key_info = jax.tree.map(
+            lambda x: jnp.pad(x, tail + [(0, 0)] * (x.ndim - 2)), (key, value, key_info)
         )
 
     @jax.checkpoint
-    def attend_block(start: Array) -> Attended:
+    def attend_block(start: Array) -> AttentionOutput:
         def cut(x, first, length):
             return jax.lax.dynamic_slice_in_dim(x, first, length, axis=1)
 
-        block_query, block_place = jax.tree.map(lambda x: cut(x, start, block), (query, query_place))
-        block_keys = (key, value, key_place)
+        block_query, block_place = jax.tree.map(lambda x: cut(x, start, block), (query, query_info))
+        block_keys = (key, value, key_info)
         if cut_keys:
             first = start + keys - tokens + span - window
             block_keys = jax.tree.map(lambda x: cut(x, first, span), block_keys)
@@ -114,14 +114,14 @@ def _block_size(rows: int, tokens: int, keys: int) -> int:
     return min(tokens, 1 << (limit.bit_length() - 1))
 
 
-def _visible(query: Place, key: Place, window: int | None) -> Bool[Array, "B T S"]:
-    distance = query.order[:, :, None] - key.order[:, None, :]
+def _visible(query: KeyInfo, key: KeyInfo, window: int | None) -> Bool[Array, "B T S"]:
+    distance = query.token_index[:, :, None] - key.token_index[:, None, :]
     same = (query.segment_ids[:, :, None] == key.segment_ids[:, None, :]) & (key.segment_ids[:, None, :] != 0)
     visible = same & (distance >= 0)
     return visible if window is None else visible & (distance <= window)
 
 
-def _attend(query: Array, key: Array, value: Array, visible: Array) -> Attended:
+def _attend(query: Array, key: Array, value: Array, visible: Array) -> AttentionOutput:
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     grouped = query.reshape(batch, tokens, key_heads, heads // key_heads, head_dim)
@@ -135,4 +135,4 @@ def _attend(query: Array, key: Array, value: Array, visible: Array) -> Attended:
     probabilities = (weights / total).astype(value.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", probabilities, value).reshape(batch, tokens, heads, head_dim)
     log_sum_exp = (top + jnp.log(total))[..., 0]
-    return Attended(out, jnp.moveaxis(log_sum_exp, -1, 1).reshape(batch, tokens, heads))
+    return AttentionOutput(out, jnp.moveaxis(log_sum_exp, -1, 1).reshape(batch, tokens, heads))

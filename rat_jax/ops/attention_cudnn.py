@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from pallas_kernels.cudnn import call
-from rat_jax.ops.attention_types import Attended, Place
-from rat_jax.ops.kept import kept
+from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
+from rat_jax.ops.remat import save_named
 from rat_jax.shapes import Array, Float
 
 _OLDEST = (8, 0)  # compute capability
-Plain = Callable[[int | None, Array, Array, Array], Attended]  # of window, query, key and value
+Plain = Callable[[int | None, Array, Array, Array], AttentionOutput]  # of window, query, key and value
 
 
 def is_candidate() -> bool:
@@ -24,9 +24,9 @@ def is_candidate() -> bool:
     return expected_platform() in ("gpu", "cuda") and (capability is None or capability >= _OLDEST)
 
 
-def refusal(query: Array, key: Array, value: Array, query_place: Place, key_place: Place) -> str | None:
+def refusal(query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo) -> str | None:
     """Why cuDNN cannot run a call and what comes nearest; None where it can."""
-    if not (query_place.contiguous and key_place.contiguous and query.shape[1] == key.shape[1]):
+    if not (query_info.contiguous and key_info.contiguous and query.shape[1] == key.shape[1]):
         return "queries and keys must be known to be the same whole rows: one document each, no padding, no cache"
     if not query.dtype == key.dtype == value.dtype:
         return f"queries, keys and values differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
@@ -43,7 +43,7 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-) -> Attended:
+) -> AttentionOutput:
     """See `rat_jax.ops.attention.attention`. On the devices of a mesh, each attends in its own batch rows.
 
     Args:
@@ -60,21 +60,21 @@ def attend(
     def otherwise(*arguments):
         return tuple(plain(window, *arguments))
 
-    return Attended(*_settled(run, otherwise if fall_back else None)(query, key, value))
+    return AttentionOutput(*_settled(run, otherwise if fall_back else None)(query, key, value))
 
 
 def _forward(plain: Plain, fall_back: bool, window: int | None, *arguments: CustomVJPPrimal):
     query, key, value = (argument.value for argument in arguments)
-    attended = Attended(*kept(attend(plain, fall_back, window, query, key, value)))
+    attended = AttentionOutput(*save_named(attend(plain, fall_back, window, query, key, value)))
     return attended, (query, key, value, *attended)
 
 
-def _backward(plain: Plain, fall_back: bool, window: int | None, residuals, d_attended: Attended):
+def _backward(plain: Plain, fall_back: bool, window: int | None, residuals, d_attended: AttentionOutput):
     query, key, value, out, _ = residuals
     d_out, d_log_sum_exp = d_attended
 
     def plain_backward(query, key, value, d_out, d_log_sum_exp):
-        return jax.vjp(functools.partial(plain, window), query, key, value)[1](Attended(d_out, d_log_sum_exp))
+        return jax.vjp(functools.partial(plain, window), query, key, value)[1](AttentionOutput(d_out, d_log_sum_exp))
 
     def otherwise(query, key, value, out, log_sum_exp, d_out):
         del out

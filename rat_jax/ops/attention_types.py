@@ -10,16 +10,16 @@ from rat_jax.shapes import Array, Float, Float32, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Place:
+class KeyInfo:
     """Where queries or keys stand: a document (0 sees nothing and is not seen) and an order within the row."""
 
     segment_ids: Int[Array, "B X"]
-    order: Int[Array, "B X"]
+    token_index: Int[Array, "B X"]
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     """Known when tracing: every row is one document from its order 0 on, without padding."""
 
 
-class Attended(NamedTuple):
+class AttentionOutput(NamedTuple):
     """What a query read, and how much there was to read."""
 
     out: Float[Array, "B T N H"]  # zero where a query sees no key

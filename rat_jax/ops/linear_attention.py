@@ -4,7 +4,7 @@ import functools
 from typing import Literal
 
 from rat_jax.ops import linear_attention_kernels, linear_attention_xla
-from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
+from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.ops.platform import check_implementation
 from rat_jax.shapes import Array, Float, Float32, Int
 
@@ -17,20 +17,20 @@ def linear_attention(
     value: Float[Array, "B T K H"],
     *,
     feature_map: FeatureMap,
-    delay: int = 0,
+    key_lag: int = 0,
     initial_state: Float[Array, "b n 2*H H"] | None = None,
     documents: Int[Array, "B T"] | None = None,
     state: Float32[Array, "B K 2*H H"] | None = None,
     implementation: LinearImplementation | None = None,
-) -> LinearAttended:
-    """out_t = phi(q_t) (S_0 + sum_{s <= t - delay} phi(k_s)^T v_s), over the s of the same document; no normaliser.
+) -> LinearAttentionOutput:
+    """out_t = phi(q_t) (S_0 + sum_{s <= t - key_lag} phi(k_s)^T v_s), over the s of the same document; no normaliser.
 
     phi(x) = [m(x), m(-x)], m the softmax over the H channels or the positive part. Head n reads key head n // (N / K).
     Features and states are float32; their products are taken in the dtype of `value`, which `out` has too, and summed
     in float32.
 
     Args:
-      delay: tokens after which a key and its value are seen; without documents only.
+      key_lag: tokens after which a key and its value are seen; without documents only.
       initial_state: S_0, for every row or for all together (b is B or 1), for every query or key head (n is N or K);
         None is zero.
       documents: numbers that never fall along a row; tokens of one number are one document. None: all are 0.
@@ -39,12 +39,12 @@ def linear_attention(
         that takes these shapes, and "xla" where there is none. Only "xla" takes a `state`.
 
     Raises:
-      ValueError: if a delay meets documents, or a named implementation cannot run the call; the message says why and
+      ValueError: if a key_lag meets documents, or a named implementation cannot run the call; the message says why and
         what comes nearest.
     """
     check_implementation(implementation, LinearImplementation)
-    if delay and documents is not None:
-        raise ValueError(f"a delay ({delay}) is not taken together with documents; shift keys and values instead")
+    if key_lag and documents is not None:
+        raise ValueError(f"a key_lag ({key_lag}) is not taken together with documents; shift keys and values instead")
     arrays = (query, key, value, initial_state, documents)
     kernel, fall_back = implementation, implementation is None
     if implementation is None:
@@ -52,11 +52,11 @@ def linear_attention(
         taken = (kernel for kernel in linear_attention_kernels.candidates() if refused(kernel, *arrays) is None)
         kernel = next(taken, "xla")
     if kernel == "xla":
-        return linear_attention_xla.attend(feature_map, delay, *arrays, state)
+        return linear_attention_xla.attend(feature_map, key_lag, *arrays, state)
     reason = linear_attention_kernels.refusal(kernel, *arrays, state)
     if reason is not None:
         raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
-    if kernel not in linear_attention_kernels.TAKE_DELAYS:
-        key, value = (linear_attention_xla.delayed(x, delay) for x in (key, value))
-        delay = 0
-    return linear_attention_kernels.attend(kernel, fall_back, feature_map, delay, query, key, value, *arrays[3:])
+    if kernel not in linear_attention_kernels.TAKE_KEY_LAG:
+        key, value = (linear_attention_xla.lagged(x, key_lag) for x in (key, value))
+        key_lag = 0
+    return linear_attention_kernels.attend(kernel, fall_back, feature_map, key_lag, query, key, value, *arrays[3:])

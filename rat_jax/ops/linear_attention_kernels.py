@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.ops import linear_attention_xla
-from rat_jax.ops.kept import kept
-from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
+from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
+from rat_jax.ops.remat import save_named
 from rat_jax.shapes import Array, Float, Int
 
 _PLATFORMS = {"mosaic_gpu": "cuda", "triton": "cuda", "pallas_tpu": "tpu"}
 _HOPPER = 9  # compute capability 9.x
-TAKE_DELAYS = ("mosaic_gpu",)
+TAKE_KEY_LAG = ("mosaic_gpu",)
 
 
 def candidates() -> tuple[str, ...]:
@@ -62,49 +62,49 @@ def attend(
     kernel: str,
     fall_back: bool,
     feature_map: FeatureMap,
-    delay: int,
+    key_lag: int,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     initial_state: Float[Array, "b n 2*H H"] | None,
     documents: Int[Array, "B T"] | None,
-) -> LinearAttended:
+) -> LinearAttentionOutput:
     """See `rat_jax.ops.linear_attention.linear_attention`. On a mesh, each device runs its own batch rows.
 
     Args:
       kernel: one of `_PLATFORMS`.
       fall_back: lowered for another platform than the kernel's, run the plain XLA body instead.
       feature_map: as there.
-      delay: as there; 0 for a kernel that is not in `TAKE_DELAYS`.
+      key_lag: as there; 0 for a kernel that is not in `TAKE_KEY_LAG`.
       query, key, value, initial_state, documents: as there.
     """
-    return _forward(kernel, fall_back, feature_map, delay, query, key, value, initial_state, documents)[0]
+    return _forward(kernel, fall_back, feature_map, key_lag, query, key, value, initial_state, documents)[0]
 
 
-def _forward(kernel, fall_back, feature_map, delay, query, key, value, initial_state, documents):
+def _forward(kernel, fall_back, feature_map, key_lag, query, key, value, initial_state, documents):
     arrays = (query, key, value, initial_state, documents)
 
     def run(query, key, value, *more):
-        options = _options(kernel, feature_map, delay, *more)
+        options = _options(kernel, feature_map, key_lag, *more)
         return _module(kernel).linear_attention_forward(query, key, value, **options)
 
     def plain(*arrays):
         residuals = jax.eval_shape(run, *arrays)[2]
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)  # its backward needs none of them
-        return *linear_attention_xla.attend(feature_map, delay, *arrays), empty
+        return *linear_attention_xla.attend(feature_map, key_lag, *arrays), empty
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
     shared = (3,) if _is_shared(initial_state) else ()
-    out, state, residuals = kept(on_each_device(settled, replicated=shared, summed=())(*arrays))
-    return LinearAttended(out, state), (*arrays, residuals)
+    out, state, residuals = save_named(on_each_device(settled, replicated=shared, summed=())(*arrays))
+    return LinearAttentionOutput(out, state), (*arrays, residuals)
 
 
-def _backward(kernel, fall_back, feature_map, delay, kept_arrays, d_attended: LinearAttended):
+def _backward(kernel, fall_back, feature_map, key_lag, kept_arrays, d_attended: LinearAttentionOutput):
     initial_state = kept_arrays[3]
 
     def run(query, key, value, initial_state, documents, residuals, d_out, d_state):
         arrays = (residuals, query, key, value, d_out, d_state)
-        options = _options(kernel, feature_map, delay, initial_state, documents)
+        options = _options(kernel, feature_map, key_lag, initial_state, documents)
         gradients = _module(kernel).linear_attention_backward(*arrays, **options)
         # A kernel that takes no initial state gives no gradient of one.
         return *gradients, *[None] * (4 - len(gradients))
@@ -113,9 +113,9 @@ def _backward(kernel, fall_back, feature_map, delay, kept_arrays, d_attended: Li
         del residuals
 
         def attended(query, key, value, initial_state):
-            return linear_attention_xla.attend(feature_map, delay, query, key, value, initial_state, documents)
+            return linear_attention_xla.attend(feature_map, key_lag, query, key, value, initial_state, documents)
 
-        return jax.vjp(attended, query, key, value, initial_state)[1](LinearAttended(*d_attended))
+        return jax.vjp(attended, query, key, value, initial_state)[1](LinearAttentionOutput(*d_attended))
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
     shared, summed = ((3,), (3,)) if _is_shared(initial_state) else ((), ())
@@ -136,9 +136,9 @@ def _by_platform(kernel: str, run, plain):
     return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
 
 
-def _options(kernel: str, feature_map, delay, initial_state, documents) -> dict[str, Any]:
+def _options(kernel: str, feature_map, key_lag, initial_state, documents) -> dict[str, Any]:
     if kernel == "mosaic_gpu":
-        return {"feature_map": feature_map, "delay": delay}
+        return {"feature_map": feature_map, "key_lag": key_lag}
     card = {"capability": expected_capability()} if kernel == "triton" else {}
     return {"feature_map": feature_map, "initial_state": initial_state, "documents": documents, **card}
 

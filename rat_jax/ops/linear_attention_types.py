@@ -7,7 +7,7 @@ from rat_jax.shapes import Array, Float, Float32
 FeatureMap = Literal["softmax", "relu"]
 
 
-class LinearAttended(NamedTuple):
+class LinearAttentionOutput(NamedTuple):
     """What the queries read, and what the keys and values of the last document have summed up to."""
 
     out: Float[Array, "B T N H"]

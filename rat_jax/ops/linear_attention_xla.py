@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttended
+from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.shapes import Array, Float, Float32, Int
 from rat_jax.sharding import rows_per_device
 
@@ -27,22 +27,22 @@ def features(x: Float[Array, "*n H"], feature_map: FeatureMap) -> Float32[Array,
     return jnp.concatenate(parts, axis=-1)
 
 
-def delayed(x: Float[Array, "B T *n"], delay: int) -> Float[Array, "B T *n"]:
-    """Row t holds what was in row t - delay; the first rows are zeros."""
-    kept = max(0, x.shape[1] - delay)
+def lagged(x: Float[Array, "B T *n"], key_lag: int) -> Float[Array, "B T *n"]:
+    """Row t holds what was in row t - key_lag; the first rows are zeros."""
+    kept = max(0, x.shape[1] - key_lag)
     return jnp.pad(x[:, :kept], [(0, 0), (x.shape[1] - kept, 0)] + [(0, 0)] * (x.ndim - 2))
 
 
 def attend(
     feature_map: FeatureMap,
-    delay: int,
+    key_lag: int,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     initial_state: Float[Array, "b n 2*H H"] | None = None,
     documents: Int[Array, "B T"] | None = None,
     state: Float32[Array, "B K 2*H H"] | None = None,
-) -> LinearAttended:
+) -> LinearAttentionOutput:
     """See `rat_jax.ops.linear_attention.linear_attention`.
 
     Tokens are taken in blocks: scores inside, states between. The backward pass makes each block's scores again, so
@@ -50,7 +50,7 @@ def attend(
     """
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
-    key, value = delayed(key, delay), delayed(value, delay)
+    key, value = lagged(key, key_lag), lagged(value, key_lag)
     if state is None:
         state = jnp.zeros((batch, key_heads, 2 * head_dim, head_dim), jnp.float32)
     if tokens == 1:
@@ -72,7 +72,7 @@ def attend(
     carry = (state, jnp.zeros((batch,), jnp.int32))
     (state, _), out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, rows)
     out = out.transpose(1, 0, 2, 5, 3, 4, 6).reshape(batch, -1, heads, head_dim)[:, :tokens]
-    return LinearAttended(out, state)
+    return LinearAttentionOutput(out, state)
 
 
 class _Rows(NamedTuple):
@@ -149,7 +149,7 @@ def _one_token(
     state: Float32[Array, "B K F H"],
     initial_state: Array | None,
     feature_map: FeatureMap,
-) -> LinearAttended:
+) -> LinearAttentionOutput:
     """A step of a row: one pass over the states, in float32."""
     batch, _, heads, head_dim = query.shape
     key_heads = key.shape[2]
@@ -165,4 +165,4 @@ def _one_token(
         sizes = ((batch,) if row else ()) + ((key_heads, heads // key_heads) if each else (key_heads,))
         initial = initial_state.astype(jnp.float32).reshape(*sizes, 2 * head_dim, head_dim)
         out += jnp.einsum(f"bkrf,{row}k{each}fh->bkrh", read, initial)
-    return LinearAttended(out.reshape(query.shape).astype(value.dtype), state)
+    return LinearAttentionOutput(out.reshape(query.shape).astype(value.dtype), state)

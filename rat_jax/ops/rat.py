@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_kernels, rat_xla
 from rat_jax.ops.platform import check_implementation
-from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
-from rat_jax.shapes import Array, Float, Float32
+from rat_jax.ops.rat_types import RatOutput, RatSizes, RatState
+from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.shapes import Array, Float, Float32, Int
 
 RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"]
 
@@ -14,7 +14,7 @@ RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"
 def rat_mix(
     projected: Float[Array, "B T 3*D+2*G*H"],
     gate_bias: Float32[Array, " D"],
-    layout: TokenLayout,
+    segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     *,
     num_heads: int,
     num_groups: int,
@@ -22,7 +22,7 @@ def rat_mix(
     rope_base: float | None,
     state: RatState | None = None,
     implementation: RatImplementation | None = None,
-) -> RatMixed:
+) -> RatOutput:
     r"""Mixes tokens by recurrence inside chunks of L = `chunk_size` and by attention across them.
 
     `projected` holds, along its channels, the output gate z, the values v, the forget gate g (D each), the queries q
@@ -41,6 +41,13 @@ def rat_mix(
     float32; summaries and the result have the dtype of `projected`.
 
     Args:
+      projected: z, v, g, q, k.
+      gate_bias: of the forget gate.
+      segment_ids: 0 is padding, neighbours of the same other value are one document; None: each row is one document.
+      num_heads: N.
+      num_groups: G.
+      chunk_size: L.
+      rope_base: of the rotation.
       state: of the tokens before these; None where they start their rows and no state is wanted. Of the kernels, only
         "triton" takes one.
       implementation: the body to run; None takes the fastest kernel of the platform that the program is lowered for
@@ -52,21 +59,22 @@ def rat_mix(
         them; the message says why and what comes nearest.
     """
     check_implementation(implementation, RatImplementation)
+    segments = as_segments(segment_ids, projected.shape[:2])
     sizes = RatSizes(gate_bias.shape[0], num_heads, num_groups, chunk_size, rope_base)
     if projected.shape[-1] != sizes.projected_width:
         raise ValueError(
             f"projected must have 3 D + 2 G H = {sizes.projected_width} channels, got {projected.shape[-1]}"
         )
     if implementation == "xla":
-        return rat_xla.mix(sizes, projected, gate_bias, layout, state)
+        return rat_xla.mix(sizes, projected, gate_bias, segments, state)
     kernel, fall_back = implementation, False
     if implementation is None:
         kernel, fall_back = rat_kernels.candidate(), True
-        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, layout, state) is not None:
-            return rat_xla.mix(sizes, projected, gate_bias, layout, state)
-    reason = rat_kernels.refusal(kernel, sizes, projected, layout, state)
+        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, segments, state) is not None:
+            return rat_xla.mix(sizes, projected, gate_bias, segments, state)
+    reason = rat_kernels.refusal(kernel, sizes, projected, segments, state)
     if reason is not None:
         raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
     if state is not None:
-        return rat_kernels.extend(kernel, fall_back, sizes, projected, gate_bias, layout, state)
-    return RatMixed(rat_kernels.mix(kernel, fall_back, sizes, projected, gate_bias, layout), None)
+        return rat_kernels.extend(kernel, fall_back, sizes, projected, gate_bias, segments, state)
+    return RatOutput(rat_kernels.mix(kernel, fall_back, sizes, projected, gate_bias, segments), None)

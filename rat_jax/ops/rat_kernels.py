@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rat_jax.layout import TokenLayout
 from rat_jax.ops import rat_xla
-from rat_jax.ops.kept import kept
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
-from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
+from rat_jax.ops.rat_types import RatOutput, RatSizes, RatState
+from rat_jax.ops.remat import save_named
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
 
 # "gpu" is Triton with the fastest bodies of the attention to summaries; the other names are implementations of the op.
@@ -33,7 +33,7 @@ def refusal(
     kernel: str,
     sizes: RatSizes,
     projected: Float[Array, "B T X"],
-    layout: TokenLayout,
+    segments: SegmentInfo,
     state: RatState | None,
 ) -> str | None:
     """Why a kernel cannot run a call and what comes nearest; None where it can."""
@@ -45,7 +45,7 @@ def refusal(
         from pallas_kernels import bodies
         from pallas_kernels.triton import problem
 
-        call = _problem(sizes, projected, layout)
+        call = _problem(sizes, projected, segments)
         reason = problem.refusal(call)
         return bodies.refusal(kernel, call) if reason is None and kernel != "gpu" else reason
     from pallas_kernels.tpu import rat as tpu
@@ -55,7 +55,7 @@ def refusal(
     )
 
 
-def _problem(sizes: RatSizes, projected: Float[Array, "B T X"], layout: TokenLayout):
+def _problem(sizes: RatSizes, projected: Float[Array, "B T X"], segments: SegmentInfo):
     from pallas_kernels.triton import problem
 
     call = problem.problem_of(
@@ -65,7 +65,7 @@ def _problem(sizes: RatSizes, projected: Float[Array, "B T X"], layout: TokenLay
         num_groups=sizes.num_groups,
         chunk_size=sizes.chunk_size,
         rope=sizes.rope_base is not None,
-        segmented=not layout.contiguous,
+        segmented=not segments.contiguous,
     )
     return dataclasses.replace(call, capability=expected_capability())
 
@@ -77,7 +77,7 @@ def mix(
     sizes: RatSizes,
     projected: Float[Array, "B T 3*D+2*G*H"],
     gate_bias: Float32[Array, " D"],
-    layout: TokenLayout,
+    segments: SegmentInfo,
 ) -> Float[Array, "B T D"]:
     """See `rat_jax.ops.rat.rat_mix`. On the devices of a mesh, each runs the kernels on its own batch rows.
 
@@ -87,33 +87,33 @@ def mix(
       sizes: of the op.
       projected: z, v, g, q, k.
       gate_bias: of the forget gate.
-      layout: of the tokens.
+      segments: of the tokens.
     """
-    return _forward(kernel, fall_back, sizes, projected, gate_bias, layout)[0]
+    return _forward(kernel, fall_back, sizes, projected, gate_bias, segments)[0]
 
 
-def _forward(kernel, fall_back, sizes, projected, gate_bias, layout):
+def _forward(kernel, fall_back, sizes, projected, gate_bias, segments):
     def run(*arguments):
         out, residuals = _kernel_forward(kernel, sizes, *arguments)
         return out, residuals._replace(out=None)  # kept once, not twice
 
-    def plain(projected, gate_bias, layout):
-        residuals = jax.eval_shape(run, projected, gate_bias, layout)[1]
-        out = rat_xla.mix(sizes, projected, gate_bias, layout).out
+    def plain(projected, gate_bias, segments):
+        residuals = jax.eval_shape(run, projected, gate_bias, segments)[1]
+        out = rat_xla.mix(sizes, projected, gate_bias, segments).out
         return out, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), residuals)  # its backward needs none of them
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
-    out, residuals = kept(on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout))
-    return out, (out, residuals, projected, gate_bias, layout)
+    out, residuals = save_named(on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, segments))
+    return out, (out, residuals, projected, gate_bias, segments)
 
 
 def _backward(kernel, fall_back, sizes, residuals, d_out):
     def run(out, residuals, *arguments):
         return _kernel_backward(kernel, sizes, residuals._replace(out=out), *arguments)
 
-    def plain(out, residuals, projected, gate_bias, layout, d_out):
+    def plain(out, residuals, projected, gate_bias, segments, d_out):
         del out, residuals
-        _, pull = jax.vjp(lambda p, b: rat_xla.mix(sizes, p, b, layout).out, projected, gate_bias)
+        _, pull = jax.vjp(lambda p, b: rat_xla.mix(sizes, p, b, segments).out, projected, gate_bias)
         return pull(d_out)
 
     settled = _by_platform(kernel, run, plain if fall_back else None)
@@ -131,16 +131,16 @@ def extend(
     sizes: RatSizes,
     projected: Float[Array, "B T 3*D+2*G*H"],
     gate_bias: Float32[Array, " D"],
-    layout: TokenLayout,
+    segments: SegmentInfo,
     state: RatState,
-) -> RatMixed:
+) -> RatOutput:
     """Tokens that follow a state, which is updated in place where it is donated; other arguments as those of `mix`."""
     settled = _by_platform(
         kernel,
         lambda *arguments: _kernel_extend(sizes, *arguments),
         (lambda *arguments: rat_xla.mix(sizes, *arguments)) if fall_back else None,
     )
-    return RatMixed(*on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, layout, state))
+    return RatOutput(*on_each_device(settled, replicated=(1,), summed=())(projected, gate_bias, segments, state))
 
 
 def _extend_forward(kernel, fall_back, sizes, *arguments):
@@ -161,61 +161,61 @@ def _by_platform(kernel: str, run, plain):
     return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **{_PLATFORMS[kernel]: run})
 
 
-def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, layout) -> tuple[Array, Any]:
+def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, segments) -> tuple[Array, Any]:
     if kernel != "pallas_tpu":
         from pallas_kernels.triton import rat as triton  # imports Triton, which machines without a GPU may lack
 
-        return triton.rat_forward(projected, gate_bias, **_gpu_options(kernel, sizes, projected, layout))
+        return triton.rat_forward(projected, gate_bias, **_gpu_options(kernel, sizes, projected, segments))
     from pallas_kernels.tpu import rat as tpu
 
-    return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(layout))
+    return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(segments))
 
 
 def _kernel_backward(
-    kernel: str, sizes: RatSizes, residuals, projected, gate_bias, layout, d_out
+    kernel: str, sizes: RatSizes, residuals, projected, gate_bias, segments, d_out
 ) -> tuple[Array, Array]:
     if kernel != "pallas_tpu":
         from pallas_kernels.triton import rat as triton
 
         return triton.rat_backward(
-            residuals, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, layout)
+            residuals, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, segments)
         )
     from pallas_kernels.tpu import rat as tpu
 
-    return tpu.rat_backward(residuals, projected, gate_bias, d_out, **_options(sizes), **_documents(layout))
+    return tpu.rat_backward(residuals, projected, gate_bias, d_out, **_options(sizes), **_documents(segments))
 
 
-def _gpu_options(kernel: str, sizes: RatSizes, projected, layout: TokenLayout) -> dict[str, Any]:
+def _gpu_options(kernel: str, sizes: RatSizes, projected, segments: SegmentInfo) -> dict[str, Any]:
     from pallas_kernels.bodies import Bodies, fastest
 
-    call = _problem(sizes, projected, layout)
+    call = _problem(sizes, projected, segments)
     bodies = fastest(call) if kernel == "gpu" else Bodies(kernel, kernel)
-    sizes_and_places = _options(sizes) | _documents(layout) | {"num_heads": sizes.num_heads}
+    sizes_and_places = _options(sizes) | _documents(segments) | {"num_heads": sizes.num_heads}
     return sizes_and_places | {"bodies": bodies, "capability": call.capability}
 
 
-def _kernel_extend(sizes: RatSizes, projected, gate_bias, layout: TokenLayout, state: RatState) -> RatMixed:
+def _kernel_extend(sizes: RatSizes, projected, gate_bias, segments: SegmentInfo, state: RatState) -> RatOutput:
     from pallas_kernels.triton.decode import rat_decode
     from pallas_kernels.triton.rat import rat_extend
 
     pair, summaries = (state.key, state.value), (state.summary_key, state.summary_value)
     options = _options(sizes) | {"num_heads": sizes.num_heads}
     if projected.shape[1] > 1:
-        places = (state.summary_segment_ids, state.num_summaries, layout.segment_ids, layout.positions)
+        places = (state.summary_segment_ids, state.num_summaries, segments.segment_ids, segments.positions)
         capability = expected_capability()
         out, new = rat_extend(projected, gate_bias, *pair, *summaries, *places, **options, capability=capability)
-        return RatMixed(out, RatState(*new))
-    position, segment_id, is_token = (x[:, 0] for x in (layout.positions, layout.segment_ids, layout.is_token))
+        return RatOutput(out, RatState(*new))
+    position, segment_id, is_token = (x[:, 0] for x in (segments.positions, segments.segment_ids, segments.is_token))
     out, *new = rat_decode(projected, gate_bias, *pair, *summaries, position, state.num_summaries, is_token, **options)
-    completed = layout.ends(sizes.chunk_size)[:, 0]
+    completed = segments.ends(sizes.chunk_size)[:, 0]
     slots = jnp.where(completed, state.num_summaries, state.summary_segment_ids.shape[1])
     segment_ids = state.summary_segment_ids.at[jnp.arange(slots.shape[0]), slots].set(segment_id, mode="drop")
-    return RatMixed(out, RatState(*new, segment_ids, state.num_summaries + completed.astype(jnp.int32)))
+    return RatOutput(out, RatState(*new, segment_ids, state.num_summaries + completed.astype(jnp.int32)))
 
 
 def _options(sizes: RatSizes) -> dict[str, Any]:
     return {"num_groups": sizes.num_groups, "chunk_size": sizes.chunk_size, "rope_base": sizes.rope_base}
 
 
-def _documents(layout: TokenLayout) -> dict[str, Array]:
-    return {} if layout.contiguous else {"segment_ids": layout.segment_ids, "positions": layout.positions}
+def _documents(segments: SegmentInfo) -> dict[str, Array]:
+    return {} if segments.contiguous else {"segment_ids": segments.segment_ids, "positions": segments.positions}

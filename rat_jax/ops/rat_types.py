@@ -62,7 +62,7 @@ class RatState:
         )
 
 
-class RatMixed(NamedTuple):
+class RatOutput(NamedTuple):
     """The mixed tokens and, where a state was given, the state after them."""
 
     out: Float[Array, "B T D"]

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rat_jax.layout import TokenLayout
-from rat_jax.ops.attention import Place, attention
-from rat_jax.ops.rat_types import RatMixed, RatSizes, RatState
+from rat_jax.ops.attention import KeyInfo, attention
+from rat_jax.ops.rat_types import RatOutput, RatSizes, RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.rope import rotate
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
@@ -17,9 +17,9 @@ def mix(
     sizes: RatSizes,
     projected: Float[Array, "B T 3*D+2*G*H"],
     gate_bias: Float32[Array, " D"],
-    layout: TokenLayout,
+    segments: SegmentInfo,
     state: RatState | None = None,
-) -> RatMixed:
+) -> RatOutput:
     """See `rat_jax.ops.rat.rat_mix`; memory grows with T, not with T C."""
     batch, tokens, _ = projected.shape
     width, head_dim, chunk_size = sizes.width, sizes.head_dim, sizes.chunk_size
@@ -34,22 +34,22 @@ def mix(
     )
     with jax.named_scope("chunk_recurrence"):
         scan = {
-            "starts": layout.starts(chunk_size),
-            "is_token": layout.is_token,
+            "starts": segments.starts(chunk_size),
+            "is_token": segments.is_token,
             "block_size": min(chunk_size, 256),
         }
         running_key = gated_recurrence(gate, key, initial_state=None if state is None else state.key, **scan)
         running_value = gated_recurrence(gate, value, initial_state=None if state is None else state.value, **scan)
     with jax.named_scope("chunk_summaries"):
-        summaries = _summarise(sizes, running_key, running_value, layout, projected.dtype)
+        summaries = _summarise(sizes, running_key, running_value, segments, projected.dtype)
     with jax.named_scope("chunk_attention"):
         own_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
         if sizes.rope_base is not None:
-            query = rotate(query, layout.positions // chunk_size, sizes.rope_base)
+            query = rotate(query, segments.positions // chunk_size, sizes.rope_base)
         extended = None if state is None else _extend(state, running_key[:, -1], running_value[:, -1], summaries)
-        mixed = _attend(query, own_score, running_value, layout, summaries, state, extended)
+        mixed = _attend(query, own_score, running_value, segments, summaries, state, extended)
     out = (jax.nn.sigmoid(z.astype(jnp.float32)) * mixed.reshape(batch, tokens, width)).astype(projected.dtype)
-    return RatMixed(out, extended)
+    return RatOutput(out, extended)
 
 
 class _Summaries(NamedTuple):
@@ -58,19 +58,19 @@ class _Summaries(NamedTuple):
     key: Float[Array, "B C N H"]
     value: Float[Array, "B C N H"]
     segment_ids: Int[Array, "B C"]  # 0: no chunk is completed among these tokens
-    order: Int[Array, "B C"]  # of the token that completed the chunk
+    token_index: Int[Array, "B C"]  # of the token that completed the chunk
 
 
 def _summarise(
-    sizes: RatSizes, running_key: Array, running_value: Array, layout: TokenLayout, dtype: jnp.dtype
+    sizes: RatSizes, running_key: Array, running_value: Array, segments: SegmentInfo, dtype: jnp.dtype
 ) -> _Summaries:
-    batch, tokens = layout.positions.shape
+    batch, tokens = segments.positions.shape
     chunk_size = sizes.chunk_size
     size = min(chunk_size, tokens)
     blocks = -(-tokens // size)
-    ends = jnp.pad(layout.ends(chunk_size), [(0, 0), (0, blocks * size - tokens)]).reshape(batch, blocks, size)
+    ends = jnp.pad(segments.ends(chunk_size), [(0, 0), (0, blocks * size - tokens)]).reshape(batch, blocks, size)
     found = ends.any(axis=-1)
-    if layout.contiguous:
+    if segments.contiguous:
         at = jnp.minimum(jnp.arange(size - 1, blocks * size, size), tokens - 1)
         at = jnp.broadcast_to(at, (batch, blocks))
         key, value = running_key[:, at[0]], running_value[:, at[0]]
@@ -82,12 +82,12 @@ def _summarise(
         return jnp.take_along_axis(x, at, axis=1)
 
     if sizes.rope_base is not None:
-        key = rotate(key, pick(layout.positions) // chunk_size, sizes.rope_base)
+        key = rotate(key, pick(segments.positions) // chunk_size, sizes.rope_base)
     return _Summaries(
         key=key.astype(dtype),
         value=value.astype(dtype),
-        segment_ids=jnp.where(found, pick(layout.segment_ids), 0),
-        order=pick(layout.order),
+        segment_ids=jnp.where(found, pick(segments.segment_ids), 0),
+        token_index=pick(segments.token_index),
     )
 
 
@@ -95,13 +95,14 @@ def _attend(
     query: Array,
     own_score: Array,
     own_value: Array,
-    layout: TokenLayout,
+    segments: SegmentInfo,
     summaries: _Summaries,
     state: RatState | None,
     extended: RatState | None,
 ) -> Float32[Array, "B T N H"]:
     """Softmax over the summaries before each token and the token's own pair."""
-    sources = [(summaries.key, summaries.value, summaries.segment_ids, summaries.order + 1)]  # + 1: strictly earlier
+    after = summaries.token_index + 1  # strictly earlier summaries alone are seen
+    sources = [(summaries.key, summaries.value, summaries.segment_ids, after)]
     if state is not None:
         before_all = jnp.full_like(state.summary_segment_ids, -1)
         if query.shape[1] == 1:
@@ -117,8 +118,8 @@ def _attend(
         query,
         key,
         value,
-        query_place=Place(layout.segment_ids, layout.order),
-        key_place=Place(segment_ids, order),
+        query_info=KeyInfo(segments.segment_ids, segments.token_index),
+        key_info=KeyInfo(segment_ids, order),
     )
     # Two softmaxes over disjoint keys join by their log-sum-exps; one over a single key has the score itself.
     own_weight = jax.nn.sigmoid(own_score - earlier.log_sum_exp)[..., None]

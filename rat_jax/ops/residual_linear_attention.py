@@ -4,16 +4,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rat_jax.layout import from_segments
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import FeatureMap
-from rat_jax.ops.linear_attention_xla import delayed
+from rat_jax.ops.linear_attention_xla import lagged
+from rat_jax.segments import from_segments
 from rat_jax.shapes import Array, Float, Float32, Int
 
-__all__ = ["FeatureMap", "LinearImplementation", "ResidualLinearAttended", "residual_linear_attention"]
+__all__ = ["FeatureMap", "LinearImplementation", "ResidualLinearAttentionOutput", "residual_linear_attention"]
 
 
-class ResidualLinearAttended(NamedTuple):
+class ResidualLinearAttentionOutput(NamedTuple):
     """What each token read, and the state that the last one read."""
 
     out: Float[Array, "B T N H"]
@@ -30,7 +30,7 @@ def residual_linear_attention(
     initial_state: Float[Array, "b n 2*H H"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: LinearImplementation | None = None,
-) -> ResidualLinearAttended:
+) -> ResidualLinearAttentionOutput:
     """out_t = phi(q_t) S_{t-W-1}, S_t = S_{t-1} + phi(k_t)^T v_t, with W = `window` (arXiv 2506.15545, section 3).
 
     phi(x) = [softmax(x), softmax(-x)] or [relu(x), relu(-x)] over the H channels. There is no normaliser and no decay:
@@ -53,18 +53,18 @@ def residual_linear_attention(
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     _check(window, initial_state, batch, heads, key_heads, head_dim)
-    delay, documents = min(window + 1, tokens), None  # after which a token has left the window
+    key_lag, documents = min(window + 1, tokens), None  # after which a token has left the window
     if segment_ids is not None:
-        layout = from_segments(segment_ids)[0]
-        key, value, left = (delayed(x, delay) for x in (key, value, layout.segment_ids))
-        value = jnp.where((layout.is_token & (left == layout.segment_ids))[..., None, None], value, 0)
-        delay, documents = 0, jnp.cumsum(layout.starts(), axis=1, dtype=jnp.int32)
+        segments = from_segments(segment_ids)[0]
+        key, value, left = (lagged(x, key_lag) for x in (key, value, segments.segment_ids))
+        value = jnp.where((segments.is_token & (left == segments.segment_ids))[..., None, None], value, 0)
+        key_lag, documents = 0, jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32)
     attended = linear_attention(
         query,
         key,
         value,
         feature_map=feature_map,
-        delay=delay,
+        key_lag=key_lag,
         initial_state=initial_state,
         documents=documents,
         implementation=implementation,
@@ -74,7 +74,7 @@ def residual_linear_attention(
         if initial_state.shape[1] == heads:
             state = jnp.repeat(state, heads // key_heads, axis=1)
         state = state + jnp.broadcast_to(initial_state.astype(jnp.float32), state.shape)
-    return ResidualLinearAttended(attended.out, state)
+    return ResidualLinearAttentionOutput(attended.out, state)
 
 
 def _check(window: int, initial_state: Array | None, batch: int, heads: int, key_heads: int, head_dim: int) -> None:

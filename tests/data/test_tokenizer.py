@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from rat_jax.data import DataError
-from rat_jax.data.stream_decoder import StreamDecoder
 from rat_jax.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -16,6 +15,7 @@ from rat_jax.data.tokenizer import (
     token_dtype,
     train_bpe,
 )
+from rat_jax.sampling.stream_decoder import StreamDecoder
 
 TEXTS = [
     "",

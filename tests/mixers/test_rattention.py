@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.layout import whole_rows
 from rat_jax.mixers import make_mixer
+from rat_jax.segments import whole_rows
 from tests import reference
 from tests.small import small_model_config
 

@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
-from rat_jax.layout import from_segments
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
+from rat_jax.segments import from_segments
 from rat_jax.sharding import BATCH_AXES, make_mesh
 
 MESHES = {"1x1": (1, 1), "4x1": (4, 1), "2x2": (2, 2)}

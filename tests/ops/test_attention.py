@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.layout import TokenLayout, from_segments, whole_rows
 from rat_jax.mixers.attention import Attention
 from rat_jax.mixers.local_attention import LocalAttention
-from rat_jax.ops.attention import Place, attention
+from rat_jax.ops.attention import KeyInfo, attention
+from rat_jax.segments import SegmentInfo, from_segments, whole_rows
 from tests import reference
 from tests.small import small_model_config
 
@@ -25,12 +25,12 @@ def inputs(tokens=37, heads=4, key_heads=4, head_dim=8, dtype=jnp.float32):
 
 
 def place_of(layout):
-    return Place(layout.segment_ids, layout.order, layout.contiguous)
+    return KeyInfo(layout.segment_ids, layout.token_index, layout.contiguous)
 
 
 def attend(query, key, value, layout=None, **options):
     place = place_of(whole_rows(*query.shape[:2]) if layout is None else layout)
-    return attention(query, key, value, query_place=place, key_place=place, **options)
+    return attention(query, key, value, query_info=place, key_info=place, **options)
 
 
 @pytest.fixture(params=[False, True], ids=["at-once", "in-blocks"])
@@ -156,7 +156,7 @@ def test_mixers_run_cudnn_on_whole_rows_without_a_cache(mixer, traced_for_a_gpu)
     module = mixer(config, rngs=nnx.Rngs(0))
     x = jnp.zeros((2, 12, 32), jnp.bfloat16)
 
-    def mix(x, layout: TokenLayout, cache):
+    def mix(x, layout: SegmentInfo, cache):
         return module(x, layout, cache)[0]
 
     packed = from_segments(jnp.ones((2, 12), jnp.int32))[0]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rat_jax.layout import RowEnd, from_segments, whole_rows
 from rat_jax.ops import rat_kernels, rat_xla
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference
 from tests.pallas_kernels.rat_loop import Case, loop
 
@@ -248,7 +248,7 @@ def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, dtype):
     sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 10_000.0}
 
     def read(implementation):
-        state, end, out, start = RatState.empty(2, 40, 4, 8, 4, dtype), RowEnd.empty(2), [], 0
+        state, end, out, start = RatState.empty(2, 40, 4, 8, 4, dtype), StreamState.empty(2), [], 0
         for size in parts:
             part = slice(start, start + size)
             layout, end = from_segments(jnp.asarray(segments[:, part]), end)

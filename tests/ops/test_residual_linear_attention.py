@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rat_jax.layout import whole_rows
-from rat_jax.ops.attention import Place, attention
+from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
+from rat_jax.segments import whole_rows
 from tests import reference
 
 FOLDER = pathlib.Path(__file__).parent.parent / "testdata"
@@ -271,11 +271,11 @@ def test_packed_documents_equal_each_alone(window, blocks):
 def test_each_past_token_is_read_by_one_branch(window):
     query, key, value = inputs(rows=1)
     layout = whole_rows(1, 37)
-    place = Place(layout.segment_ids, layout.order)
+    place = KeyInfo(layout.segment_ids, layout.token_index)
 
     @jax.jit
     def branches(value):
-        local = attention(query, key, value, query_place=place, key_place=place, window=window)
+        local = attention(query, key, value, query_info=place, key_info=place, window=window)
         return local.out, residual_linear_attention(query, key, value, window=window).out
 
     before = branches(value)

@@ -1,0 +1,9 @@
+"""Errors that a user can mend: the message, which is all that a program prints, says what to change."""
+
+
+class RatJaxError(Exception):
+    """Base of the errors that this package raises for its inputs: configs, files, data, prompts, diverging runs."""
+
+
+class ConfigError(RatJaxError, ValueError):
+    """A value or a combination of values that no run, model or mixer can have; the message names the field."""

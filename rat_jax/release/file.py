@@ -1,0 +1,153 @@
+"""Files in which the PyTorch release keeps a model: weights under `task`, configuration under `config`, and `step`.
+
+torch is imported only where such a file is read or written. Files come from strangers and hold pickles, so that nothing
+but arrays, plain values and `EasyDict` is read from them.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import pickle
+import re
+import sys
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rat_jax.release.model_config import ReleaseError
+
+_WEIGHTS, _CONFIG, _MODEL, _STEP = "task", "config", "model", "step"
+_SAFE_TORCH = (2, 6)  # earlier ones run code from files even with weights_only (CVE-2025-32434)
+
+# The release's configurations are of the class EasyDict of the package easydict, a dict. torch fills no dict of an
+# unknown class, so that an OrderedDict is made where a file says EasyDict; where the package is missing, the class
+# below is written in its name.
+_READ_AS = (collections.OrderedDict, "easydict.EasyDict")
+_EasyDict = type("EasyDict", (dict,), {"__module__": "easydict"})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseFile:
+    """What of a file is used here."""
+
+    state_dict: Mapping[str, np.ndarray]  # float32, by the release's names
+    model_config: Mapping[str, Any]  # the configuration's `model`
+    step: int  # optimizer steps done; 0 where the file does not tell
+
+
+def read_release_file(path: pathlib.Path | str) -> ReleaseFile:
+    """Reads a file of the release without running anything that it holds.
+
+    Raises:
+      ReleaseError: if torch is missing or too old, or the file is missing, damaged, or holds something else.
+    """
+    torch = _import_torch()
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ReleaseError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ReleaseError(f"{path} is damaged, or not a file of torch.save")
+    try:
+        with torch.serialization.safe_globals([_READ_AS]):
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{name[1]}, which" if name else "something that"
+        raise ReleaseError(f"{path} holds {what} is neither an array nor a setting; nothing of it was run") from None
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ReleaseError(f"{path} is damaged, or not a file of torch.save: {error!r}") from None
+    if not isinstance(contents, Mapping):
+        raise ReleaseError(f"{path} holds a {type(contents).__name__}, not a dictionary with {_WEIGHTS} and {_CONFIG}")
+    weights = _entry(contents, (_WEIGHTS,), path)
+    step = contents.get(_STEP, 0)
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ReleaseError(f"{path}: {_STEP} must be a whole number of 0 or more, got {step!r}")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ReleaseError(f"{path}: {_WEIGHTS}.{name} must be a tensor, got {type(value).__name__}")
+    arrays = {name: value.detach().to(torch.float32).numpy() for name, value in weights.items()}
+    return ReleaseFile(arrays, _entry(contents, (_CONFIG, _MODEL), path), step)
+
+
+def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
+    """Writes a new file as the release would.
+
+    Raises:
+      ReleaseError: if torch is missing, or the file is there already or cannot be written.
+    """
+    torch = _import_torch()
+    path = pathlib.Path(path)
+    if path.exists():
+        raise ReleaseError(f"{path} is there already; it is left as it is")
+    task = {
+        "_name_": "lm",
+        "tie_embedding": True,
+        "ignore_index": -100,
+        "loss": {"_name_": "cross_entropy", "ignore_index": -100},
+        "metric": {"_name_": "ppl", "ignore_index": -100},
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with _easydict_module() as easy_dict:
+            values = {
+                _WEIGHTS: {name: torch.from_numpy(array) for name, array in contents.state_dict.items()},
+                _CONFIG: _nested(easy_dict, {_MODEL: contents.model_config, "task": task}),
+                _STEP: contents.step,
+            }
+            torch.save(values, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise ReleaseError(f"{path} cannot be written: {error}") from None
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ReleaseError("files of the release need torch: pip install torch") from None
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+        raise ReleaseError(
+            f"torch {torch.__version__} may run code from the files it reads; version "
+            f"{'.'.join(map(str, _SAFE_TORCH))} or later is needed"
+        )
+    return torch
+
+
+def _entry(contents: Mapping[str, Any], keys: tuple[str, ...], path: pathlib.Path) -> Mapping[str, Any]:
+    for i, key in enumerate(keys):
+        name = ".".join(keys[: i + 1])
+        if key not in contents:
+            raise ReleaseError(f"{path} has no {name}; it has {', '.join(map(str, contents))}")
+        contents = contents[key]
+        if not isinstance(contents, Mapping):
+            raise ReleaseError(f"{path}: {name} must be a dictionary, got a {type(contents).__name__}")
+    return contents
+
+
+@contextlib.contextmanager
+def _easydict_module() -> Iterator[type]:
+    """The class to write configurations with, under the name by which a reader looks for it."""
+    try:
+        import easydict
+    except ImportError:
+        pass
+    else:
+        yield easydict.EasyDict
+        return
+    module = types.ModuleType("easydict")
+    module.EasyDict = _EasyDict
+    sys.modules["easydict"] = module
+    try:
+        yield _EasyDict
+    finally:
+        del sys.modules["easydict"]
+
+
+def _nested(cls: type, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return cls({key: _nested(cls, value) if isinstance(value, Mapping) else value for key, value in values.items()})

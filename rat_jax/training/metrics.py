@@ -1,0 +1,108 @@
+"""What a run says of itself: figures to files and services, and how well it uses its devices."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+
+from rat_jax.checkpoints.workdir import Workdir
+from rat_jax.config import Config, ConfigError, config_to_dict
+from rat_jax.files import write_text
+
+
+def check_wandb(config: Config) -> None:
+    """Checks that Weights & Biases is installed where a config asks for it.
+
+    Raises:
+      ConfigError: if it is not.
+    """
+    if config.training.wandb_project is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"config.training.wandb_project is {config.training.wandb_project!r}, but Weights & Biases is not "
+                f"installed: `pip install wandb`, or leave the field unset"
+            ) from None
+
+
+class MetricLog:
+    """Writes figures to WORKDIR/log.jsonl, TensorBoard and, if asked, Weights & Biases."""
+
+    def __init__(self, workdir: Workdir, config: Config, start_step: int):
+        """Opens the files; figures of steps after `start_step`, which will be done again, are dropped."""
+        self._workdir = workdir
+        self._records = [record for record in read_log(workdir.log_file) if record["step"] <= start_step]
+        write_text(workdir.log_file, "".join(json.dumps(record) + "\n" for record in self._records))
+        self._file = workdir.log_file.open("a")
+        self._tensorboard = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
+        self._num_plotted = 0
+        self._wandb = None
+        if config.training.wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.training.wandb_project,
+                dir=str(workdir.path),
+                name=workdir.path.name,
+                id=workdir.path.name,
+                resume="allow",
+                config=config_to_dict(config),
+            )
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Records figures of a step; each name keeps its meaning over a run."""
+        record = {"step": step, **figures}
+        self._records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(figures), step=step)
+
+    def plot(self) -> None:
+        """Draws WORKDIR/loss_curve.png."""
+        if self._num_plotted != len(self._records):
+            plot_losses(self._records, self._workdir.loss_curve)
+            self._num_plotted = len(self._records)
+
+    def close(self) -> None:
+        """Draws the curve and closes all."""
+        self.plot()
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that was cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # the last one has no line end
+
+
+def plot_losses(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """A picture of the training and validation losses of a log's records."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        points = [(record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, label=label, linewidth=1 if style == "-" else 2, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)

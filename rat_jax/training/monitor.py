@@ -1,0 +1,123 @@
+"""What a run shows and records while it goes: progress bar, log, throughput; and the check that figures are finite."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import tqdm
+
+from rat_jax.config import Config
+from rat_jax.errors import RatJaxError
+from rat_jax.training.metrics import MetricLog
+from rat_jax.training.step import StepMetrics
+
+
+class NonFiniteError(RatJaxError, ArithmeticError):
+    """A loss or a gradient that is not a finite number; the message names the step."""
+
+
+class TrainMonitor:
+    """Follows the steps of a run one step late, so that the device never waits for the host.
+
+    Hosts other than the first only check figures.
+    """
+
+    def __init__(self, config: Config, log: MetricLog | None, start_step: int, least_step_secs: float | None):
+        """Starts the bar.
+
+        Args:
+          config: of the run.
+          log: where figures go; None on hosts other than the first.
+          start_step: steps done already.
+          least_step_secs: what a step would take at the peak of all devices, for the MFU; None if not known.
+        """
+        self._config = config
+        self._log = log
+        self._least_step_secs = least_step_secs
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
+        self._speed_text = ""
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=config.training.num_steps,
+            initial=start_step,
+            unit="step",
+            disable=log is None,
+            mininterval=0.2 if on_terminal else 15.0,
+            dynamic_ncols=on_terminal,
+            smoothing=0.05,
+        )
+
+    def step(self, done: int, metrics: StepMetrics) -> None:
+        """Takes the figures of the step just started, and handles those of the step before.
+
+        Raises:
+          NonFiniteError: if those are not finite.
+        """
+        self.settle()
+        self._pending = (done, metrics)
+
+    def settle(self) -> None:
+        """Waits for the figures of the last step and handles them.
+
+        Raises:
+          NonFiniteError: if they are not finite.
+        """
+        if self._pending is None:
+            return
+        (done, metrics), self._pending = self._pending, None
+        figures = {name: float(value) for name, value in metrics._asdict().items()}
+        for name in ("loss", "grad_norm", "param_norm"):
+            if not math.isfinite(figures[name]):
+                raise NonFiniteError(
+                    f"{name} is {figures[name]} at step {done}; the checkpoints before it are good. A lower "
+                    f"optimizer.learning_rate or a longer warm-up is the usual remedy"
+                )
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {figures['loss']:.3f}{self._speed_text}", refresh=False)
+        if self._clock_step is None:  # the first step compiles
+            self._clock_step, self._clock_secs = done, time.perf_counter()
+        if done % self._config.training.log_every_steps == 0:
+            self._record(done, figures)
+
+    def _record(self, done: int, figures: dict[str, float]) -> None:
+        tokens_per_step = self._config.data.global_batch_size * self._config.data.seq_len
+        record = figures | {"tokens": done * tokens_per_step}
+        now, steps = time.perf_counter(), done - self._clock_step
+        if steps > 0:
+            secs_per_step = (now - self._clock_secs) / steps
+            record["tokens_per_sec"] = tokens_per_step / secs_per_step
+            self._speed_text = f", {record['tokens_per_sec']:,.0f} tokens/s"
+            if self._least_step_secs is not None:
+                record["mfu"] = self._least_step_secs / secs_per_step
+                self._speed_text += f", MFU {record['mfu']:.1%}"
+        self._clock_step, self._clock_secs = done, now
+        if self._log is not None:
+            self._log.write(done, record)
+
+    def validation(self, done: int, loss: float) -> None:
+        """Shows and records a validation."""
+        perplexity = math.exp(min(loss, 700.0))
+        self.say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}")
+        if self._log is not None:
+            self._log.write(done, {"validation_loss": loss, "validation_perplexity": perplexity})
+            self._log.plot()
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar, on the first host."""
+        if jax.process_index() == 0:
+            tqdm.tqdm.write(message)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time of this block does not count against throughput."""
+        start = time.perf_counter()
+        yield
+        self._clock_secs += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

@@ -1,0 +1,241 @@
+"""A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_model, check_same_run
+from rat_jax.config import Config
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint
+from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.flops import flops_per_token, peak_flops
+from rat_jax.sharding import check_divides, global_batch, make_mesh
+from rat_jax.training.metrics import MetricLog, check_wandb, read_log
+from rat_jax.training.monitor import NonFiniteError, TrainMonitor
+from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
+from rat_jax.training.preemption import Preemption
+from rat_jax.training.step import StepMetrics, TrainState, abstract_state, batch_loss, initial_state, train_step
+
+__all__ = ["NonFiniteError", "StepMetrics", "TrainResult", "TrainState", "batch_loss", "train", "train_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands."""
+
+    step: int  # optimizer steps done
+    finished: bool  # False: a signal ended it before the last step; the same command goes on
+    validation_loss: float | None  # after the last step; None if not finished
+
+
+def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
+    """Trains, or goes on training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
+
+    Raises:
+      ConfigError, CheckpointError, DataError: if something does not fit, before anything is written.
+      NonFiniteError: if the loss or its gradient is no finite number; checkpoints of earlier steps remain.
+    """
+    workdir = Workdir(pathlib.Path(workdir))
+    check_wandb(config)
+    checkpoints = Checkpoints(workdir, config, _say)
+    newest = None if workdir.is_new() else checkpoints.peek()
+    if newest is not None:
+        _check_fits(newest, config, workdir)
+    corpus = Corpus.open(config.data.path)
+    _check_tokenizer(corpus, workdir, newest)
+
+    mesh = make_mesh(config.mesh)
+    check_divides(config, mesh)
+    data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
+    validation = ValidationData(config.data, vocab_size=config.model.vocab_size)
+    if newest is not None and newest.data is not None:
+        check_fingerprint(newest.data["fingerprint"], data.fingerprint)
+    try:
+        with jax.set_mesh(mesh):
+            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish()
+    finally:
+        data.close()
+
+
+class _Run:
+    """A run whose settings were found to fit."""
+
+    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation):
+        self.config: Config = config
+        self.workdir: Workdir = workdir
+        self.checkpoints: Checkpoints = checkpoints
+        self.corpus: Corpus = corpus
+        self.mesh: jax.sharding.Mesh = mesh
+        self.data: TrainData = data
+        self.validation: ValidationData = validation
+        self.graphdef = abstract_model(config.model)[0]
+
+    def finish(self) -> TrainResult:
+        """Does the steps that remain."""
+        state, start = self._restore()
+        num_steps = self.config.training.num_steps
+        loss = _validation_loss(self.workdir, num_steps)
+        if start >= num_steps and loss is not None:
+            _say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
+            self._report(loss)
+            return TrainResult(num_steps, True, loss)
+        is_first_host = jax.process_index() == 0
+        if is_first_host:
+            self.workdir.mark(self.config)
+            self.workdir.tokenizer.mkdir(exist_ok=True)
+            self.corpus.tokenizer().save(self.workdir.tokenizer)
+        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        _say(_summary(self.config, self.mesh, num_parameters, start))
+        log = MetricLog(self.workdir, self.config, start) if is_first_host else None
+        progress = TrainMonitor(self.config, log, start, self._least_step_secs(num_parameters))
+        try:
+            with Preemption() as preemption:
+                result = self._loop(state, start, progress, preemption)
+        except jax.errors.JaxRuntimeError as error:
+            if is_out_of_memory(error):
+                _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
+            raise
+        finally:
+            progress.close()
+            if log is not None:
+                log.close()
+            self.checkpoints.close()
+        if result.finished:
+            self._report(result.validation_loss)
+        return result
+
+    def _restore(self) -> tuple[TrainState, int]:
+        """The state to go on from, and the steps it has done."""
+        found = None if self.workdir.is_new() else self.checkpoints.latest()
+        if found is None:
+            return initial_state(self.config, self.mesh), 0
+        path, manifest = found
+        target = abstract_state(self.config, self.mesh)
+        params = self.checkpoints.restore(path, manifest, "params", target.params)
+        if manifest.data is None:
+            _say(f"starting from the model in {path}")
+            return initial_state(self.config, self.mesh, params), 0
+        self.data.restore(manifest.data)
+        opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
+        if manifest.step < self.config.training.num_steps:
+            _say(f"going on from {path}")
+        step = jax.device_put(np.int32(manifest.step), target.step.sharding)
+        return TrainState(step, params, opt_state), manifest.step
+
+    def _loop(self, state: TrainState, start: int, progress: TrainMonitor, preemption: Preemption) -> TrainResult:
+        training = self.config.training
+        done, saved, loss = start, start, None
+        validated = _validation_loss(self.workdir, start) is not None  # else a kill came between the two
+        while True:
+            if done > saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
+                self._save(done, state, progress)
+                saved = done
+            is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
+            if is_due and not validated:
+                loss = self._validate(done, state, progress, preemption)
+            if done == training.num_steps and loss is not None:
+                return TrainResult(done, True, loss)
+            if preemption.agreed(done, training.log_every_steps):
+                if done > saved:
+                    self._save(done, state, progress)
+                self.checkpoints.wait()
+                progress.say(f"interrupted after step {done}; the same command goes on from there")
+                return TrainResult(done, False, None)
+            batch = global_batch(next(self.data), self.mesh)
+            state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
+            done, validated = done + 1, False
+            progress.step(done, metrics)
+
+    def _save(self, done: int, state: TrainState, progress: TrainMonitor) -> None:
+        progress.settle()  # nothing is saved after a step that was not finite
+        with progress.pause():
+            self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
+
+    def _validate(self, done: int, state: TrainState, progress: TrainMonitor, preemption: Preemption) -> float | None:
+        """Mean loss of the first batches of the validation split; None if a signal came meanwhile."""
+        progress.settle()
+        sums = []
+        num_batches = min(len(self.validation), self.config.training.validation_batches)
+        with progress.pause():
+            for _, batch in zip(range(num_batches), self.validation, strict=False):
+                if jax.process_count() == 1 and preemption.requested:
+                    return None
+                sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
+            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
+        progress.validation(done, loss)
+        return loss
+
+    def _least_step_secs(self, num_parameters: int) -> float | None:
+        """Seconds of a step at the devices' peak; None where that is not known."""
+        peak = peak_flops(self.mesh.devices.flat[0])
+        if peak is None:
+            return None
+        tokens = self.config.data.global_batch_size * self.config.data.seq_len
+        flops = flops_per_token(self.config.model, num_parameters, self.config.data.seq_len)
+        return tokens * flops / (peak * self.mesh.size)
+
+    def _report(self, loss: float) -> None:
+        """Compares the last validation loss with the entropy of single bytes."""
+        entropy = self.corpus.total.byte_entropy_nats
+        _say(f"validation loss {loss:.4f} nats a token")
+        if entropy is None:
+            return
+        is_bytes = self.corpus.tokenizer().kind == "bytes"
+        per_byte = loss if is_bytes else loss / self.corpus.splits["validation"].bytes_per_token
+        if not is_bytes:
+            _say(f"validation loss {per_byte:.4f} nats a byte")
+        _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {per_byte / entropy:.1%} of it")
+
+
+def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
+    if newest.data is None:
+        check_same_model(newest.config, config, workdir.path)
+    else:
+        check_same_run(newest.config, config, workdir.path)
+
+
+def _check_tokenizer(corpus: Corpus, workdir: Workdir, newest: Manifest | None) -> None:
+    if (
+        newest is not None
+        and workdir.tokenizer.is_dir()
+        and load_tokenizer(workdir.tokenizer).hash != corpus.tokenizer_hash
+    ):
+        raise CheckpointError(
+            f"{corpus.path} was made by another tokenizer than the one in {workdir.tokenizer}: choose the data of that "
+            f"tokenizer (data.path), or another --workdir"
+        )
+
+
+def _validation_loss(workdir: Workdir, step: int) -> float | None:
+    """What the log says of a step."""
+    losses = [
+        record["validation_loss"]
+        for record in read_log(workdir.log_file)
+        if record["step"] == step and "validation_loss" in record
+    ]
+    return losses[-1] if losses else None
+
+
+def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:
+    device = mesh.devices.flat[0]
+    model, data = config.model, config.data
+    return "\n".join(
+        [
+            f"devices     {mesh.size} x {device.device_kind}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}",
+            f"parameters  {num_parameters:,}",
+            f"model       {model.num_layers} layers of {', '.join(model.pattern)}; width {model.width}, "
+            f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",
+            f"data        {data.path}: {data.global_batch_size} sequences of {data.seq_len} tokens a step",
+            f"steps       {start} of {config.training.num_steps} done",
+        ]
+    )
+
+
+def _say(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)

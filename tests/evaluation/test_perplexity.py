@@ -1,0 +1,185 @@
+"""Losses of the validation split: every token once, whatever the batch, by position."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.checkpoints.store import LoadedModel
+from rat_jax.config import MeshConfig
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import ValidationData
+from rat_jax.evaluation import perplexity as evaluation
+from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, PositionSums, bucket_edges, evaluate, plot, table
+from rat_jax.model import LanguageModel
+from rat_jax.sharding import make_mesh
+from rat_jax.training.step import batch_loss
+from tests.tiny_run import make_corpus, tiny_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return Corpus.open(make_corpus(tmp_path_factory.mktemp("evaluation")))
+
+
+def make_loaded(corpus, **changes) -> LoadedModel:
+    config = tiny_config(corpus.path, model__pattern=("rnn",), **changes)  # what compiles fastest
+    model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+    model.embedding[...] = model.embedding[...] * 10
+    return LoadedModel(config, model, step=0, path=corpus.path)
+
+
+@pytest.fixture(scope="module")
+def loaded(corpus):
+    return make_loaded(corpus)
+
+
+def run(loaded, corpus, context_length: int = 16, batch_tokens: int = 64, max_batches: int | None = None) -> Evaluation:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    return evaluate(loaded, corpus, mesh, context_length, batch_tokens=batch_tokens, max_batches=max_batches)
+
+
+@pytest.mark.parametrize("segment_documents", [True, False])
+def test_losses_equal_the_definition(corpus, segment_documents):
+    loaded = make_loaded(corpus, data__segment_documents=segment_documents)
+    result = run(loaded, corpus)
+    ids = corpus.token_file("validation").tokens.astype(np.int32)
+    loss, weight = np.zeros(16), np.zeros(16)
+    graphdef, params = nnx.split(loaded.model)
+    forward = jax.jit(lambda params, tokens, segments: nnx.merge(graphdef, params)(tokens, segments))
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        tokens = np.zeros((1, 16), np.int32)
+        tokens[0, : len(window) - 1] = window[:-1]
+        ends = tokens == 0  # the id that ends documents
+        segments = np.cumsum(ends, axis=1) - ends + 1 if segment_documents else np.ones_like(tokens)
+        logits = np.asarray(forward(params, tokens, segments), np.float64)[0]
+        for position, target in enumerate(window[1:]):
+            if window[position] != 0:
+                loss[position] += np.log(np.exp(logits[position]).sum()) - logits[position, target]
+                weight[position] += 1
+    np.testing.assert_array_equal(result.sums.weight, weight)
+    np.testing.assert_allclose(result.sums.loss, loss, rtol=1e-5)
+    assert result.num_targets == weight.sum() == len(ids) - 1 - (ids[:-1] == 0).sum()
+    assert result.loss == pytest.approx(loss.sum() / weight.sum(), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(loss.sum() / weight.sum()), rel=1e-5)
+
+
+def test_the_batch_size_does_not_matter(loaded, corpus):
+    results = [run(loaded, corpus, batch_tokens=batch_tokens) for batch_tokens in (1, 80, 10_000)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result.sums.weight, results[0].sums.weight)
+        np.testing.assert_allclose(result.sums.loss, results[0].sums.loss, rtol=1e-5)
+
+
+def test_blocks_of_logits_do_not_matter(loaded, corpus, monkeypatch):
+    whole = run(loaded, corpus, context_length=24)
+    monkeypatch.setattr(evaluation, "_BLOCK_LOGITS", 2 * 29 * 7)  # 7 positions of 2 rows: does not divide 24
+    jax.clear_caches()
+    blocks = run(loaded, corpus, context_length=24, batch_tokens=48)
+    np.testing.assert_allclose(blocks.sums.loss, whole.sums.loss, rtol=1e-5)
+
+
+def test_every_context_length_has_the_same_targets(loaded, corpus):
+    lengths = (8, 16, 50)
+    results = [run(loaded, corpus, context_length=length) for length in lengths]
+    assert len({result.num_targets for result in results}) == 1
+    assert [len(result.sums.loss) for result in results] == list(lengths)
+
+
+def test_the_loss_is_that_of_the_validation_while_training(loaded, corpus):
+    graphdef, params = nnx.split(loaded.model)
+    parts = [batch_loss(graphdef, params, batch) for batch in ValidationData(loaded.config.data, vocab_size=29)]
+    mean = sum(float(part.loss) for part in parts) / sum(float(part.weight) for part in parts)
+    assert run(loaded, corpus).loss == pytest.approx(mean, rel=1e-5)
+
+
+def test_max_batches_takes_the_first(loaded, corpus):
+    two = run(loaded, corpus, max_batches=2)
+    ids = corpus.token_file("validation").tokens[: 2 * 64]
+    assert two.num_targets == len(ids) - (ids == 0).sum()
+    assert run(loaded, corpus, max_batches=10_000).num_targets == run(loaded, corpus).num_targets
+
+
+def make_evaluation(loss: list[float], weight: list[float], bytes_per_token: float | None = None) -> Evaluation:
+    return Evaluation(len(loss), PositionSums(np.array(loss), np.array(weight)), bytes_per_token)
+
+
+def test_bits_per_byte():
+    evaluation = make_evaluation([6.0, 2.0], [3.0, 1.0], bytes_per_token=4.0)
+    assert evaluation.loss == 2.0
+    assert evaluation.bits_per_byte == pytest.approx(2.0 / math.log(2) / 4)
+    assert make_evaluation([6.0], [3.0]).bits_per_byte is None
+
+
+def test_buckets_hold_every_position_once():
+    assert bucket_edges(10, 1) == [0, 10]
+    assert bucket_edges(16, 4) == [0, 16]
+    assert bucket_edges(100, 1) == [0, 16, 32, 64, 100]
+    assert bucket_edges(40, 4) == [0, 16, 20, 24, 28, 32, 40]
+    weight = np.arange(100.0)
+    evaluation = make_evaluation((weight * 3).tolist(), weight.tolist())
+    buckets = evaluation.buckets(per_octave=4)
+    assert [bucket.first for bucket in buckets[1:]] == [bucket.last + 1 for bucket in buckets[:-1]]
+    assert sum(bucket.num_targets for bucket in buckets) == weight.sum()
+    assert {bucket.loss for bucket in buckets} == {3.0}
+
+
+def test_the_table_names_every_context():
+    short, long = make_evaluation([16.0] * 20, [4.0] * 20, 2.0), make_evaluation([3.0] * 40, [2.0] * 20 + [0.0] * 20)
+    lines = table([short, long]).splitlines()
+    assert lines[1].split() == ["20", "80", "4.0000", "54.598", f"{4 / math.log(2) / 2:.4f}"]
+    assert lines[2].split()[:3] == ["40", "40", "3.0000"]
+    assert [line.split() for line in lines[5:]] == [
+        ["positions", "20", "40"],
+        ["0", "..", "15", "4.0000", "1.5000"],
+        ["16", "..", "31", "4.0000", f"{48 / 8:.4f}"],
+        ["32", "..", "39", "-", "-"],
+    ]
+
+
+def test_the_picture(tmp_path):
+    plot([make_evaluation([3.0] * 40, [2.0] * 39 + [0.0])], tmp_path / "losses.png", trained_length=16)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_is_not_finite_is_refused(loaded, corpus):
+    damaged = make_loaded(corpus)
+    damaged.model.final_norm.scale[...] = damaged.model.final_norm.scale[...] * np.nan
+    with pytest.raises(EvaluationError, match="the loss at position 0 is not finite"):
+        run(damaged, corpus)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context_length": 0}, "context length must be 1 or more, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens must be 1 or more, got 0"),
+        ({"max_batches": 0}, "max_batches must be 1 or more, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(loaded, corpus, settings, message):
+    with pytest.raises(EvaluationError, match=message):
+        run(loaded, corpus, **settings)
+
+
+def test_a_split_without_targets_is_refused(loaded, corpus):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    (batch, *_) = ValidationData(loaded.config.data, vocab_size=29)
+    empty = batch._replace(loss_weights=np.zeros_like(batch.loss_weights))
+    with pytest.raises(EvaluationError, match="no token of the validation split counts"):
+        evaluation.sum_losses(loaded.model, [empty], mesh)
+
+
+def test_another_tokenizer_is_refused(loaded, corpus, tmp_path):
+    workdir = evaluation.Workdir(tmp_path)
+    evaluation.check_tokenizer(corpus, workdir)  # an imported model's workdir may hold none
+    workdir.tokenizer.mkdir()
+    corpus.tokenizer().save(workdir.tokenizer)
+    evaluation.check_tokenizer(corpus, workdir)
+    other = dataclasses.replace(corpus, tokenizer_hash="0" * 64)
+    with pytest.raises(ValueError, match="was made by another tokenizer"):
+        evaluation.check_tokenizer(other, workdir)

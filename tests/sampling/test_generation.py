@@ -1,0 +1,216 @@
+"""Generated tokens: equal to the model's own predictions, to each row alone, and repeatable."""
+
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.model import Decoder
+from rat_jax.sampling import generation, prefill
+from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, generate
+from rat_jax.sampling.sampling_params import SamplingParams
+from tests.small import small_model
+
+VOCAB = 31
+NEW = STEPS_PER_CALL + 4  # more than one device call
+LENGTHS = [1, 3, 4, 9, 12]  # chunks of the models have 4 tokens, windows 5; one cache size and one prefill for all
+
+
+@pytest.fixture(scope="module", params=[("rat", "local_attention"), ("attention", "rnn")], ids="+".join)
+def model(request):
+    return small_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def rat_model():
+    return small_model(("rat", "local_attention"))
+
+
+def make_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+PROMPTS = make_prompts(LENGTHS)
+SAMPLED = {"temperature": 1.5, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2}
+
+
+def test_greedy_tokens_are_the_argmax_of_one_pass(model):
+    results = generate(model, PROMPTS, max_new_tokens=NEW)
+    rows = [prompt + result for prompt, result in zip(PROMPTS, results, strict=True)]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+    graphdef, params = nnx.split(model)
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    likeliest = np.asarray(forward(params, tokens).argmax(axis=-1))
+    for row, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
+        assert len(result) == NEW
+        assert likeliest[row, len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == result
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_batched_equals_one_by_one(rat_model, settings):
+    together = generate(rat_model, PROMPTS, max_new_tokens=NEW, **settings)
+    alone = [generate(rat_model, [prompt], max_new_tokens=NEW, **settings)[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+def test_order_and_batch_size_do_not_matter(rat_model):
+    together = generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
+    reversed_ = generate(rat_model, PROMPTS[::-1], max_new_tokens=NEW, batch_size=1, **SAMPLED)
+    assert reversed_[::-1] == together
+
+
+def test_equal_prompts_get_different_samples_that_repeat(rat_model):
+    prompts = [[5, 6]] * 5
+    first = generate(rat_model, prompts, max_new_tokens=NEW, seed=7, **SAMPLED)
+    assert len({tuple(row) for row in first}) == 5
+    assert generate(rat_model, prompts, max_new_tokens=NEW, seed=7, **SAMPLED) == first
+    assert generate(rat_model, prompts, max_new_tokens=NEW, seed=7, batch_size=1, **SAMPLED) == first
+    other_seed = generate(rat_model, prompts, max_new_tokens=NEW, seed=8, **SAMPLED)
+    assert not {tuple(row) for row in first} & {tuple(row) for row in other_seed}
+
+
+def test_samples_do_not_depend_on_the_number_of_steps(rat_model):
+    longer = generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
+    for count in (1, STEPS_PER_CALL + 1, NEW - 1):
+        assert generate(rat_model, PROMPTS, max_new_tokens=count, **SAMPLED) == [row[:count] for row in longer]
+
+
+def test_the_end_of_a_document_ends_a_row_and_is_left_out(rat_model):
+    free = generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
+    eos_id = free[2][5]
+    ended = generate(rat_model, PROMPTS, max_new_tokens=NEW, eos_id=eos_id, **SAMPLED)
+    assert len(ended[2]) <= 5
+    assert ended == [row[: row.index(eos_id)] if eos_id in row else row for row in free]
+
+
+def test_a_first_token_that_ends_all_rows(rat_model):
+    token = generate(rat_model, PROMPTS[:1], max_new_tokens=NEW)[0][0]
+    assert generate(rat_model, PROMPTS[:1], max_new_tokens=NEW, eos_id=token) == [[]]
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_streamed_tokens_are_the_result(rat_model, ending):
+    eos_id = generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)[2][5] if ending else None
+    parts: list[list[list[int]]] = [[] for _ in PROMPTS]
+    results = generate(
+        rat_model,
+        PROMPTS,
+        max_new_tokens=NEW,
+        eos_id=eos_id,
+        batch_size=1,
+        on_tokens=lambda row, tokens: parts[row].append(tokens),
+        **SAMPLED,
+    )
+    assert [list(itertools.chain(*row)) for row in parts] == results
+    for row in parts:
+        assert row[-1] == [] and all(row[:-1])  # the end is told once, after all tokens
+
+
+def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
+    prompts = make_prompts([15, 16, 17, 33, 47])
+    graphdef, params = nnx.split(Decoder(rat_model))
+    assert prefill.prefill_chunks(47, len(prompts)) == [64]
+    expected, _ = prefill.prefill(graphdef, params, prompts, 48)
+    monkeypatch.setattr(prefill, "MAX_PREFILL_CHUNK", 16)
+    assert prefill.prefill_chunks(47, len(prompts)) == [16, 16, 16]
+    hidden, _ = prefill.prefill(graphdef, params, prompts, 48)
+    np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
+
+
+def test_steps_copy_no_parameters_and_no_keys_or_values(rat_model):
+    """What a step copies is small: the largest arrays are written in place and read as they are."""
+    graphdef, params = nnx.split(Decoder(rat_model))
+    rule, keys = SamplingParams(None, None, None, None), generation._row_keys(PROMPTS, seed=0)
+    hidden, cache = prefill.prefill(graphdef, params, PROMPTS, 64)
+    rows = generation._first_tokens(graphdef, params, rule, hidden, cache, keys, None, jnp.int32(-1))
+    step = generation._next_tokens.lower(graphdef, params, rule, rows, jnp.int32(NEW), jnp.int32(-1)).compile()
+    computations = [text for text in step.as_text().split("\n\n") if not text.lstrip().startswith("%fused")]
+    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", "".join(computations))  # others lay out a product's operand
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in copied]
+    cached = [x.size for x in jax.tree.leaves(rows.cache) if x.ndim == 4]
+    assert sizes and max(sizes) < min(cached)
+
+
+def test_chunks_hold_the_prompt_in_bounded_memory():
+    for num_rows in (1, 7, 700):
+        for num_tokens in (1, 15, 16, 100, 1024, 5000):
+            chunks = prefill.prefill_chunks(num_tokens, num_rows)
+            assert sum(chunks) >= num_tokens > sum(chunks[:-1])
+            assert max(chunks) * num_rows <= max(prefill.PREFILL_TOKENS, prefill.MIN_PREFILL_CHUNK * num_rows)
+
+
+def test_prompts_of_many_lengths_and_other_settings_compile_nothing_new(rat_model):
+    programs = (prefill._empty, prefill._read_chunk, generation._first_tokens, generation._next_tokens)
+    generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
+    before = [program._cache_size() for program in programs]
+    for longest in range(1, 13):
+        prompts = make_prompts([1, 1, 1, 1, longest], seed=longest)
+        generate(rat_model, prompts, max_new_tokens=NEW, eos_id=longest, seed=longest, **SAMPLED | {"top_p": 0.5})
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_cache_sizes_are_few_and_large_enough():
+    capacities = {prefill.cache_capacity(num_tokens) for num_tokens in range(1, 4097)}
+    assert all(num_tokens <= prefill.cache_capacity(num_tokens) for num_tokens in range(1, 4097))
+    assert len(capacities) < 40
+    assert prefill.cache_capacity(4096) == 4096
+
+
+def test_the_decoder_is_the_model_in_its_compute_dtype():
+    model = small_model(("rat", "local_attention"), dtype="bfloat16")
+    tokens = jnp.array(make_prompts([8, 8]))
+    graphdef, params = nnx.split(model)
+    decoder = Decoder(model)
+    decoder_graphdef, decoder_params = nnx.split(decoder)
+
+    @jax.jit
+    def both(params, decoder_params):
+        model, decoder = nnx.merge(graphdef, params), nnx.merge(decoder_graphdef, decoder_params)
+        hidden, _ = decoder.extend(tokens, decoder.init_cache(2, 8))
+        return model.extend(tokens, model.init_cache(2, 8))[0], decoder.logits(hidden)
+
+    np.testing.assert_array_equal(*both(params, decoder_params))
+    leaves = jax.tree.leaves(decoder_params)
+    assert {x.dtype for x in leaves if x.ndim >= 2} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in leaves if x.ndim == 1} == {jnp.dtype("float32")}
+
+
+def test_no_prompts():
+    assert generate(small_model(("rnn",)), [], max_new_tokens=3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([[1], []], {}, "prompt 1 has no tokens"),
+        ([[1], [2, VOCAB, 3]], {}, "prompt 1, position 1: token id 31 is outside the vocabulary of 31"),
+        ([[1, 2, -1]], {}, "prompt 0, position 2: token id -1"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+        ([[1]], {"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
+        ([[1]], {"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ([[1]], {"top_k": 0}, "top_k must be 1 or more, got 0"),
+        ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
+        ([[1]], {"seed": -1}, "seed must lie between"),
+        ([[1]], {"eos_id": VOCAB}, "eos_id 31 is outside the vocabulary of 31"),
+        ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(rat_model, prompts, settings, message):
+    with pytest.raises(SamplingError, match=message):
+        generate(rat_model, prompts, **{"max_new_tokens": 2} | settings)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = small_model(("rnn",))
+    model.final_norm.scale[...] = model.final_norm.scale[...] * np.nan
+    with pytest.raises(SamplingError, match="prompt 0: the logits of new token 0 are not finite"):
+        generate(model, [[1], [2]], max_new_tokens=2)

@@ -1,0 +1,40 @@
+"""Positions, document starts and the order of tokens, from segment ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rat_jax.segments import from_segments, whole_rows
+
+
+def test_packed_row_with_padding_everywhere():
+    layout, end = from_segments(jnp.array([[0, 7, 7, 7, 2, 0, 7, 7, 0]]))
+    np.testing.assert_array_equal(layout.segment_ids, [[0, 1, 1, 1, 2, 0, 3, 3, 0]])
+    np.testing.assert_array_equal(layout.positions, [[0, 0, 1, 2, 0, 0, 0, 1, 0]])
+    np.testing.assert_array_equal(layout.token_index[0, np.array([1, 2, 3, 4, 6, 7])], [0, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(layout.starts()[0], [0, 1, 0, 0, 1, 0, 1, 0, 0])
+    np.testing.assert_array_equal(layout.starts(2)[0], [0, 1, 0, 1, 1, 0, 1, 0, 0])
+    np.testing.assert_array_equal(layout.ends(2)[0], [0, 0, 1, 0, 0, 0, 0, 1, 0])
+    assert (end.segment_id[0], end.num_documents[0], end.position[0], end.num_tokens[0]) == (7, 3, 2, 6)
+
+
+def test_rows_cut_anywhere_continue():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0], [0] * 8])
+    whole, whole_end = from_segments(segments)
+    layout_of = jax.jit(from_segments)
+    for cut in (1, 2, 3, 5, 6, 7):
+        first, end = layout_of(segments[:, :cut])
+        second, end = layout_of(segments[:, cut:], end)
+        is_token = np.array(whole.is_token)
+        for name in ("segment_ids", "positions", "token_index"):
+            parts = np.concatenate([getattr(first, name), getattr(second, name)], axis=1)
+            np.testing.assert_array_equal(parts[is_token], np.array(getattr(whole, name))[is_token])
+        for name in ("segment_id", "num_documents", "position", "num_tokens"):
+            np.testing.assert_array_equal(getattr(end, name), getattr(whole_end, name))
+
+
+def test_whole_rows_are_what_one_segment_a_row_describes():
+    whole, one = whole_rows(2, 5), from_segments(jnp.ones((2, 5), jnp.int32))[0]
+    for name in ("segment_ids", "positions", "token_index"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(one, name))
+    assert whole.contiguous and not one.contiguous

@@ -1,0 +1,350 @@
+"""The training loop: resume equals the uninterrupted run, bad input is refused, bad figures stop it."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.workdir import CheckpointError
+from rat_jax.config import ConfigError, config_to_dict
+from rat_jax.data import DataError
+from rat_jax.data.pipeline import TrainData
+from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.sharding import global_batch, make_mesh
+from rat_jax.training import run as training
+from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
+from rat_jax.training.step import batch_loss, initial_state, train_step
+from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+EXACT_FIGURES = ("loss", "grad_norm", "param_norm", "learning_rate", "num_targets", "validation_loss")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    return tiny_config(corpus)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert training.train(config, workdir).finished
+    return workdir
+
+
+@pytest.fixture
+def finished_run(uninterrupted, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(uninterrupted, tmp_path / "run")
+
+
+def figures(workdir):
+    """All logged figures that two runs must share, by step and name."""
+    records = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], name, r[name]) for r in records for name in EXACT_FIGURES if name in r]
+
+
+def assert_same_run(workdir, other):
+    assert figures(workdir) == figures(other)
+    models = [load_model(folder) for folder in (workdir, other)]
+    assert models[0].step == models[1].step == NUM_STEPS
+    for a, b in zip(*(jax.tree.leaves(nnx.state(loaded.model)) for loaded in models), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def stop_at(monkeypatch, step, stop):
+    """Has `stop` called before optimizer step `step`, counted from 1."""
+
+    def step_or_stop(graphdef, optimizer, num_steps, state, batch):
+        if int(state.step) + 1 == step:
+            stop()
+        return train_step(graphdef, optimizer, num_steps, state, batch)
+
+    monkeypatch.setattr(training, "train_step", step_or_stop)
+
+
+def kill():
+    raise Killed
+
+
+def tree(folder):
+    """Every file of a folder with its content."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class TestResume:
+    """The same command again."""
+
+    @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
+    def test_a_run_stopped_before_any_step_ends_like_one_that_was_not(
+        self, config, uninterrupted, tmp_path, monkeypatch, step
+    ):
+        stop_at(monkeypatch, step, kill)
+        with pytest.raises(Killed):
+            training.train(config, tmp_path / "run")
+        monkeypatch.undo()
+        assert training.train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_a_run_stopped_while_it_validates_repeats_the_validation(
+        self, config, uninterrupted, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(training, "batch_loss", lambda *arguments: kill())
+        with pytest.raises(Killed):
+            training.train(config, tmp_path / "run")
+        monkeypatch.undo()
+        training.train(config, tmp_path / "run")
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_ends_the_run_after_a_checkpoint_of_that_step(
+        self, config, uninterrupted, tmp_path, monkeypatch, number
+    ):
+        stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+        result = training.train(config, tmp_path / "run")
+        assert result == training.TrainResult(step=3, finished=False, validation_loss=None)
+        assert load_model(tmp_path / "run").step == 3
+        monkeypatch.undo()
+        assert training.train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_killed_process(self, config, uninterrupted, tmp_path):
+        """SIGKILL at no certain point, in processes of their own; the last start gets as far as it takes."""
+        command = train_command(tmp_path, config)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "run" / "log.jsonl"
+        while not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert training.train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_falls_back_to_the_checkpoint_before_a_damaged_one(self, config, finished_run, uninterrupted, capfd):
+        array_file = max((finished_run / "checkpoints/6/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+        content = bytearray(array_file.read_bytes())
+        content[len(content) // 2] ^= 1
+        array_file.write_bytes(content)
+        assert training.train(config, finished_run).finished
+        said = capfd.readouterr().err
+        assert "checkpoints/6 is damaged" in said
+        assert "going on from" in said
+        assert_same_run(finished_run, uninterrupted)
+
+    def test_a_finished_run_says_so_and_changes_nothing(self, config, finished_run, capfd):
+        before = tree(finished_run)
+        result = training.train(config, finished_run)
+        assert result.finished
+        assert "the run is finished, all 6 steps are done" in capfd.readouterr().err
+        assert tree(finished_run) == before
+
+    def test_starts_from_a_saved_model(self, config, corpus, uninterrupted, tmp_path):
+        model = load_model(uninterrupted).model
+        save_model(tmp_path / "run", config, model, 1000, load_tokenizer(corpus))
+        changed = tiny_config(corpus, training__validation_batches=1)
+        assert training.train(changed, tmp_path / "run").finished
+        first_loss = figures(tmp_path / "run")[0]
+        assert first_loss[:2] == (1, "loss")
+        assert first_loss[2] < figures(uninterrupted)[0][2] - 0.3  # that of a model that was trained
+
+    def test_free_fields_may_change(self, corpus, finished_run):
+        changed = tiny_config(corpus, training__log_every_steps=3, training__checkpoints_to_keep=1)
+        shutil.rmtree(finished_run / "checkpoints/6")
+        assert training.train(changed, finished_run).finished
+
+
+class TestRefusals:
+    """Bad input, before anything is written."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"training__num_steps": 7}, r"config\.training\.num_steps is 6 there, 7 now"),
+            ({"model__width": 32}, r"config\.model\.width is 16 there, 32 now"),
+            ({"seed": 1}, r"config\.seed is 0 there, 1 now"),
+            ({"data__seq_len": 8}, r"config\.data\.seq_len is 16 there, 8 now"),
+        ],
+    )
+    def test_workdir_of_another_config(self, corpus, finished_run, change, message):
+        before = tree(finished_run)
+        with pytest.raises(CheckpointError, match=message):
+            training.train(tiny_config(corpus, **change), finished_run)
+        assert tree(finished_run) == before
+
+    def test_other_data_of_the_same_path_field(self, finished_run, tmp_path):
+        other = make_corpus(tmp_path / "other")
+        file = other / "train.bin"
+        content = bytearray(file.read_bytes())
+        position = content.index(b'"content_hash": "') + 20
+        content[position] = ord("0") if content[position] != ord("0") else ord("1")
+        file.write_bytes(content)
+        before = tree(finished_run)
+        with pytest.raises(DataError, match="content_hash was"):
+            training.train(tiny_config(other), finished_run)
+        assert tree(finished_run) == before
+
+    def test_other_tokenizer(self, config, corpus, uninterrupted, tmp_path):
+        from rat_jax.data.tokenizer import IdTokenizer
+
+        save_model(tmp_path / "run", config, load_model(uninterrupted).model, 0, IdTokenizer(29, 28))
+        with pytest.raises(CheckpointError, match="another tokenizer"):
+            training.train(config, tmp_path / "run")
+
+    def test_foreign_workdir(self, config, tmp_path):
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(CheckpointError, match=r"not the workdir of a run: it has no run\.json"):
+            training.train(config, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"data__path": "nowhere"}, DataError, "nowhere is not a prepared corpus"),
+            ({"model__vocab_size": 30}, DataError, "vocabulary of 29, but the model's is 30"),
+            ({"mesh__data": 3}, ConfigError, r"mesh\.data 3 .* do not multiply to the 1 devices"),
+            ({"training__wandb_project": "rat"}, ConfigError, "Weights & Biases is not installed"),
+        ],
+    )
+    def test_settings(self, corpus, tmp_path, monkeypatch, change, error, message):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(error, match=message):
+            training.train(tiny_config(corpus, **change), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+class TestBadFigures:
+    """Losses that are no numbers, and devices that are too small."""
+
+    def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(self, config, tmp_path, monkeypatch):
+        def poisoned(graphdef, optimizer, num_steps, state, batch):
+            if int(state.step) == 3:
+                batch = batch._replace(loss_weights=batch.loss_weights * jnp.nan)
+            return train_step(graphdef, optimizer, num_steps, state, batch)
+
+        monkeypatch.setattr(training, "train_step", poisoned)
+        with pytest.raises(training.NonFiniteError, match="loss is nan at step 4"):
+            training.train(config, tmp_path / "run")
+        assert load_model(tmp_path / "run").step == 2
+        assert (tmp_path / "run/loss_curve.png").is_file()
+
+    def test_out_of_memory_says_what_to_change(self, config, tmp_path, monkeypatch, capfd):
+        def refuse():
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
+
+        stop_at(monkeypatch, 2, refuse)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            training.train(config, tmp_path / "run")
+        said = capfd.readouterr().err
+        for words in ("GiB for gradients and activations", "accumulation_steps, now 1", "remat, now 'none'", "fsdp"):
+            assert words in said
+
+
+class TestTrainStep:
+    """The step as a function."""
+
+    @pytest.fixture
+    def batch(self, config):
+        data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=0)
+        batch = next(data)
+        data.close()
+        weights = batch.loss_weights.copy()
+        weights[:3, ::2] = 0  # rows of unequal weight, so that a mean of means would differ
+        return batch._replace(loss_weights=weights)
+
+    def run(self, corpus, batch, num_parts):
+        config = tiny_config(corpus, optimizer__accumulation_steps=num_parts)
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            graphdef = training.abstract_model(config.model)[0]
+            state = initial_state(config, mesh)
+            return train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
+
+    def test_accumulation_changes_nothing(self, corpus, batch):
+        whole, whole_metrics = self.run(corpus, batch, 1)
+        for num_parts in (2, 4):
+            parts, metrics = self.run(corpus, batch, num_parts)
+            np.testing.assert_allclose(metrics.loss, whole_metrics.loss, rtol=1e-6)
+            np.testing.assert_allclose(metrics.grad_norm, whole_metrics.grad_norm, rtol=1e-5)
+            for a, b in zip(
+                jax.tree.leaves(parts.opt_state["adam"].mu), jax.tree.leaves(whole.opt_state["adam"].mu), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+    def test_loss_is_the_mean_over_targets(self, config, corpus, batch):
+        _, metrics = self.run(corpus, batch, 1)
+        mesh = make_mesh(config.mesh)
+        graphdef = training.abstract_model(config.model)[0]
+        model = nnx.merge(graphdef, initial_state(config, mesh).params)
+        logits = jax.jit(type(model).__call__)(model, batch.tokens, batch.segment_ids)
+        log_probs = jax.nn.log_softmax(logits)
+        losses = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], axis=-1)[..., 0]
+        expected = (losses * batch.loss_weights).sum() / batch.loss_weights.sum()
+        np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
+        assert metrics.num_targets == batch.loss_weights.sum()
+
+    def test_a_batch_without_targets_has_no_loss_and_no_gradient(self, corpus, batch):
+        _, metrics = self.run(corpus, batch._replace(loss_weights=np.zeros_like(batch.loss_weights)), 1)
+        assert metrics.loss == metrics.grad_norm == metrics.num_targets == 0
+
+    def test_a_second_run_of_the_same_shapes_compiles_nothing(self, config, uninterrupted, tmp_path):
+        compiled = train_step._cache_size(), batch_loss._cache_size()
+        training.train(config, tmp_path / "run")
+        assert (train_step._cache_size(), batch_loss._cache_size()) == compiled
+
+
+class TestCommand:
+    """train.py."""
+
+    def run(self, *arguments):
+        command = [sys.executable, "train.py", *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--config.model.wdth=3",), 'Did you mean "width" instead of "wdth"'),
+            (("--config.data.path=nowhere",), "nowhere is not a prepared corpus"),
+        ],
+    )
+    def test_errors_have_no_traceback_and_exit_with_2(self, tmp_path, arguments, message):
+        done = self.run("--config=configs/default.py", f"--workdir={tmp_path / 'run'}", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def train_command(folder, config):
+    """The command of a run in `folder`/run."""
+    file = folder / "config.py"
+    file.write_text(
+        f"from ml_collections import config_dict\n\n"
+        f"def get_config():\n    return config_dict.ConfigDict({config_to_dict(config)!r})\n"
+    )
+    return [sys.executable, "train.py", f"--config={file}", f"--workdir={folder / 'run'}"]
+
+
+def test_interrupted_exit_code_is_the_documented_one():
+    assert PREEMPTED_EXIT_CODE == os.EX_TEMPFAIL

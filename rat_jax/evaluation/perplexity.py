@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -20,11 +19,11 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.errors import RatJaxError
+from rat_jax.loss import position_losses
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32
-from rat_jax.sharding import constrain_rows, global_batch, replicate, rows_per_device
+from rat_jax.sharding import constrain_rows, global_batch, replicate
 
-_BLOCK_LOGITS = 1 << 26  # logits that a device holds at a time
 _FIRST_BUCKET = 16  # positions
 
 
@@ -104,37 +103,22 @@ class Evaluation:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def position_losses(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> PositionSums:
-    """Sums over rows of w_bt (logsumexp_v(h_bt . E_v) - h_bt . E_{y_bt}) and of w_bt, one for each position t.
-
-    Logits are float32 and made for one block of positions at a time.
+def position_sums(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> PositionSums:
+    """Sums over rows of the weighted losses and of the weights, one for each position.
 
     Args:
       graphdef: of the model, from `nnx.split`.
       params: of the model, float32.
-      batch: targets y and weights w, with rows for all devices of the mesh in use, if any.
+      batch: with rows for all devices of the mesh in use, if any.
     """
     model = nnx.merge(graphdef, params)
     hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens), batch.segment_ids))
-    num_rows, num_tokens = batch.tokens.shape
-    length = max(1, min(num_tokens, _BLOCK_LOGITS // (rows_per_device(num_rows) * model.config.vocab_size)))
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, -num_tokens % length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, -1, length, *x.shape[2:]), 1, 0)
-
-    def block_losses(block):
-        hidden_BTD, targets_BT, weights_BT = block
-        logits = model.logits(hidden_BTD)
-        of_target = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights_BT * (jax.nn.logsumexp(logits, axis=-1) - of_target), axis=0)
-
-    losses = jax.lax.map(block_losses, (cut(hidden), cut(batch.targets), cut(batch.loss_weights)))
-    return replicate(PositionSums(losses.reshape(-1)[:num_tokens], batch.loss_weights.sum(axis=0)))
+    losses = position_losses(hidden, model.embedding[...], batch.targets, batch.loss_weights)
+    return replicate(PositionSums(losses, batch.loss_weights.sum(axis=0)))
 
 
 def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> PositionSums:
-    """`position_losses` over all batches, added in float64.
+    """`position_sums` over all batches, added in float64.
 
     Args:
       model: on the mesh, as `rat_jax.checkpoints.store.load_model` puts it.
@@ -148,7 +132,7 @@ def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.shardin
     total, under_way = None, None
     with jax.set_mesh(mesh):
         for batch in batches:
-            started = position_losses(graphdef, params, global_batch(batch, mesh))
+            started = position_sums(graphdef, params, global_batch(batch, mesh))
             total = _add(total, under_way)  # while the device computes
             under_way = started
     total = _add(total, under_way)

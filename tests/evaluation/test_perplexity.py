@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rat_jax import loss
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
@@ -77,7 +78,7 @@ def test_the_batch_size_does_not_matter(loaded, corpus):
 
 def test_blocks_of_logits_do_not_matter(loaded, corpus, monkeypatch):
     whole = run(loaded, corpus, context_length=24)
-    monkeypatch.setattr(evaluation, "_BLOCK_LOGITS", 2 * 29 * 7)  # 7 positions of 2 rows: does not divide 24
+    monkeypatch.setattr(loss, "_BLOCK_LOGITS", 2 * 29 * 7)  # 7 positions of 2 rows: does not divide 24
     jax.clear_caches()
     blocks = run(loaded, corpus, context_length=24, batch_tokens=48)
     np.testing.assert_allclose(blocks.sums.loss, whole.sums.loss, rtol=1e-5)

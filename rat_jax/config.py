@@ -204,7 +204,7 @@ class TrainingConfig:
     num_steps: int
     log_every_steps: int
     validate_every_steps: int
-    validation_batches: int  # of `data.global_batch_size` sequences each; fewer if the split has fewer
+    validation_batches: int  # of `data.global_batch_size` sequences each, evenly spread; fewer if the split has fewer
     checkpoint_every_steps: int
     checkpoints_to_keep: int  # the newest ones
     wandb_project: str | None  # log to this Weights & Biases project too

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,8 @@ import numpy as np
 from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.checkpoints.workdir import Workdir
-from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.pipeline import Batch, ValidationData
-from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.data.pipeline import Batch, ValidationData, describe_coverage
 from rat_jax.errors import RatJaxError
 from rat_jax.loss import position_losses
 from rat_jax.model import LanguageModel
@@ -55,9 +52,10 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Loss of the validation split in sequences of one length."""
+    """Loss of the validation split, or of an evenly spread part of it, in sequences of one length."""
 
     context_length: int
+    fraction: float  # of the split's sequences; 1: the whole
     sums: PositionSums  # float64, [context_length]
     bytes_per_token: float | None  # of the split's text; None where that is not known
 
@@ -94,6 +92,7 @@ class Evaluation:
         """All figures, as values that JSON can hold."""
         return {
             "context_length": self.context_length,
+            "split_fraction": self.fraction,
             "num_targets": self.num_targets,
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -175,7 +174,8 @@ def evaluate(
       mesh: of the devices.
       context_length: tokens of a sequence; may exceed `data.seq_len`.
       batch_tokens: tokens computed at a time; the result does not depend on it.
-      max_batches: stop after so many. None: the whole split.
+      max_batches: as many sequences as fill so many batches, evenly spread over the split, as while training. None: the
+        whole split.
       progress: wraps the batches, of which the number is given.
 
     Raises:
@@ -197,24 +197,9 @@ def evaluate(
         global_batch_size=num_rows,
         num_workers=0,
     )
-    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size)
-    num_batches = len(data) if max_batches is None else min(len(data), max_batches)
-    batches: Iterator[Batch] = itertools.islice(iter(data), num_batches)
-    sums = sum_losses(loaded.model, progress(batches, num_batches), mesh)
-    return Evaluation(context_length, sums, corpus.splits["validation"].bytes_per_token)
-
-
-def check_tokenizer(corpus: Corpus, workdir: Workdir) -> None:
-    """Refuses data of another tokenizer than the one that the workdir holds, if it holds one.
-
-    Raises:
-      DataError: naming both folders.
-    """
-    if workdir.tokenizer.is_dir() and load_tokenizer(workdir.tokenizer).hash != corpus.tokenizer_hash:
-        raise DataError(
-            f"{corpus.path} was made by another tokenizer than the model's, which is in {workdir.tokenizer}: prepare "
-            f"the data with that one, and give their folder as --data_path"
-        )
+    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
+    sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
+    return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"].bytes_per_token)
 
 
 def bucket_edges(context_length: int, per_octave: int) -> list[int]:
@@ -227,8 +212,9 @@ def bucket_edges(context_length: int, per_octave: int) -> list[int]:
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
-    """Text: one line for each context length, then the loss by position with a column for each."""
-    lines = [f"{'context':>10} {'tokens':>13} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}"]
+    """Text: what was measured, one line for each context length, the loss by position with a column for each."""
+    lines = [f"loss on {coverage}" for coverage in dict.fromkeys(describe_coverage(e.fraction) for e in evaluations)]
+    lines.append(f"{'context':>10} {'tokens':>13} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for evaluation in evaluations:
         bits = "" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
         lines.append(

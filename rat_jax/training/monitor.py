@@ -41,6 +41,7 @@ class TrainMonitor:
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
         self._speed_text = ""
+        self._losses: list[float] = []  # of the steps since the last record
         self._called: set[str] = set()  # compiled programs
         self._paused = False
         on_terminal = sys.stderr.isatty()
@@ -79,6 +80,7 @@ class TrainMonitor:
                     f"{name} is {figures[name]} at step {done}; the checkpoints before it are good. A lower "
                     f"optimizer.learning_rate or a longer warm-up is the usual remedy"
                 )
+        self._losses.append(figures["loss"])
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {figures['loss']:.3f}{self._speed_text}", refresh=False)
         if self._clock_step is None:  # the first step compiles
@@ -88,7 +90,11 @@ class TrainMonitor:
 
     def _record(self, done: int, figures: dict[str, float]) -> None:
         tokens_per_step = self._config.data.global_batch_size * self._config.data.seq_len
-        record = figures | {"tokens": done * tokens_per_step}
+        record = figures | {
+            "mean_loss": math.fsum(self._losses) / len(self._losses),
+            "tokens": done * tokens_per_step,
+        }
+        self._losses.clear()
         now, steps = time.perf_counter(), done - self._clock_step
         if steps > 0:
             secs_per_step = (now - self._clock_secs) / steps

@@ -20,7 +20,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError
-from rat_jax.evaluation.perplexity import EvaluationError, check_tokenizer, evaluate, plot, table
+from rat_jax.evaluation.perplexity import EvaluationError, evaluate, plot, table
 from rat_jax.files import write_json
 from rat_jax.sharding import make_mesh
 
@@ -30,7 +30,9 @@ _DATA_PATH = flags.DEFINE_string("data_path", None, "prepared corpus; left out: 
 _CONTEXT_LENGTHS = flags.DEFINE_list(
     "context_lengths", None, "tokens of a sequence, one or several lengths; left out: data.seq_len of the training"
 )
-_MAX_BATCHES = flags.DEFINE_integer("max_batches", None, "batches of each context length; left out: the whole split")
+_MAX_BATCHES = flags.DEFINE_integer(
+    "max_batches", None, "batches of each context length, evenly spread over the split; left out: the whole split"
+)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 16_384, "tokens computed at a time, over all devices")
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
@@ -51,7 +53,7 @@ def _evaluate() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
     corpus = Corpus.open(_DATA_PATH.value or loaded.config.data.path)
-    check_tokenizer(corpus, workdir)
+    corpus.check_tokenizer(workdir.tokenizer)
     settings = {"batch_tokens": _BATCH_TOKENS.value, "max_batches": _MAX_BATCHES.value, "progress": _progress}
     evaluations = [evaluate(loaded, corpus, mesh, length, **settings) for length in _context_lengths(loaded)]
 

@@ -5,12 +5,15 @@ import os
 import platform
 import subprocess
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Times, time_calls
+
+if TYPE_CHECKING:  # most benchmarks draw nothing
+    from matplotlib.figure import Figure
 
 
 class Ceilings(NamedTuple):
@@ -44,6 +47,16 @@ def describe() -> str:
             versions.append(f"no {package}")
     device = jax.devices()[0].device_kind
     return ", ".join([device, *_clocks(), datetime.date.today().isoformat(), *versions])
+
+
+def caption(dtype: str) -> str:
+    """Device, dtype and date: what a picture says below its panels."""
+    return f"{jax.devices()[0].device_kind}, {dtype}, {datetime.date.today().isoformat()}"
+
+
+def write_caption(figure: "Figure", text: str) -> None:
+    """Writes small at the lower right of a figure."""
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=8, color="gray")
 
 
 def _clocks() -> list[str]:

@@ -241,7 +241,7 @@ def _ratio(baseline: dict[str, Any] | None, row: dict[str, Any], name: str) -> s
     return "" if baseline is None else f"{baseline[name] / row[name]:.2f}x"
 
 
-def plot(passes: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) -> None:
+def plot(passes: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path, caption: str) -> None:
     """Train and prefill latency over T and a decode step's over the position, a line for each layer."""
     import matplotlib
 
@@ -267,6 +267,7 @@ def plot(passes: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) 
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    card.write_caption(figure, caption)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -298,7 +299,7 @@ def main() -> None:
     print(f"\n{time.perf_counter() - start:.0f} s in all")
     if flags.out is not None:
         out = Path(flags.out)
-        plot(passes, steps, out)
+        plot(passes, steps, out, card.caption(jnp.dtype(layers.DTYPE).name))
         table = {"card": description, "sizes": sizes._asdict(), "tokens": flags.tokens, **ceilings._asdict()}
         out.with_suffix(".json").write_text(json.dumps(table | {"passes": passes, "decode": steps}, indent=1) + "\n")
 

@@ -7,7 +7,7 @@ later. The windows reach 32 tokens, those of both layers together 64. `docs/reca
   python train.py --config=configs/recall.py:rattention --workdir=runs/recall_rattention
   python docs/draw_recall.py runs/recall_*
 
-The mixer after the colon is attention, local_attention, rnn, rat or rattention.
+The mixer after the colon is one of `rat_jax.mixers.MIXERS`.
 """
 
 from ml_collections import config_dict

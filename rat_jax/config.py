@@ -142,7 +142,7 @@ class TrainingConfig:
     num_steps: int
     log_every_steps: int = 10
     validate_every_steps: int = 1000
-    validation_batches: int = 4  # of `data.global_batch_size` sequences each; fewer if the split has fewer
+    validation_batches: int = 4  # of `data.global_batch_size` sequences, evenly spread; fewer if the split has fewer
     checkpoint_every_steps: int = 1000
     checkpoints_to_keep: int = 2  # the newest ones
     wandb_project: str | None = None  # log to this Weights & Biases project too

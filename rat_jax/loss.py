@@ -1,6 +1,5 @@
 """The next-token loss of a batch, without ever holding all its logits."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -43,26 +42,34 @@ def next_token_loss(
       targets: y, ids in [0, V).
       weights: w, 0 where a target does not count; not differentiated.
     """
-    num_blocks = -(-hidden.shape[1] // _block_tokens(*hidden.shape[:2], embedding.shape[0]))
-    loss = _sum_loss(hidden, replicate(embedding.astype(jnp.float32)), targets, weights, num_blocks)
+    loss = _sum_loss(hidden, replicate(embedding.astype(jnp.float32)), targets, weights)
     return LossSums(loss, weights.astype(jnp.float32).sum())
 
 
-def _block_tokens(batch_size: int, num_tokens: int, vocab_size: int) -> int:
-    """Tokens of each row that a block holds."""
-    return max(1, min(num_tokens, _BLOCK_LOGITS // (rows_per_device(batch_size) * vocab_size)))
+def position_losses(
+    hidden: Float[Array, "B T D"],
+    embedding: Float32[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float32[Array, "B T"],
+) -> Float32[Array, " T"]:
+    """Sums over the rows of w_t (logsumexp_v(h_t . E_v) - h_t . E_{y_t}), one for each position t.
+
+    The arguments, and how logits are made, are those of `next_token_loss`; a derivative of this would keep all logits.
+    """
+
+    def block_losses(block):
+        return _logits_and_losses(embedding, *block)[1].sum(axis=0)
+
+    losses = jax.lax.map(block_losses, _blocks(hidden, targets, weights, embedding.shape[0]))
+    return losses.reshape(-1)[: hidden.shape[1]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sum_loss(hidden: Array, embedding: Array, targets: Array, weights: Array, num_blocks: int) -> Array:
-    def add_block(total, block):
-        _, losses = _logits_and_losses(embedding, *block)
-        return total + losses, None
-
-    return jax.lax.scan(add_block, jnp.float32(0), _blocks(hidden, targets, weights, num_blocks))[0]
+@jax.custom_vjp
+def _sum_loss(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+    return position_losses(hidden, embedding, targets, weights).sum()
 
 
-def _sum_loss_fwd(hidden, embedding, targets, weights, num_blocks):
+def _sum_loss_fwd(hidden, embedding, targets, weights):
     def add_block(carry, block):
         total, d_embedding = carry
         hidden_BTD, targets_BT, weights_BT = block
@@ -72,16 +79,17 @@ def _sum_loss_fwd(hidden, embedding, targets, weights, num_blocks):
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, embedding.astype(hidden.dtype))
         d_embedding += jnp.einsum("btv,btd->vd", d_logits, hidden_BTD, preferred_element_type=jnp.float32)
-        return (total + losses, d_embedding), d_hidden
+        return (total + losses.sum(), d_embedding), d_hidden
 
     start = (jnp.float32(0), jnp.zeros_like(embedding))
-    (total, d_embedding), d_hidden = jax.lax.scan(add_block, start, _blocks(hidden, targets, weights, num_blocks))
+    blocks = _blocks(hidden, targets, weights, embedding.shape[0])
+    (total, d_embedding), d_hidden = jax.lax.scan(add_block, start, blocks)
     batch_size, num_tokens, width = hidden.shape
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch_size, -1, width)[:, :num_tokens]
     return total, (d_hidden, d_embedding)
 
 
-def _sum_loss_bwd(num_blocks, gradients, d_total):
+def _sum_loss_bwd(gradients, d_total):
     d_hidden, d_embedding = gradients
     return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_embedding, None, None
 
@@ -90,17 +98,20 @@ _sum_loss.defvjp(_sum_loss_fwd, _sum_loss_bwd)
 
 
 def _logits_and_losses(embedding: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    """Logits of one block [B, T, V] and the sum of its losses."""
+    """Logits of one block [B, T, V] and its weighted losses [B, T]."""
     logits = jnp.einsum("btd,vd->btv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logits, jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - of_target))
+    return logits, weights * (jax.nn.logsumexp(logits, axis=-1) - of_target)
 
 
-def _blocks(hidden: Array, targets: Array, weights: Array, num_blocks: int) -> tuple[Array, Array, Array]:
-    """The arrays cut along T into blocks of equal length, the block first; padding has weight 0."""
+def _blocks(hidden: Array, targets: Array, weights: Array, vocab_size: int) -> tuple[Array, Array, Array]:
+    """The arrays cut along T into the blocks whose logits are held at a time, the block first; padding has weight 0."""
+    batch_size, num_tokens = targets.shape
+    max_tokens = max(1, min(num_tokens, _BLOCK_LOGITS // (rows_per_device(batch_size) * vocab_size)))
+    num_blocks = -(-num_tokens // max_tokens)
+    length = -(-num_tokens // num_blocks)
 
     def cut(x):
-        length = -(-x.shape[1] // num_blocks)
         padding = [(0, 0), (0, num_blocks * length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length, *x.shape[2:]), 1, 0)

@@ -79,7 +79,9 @@ def test_every_block_names_a_language_that_is_checked_or_is_text(page):
     assert documented.languages(page) <= {"sh", "python", "text", "bibtex"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if documented.blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if documented.blocks(page, "python")], ids=lambda page: page.name
+)
 def test_python_blocks_run(page, tmp_path):
     """All of a page in one process, in order, in a folder with a workdir and a file of the release."""
     config = dataclasses.replace(tiny_config("corpus").model, vocab_size=257)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rat_jax import loss as loss_module
-from rat_jax.loss import LossSums, next_token_loss
+from rat_jax.loss import LossSums, next_token_loss, position_losses
 
 B, T, D, V = 3, 13, 8, 17
 
@@ -57,6 +57,12 @@ def test_value_and_gradients(block_tokens, dtype, tolerance):
         )
     assert gradients[0].dtype == jnp.dtype(dtype)
     assert gradients[1].dtype == jnp.float32
+
+
+def test_losses_by_position(block_tokens):
+    hidden, embedding, targets, weights = inputs()
+    expected = [dense(hidden, embedding, targets, weights * (np.arange(T) == t)[None])[0] for t in range(T)]
+    np.testing.assert_allclose(position_losses(hidden, embedding, targets, weights), expected, rtol=1e-5)
 
 
 def test_weight_is_the_sum_of_weights():

@@ -3,7 +3,9 @@
 run.json              marks the folder as a run's, and shows the config of its latest start
 tokenizer/            of the data
 checkpoints/STEP/     see `rat_jax.checkpoints.store`
-log.jsonl             one JSON object a line: figures of training steps and of validations
+log.jsonl             one JSON object a line: figures of training steps and of validations. `loss` is that step's,
+                      `mean_loss` the mean over the steps since the line before (or since the start of the process);
+                      `validation_fraction` is the part of the split that `validation_loss` was measured on
 tensorboard/          the same for TensorBoard
 loss_curve.png
 """

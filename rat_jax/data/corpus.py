@@ -96,6 +96,18 @@ class Corpus:
             raise DataError(f"{self.path}: its tokenizer is not the one that made its tokens (the hashes differ)")
         return tokenizer
 
+    def check_tokenizer(self, folder: pathlib.Path) -> None:
+        """Refuses tokens that another tokenizer made than the one that a run's folder holds, if it holds one.
+
+        Raises:
+          DataError: naming both folders.
+        """
+        if folder.is_dir() and load_tokenizer(folder).hash != self.tokenizer_hash:
+            raise DataError(
+                f"{self.path} was made by another tokenizer than the model's, which is in {folder}: use data that was "
+                f"prepared with `--tokenizer {folder}`"
+            )
+
     def token_file(self, split: Split) -> TokenFile:
         """The token file of a split.
 

@@ -4,11 +4,14 @@ Record i of a split is the window of tokens i T .. i T + T: T inputs and, one fu
 share one token, so that each token is a target once. Global batch k holds the B records k B .. k B + B - 1 of the
 order, and of P hosts, host p yields its rows p B/P .. (p+1) B/P - 1. Neither the number of hosts nor of reading
 processes changes which records form a batch.
+
+The order of validation is 0, 1, 2, ... over all R records, or an evenly spread subset of M of them: the middles of M
+equal parts of the split, records floor((2 i + 1) R / (2 M)) for i = 0 .. M - 1.
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -99,7 +102,7 @@ class _LocalBatches:
     """The rows of every global batch that belong to this host, as a Grain data source: item k is of batch k."""
 
     windows: Windows
-    order: grain.MapDataset  # of record indices; endless if shuffled
+    order: Sequence[int] | grain.MapDataset  # of record indices; endless if shuffled
     num_batches: int
     global_batch_size: int
     first_row: int
@@ -202,7 +205,8 @@ class ValidationData:
     """The validation split in order: each `iter` is one pass in which every token is a target once.
 
     The last window is filled with padding, and the last batch with rows of it (loss weight 0, segment 0), so that all
-    hosts yield `len` batches of one shape.
+    hosts yield `len` batches of one shape. With `max_batches`, a pass is an evenly spread subset of as many records as
+    fill that many batches (the module says which), or the whole split where it has no more.
     """
 
     def __init__(
@@ -210,27 +214,44 @@ class ValidationData:
         config: DataConfig,
         *,
         vocab_size: int,
+        max_batches: int | None = None,
         process_index: int | None = None,
         process_count: int | None = None,
     ):
-        """Opens the split; arguments and errors are those of `TrainData`."""
+        """Opens the split; the other arguments and errors are those of `TrainData`."""
         windows = _open(config, "validation", vocab_size)
         if windows.num_all == 0:
             raise DataError(f"{windows.file.path} holds {len(windows.file)} tokens, too few to predict one")
         self.num_records = windows.num_all
-        self.num_tokens = len(windows.file)
         num_batches = -(-self.num_records // config.global_batch_size)
-        order = grain.MapDataset.range(num_batches * config.global_batch_size)
-        first_row, num_rows = _local_rows(config.global_batch_size, process_index, process_count)
-        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
+        num_rows = num_batches * config.global_batch_size
+        order: Sequence[int] = range(num_rows)
+        if max_batches is not None and max_batches < num_batches:
+            num_batches, num_rows = max_batches, max_batches * config.global_batch_size
+            order = [(2 * i + 1) * self.num_records // (2 * num_rows) for i in range(num_rows)]
+        self._num_taken = min(num_rows, self.num_records)
+        first_row, num_local_rows = _local_rows(config.global_batch_size, process_index, process_count)
+        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_local_rows)
         self._batches = grain.MapDataset.source(batches)
         self._num_workers = config.num_workers
+
+    @property
+    def fraction(self) -> float:
+        """The part of the split's records that a pass holds."""
+        return self._num_taken / self.num_records
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return _read(self._batches, 0, self._num_workers)
+
+
+def describe_coverage(fraction: float) -> str:
+    """What a validation loss was measured on, in words, from `ValidationData.fraction`."""
+    if fraction == 1:
+        return "the whole validation split"
+    return f"{100 * fraction:.3g} % of the validation split, evenly spread"
 
 
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

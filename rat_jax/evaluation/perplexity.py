@@ -5,27 +5,23 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.checkpoints.workdir import Workdir
-from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.pipeline import Batch, ValidationData
-from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.data.pipeline import Batch, ValidationData, describe_coverage
 from rat_jax.errors import RatJaxError
-from rat_jax.mesh import constrain_rows, replicate, rows_per_device
+from rat_jax.loss import position_losses
+from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32
 from rat_jax.sharding import global_batch
 
-_BLOCK_LOGITS = 1 << 26  # logits that a device holds at a time
 _FIRST_BUCKET = 16  # positions
 
 
@@ -57,9 +53,10 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Loss of the validation split in sequences of one length."""
+    """Loss of the validation split, or of an evenly spread part of it, in sequences of one length."""
 
     context_length: int
+    fraction: float  # of the split's sequences; 1: the whole
     sums: PositionSums  # float64, [context_length]
     bytes_per_token: float | None  # of the split's text; None where that is not known
 
@@ -96,6 +93,7 @@ class Evaluation:
         """All figures, as values that JSON can hold."""
         return {
             "context_length": self.context_length,
+            "split_fraction": self.fraction,
             "num_targets": self.num_targets,
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -105,37 +103,22 @@ class Evaluation:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def position_losses(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> PositionSums:
-    """Sums over rows of w_bt (logsumexp_v(h_bt . E_v) - h_bt . E_{y_bt}) and of w_bt, one for each position t.
-
-    Logits are float32 and made for one block of positions at a time.
+def position_sums(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> PositionSums:
+    """Sums over rows of the weighted losses and of the weights, one for each position.
 
     Args:
       graphdef: of the model, from `nnx.split`.
       params: of the model, float32.
-      batch: targets y and weights w, with rows for all devices of the mesh in use, if any.
+      batch: with rows for all devices of the mesh in use, if any.
     """
     model = nnx.merge(graphdef, params)
     hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens), batch.segment_ids))
-    num_rows, num_tokens = batch.tokens.shape
-    length = max(1, min(num_tokens, _BLOCK_LOGITS // (rows_per_device(num_rows) * model.config.vocab_size)))
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, -num_tokens % length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(num_rows, -1, length, *x.shape[2:]), 1, 0)
-
-    def block_losses(block):
-        hidden_BTD, targets_BT, weights_BT = block
-        logits = model.logits(hidden_BTD)
-        of_target = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights_BT * (jax.nn.logsumexp(logits, axis=-1) - of_target), axis=0)
-
-    losses = jax.lax.map(block_losses, (cut(hidden), cut(batch.targets), cut(batch.loss_weights)))
-    return replicate(PositionSums(losses.reshape(-1)[:num_tokens], batch.loss_weights.sum(axis=0)))
+    losses = position_losses(hidden, model.embedding[...], batch.targets, batch.loss_weights)
+    return replicate(PositionSums(losses, batch.loss_weights.sum(axis=0)))
 
 
 def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.sharding.Mesh) -> PositionSums:
-    """`position_losses` over all batches, added in float64.
+    """`position_sums` over all batches, added in float64.
 
     Args:
       model: on the mesh, as `rat_jax.checkpoints.store.load_model` puts it.
@@ -149,7 +132,7 @@ def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.shardin
     total, under_way = None, None
     with jax.set_mesh(mesh):
         for batch in batches:
-            started = position_losses(graphdef, params, global_batch(batch, mesh))
+            started = position_sums(graphdef, params, global_batch(batch, mesh))
             total = _add(total, under_way)  # while the device computes
             under_way = started
     total = _add(total, under_way)
@@ -192,7 +175,8 @@ def evaluate(
       mesh: of the devices.
       context_length: tokens of a sequence; may exceed `data.seq_len`.
       batch_tokens: tokens computed at a time; the result does not depend on it.
-      max_batches: stop after so many. None: the whole split.
+      max_batches: as many sequences as fill so many batches, evenly spread over the split, as while training. None: the
+        whole split.
       progress: wraps the batches, of which the number is given.
 
     Raises:
@@ -214,24 +198,9 @@ def evaluate(
         global_batch_size=num_rows,
         num_workers=0,
     )
-    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size)
-    num_batches = len(data) if max_batches is None else min(len(data), max_batches)
-    batches: Iterator[Batch] = itertools.islice(iter(data), num_batches)
-    sums = sum_losses(loaded.model, progress(batches, num_batches), mesh)
-    return Evaluation(context_length, sums, corpus.splits["validation"].bytes_per_token)
-
-
-def check_tokenizer(corpus: Corpus, workdir: Workdir) -> None:
-    """Refuses data of another tokenizer than the one that the workdir holds, if it holds one.
-
-    Raises:
-      DataError: naming both folders.
-    """
-    if workdir.tokenizer.is_dir() and load_tokenizer(workdir.tokenizer).hash != corpus.tokenizer_hash:
-        raise DataError(
-            f"{corpus.path} was made by another tokenizer than the model's, which is in {workdir.tokenizer}: prepare "
-            f"the data with that one, and give their folder as --data_path"
-        )
+    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
+    sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
+    return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"].bytes_per_token)
 
 
 def bucket_edges(context_length: int, per_octave: int) -> list[int]:
@@ -244,8 +213,9 @@ def bucket_edges(context_length: int, per_octave: int) -> list[int]:
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
-    """Text: one line for each context length, then the loss by position with a column for each."""
-    lines = [f"{'context':>10} {'tokens':>13} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}"]
+    """Text: what was measured, one line for each context length, the loss by position with a column for each."""
+    lines = [f"loss on {coverage}" for coverage in dict.fromkeys(describe_coverage(e.fraction) for e in evaluations)]
+    lines.append(f"{'context':>10} {'tokens':>13} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
     for evaluation in evaluations:
         bits = "" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
         lines.append(

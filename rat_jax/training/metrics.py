@@ -4,13 +4,16 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorboardX
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, ConfigError, config_to_dict
 from rat_jax.files import write_text
+
+if TYPE_CHECKING:  # drawn with on demand: it takes a second to import
+    from matplotlib.figure import Figure
 
 
 def check_wandb(config: Config) -> None:
@@ -67,7 +70,8 @@ class MetricLog:
     def plot(self) -> None:
         """Draws WORKDIR/loss_curve.png."""
         if self._num_plotted != len(self._records):
-            plot_losses(self._records, self._workdir.loss_curve)
+            figure = loss_figure(self._records, title=self._workdir.path.resolve().name)
+            figure.savefig(self._workdir.loss_curve, dpi=120)
             self._num_plotted = len(self._records)
 
     def close(self) -> None:
@@ -87,22 +91,30 @@ def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]  # the last one has no line end
 
 
-def plot_losses(records: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """A picture of the training and validation losses of a log's records."""
+def loss_figure(records: list[dict[str, Any]], title: str) -> "Figure":
+    """A picture of the training and validation losses of a log's records.
+
+    A training point is the mean over the steps since the point before; of a log that has no means, it is one step's.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, label=label, linewidth=1 if style == "-" else 2, markersize=4)
+    training = [(record["step"], record.get("mean_loss", record["loss"])) for record in records if "loss" in record]
+    validation = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    for points, label, style in (
+        (training, "training, mean since the last point", {"linewidth": 1}),
+        (validation, "validation", {"linewidth": 2, "marker": "o", "markersize": 4}),
+    ):
+        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+        if finite:
+            axes.plot(*zip(*finite, strict=True), label=label, **style)
+    axes.set_title(title)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure

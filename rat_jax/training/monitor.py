@@ -10,6 +10,7 @@ import jax
 import tqdm
 
 from rat_jax.config import Config
+from rat_jax.data.pipeline import describe_coverage
 from rat_jax.errors import RatJaxError
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
@@ -40,6 +41,9 @@ class TrainMonitor:
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
         self._speed_text = ""
+        self._losses: list[float] = []  # of the steps since the last record
+        self._called: set[str] = set()  # compiled programs
+        self._paused = False
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=config.training.num_steps,
@@ -76,6 +80,7 @@ class TrainMonitor:
                     f"{name} is {figures[name]} at step {done}; the checkpoints before it are good. A lower "
                     f"optimizer.learning_rate or a longer warm-up is the usual remedy"
                 )
+        self._losses.append(figures["loss"])
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {figures['loss']:.3f}{self._speed_text}", refresh=False)
         if self._clock_step is None:  # the first step compiles
@@ -85,7 +90,11 @@ class TrainMonitor:
 
     def _record(self, done: int, figures: dict[str, float]) -> None:
         tokens_per_step = self._config.data.global_batch_size * self._config.data.seq_len
-        record = figures | {"tokens": done * tokens_per_step}
+        record = figures | {
+            "mean_loss": math.fsum(self._losses) / len(self._losses),
+            "tokens": done * tokens_per_step,
+        }
+        self._losses.clear()
         now, steps = time.perf_counter(), done - self._clock_step
         if steps > 0:
             secs_per_step = (now - self._clock_secs) / steps
@@ -98,25 +107,50 @@ class TrainMonitor:
         if self._log is not None:
             self._log.write(done, record)
 
-    def validation(self, done: int, loss: float) -> None:
-        """Shows and records a validation."""
+    def validation(self, done: int, loss: float, fraction: float) -> None:
+        """Shows and records a validation on a fraction of the split."""
         perplexity = math.exp(min(loss, 700.0))
-        self.say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}")
+        self.say(
+            f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}, on {describe_coverage(fraction)}"
+        )
         if self._log is not None:
-            self._log.write(done, {"validation_loss": loss, "validation_perplexity": perplexity})
+            self._log.write(
+                done,
+                {"validation_loss": loss, "validation_perplexity": perplexity, "validation_fraction": fraction},
+            )
             self._log.plot()
 
     def say(self, message: str) -> None:
         """Prints a line above the bar, on the first host."""
         if jax.process_index() == 0:
-            tqdm.tqdm.write(message)
+            tqdm.tqdm.write(message, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def calling(self, program: str) -> Iterator[None]:
+        """Stands around every call of a compiled program; the first call compiles it, which is said and timed."""
+        if program in self._called:
+            yield
+            return
+        self._called.add(program)
+        self.say(f"compiling the {program}, which can take a minute or two ...")
+        start = time.perf_counter()
+        with self.pause():
+            yield
+        self.say(f"compiled the {program} in {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """The time of this block does not count against throughput."""
-        start = time.perf_counter()
+        """The time of this block counts neither against throughput nor in the bar's forecast."""
+        if self._paused:  # the block around this one counts it
+            yield
+            return
+        self._paused, start = True, time.perf_counter()
         yield
-        self._clock_secs += time.perf_counter() - start
+        self._paused, secs = False, time.perf_counter() - start
+        self._clock_secs += secs
+        if not self._bar.disable:
+            self._bar.start_t += secs
+            self._bar.last_print_t += secs
 
     def close(self) -> None:
         """Ends the bar."""

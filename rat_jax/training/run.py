@@ -8,20 +8,17 @@ import jax
 import numpy as np
 
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
-from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_model, check_same_run
+from rat_jax.checkpoints.workdir import Workdir, check_same_model, check_same_run
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint
-from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.flops import flops_per_token, peak_flops
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.metrics import MetricLog, check_wandb, read_log
-from rat_jax.training.monitor import NonFiniteError, TrainMonitor
+from rat_jax.training.monitor import TrainMonitor
 from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
 from rat_jax.training.preemption import Preemption
-from rat_jax.training.step import StepMetrics, TrainState, abstract_state, batch_loss, initial_state, train_step
-
-__all__ = ["NonFiniteError", "StepMetrics", "TrainResult", "TrainState", "batch_loss", "train", "train_step"]
+from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,7 @@ class TrainResult:
 
     step: int  # optimizer steps done
     finished: bool  # False: a signal ended it before the last step; the same command goes on
-    validation_loss: float | None  # after the last step; None if not finished
+    validation_loss: float | None  # after the last step, on `training.validation_batches`; None if not finished
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
@@ -47,12 +44,15 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     if newest is not None:
         _check_fits(newest, config, workdir)
     corpus = Corpus.open(config.data.path)
-    _check_tokenizer(corpus, workdir, newest)
+    if newest is not None:
+        corpus.check_tokenizer(workdir.tokenizer)
 
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
     data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
-    validation = ValidationData(config.data, vocab_size=config.model.vocab_size)
+    validation = ValidationData(
+        config.data, vocab_size=config.model.vocab_size, max_batches=config.training.validation_batches
+    )
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
@@ -147,7 +147,8 @@ class _Run:
                 progress.say(f"interrupted after step {done}; the same command goes on from there")
                 return TrainResult(done, False, None)
             batch = global_batch(next(self.data), self.mesh)
-            state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
+            with progress.calling("training step"):
+                state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
             done, validated = done + 1, False
             progress.step(done, metrics)
 
@@ -157,17 +158,17 @@ class _Run:
             self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
 
     def _validate(self, done: int, state: TrainState, progress: TrainMonitor, preemption: Preemption) -> float | None:
-        """Mean loss of the first batches of the validation split; None if a signal came meanwhile."""
+        """Mean loss of the validation data; None if a signal came meanwhile."""
         progress.settle()
         sums = []
-        num_batches = min(len(self.validation), self.config.training.validation_batches)
         with progress.pause():
-            for _, batch in zip(range(num_batches), self.validation, strict=False):
+            for batch in self.validation:
                 if jax.process_count() == 1 and preemption.requested:
                     return None
-                sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
+                with progress.calling("validation loss"):
+                    sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
             loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
-        progress.validation(done, loss)
+        progress.validation(done, loss, self.validation.fraction)
         return loss
 
     def _least_step_secs(self, num_parameters: int) -> float | None:
@@ -182,7 +183,7 @@ class _Run:
     def _report(self, loss: float) -> None:
         """Compares the last validation loss with the entropy of single bytes."""
         entropy = self.corpus.total.byte_entropy_nats
-        _say(f"validation loss {loss:.4f} nats a token")
+        _say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
         if entropy is None:
             return
         is_bytes = self.corpus.tokenizer().kind == "bytes"
@@ -199,24 +200,12 @@ def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
         check_same_run(newest.config, config, workdir.path)
 
 
-def _check_tokenizer(corpus: Corpus, workdir: Workdir, newest: Manifest | None) -> None:
-    if (
-        newest is not None
-        and workdir.tokenizer.is_dir()
-        and load_tokenizer(workdir.tokenizer).hash != corpus.tokenizer_hash
-    ):
-        raise CheckpointError(
-            f"{corpus.path} was made by another tokenizer than the one in {workdir.tokenizer}: choose the data of that "
-            f"tokenizer (data.path), or another --workdir"
-        )
-
-
 def _validation_loss(workdir: Workdir, step: int) -> float | None:
-    """What the log says of a step."""
+    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again."""
     losses = [
         record["validation_loss"]
         for record in read_log(workdir.log_file)
-        if record["step"] == step and "validation_loss" in record
+        if record["step"] == step and "validation_fraction" in record
     ]
     return losses[-1] if losses else None
 

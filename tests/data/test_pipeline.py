@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -7,7 +8,8 @@ import pytest
 
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
-from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.prepare import Settings, prepare
 
 EOS = 2
@@ -59,8 +61,10 @@ def train_data(config, *, seed=0, host=0, hosts=1) -> TrainData:
     return TrainData(config, vocab_size=VOCAB_SIZE, seed=seed, process_index=host, process_count=hosts)
 
 
-def validation_data(config, *, host=0, hosts=1) -> ValidationData:
-    return ValidationData(config, vocab_size=VOCAB_SIZE, process_index=host, process_count=hosts)
+def validation_data(config, *, host=0, hosts=1, max_batches=None) -> ValidationData:
+    return ValidationData(
+        config, vocab_size=VOCAB_SIZE, max_batches=max_batches, process_index=host, process_count=hosts
+    )
 
 
 def take(data, count) -> list[Batch]:
@@ -176,15 +180,46 @@ def test_validation_is_every_token_once_in_order(config, batch_size, segment_doc
 def test_validation_lengths(tmp_path, config, num_tokens, num_records, num_targets):
     ids = 3 + np.arange(num_tokens, dtype="<u2")
     data = validation_data(dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN, ids))))
-    assert (data.num_records, data.num_tokens) == (num_records, num_tokens)
+    assert data.num_records == num_records
     assert sum(batch.loss_weights.sum() for batch in data) == num_targets
+
+
+@pytest.mark.parametrize(("batch_size", "max_batches"), [(1, 1), (4, 1), (4, 5), (10, 9), (3, 33)])
+def test_a_subset_of_the_validation_is_evenly_spread(tmp_path, config, batch_size, max_batches):
+    num_records, num_taken = 103, batch_size * max_batches
+    ids = 3 + np.arange(num_records * SEQ_LEN + 1, dtype="<u2") // SEQ_LEN  # record i holds i + 3
+    path = str(make_corpus(tmp_path, TRAIN, ids))
+    data = validation_data(
+        dataclasses.replace(config, path=path, global_batch_size=batch_size), max_batches=max_batches
+    )
+    taken = np.concatenate([batch.tokens[:, 0] for batch in data]) - 3
+    assert (len(data), len(taken), data.fraction) == (max_batches, num_taken, num_taken / num_records)
+    gaps = np.diff(taken)
+    assert not len(gaps) or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+    assert abs(taken[0] - num_records / num_taken / 2) <= 1
+    assert abs(num_records - taken[-1] - num_records / num_taken / 2) <= 1
+
+
+def test_a_subset_of_all_batches_is_the_whole_validation(config):
+    whole = validation_data(config)
+    for max_batches in (len(whole), len(whole) + 1):
+        data = validation_data(config, max_batches=max_batches)
+        assert_equal(list(data), list(whole))
+        assert data.fraction == whole.fraction == 1
+
+
+def test_coverage_in_words():
+    assert describe_coverage(1.0) == "the whole validation split"
+    assert describe_coverage(256 / 1786) == "14.3 % of the validation split, evenly spread"
+    assert describe_coverage(0.0001234) == "0.0123 % of the validation split, evenly spread"
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_one_global_batch(config, hosts):
     config = dataclasses.replace(config, segment_documents=True)
-    expected = [take(train_data(config), 12), list(validation_data(config))]
-    for make, batches in zip((train_data, validation_data), expected, strict=True):
+    subset = functools.partial(validation_data, max_batches=2)
+    expected = [take(train_data(config), 12), list(validation_data(config)), list(subset(config))]
+    for make, batches in zip((train_data, validation_data, subset), expected, strict=True):
         parts = [take(make(config, host=host, hosts=hosts), len(batches)) for host in range(hosts)]
         for part in itertools.chain(*parts):
             assert part.tokens.shape == (4 // hosts, SEQ_LEN)
@@ -243,6 +278,8 @@ def test_worker_processes_change_nothing(config):
     data.close()
     passes = validation_data(dataclasses.replace(workers, num_workers=1))
     assert_equal(list(passes), list(validation_data(config)))
+    passes = validation_data(dataclasses.replace(workers, num_workers=1), max_batches=2)
+    assert_equal(list(passes), list(validation_data(config, max_batches=2)))
 
 
 @pytest.mark.parametrize(
@@ -333,3 +370,13 @@ def test_one_record_is_enough(config, tmp_path):
 def test_missing_corpus(config, tmp_path):
     with pytest.raises(DataError, match="is not a prepared corpus"):
         train_data(dataclasses.replace(config, path=str(tmp_path / "gone")))
+
+
+def test_another_tokenizer_is_refused(config, tmp_path):
+    corpus = Corpus.open(config.path)
+    corpus.check_tokenizer(tmp_path / "none")  # an imported model's workdir may hold none
+    corpus.tokenizer().save(tmp_path)
+    corpus.check_tokenizer(tmp_path)
+    other = dataclasses.replace(corpus, tokenizer_hash="0" * 64)
+    with pytest.raises(DataError, match="was made by another tokenizer than the model's, which is in"):
+        other.check_tokenizer(tmp_path)

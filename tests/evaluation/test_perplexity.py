@@ -1,6 +1,5 @@
 """Losses of the validation split: every token once, whatever the batch, by position."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rat_jax import loss
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
@@ -77,7 +77,7 @@ def test_the_batch_size_does_not_matter(loaded, corpus):
 
 def test_blocks_of_logits_do_not_matter(loaded, corpus, monkeypatch):
     whole = run(loaded, corpus, context_length=24)
-    monkeypatch.setattr(evaluation, "_BLOCK_LOGITS", 2 * 29 * 7)  # 7 positions of 2 rows: does not divide 24
+    monkeypatch.setattr(loss, "_BLOCK_LOGITS", 2 * 29 * 7)  # 7 positions of 2 rows: does not divide 24
     jax.clear_caches()
     blocks = run(loaded, corpus, context_length=24, batch_tokens=48)
     np.testing.assert_allclose(blocks.sums.loss, whole.sums.loss, rtol=1e-5)
@@ -90,22 +90,28 @@ def test_every_context_length_has_the_same_targets(loaded, corpus):
     assert [len(result.sums.loss) for result in results] == list(lengths)
 
 
-def test_the_loss_is_that_of_the_validation_while_training(loaded, corpus):
+@pytest.mark.parametrize("max_batches", [None, 2])
+def test_the_loss_is_that_of_the_validation_while_training(loaded, corpus, max_batches):
     graphdef, params = nnx.split(loaded.model)
-    parts = [batch_loss(graphdef, params, batch) for batch in ValidationData(loaded.config.data, vocab_size=29)]
+    data = ValidationData(loaded.config.data, vocab_size=29, max_batches=max_batches)
+    parts = [batch_loss(graphdef, params, batch) for batch in data]
     mean = sum(float(part.loss) for part in parts) / sum(float(part.weight) for part in parts)
-    assert run(loaded, corpus).loss == pytest.approx(mean, rel=1e-5)
+    result = run(loaded, corpus, batch_tokens=8 * 16, max_batches=max_batches)
+    assert result.loss == pytest.approx(mean, rel=1e-5)
+    assert result.fraction == data.fraction
 
 
-def test_max_batches_takes_the_first(loaded, corpus):
-    two = run(loaded, corpus, max_batches=2)
-    ids = corpus.token_file("validation").tokens[: 2 * 64]
-    assert two.num_targets == len(ids) - (ids == 0).sum()
-    assert run(loaded, corpus, max_batches=10_000).num_targets == run(loaded, corpus).num_targets
+def test_max_batches_takes_a_part_of_the_split_or_all_of_it(loaded, corpus):
+    whole, two, many = (run(loaded, corpus, max_batches=number) for number in (None, 2, 10_000))
+    num_records = -(-(len(corpus.token_file("validation")) - 1) // 16)
+    assert (whole.fraction, two.fraction, many.fraction) == (1, 2 * 4 / num_records, 1)
+    assert many.num_targets == whole.num_targets > two.num_targets
+    assert "loss on the whole validation split\n" in table([whole])
+    assert f"loss on {100 * 8 / num_records:.3g} % of the validation split, evenly spread\n" in table([two])
 
 
 def make_evaluation(loss: list[float], weight: list[float], bytes_per_token: float | None = None) -> Evaluation:
-    return Evaluation(len(loss), PositionSums(np.array(loss), np.array(weight)), bytes_per_token)
+    return Evaluation(len(loss), 1.0, PositionSums(np.array(loss), np.array(weight)), bytes_per_token)
 
 
 def test_bits_per_byte():
@@ -131,9 +137,10 @@ def test_buckets_hold_every_position_once():
 def test_the_table_names_every_context():
     short, long = make_evaluation([16.0] * 20, [4.0] * 20, 2.0), make_evaluation([3.0] * 40, [2.0] * 20 + [0.0] * 20)
     lines = table([short, long]).splitlines()
-    assert lines[1].split() == ["20", "80", "4.0000", "54.598", f"{4 / math.log(2) / 2:.4f}"]
-    assert lines[2].split()[:3] == ["40", "40", "3.0000"]
-    assert [line.split() for line in lines[5:]] == [
+    assert lines[0] == "loss on the whole validation split"
+    assert lines[2].split() == ["20", "80", "4.0000", "54.598", f"{4 / math.log(2) / 2:.4f}"]
+    assert lines[3].split()[:3] == ["40", "40", "3.0000"]
+    assert [line.split() for line in lines[6:]] == [
         ["positions", "20", "40"],
         ["0", "..", "15", "4.0000", "1.5000"],
         ["16", "..", "31", "4.0000", f"{48 / 8:.4f}"],
@@ -172,14 +179,3 @@ def test_a_split_without_targets_is_refused(loaded, corpus):
     empty = batch._replace(loss_weights=np.zeros_like(batch.loss_weights))
     with pytest.raises(EvaluationError, match="no token of the validation split counts"):
         evaluation.sum_losses(loaded.model, [empty], mesh)
-
-
-def test_another_tokenizer_is_refused(loaded, corpus, tmp_path):
-    workdir = evaluation.Workdir(tmp_path)
-    evaluation.check_tokenizer(corpus, workdir)  # an imported model's workdir may hold none
-    workdir.tokenizer.mkdir()
-    corpus.tokenizer().save(workdir.tokenizer)
-    evaluation.check_tokenizer(corpus, workdir)
-    other = dataclasses.replace(corpus, tokenizer_hash="0" * 64)
-    with pytest.raises(ValueError, match="was made by another tokenizer"):
-        evaluation.check_tokenizer(other, workdir)

@@ -9,7 +9,7 @@ import pytest
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import ConfigError
 from rat_jax.flops import flops_per_token, peak_flops
-from rat_jax.training.metrics import MetricLog, check_wandb, read_log
+from rat_jax.training.metrics import MetricLog, check_wandb, loss_figure, read_log
 from tests.tiny_run import tiny_config
 
 
@@ -72,6 +72,19 @@ def test_log_drops_steps_that_will_be_done_again_and_a_torn_line(tmp_path):
     ]
     assert workdir.loss_curve.read_bytes().startswith(b"\x89PNG")
     assert any(workdir.tensorboard.iterdir())
+
+
+def test_the_curve_draws_means_and_has_the_name_of_the_run():
+    records = [
+        {"step": 1, "loss": 9.0},  # of a log without means
+        {"step": 2, "loss": 8.0, "mean_loss": 4.0},
+        {"step": 2, "validation_loss": 3.0},
+        {"step": 3, "loss": 7.0, "mean_loss": float("inf")},
+    ]
+    (axes,) = loss_figure(records, title="my run").axes
+    lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+    assert lines == [([1, 2], [9.0, 4.0]), ([2], [3.0])]
+    assert axes.get_title() == "my run"
 
 
 def test_missing_wandb_is_an_error_at_the_start(monkeypatch):

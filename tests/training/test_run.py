@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,12 @@ from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import ConfigError, config_to_dict
 from rat_jax.data import DataError
-from rat_jax.data.pipeline import TrainData
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.evaluation import evaluate
 from rat_jax.sharding import global_batch, make_mesh
+from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
 from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 from rat_jax.training.step import batch_loss, initial_state, train_step
@@ -159,6 +163,17 @@ class TestResume:
         assert "the run is finished, all 6 steps are done" in capfd.readouterr().err
         assert tree(finished_run) == before
 
+    def test_a_finished_run_that_validated_on_other_tokens_validates_again(self, config, finished_run, uninterrupted):
+        log = finished_run / "log.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        for record in records:
+            record.pop("validation_fraction", None)
+        log.write_text("".join(json.dumps(record) + "\n" for record in records))
+        result = training.train(config, finished_run)
+        last = json.loads(log.read_text().splitlines()[-1])
+        assert (last["step"], last["validation_loss"]) == (NUM_STEPS, result.validation_loss)
+        assert (NUM_STEPS, "validation_loss", result.validation_loss) in figures(uninterrupted)
+
     def test_starts_from_a_saved_model(self, config, corpus, uninterrupted, tmp_path):
         model = load_model(uninterrupted).model
         save_model(tmp_path / "run", config, model, 1000, load_tokenizer(corpus))
@@ -172,6 +187,41 @@ class TestResume:
         changed = tiny_config(corpus, training__log_every_steps=3, training__checkpoints_to_keep=1)
         shutil.rmtree(finished_run / "checkpoints/6")
         assert training.train(changed, finished_run).finished
+
+
+class TestReports:
+    """What a run says and logs."""
+
+    def test_log_and_messages(self, config, corpus, uninterrupted, tmp_path, capfd):
+        training.train(tiny_config(corpus, training__log_every_steps=3), tmp_path / "run")
+        records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        losses = [value for _, name, value in figures(uninterrupted) if name == "loss"]
+        means = [(record["step"], record["mean_loss"]) for record in records if "mean_loss" in record]
+        assert means == [(3, pytest.approx(sum(losses[:3]) / 3)), (6, pytest.approx(sum(losses[3:]) / 3))]
+        data = ValidationData(config.data, vocab_size=29)
+        assert {record.get("validation_fraction") for record in records} == {None, 2 * 8 / data.num_records}
+        said = capfd.readouterr().err
+        for program in ("training step", "validation loss"):
+            assert f"compiling the {program}" in said
+            assert re.search(rf"compiled the {program} in \d+\.\d s\n", said)
+            assert said.count(f"compiling the {program}") == 1
+        coverage = f"on {100 * 16 / data.num_records:.3g} % of the validation split, evenly spread"
+        assert said.count(coverage) == 3  # of two validations and of the report
+
+    def test_the_validation_loss_is_that_of_the_evaluation(self, config, corpus, uninterrupted):
+        mesh = make_mesh(config.mesh)
+        loaded = load_model(uninterrupted, mesh=mesh)
+        rows = config.data.global_batch_size * config.data.seq_len
+        result = evaluate(
+            loaded,
+            Corpus.open(corpus),
+            mesh,
+            config.data.seq_len,
+            batch_tokens=rows,
+            max_batches=config.training.validation_batches,
+        )
+        (logged,) = [v for step, name, v in figures(uninterrupted) if (step, name) == (NUM_STEPS, "validation_loss")]
+        assert result.loss == pytest.approx(logged, rel=1e-6)
 
 
 class TestRefusals:
@@ -208,7 +258,7 @@ class TestRefusals:
         from rat_jax.data.tokenizer import IdTokenizer
 
         save_model(tmp_path / "run", config, load_model(uninterrupted).model, 0, IdTokenizer(29, 28))
-        with pytest.raises(CheckpointError, match="another tokenizer"):
+        with pytest.raises(DataError, match="another tokenizer"):
             training.train(config, tmp_path / "run")
 
     def test_foreign_workdir(self, config, tmp_path):
@@ -243,7 +293,7 @@ class TestBadFigures:
             return train_step(graphdef, optimizer, num_steps, state, batch)
 
         monkeypatch.setattr(training, "train_step", poisoned)
-        with pytest.raises(training.NonFiniteError, match="loss is nan at step 4"):
+        with pytest.raises(NonFiniteError, match="loss is nan at step 4"):
             training.train(config, tmp_path / "run")
         assert load_model(tmp_path / "run").step == 2
         assert (tmp_path / "run/loss_curve.png").is_file()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from pallas_kernels.cudnn import call
+from pallas_kernels.attention import cudnn_fmha as call
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.ops.platform import devices, expected_capability, expected_platform, on_each_device
 from rat_jax.ops.remat import save_named

@@ -146,9 +146,11 @@ def _options(kernel: str, feature_map, key_lag, initial_state, documents) -> dic
 def _module(kernel: str) -> ModuleType:
     match kernel:
         case "triton":
-            from pallas_kernels.triton import linear_attention  # imports Triton, which machines without a GPU may lack
+            from pallas_kernels.linear_attention import (
+                triton as linear_attention,  # imports Triton, which machines without a GPU may lack
+            )
         case "mosaic_gpu":
-            from pallas_kernels.mosaic_gpu import linear_attention
+            from pallas_kernels.linear_attention import mosaic_gpu as linear_attention
         case _:
-            from pallas_kernels.tpu import linear_attention
+            from pallas_kernels.linear_attention import tpu as linear_attention
     return linear_attention

@@ -42,13 +42,13 @@ def refusal(
     if projected.shape[0] % devices():
         return f"{projected.shape[0]} batch rows do not divide among the {devices()} devices of the mesh"
     if _PLATFORMS[kernel] == "cuda":
-        from pallas_kernels import bodies
-        from pallas_kernels.triton import problem
+        from pallas_kernels.rat import select
+        from pallas_kernels.rat import shape as problem
 
         call = _problem(sizes, projected, segments)
         reason = problem.refusal(call)
-        return bodies.refusal(kernel, call) if reason is None and kernel != "gpu" else reason
-    from pallas_kernels.tpu import rat as tpu
+        return select.refusal(kernel, call) if reason is None and kernel != "gpu" else reason
+    from pallas_kernels.rat import tpu
 
     return tpu.refusal(
         projected.shape, projected.dtype, width=sizes.width, num_groups=sizes.num_groups, rope_base=sizes.rope_base
@@ -56,7 +56,7 @@ def refusal(
 
 
 def _problem(sizes: RatSizes, projected: Float[Array, "B T X"], segments: SegmentInfo):
-    from pallas_kernels.triton import problem
+    from pallas_kernels.rat import shape as problem
 
     call = problem.problem_of(
         projected.shape,
@@ -163,10 +163,10 @@ def _by_platform(kernel: str, run, plain):
 
 def _kernel_forward(kernel: str, sizes: RatSizes, projected, gate_bias, segments) -> tuple[Array, Any]:
     if kernel != "pallas_tpu":
-        from pallas_kernels.triton import rat as triton  # imports Triton, which machines without a GPU may lack
+        from pallas_kernels.rat import triton  # imports Triton, which machines without a GPU may lack
 
         return triton.rat_forward(projected, gate_bias, **_gpu_options(kernel, sizes, projected, segments))
-    from pallas_kernels.tpu import rat as tpu
+    from pallas_kernels.rat import tpu
 
     return tpu.rat_forward(projected, gate_bias, **_options(sizes), **_documents(segments))
 
@@ -175,28 +175,28 @@ def _kernel_backward(
     kernel: str, sizes: RatSizes, residuals, projected, gate_bias, segments, d_out
 ) -> tuple[Array, Array]:
     if kernel != "pallas_tpu":
-        from pallas_kernels.triton import rat as triton
+        from pallas_kernels.rat import triton
 
         return triton.rat_backward(
             residuals, projected, gate_bias, d_out, **_gpu_options(kernel, sizes, projected, segments)
         )
-    from pallas_kernels.tpu import rat as tpu
+    from pallas_kernels.rat import tpu
 
     return tpu.rat_backward(residuals, projected, gate_bias, d_out, **_options(sizes), **_documents(segments))
 
 
 def _gpu_options(kernel: str, sizes: RatSizes, projected, segments: SegmentInfo) -> dict[str, Any]:
-    from pallas_kernels.bodies import Bodies, fastest
+    from pallas_kernels.rat.select import fastest
 
     call = _problem(sizes, projected, segments)
-    bodies = fastest(call) if kernel == "gpu" else Bodies(kernel, kernel)
+    implementation = fastest(call) if kernel == "gpu" else kernel
     sizes_and_places = _options(sizes) | _documents(segments) | {"num_heads": sizes.num_heads}
-    return sizes_and_places | {"bodies": bodies, "capability": call.capability}
+    return sizes_and_places | {"implementation": implementation, "capability": call.capability}
 
 
 def _kernel_extend(sizes: RatSizes, projected, gate_bias, segments: SegmentInfo, state: RatState) -> RatOutput:
-    from pallas_kernels.triton.decode import rat_decode
-    from pallas_kernels.triton.rat import rat_extend
+    from pallas_kernels.rat.triton import rat_extend
+    from pallas_kernels.rat.triton_decode import rat_decode
 
     pair, summaries = (state.key, state.value), (state.summary_key, state.summary_value)
     options = _options(sizes) | {"num_heads": sizes.num_heads}

@@ -14,7 +14,7 @@ from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference
-from tests.pallas_kernels.rat_loop import Case, loop
+from tests.pallas_kernels.rat.loop import Case, loop
 
 PACKED = np.array([[1] * 7 + [2] * 21 + [0] * 2 + [3] * 9 + [1], [5] * 1 + [1] * 36 + [0] * 3])
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from pallas_kernels import tpu
-from pallas_kernels.tpu import linear_attention
+from pallas_kernels.linear_attention import tpu as linear_attention
+from pallas_kernels.rat import tpu
 
 
 def lower_rat(

@@ -284,8 +284,7 @@ def _gated(projected: Array, gate_bias: Array, segments: SegmentInfo, state: Arr
     states = gated_recurrence(
         gate.astype(jnp.float32) + gate_bias.reshape(1, 1, -1),
         value,
-        starts=segments.starts(),
-        is_token=segments.is_token,
+        segment_ids=segments,
         initial_state=state,
     )
     return (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(projected.dtype), states

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.shape import AttentionShape
+
 FORWARD = "__cudnn$fmhaSoftmax"
 BACKWARD = "__cudnn$fmhaSoftmaxBackward"
 DTYPES = {"bfloat16": "BF16", "float16": "F16"}
+OLDEST = (8, 0)  # compute capability
 HEAD_STEP = 8
 MAX_HEAD_DIM = 128  # of every card that cuDNN's fused attention runs on; Hopper and later take 256
 MAX_HEADS = 65535
@@ -23,17 +26,23 @@ _API_VERSION = 2  # what XLA expects of these calls; its configuration is a stri
 _ROWS_LAST = (0, 2, 1, 3)  # [B, X, T, H] that lies in memory as [B, T, X, H]
 
 
-def refusal(dtype: str, tokens: int, heads: int, head_dim: int) -> str | None:
-    """Why cuDNN does not run such queries and what comes nearest, or None where it does."""
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is none of {', '.join(DTYPES)}"
+def unsupported_reason(shape: AttentionShape) -> str | None:
+    """Why cuDNN does not run a call and what comes nearest; None where it does."""
+    if not shape.whole_rows:
+        return "queries and keys must be known to be the same whole rows: one document each, no padding, no cache"
+    if shape.capability is not None and shape.capability < OLDEST:
+        major, minor = shape.capability
+        return f"it needs a card of compute capability {OLDEST[0]}.{OLDEST[1]} or later, this one has {major}.{minor}"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
+    head_dim = shape.head_dim
     if head_dim % HEAD_STEP or not 0 < head_dim <= MAX_HEAD_DIM:
         nearest = min(MAX_HEAD_DIM, max(HEAD_STEP, -(-head_dim // HEAD_STEP) * HEAD_STEP))
         return f"head_dim {head_dim} is no multiple of {HEAD_STEP} up to {MAX_HEAD_DIM}; the nearest is {nearest}"
-    if heads > MAX_HEADS:
-        return f"{heads} query heads are more than {MAX_HEADS}"
-    if tokens < MIN_TOKENS:
-        return f"{tokens} queries in a row are too few; the least are {MIN_TOKENS}"
+    if shape.num_heads > MAX_HEADS:
+        return f"{shape.num_heads} query heads are more than {MAX_HEADS}"
+    if shape.tokens < MIN_TOKENS:
+        return f"{shape.tokens} queries in a row are too few; the least are {MIN_TOKENS}"
     return None
 
 

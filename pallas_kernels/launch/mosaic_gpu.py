@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
-ROWS = 64  # rows of a warpgroup's matrix instruction
 LAUNCH_REGISTERS = 168  # of each thread of three warpgroups when a program starts, and on average ever after
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read

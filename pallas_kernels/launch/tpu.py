@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128  # channels of a vector register
-SUBLANES = 8  # rows of a block come in multiples of this
+from pallas_kernels.launch.sizes import LANES
+
 Interpret = bool | pltpu.InterpretParams
 Tiling = TypeVar("Tiling")  # static sizes of a call, of whichever op
 

@@ -7,11 +7,16 @@ alias parameter (jax-triton 0.3 passes the buffer twice, 0.4 does not).
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_HEAD_DIM = 256  # whose accumulators fit the registers
+MAX_GRID_ROWS = 65535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ def _jitted(launch: Launch) -> Callable[..., list[jax.Array]]:
 def _triton_call(launch: Launch, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
     import jax_triton
 
-    _mend_dead_code_rule()
+    _patch_dce_rule()
     new = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in launch.outputs]
     kept = [jax.ShapeDtypeStruct(inputs[i].shape, inputs[i].dtype) for i in launch.overwritten]
     call = functools.partial(
@@ -73,7 +78,7 @@ def _triton_call(launch: Launch, inputs: tuple[jax.Array, ...]) -> list[jax.Arra
 
 
 @functools.cache
-def _mend_dead_code_rule() -> None:
+def _patch_dce_rule() -> None:
     """jax 0.12 gives rules of dead code elimination three arguments, that of jax-triton 0.4.1 takes two."""
     from jax._src.interpreters import partial_eval
     from jax_triton.triton_lib import triton_kernel_call_p
@@ -87,3 +92,16 @@ def _unused_aliases(launch: Launch) -> dict[str, int]:
     """Values for the alias parameters, to which jax-triton 0.4 binds nothing."""
     names = [name for name in launch.kernel.arg_names if name not in dict(launch.constants)]
     return dict.fromkeys(names[len(names) - len(launch.overwritten) :], 0) if launch.overwritten else {}
+
+
+def missing_dependency() -> str | None:
+    """What must be installed before any Triton kernel runs; None where nothing is missing. Imports neither."""
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"it needs {' and '.join(missing)}, not installed here: pip install jax-triton (Linux)"
+
+
+def little_shared_memory(capability: tuple[int, int] | None) -> bool:
+    """Whether a program may have 99 KiB of shared memory only: on known cards but 8.0, 8.7, 9.x and 10.x."""
+    return capability is not None and capability not in ((8, 0), (8, 7)) and capability[0] not in (9, 10)

@@ -9,8 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.mosaic_gpu import ROWS
-from pallas_kernels.linear_attention.mosaic_gpu_tiling import MULTIPROCESSORS, LinearProblem
+from pallas_kernels.launch.sizes import ROWS
+from pallas_kernels.linear_attention.mosaic_gpu_tiling import MULTIPROCESSORS, Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,17 @@ def key_tile(array: Any, row: jax.Array, start: jax.Array, k: jax.Array) -> Any:
     return array.at[row, pl.ds(jnp.maximum(start, 0), ROWS), k]
 
 
-def real_keys(p: LinearProblem, start: jax.Array) -> jax.Array:
+def real_keys(tiling: Tiling, start: jax.Array) -> jax.Array:
     """Which keys of a tile there are and some query of the row sees; features of the others must be 0."""
-    return launch.row_iota(ROWS) < jnp.where(start >= 0, p.tokens - p.key_lag - start, 0)
+    return launch.row_iota(ROWS) < jnp.where(start >= 0, tiling.shape.tokens - tiling.key_lag - start, 0)
 
 
-def seen(p: LinearProblem, scores: jax.Array, *, query_axis: int) -> jax.Array:
+def seen(tiling: Tiling, scores: jax.Array, *, query_axis: int) -> jax.Array:
     """Scores of tiles that stand beside each other, with 0 where the query does not see the key."""
     row, column = (launch.iota(scores.shape, axis) for axis in (0, 1))
     # A thread has columns c + 8 i and c + 8 i + 1 of a row, with c in 0, 2, 4, 6. Taken apart, c is one register of
     # the thread and the rest are constants of the program.
     own, rest = column & 6, column & ~6
     if query_axis == 0:
-        return jnp.where(row - own - int(p.strict) >= rest, scores, 0.0)
-    return jnp.where(row - own + int(p.strict) <= rest, scores, 0.0)
+        return jnp.where(row - own - int(tiling.strict) >= rest, scores, 0.0)
+    return jnp.where(row - own + int(tiling.strict) <= rest, scores, 0.0)

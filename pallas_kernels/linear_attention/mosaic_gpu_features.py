@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.launch.arithmetic import LOG2_E
+from pallas_kernels.launch.sizes import LOG2_E
 
 
 def half_weights(x: jax.Array, half: int, *, softmax: bool) -> jax.Array:

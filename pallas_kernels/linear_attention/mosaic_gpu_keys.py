@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.arithmetic import cdiv
-from pallas_kernels.launch.mosaic_gpu import ROWS
+from pallas_kernels.launch.sizes import ROWS, cdiv
 from pallas_kernels.linear_attention.mosaic_gpu_blocks import Places, key_tile, real_keys, seen
 from pallas_kernels.linear_attention.mosaic_gpu_features import half_features, pull_back
-from pallas_kernels.linear_attention.mosaic_gpu_tiling import LinearProblem
+from pallas_kernels.linear_attention.mosaic_gpu_tiling import Tiling
 
 VALUES, KEYS, FEATURES = range(3)  # warpgroups; the first two make half 0 and half 1 of the features of keys
 REGISTERS = (144, 232, 128)  # of their threads
@@ -55,7 +54,7 @@ def linear_attention_keys_mosaic(
     keys_stored,
     keys_read,
     *,
-    p: LinearProblem,
+    tiling: Tiling,
     places: Places,
 ):
     """One program goes through tiles of keys, and the queries beside each, of all heads that share the key head."""
@@ -69,7 +68,12 @@ def linear_attention_keys_mosaic(
     def place(tile):
         """Row, key head and first key of a program's tile; the number of queries' tiles beside it."""
         row, k, place = places.of(program, tile)
-        return row, k, place * ROWS, jnp.where(place * ROWS + p.offset < p.tokens, p.shared, 0)
+        return (
+            row,
+            k,
+            place * ROWS,
+            jnp.where(place * ROWS + tiling.offset < tiling.shape.tokens, tiling.shape.heads_per_key, 0),
+        )
 
     def compute(role, begin, add_queries, finish, gradient):
         """The loop over tiles of one role; `pair` counts the tiles of queries so far, of all tiles of keys."""
@@ -81,7 +85,7 @@ def linear_attention_keys_mosaic(
             row, k, start, readers = place(tile)
             plgpu.barrier_wait(keys_filled)
             keys = raw.at[lax.rem(pair + tile, RAW_STAGES)][...]
-            found = half_features(keys, role, softmax=p.softmax, real=real_keys(p, start))
+            found = half_features(keys, role, softmax=tiling.shape.softmax, real=real_keys(tiling, start))
             plgpu.barrier_arrive(keys_consumed)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last gradient, from the same memory
             key_features[role] = found.astype(key_features.dtype)
@@ -108,9 +112,9 @@ def linear_attention_keys_mosaic(
             return scores[...]
 
         found = pl.run_scoped(run, plgpu.ACC((ROWS, ROWS), jnp.float32))
-        return seen(p, found, query_axis=1).astype(raw.dtype)
+        return seen(tiling, found, query_axis=1).astype(raw.dtype)
 
-    accumulator = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
+    accumulator = plgpu.ACC((ROWS, tiling.shape.head_dim), jnp.float32)
 
     @pl.when(group == VALUES)
     def _values():
@@ -172,7 +176,7 @@ def linear_attention_keys_mosaic(
                     plgpu.commit_smem()  # keeps the compiler from working on both at once, which spills registers
                 # Features that were rounded serve as weights, whose sum is 1 but for the rounding.
                 found = key_features[half].astype(jnp.float32)
-                parts.append(pull_back(found, d_halves[half], softmax=p.softmax))
+                parts.append(pull_back(found, d_halves[half], softmax=tiling.shape.softmax))
             return parts[0] - parts[1]
 
         compute(KEYS, begin, add_queries, finish, d_key)
@@ -183,7 +187,7 @@ def linear_attention_keys_mosaic(
 
         def fill_state(tile):
             row, k, start, _ = place(tile)
-            source = d_states.at[row, k, jnp.minimum(lax.div(start + p.offset, ROWS), d_states.shape[2] - 1)]
+            source = d_states.at[row, k, jnp.minimum(lax.div(start + tiling.offset, ROWS), d_states.shape[2] - 1)]
             state_ring.fill(tile, *(source.at[half] for half in range(2)))
 
         def fill_tile(tile, pair):
@@ -194,7 +198,7 @@ def linear_attention_keys_mosaic(
                 return lax.rem(pair + tile + 1 + n, RAW_STAGES)
 
             def at(n):
-                return row, pl.ds(start + p.offset, ROWS), k * p.shared + n
+                return row, pl.ds(start + tiling.offset, ROWS), k * tiling.shape.heads_per_key + n
 
             def fill_query(n):
                 plgpu.copy_gmem_to_smem(query.at[at(n)], raw.at[stage_of(n)], queries_filled.at[stage_of(n)])
@@ -202,7 +206,7 @@ def linear_attention_keys_mosaic(
             def store_features(n):
                 plgpu.barrier_wait(queries_filled.at[stage_of(n)])
                 for half in range(2):
-                    found = half_features(raw.at[stage_of(n)][...], half, softmax=p.softmax)
+                    found = half_features(raw.at[stage_of(n)][...], half, softmax=tiling.shape.softmax)
                     feature_ring.put(2 * (pair + n) + half, found.astype(raw.dtype))
 
             plgpu.copy_gmem_to_smem(key_tile(key, row, start, k), raw.at[stage_of(-1)], keys_filled)
@@ -232,15 +236,15 @@ def linear_attention_keys_mosaic(
 
 
 def keys_gradients(
-    p: LinearProblem, query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array, d_states: jax.Array
+    tiling: Tiling, query: jax.Array, key: jax.Array, value: jax.Array, d_out: jax.Array, d_states: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """d_key and d_value [B, T, K, H]; `d_states` are those of `linear_attention_sums.running_sums` in reverse."""
-    dtype, H = jnp.dtype(p.dtype), p.head_dim
-    places = Places(p.batch, cdiv(p.tokens, ROWS), p.key_heads)
+    dtype, H = jnp.dtype(tiling.shape.dtype), tiling.shape.head_dim
+    places = Places(tiling.shape.batch, cdiv(tiling.shape.tokens, ROWS), tiling.shape.key_heads)
     shape = jax.ShapeDtypeStruct(key.shape, dtype)
     both = plgpu.Barrier(num_arrivals=2)
     return launch.kernel(
-        functools.partial(linear_attention_keys_mosaic, p=p, places=places),
+        functools.partial(linear_attention_keys_mosaic, tiling=tiling, places=places),
         name=linear_attention_keys_mosaic.__name__,
         programs=places.programs,
         out_type=(shape, shape),

@@ -15,10 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_blocks import Places, key_tile, real_keys
 from pallas_kernels.linear_attention.mosaic_gpu_features import half_features
-from pallas_kernels.linear_attention.mosaic_gpu_tiling import BLOCK, TILES, LinearProblem
+from pallas_kernels.linear_attention.mosaic_gpu_tiling import BLOCK, TILES, Tiling
 
 STAGES = 6  # tiles of keys and of what a kernel takes of each head in flight, and of results on their way to memory
 VALUE_STAGES = 2  # tiles of values in flight
@@ -90,7 +91,7 @@ AddHead = Callable[[Sums, int, jax.Array, Beside, Any, Callable[[], None]], None
 
 
 def run_tiles(
-    p: LinearProblem,
+    tiling: Tiling,
     places: Places,
     key: Any,
     value: Any,
@@ -102,7 +103,7 @@ def run_tiles(
     """The body of a kernel that has `tile_types` as scratch.
 
     Args:
-      p: sizes.
+      tiling: sizes.
       places: of blocks.
       key, value: [B, T, K, H].
       states: [B, K, C, 2, H, H], the sum that enters each block.
@@ -114,7 +115,7 @@ def run_tiles(
     *rings, read, stored, features = scratch
     ring, state_ring, value_ring = (launch.Ring(*rings[i : i + 3]) for i in (0, 3, 6))
     sums = Sums(ring, read, stored)
-    steps = 1 + len(arrays) * p.shared  # of a tile: its keys, then the arrays of each head in turn
+    steps = 1 + len(arrays) * tiling.shape.heads_per_key  # of a tile: its keys, then the arrays of each head in turn
     program, group = lax.axis_index("program"), lax.axis_index("group")
 
     def compute(half):
@@ -132,12 +133,14 @@ def run_tiles(
                 step = tile * steps
                 keys = ring.wait(step)[...]
                 ring.release(step)
-                found = half_features(keys, half, softmax=p.softmax, real=real_keys(p, start - p.offset))
+                found = half_features(
+                    keys, half, softmax=tiling.shape.softmax, real=real_keys(tiling, start - tiling.offset)
+                )
                 key_features[...] = found.astype(key_features.dtype)
                 plgpu.commit_smem()
                 beside = Beside(state, key_features, value_ring.wait(tile))
 
-                @pl.loop(0, p.shared)
+                @pl.loop(0, tiling.shape.heads_per_key)
                 def _head(j):
                     first = step + 1 + len(arrays) * j
 
@@ -145,7 +148,14 @@ def run_tiles(
                         pl.when(j > 0)(lambda: sums.release(first - 1, half))
                         pl.when((j == 0) & (tile > 0))(lambda: sums.release(step - 1, half))
 
-                    add_head(sums, half, first, beside, (row, pl.ds(start, ROWS), k * p.shared + j), release)
+                    add_head(
+                        sums,
+                        half,
+                        first,
+                        beside,
+                        (row, pl.ds(start, ROWS), k * tiling.shape.heads_per_key + j),
+                        release,
+                    )
 
                 pl.when(r < TILES - 1)(beside.go_on)
                 value_ring.release(tile)
@@ -169,23 +179,23 @@ def run_tiles(
             def _tile(r):
                 tile, start = i * TILES + r, block * BLOCK + r * ROWS
                 step = tile * steps
-                ring.fill(step, key_tile(key, row, start - p.offset, k))
-                value_ring.fill(tile, key_tile(value, row, start - p.offset, k))
+                ring.fill(step, key_tile(key, row, start - tiling.offset, k))
+                value_ring.fill(tile, key_tile(value, row, start - tiling.offset, k))
 
                 @pl.when(r == 0)
                 def _of_block():
                     state_ring.fill(i, *(states.at[row, k, block, half] for half in range(2)))
 
-                @pl.loop(0, p.shared)
+                @pl.loop(0, tiling.shape.heads_per_key)
                 def _head(j):
-                    at = row, pl.ds(start, ROWS), k * p.shared + j
+                    at = row, pl.ds(start, ROWS), k * tiling.shape.heads_per_key + j
                     for s, array in enumerate(arrays):
                         ring.fill(step + 1 + len(arrays) * j + s, array.at[at])
 
 
-def tile_types(p: LinearProblem) -> tuple[Any, ...]:
+def tile_types(tiling: Tiling) -> tuple[Any, ...]:
     """Scratch types of a kernel whose body is `run_tiles`."""
-    dtype, H = jnp.dtype(p.dtype), p.head_dim
+    dtype, H = jnp.dtype(tiling.shape.dtype), tiling.shape.head_dim
     return (
         *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),
         *launch.ring_types(1, (2, H, H), dtype, consumers=COMPUTE_GROUPS),

@@ -16,11 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.arithmetic import cdiv
-from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import ROWS, cdiv
 from pallas_kernels.linear_attention.mosaic_gpu_blocks import key_tile, real_keys
 from pallas_kernels.linear_attention.mosaic_gpu_features import half_features
-from pallas_kernels.linear_attention.mosaic_gpu_tiling import TILES, LinearProblem
+from pallas_kernels.linear_attention.mosaic_gpu_tiling import TILES, Tiling
 
 STAGES = 4  # tiles of x and y in flight
 
@@ -30,7 +30,7 @@ def linear_attention_sums_mosaic(
     y,  # [B, T, n, H]
     entering,  # [B, K, segments, 2 H, H] float32: the sum that enters each segment
     *results,  # if it is kept [B, K, c, 2, H, H], the sum that enters each block; [B, K, segments, 2 H, H], what leaves
-    p: LinearProblem,
+    tiling: Tiling,
     heads: int,
     reverse: bool,
     keep: bool,
@@ -38,13 +38,16 @@ def linear_attention_sums_mosaic(
     """One program goes through the blocks of a segment with a key head, and through its query heads if x has N."""
     *states, leaving, x_tiles, x_filled, x_consumed, y_tiles, y_filled, y_consumed, feature_tiles, state_tiles = results
     xs, ys = launch.Ring(x_tiles, x_filled, x_consumed), launch.Ring(y_tiles, y_filled, y_consumed)
-    H, shared = p.head_dim, heads // p.key_heads
+    H, shared = tiling.shape.head_dim, heads // tiling.shape.key_heads
     program = lax.axis_index("program")
-    k, segment = lax.rem(program, p.key_heads), lax.rem(lax.div(program, p.key_heads), p.segments)
-    row = lax.div(program, p.key_heads * p.segments)
+    k, segment = (
+        lax.rem(program, tiling.shape.key_heads),
+        lax.rem(lax.div(program, tiling.shape.key_heads), tiling.segments),
+    )
+    row = lax.div(program, tiling.shape.key_heads * tiling.segments)
     tiles = _tiles(reverse)  # of a block
-    first = segment * (p.span * TILES // tiles)
-    blocks = jnp.minimum(p.span * TILES // tiles, cdiv(p.tokens, tiles * ROWS) - first)
+    first = segment * (tiling.span * TILES // tiles)
+    blocks = jnp.minimum(tiling.span * TILES // tiles, cdiv(tiling.shape.tokens, tiles * ROWS) - first)
     steps = tiles * shared  # of a block
     group = lax.axis_index("group")
 
@@ -55,7 +58,7 @@ def linear_attention_sums_mosaic(
         """First token and head of a step's tiles."""
         i, step = lax.div(step, steps), lax.rem(step, steps)
         start = (block_of(i) * tiles + lax.rem(step, tiles)) * ROWS
-        return start if reverse else start - p.offset, k * shared + lax.div(step, tiles)
+        return start if reverse else start - tiling.offset, k * shared + lax.div(step, tiles)
 
     def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
@@ -64,8 +67,8 @@ def linear_attention_sums_mosaic(
 
         def add_tile(step, state):
             x_tile, y_tile = xs.wait(step), ys.wait(step)
-            real = None if reverse else real_keys(p, place(step)[0])  # zeros follow the last gradient
-            found = half_features(x_tile[...], half, softmax=p.softmax, real=real)
+            real = None if reverse else real_keys(tiling, place(step)[0])  # zeros follow the last gradient
+            found = half_features(x_tile[...], half, softmax=tiling.shape.softmax, real=real)
             features[...] = found.astype(features.dtype)
             plgpu.commit_smem()
             transposed = plgpu.transpose_ref(features, (1, 0))
@@ -107,20 +110,20 @@ def _tiles(reverse: bool) -> int:
     return 1 if reverse else TILES
 
 
-def sums(p: LinearProblem, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool, keep: bool):
+def sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool, keep: bool):
     """The sums that enter each block, [B, K, c, 2, H, H] in the dtype of y, if they are kept; those that leave.
 
     `entering`, float32 [B, K, segments, 2 H, H], is what enters each segment; what leaves has the same form. In reverse
     x is the query and y the gradient of the output, otherwise they are key and value.
     """
-    dtype, H, heads = jnp.dtype(p.dtype), p.head_dim, x.shape[2]
-    shape = p.batch, p.key_heads, cdiv(p.tokens, _tiles(reverse) * ROWS), 2, H, H
+    dtype, H, heads = jnp.dtype(tiling.shape.dtype), tiling.shape.head_dim, x.shape[2]
+    shape = tiling.shape.batch, tiling.shape.key_heads, cdiv(tiling.shape.tokens, _tiles(reverse) * ROWS), 2, H, H
     states = [jax.ShapeDtypeStruct(shape, dtype)] if keep else []
     ring = launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS)
     found = launch.kernel(
-        functools.partial(linear_attention_sums_mosaic, p=p, heads=heads, reverse=reverse, keep=keep),
+        functools.partial(linear_attention_sums_mosaic, tiling=tiling, heads=heads, reverse=reverse, keep=keep),
         name=linear_attention_sums_mosaic.__name__,
-        programs=p.batch * p.key_heads * p.segments,
+        programs=tiling.shape.batch * tiling.shape.key_heads * tiling.segments,
         out_type=(*states, jax.ShapeDtypeStruct(entering.shape, jnp.float32)),
         scratch_types=(
             *ring,
@@ -133,7 +136,7 @@ def sums(p: LinearProblem, x: jax.Array, y: jax.Array, entering: jax.Array, *, r
 
 
 def running_sums(
-    p: LinearProblem, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool
+    tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The sums that enter each block, and what leaves the last; `entering`, [B, K, 2 H, H], is what enters the first.
 
@@ -141,11 +144,11 @@ def running_sums(
     taken twice.
     """
     entering = entering[:, :, None]
-    if p.segments > 1:
-        nothing = jnp.zeros((*entering.shape[:2], p.segments, *entering.shape[3:]), jnp.float32)
-        _, totals = sums(p, x, y, nothing, reverse=reverse, keep=False)
+    if tiling.segments > 1:
+        nothing = jnp.zeros((*entering.shape[:2], tiling.segments, *entering.shape[3:]), jnp.float32)
+        _, totals = sums(tiling, x, y, nothing, reverse=reverse, keep=False)
         up_to = lax.cumsum(totals, axis=2, reverse=reverse)
         before = up_to[:, :, 1:] if reverse else up_to[:, :, :-1]
         entering += jnp.pad(before, [(0, 0), (0, 0), (0, 1) if reverse else (1, 0), (0, 0), (0, 0)])
-    states, leaving = sums(p, x, y, entering, reverse=reverse, keep=True)
+    states, leaving = sums(tiling, x, y, entering, reverse=reverse, keep=True)
     return states, leaving[:, :, 0 if reverse else -1]

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_attention.tpu_tiling import LinearPlan
+from pallas_kernels.linear_attention.tpu_tiling import Tiling
 
 _MASKED = -1e30  # of a channel that is none; finite, so that no difference of two is undefined
 
@@ -20,44 +20,44 @@ class Features(NamedTuple):
     negative: jax.Array  # m(-x)
 
 
-def features(plan: LinearPlan, x: jax.Array) -> Features:
+def features(tiling: Tiling, x: jax.Array) -> Features:
     """Both halves of x [rows, lanes]."""
     x = x.astype(jnp.float32)
-    if plan.feature_map == "relu":
+    if tiling.shape.feature_map == "relu":
         return Features(jnp.maximum(x, 0.0), jnp.maximum(-x, 0.0))
     x = x.T  # sums over channels then go from register to register; across lanes they took most of the forward kernel
 
     def softmax(x):
-        if plan.head_dim < plan.lanes:
-            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < plan.head_dim, x, _MASKED)
+        if tiling.shape.head_dim < tiling.lanes:
+            x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < tiling.shape.head_dim, x, _MASKED)
         x = jnp.exp(x - jnp.max(x, axis=0, keepdims=True))
-        return x * _reciprocal(plan, jnp.sum(x, axis=0, keepdims=True))
+        return x * _reciprocal(tiling, jnp.sum(x, axis=0, keepdims=True))
 
     return Features(softmax(x).T, softmax(-x).T)
 
 
-def _reciprocal(plan: LinearPlan, x: jax.Array) -> jax.Array:
+def _reciprocal(tiling: Tiling, x: jax.Array) -> jax.Array:
     """1 / x for x from 1 to H; a division minds infinities too, which made up half of the kernel's arithmetic."""
     guess = pl.reciprocal(x, approx=True)  # a bfloat16's digits or more; each step doubles their number
-    for _ in range(1 if plan.dtype == jnp.bfloat16 else 2):
+    for _ in range(1 if tiling.dtype == jnp.bfloat16 else 2):
         guess *= 2.0 - x * guess
     return guess
 
 
-def joined(plan: LinearPlan, halves: Features) -> jax.Array:
+def joined(tiling: Tiling, halves: Features) -> jax.Array:
     """[rows, features] in the kernel's dtype."""
-    if plan.folded:
-        return (halves.positive + pltpu.roll(halves.negative, plan.head_dim, 1)).astype(plan.dtype)
-    return jnp.concatenate(halves, axis=1).astype(plan.dtype)
+    if tiling.folded:
+        return (halves.positive + pltpu.roll(halves.negative, tiling.shape.head_dim, 1)).astype(tiling.dtype)
+    return jnp.concatenate(halves, axis=1).astype(tiling.dtype)
 
 
-def pull_back(plan: LinearPlan, halves: Features, d_features: jax.Array) -> jax.Array:
+def pull_back(tiling: Tiling, halves: Features, d_features: jax.Array) -> jax.Array:
     """Gradient of x, float32 [rows, lanes], from that of `joined`, float32 [rows, features]."""
-    if plan.folded:  # lanes of the other half meet features of zero below
-        d_positive, d_negative = d_features, pltpu.roll(d_features, plan.lanes - plan.head_dim, 1)
+    if tiling.folded:  # lanes of the other half meet features of zero below
+        d_positive, d_negative = d_features, pltpu.roll(d_features, tiling.lanes - tiling.shape.head_dim, 1)
     else:
-        d_positive, d_negative = d_features[:, : plan.lanes], d_features[:, plan.lanes :]
-    if plan.feature_map == "relu":
+        d_positive, d_negative = d_features[:, : tiling.lanes], d_features[:, tiling.lanes :]
+    if tiling.shape.feature_map == "relu":
         zero = jnp.zeros_like(d_positive)
         return jnp.where(halves.positive > 0, d_positive, zero) - jnp.where(halves.negative > 0, d_negative, zero)
 

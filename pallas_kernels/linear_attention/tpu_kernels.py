@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.launch.tpu import Interpret, launch, matmul, to_column
 from pallas_kernels.linear_attention.tpu_features import Features, features, joined, pull_back
-from pallas_kernels.linear_attention.tpu_tiling import LinearPlan
+from pallas_kernels.linear_attention.tpu_tiling import Tiling
 
 FORWARD_NAME = "linear_attention_tpu_forward"
 BACKWARD_NAME = "linear_attention_tpu_backward"
@@ -17,7 +17,7 @@ _GRID = "ppaa"  # rows of the batch, key heads, tiles, parts of a key head's que
 
 
 def forward(
-    plan: LinearPlan,
+    tiling: Tiling,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -32,20 +32,23 @@ def forward(
       initial: [1 or B, K or N, features, lanes], or None for zero.
       documents: what `document_rows` gives.
     """
-    specs = _Specs(plan, reverse=False)
-    state = (plan.features, plan.lanes)
+    specs = _Specs(tiling, reverse=False)
+    state = (tiling.features, tiling.lanes)
     return launch(
         _forward_kernel,
         FORWARD_NAME,
-        plan,
+        tiling,
         specs.grid,
         _GRID,
         specs.inputs(query, key, value, initial, documents),
         {
-            "out": (jax.ShapeDtypeStruct(query.shape, plan.dtype), specs.query_columns),
-            "final_state": (jax.ShapeDtypeStruct((plan.batch, plan.key_heads, *state), jnp.float32), specs.state),
+            "out": (jax.ShapeDtypeStruct(query.shape, tiling.dtype), specs.query_columns),
+            "final_state": (
+                jax.ShapeDtypeStruct((tiling.shape.batch, tiling.shape.key_heads, *state), jnp.float32),
+                specs.state,
+            ),
             "states": (
-                jax.ShapeDtypeStruct((plan.batch, plan.key_heads, plan.tiles, *state), plan.dtype),
+                jax.ShapeDtypeStruct((tiling.shape.batch, tiling.shape.key_heads, tiling.tiles, *state), tiling.dtype),
                 specs.tile_state,
             ),
         },
@@ -55,7 +58,7 @@ def forward(
 
 
 def backward(
-    plan: LinearPlan,
+    tiling: Tiling,
     states: jax.Array,
     query: jax.Array,
     key: jax.Array,
@@ -74,28 +77,28 @@ def backward(
       d_final_state: float32 [B, K, features, lanes].
       The rest is as in `forward`.
     """
-    specs = _Specs(plan, reverse=True)
+    specs = _Specs(tiling, reverse=True)
     inputs = specs.inputs(query, key, value, initial, documents) | {
         "states": (states, specs.tile_state),
         "d_out": (d_out, specs.query_columns),
         "d_final_state": (d_final_state, specs.state),
     }
     outputs = {
-        "d_query": (jax.ShapeDtypeStruct(query.shape, plan.dtype), specs.query_columns),
-        "d_key": (jax.ShapeDtypeStruct(key.shape, plan.dtype), specs.key_columns),
-        "d_value": (jax.ShapeDtypeStruct(value.shape, plan.dtype), specs.key_columns),
+        "d_query": (jax.ShapeDtypeStruct(query.shape, tiling.dtype), specs.query_columns),
+        "d_key": (jax.ShapeDtypeStruct(key.shape, tiling.dtype), specs.key_columns),
+        "d_value": (jax.ShapeDtypeStruct(value.shape, tiling.dtype), specs.key_columns),
     }
     if initial is not None:
-        shape = jax.ShapeDtypeStruct((plan.batch, *initial.shape[1:]), jnp.float32)
-        block = (1, plan.initials, plan.features, plan.lanes)
+        shape = jax.ShapeDtypeStruct((tiling.shape.batch, *initial.shape[1:]), jnp.float32)
+        block = (1, tiling.initials, tiling.features, tiling.lanes)
         outputs["d_initial"] = shape, pl.BlockSpec(block, lambda batch, key_head, _, __: (batch, key_head, 0, 0))
-    scratch = {"d_state": ((plan.features, plan.lanes), jnp.float32)}
-    if plan.parts > 1:
-        scratch |= {name: ((plan.tile, plan.lanes), jnp.float32) for name in ("d_key_sum", "d_value_sum")}
+    scratch = {"d_state": ((tiling.features, tiling.lanes), jnp.float32)}
+    if tiling.parts > 1:
+        scratch |= {name: ((tiling.tile, tiling.lanes), jnp.float32) for name in ("d_key_sum", "d_value_sum")}
     return launch(
         _backward_kernel,
         BACKWARD_NAME,
-        plan,
+        tiling,
         specs.grid,
         _GRID,
         inputs,
@@ -108,33 +111,33 @@ def backward(
 class _Specs:
     """The grid and the blocks of a step, with tiles in order or from the last to the first."""
 
-    def __init__(self, plan: LinearPlan, reverse: bool):
-        last, parts = plan.tiles - 1, plan.parts
+    def __init__(self, tiling: Tiling, reverse: bool):
+        last, parts = tiling.tiles - 1, tiling.parts
 
         def at(tile):
             return last - tile if reverse else tile
 
-        self.plan = plan
-        self.grid = (plan.batch, plan.key_heads, plan.tiles, parts)
-        state = (plan.features, plan.lanes)
+        self.tiling = tiling
+        self.grid = (tiling.shape.batch, tiling.shape.key_heads, tiling.tiles, parts)
+        state = (tiling.features, tiling.lanes)
         self.query_columns = pl.BlockSpec(
-            (1, plan.tile, plan.shared * plan.lanes),
+            (1, tiling.tile, tiling.shared * tiling.lanes),
             lambda batch, key_head, tile, part: (batch, at(tile), key_head * parts + part),
         )
         self.key_columns = pl.BlockSpec(
-            (1, plan.tile, plan.lanes), lambda batch, key_head, tile, _: (batch, at(tile), key_head)
+            (1, tiling.tile, tiling.lanes), lambda batch, key_head, tile, _: (batch, at(tile), key_head)
         )
         self.state = pl.BlockSpec((1, 1, *state), lambda batch, key_head, _, __: (batch, key_head, 0, 0))
         self.tile_state = pl.BlockSpec(
             (1, 1, 1, *state), lambda batch, key_head, tile, _: (batch, key_head, at(tile), 0, 0)
         )
-        self.documents = pl.BlockSpec((1, 1, 2, plan.tile), lambda batch, _, tile, __: (batch, at(tile), 0, 0))
-        self.initial = pl.BlockSpec((1, plan.initials_per_step, *state), self._initial_index)
+        self.documents = pl.BlockSpec((1, 1, 2, tiling.tile), lambda batch, _, tile, __: (batch, at(tile), 0, 0))
+        self.initial = pl.BlockSpec((1, tiling.initials_per_step, *state), self._initial_index)
 
     def _initial_index(self, batch, key_head, _, part):
-        plan = self.plan
-        head = key_head * plan.parts + part if plan.initials > 1 else key_head
-        return batch if plan.initial_rows > 1 else 0, head, 0, 0
+        tiling = self.tiling
+        head = key_head * tiling.parts + part if tiling.initials > 1 else key_head
+        return batch if tiling.shape.initial_rows > 1 else 0, head, 0, 0
 
     def inputs(self, query, key, value, initial, documents) -> dict:
         operands = {
@@ -149,7 +152,7 @@ class _Specs:
         return operands
 
 
-def _forward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
+def _forward_kernel(tiling: Tiling, refs: types.SimpleNamespace) -> None:
     tile, part = pl.program_id(2), pl.program_id(3)
 
     @pl.when((tile == 0) & (part == 0))
@@ -157,30 +160,30 @@ def _forward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
         refs.final_state[...] = jnp.zeros_like(refs.final_state)
 
     state = refs.final_state[0, 0]
-    refs.states[0, 0, 0] = state.astype(plan.dtype)
-    for block in range(plan.blocks):
-        rows = _documents(plan, refs, block)
-        key = joined(plan, features(plan, _tokens(plan, tile, block, refs.key)))
-        value = _tokens(plan, tile, block, refs.value)
-        query = joined(plan, features(plan, _stack(plan, refs.query[0, _tokens_of(plan, block)])))
-        scores = _visible(plan, rows, matmul(query, key, (1, 1))).astype(plan.dtype)
-        carried = matmul(query, state.astype(plan.dtype), (1, 0))
-        out = matmul(scores, value, (1, 0)) + _of_rows(plan, rows.reads, carried)
-        if plan.initials == 1:
+    refs.states[0, 0, 0] = state.astype(tiling.dtype)
+    for block in range(tiling.blocks):
+        rows = _documents(tiling, refs, block)
+        key = joined(tiling, features(tiling, _tokens(tiling, tile, block, refs.key)))
+        value = _tokens(tiling, tile, block, refs.value)
+        query = joined(tiling, features(tiling, _stack(tiling, refs.query[0, _tokens_of(tiling, block)])))
+        scores = _visible(tiling, rows, matmul(query, key, (1, 1))).astype(tiling.dtype)
+        carried = matmul(query, state.astype(tiling.dtype), (1, 0))
+        out = matmul(scores, value, (1, 0)) + _of_rows(tiling, rows.reads, carried)
+        if tiling.initials == 1:
             out += matmul(query, refs.initial[0, 0], (1, 0))
-        for head in range(plan.shared):
-            of_head = _of_head(plan, head, out)
-            if plan.initials > 1:
-                of_head += matmul(_of_head(plan, head, query), refs.initial[0, head], (1, 0))
-            refs.out[0, _tokens_of(plan, block), _channels_of(plan, head)] = of_head.astype(plan.dtype)
-        state = _kept(rows, state) + matmul(key, _of_rows(plan, rows.adds, value), (0, 0))
+        for head in range(tiling.shared):
+            of_head = _of_head(tiling, head, out)
+            if tiling.initials > 1:
+                of_head += matmul(_of_head(tiling, head, query), refs.initial[0, head], (1, 0))
+            refs.out[0, _tokens_of(tiling, block), _channels_of(tiling, head)] = of_head.astype(tiling.dtype)
+        state = _kept(rows, state) + matmul(key, _of_rows(tiling, rows.adds, value), (0, 0))
 
-    @pl.when(part == plan.parts - 1)
+    @pl.when(part == tiling.parts - 1)
     def _():
         refs.final_state[0, 0] = state
 
 
-def _backward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
+def _backward_kernel(tiling: Tiling, refs: types.SimpleNamespace) -> None:
     """Blocks come in reverse; A are the visible scores, d_S the gradient of the state after the block.
 
     d_A = d_out v^T, d_phi(q) = d_A phi(k) + d_out S^T, d_phi(k) = d_A^T phi(q) + v d_S^T,
@@ -189,126 +192,126 @@ def _backward_kernel(plan: LinearPlan, refs: types.SimpleNamespace) -> None:
     from zero, and the sums over parts are those of the tile.
     """
     step, part = pl.program_id(2), pl.program_id(3)
-    tile = plan.tiles - 1 - step
+    tile = tiling.tiles - 1 - step
 
     @pl.when((step == 0) & (part == 0))
     def _():
         refs.d_state[...] = refs.d_final_state[0, 0]
-        if plan.initials:
+        if tiling.initials:
             refs.d_initial[...] = jnp.zeros_like(refs.d_initial)
 
     keys, states, state = [], [], refs.states[0, 0, 0].astype(jnp.float32)
-    for block in range(plan.blocks):
-        keys.append(features(plan, _tokens(plan, tile, block, refs.key)))
-        states.append(state.astype(plan.dtype))
-        if block < plan.blocks - 1:
-            rows = _documents(plan, refs, block)
-            value = _of_rows(plan, rows.adds, _tokens(plan, tile, block, refs.value))
-            state = _kept(rows, state) + matmul(joined(plan, keys[block]), value, (0, 0))
+    for block in range(tiling.blocks):
+        keys.append(features(tiling, _tokens(tiling, tile, block, refs.key)))
+        states.append(state.astype(tiling.dtype))
+        if block < tiling.blocks - 1:
+            rows = _documents(tiling, refs, block)
+            value = _of_rows(tiling, rows.adds, _tokens(tiling, tile, block, refs.value))
+            state = _kept(rows, state) + matmul(joined(tiling, keys[block]), value, (0, 0))
     d_state = refs.d_state[...]
-    if plan.parts > 1:
+    if tiling.parts > 1:
         d_state = jnp.where(part == 0, d_state, 0.0)
-    for block in reversed(range(plan.blocks)):
-        here, rows = _tokens_of(plan, block), _documents(plan, refs, block)
-        key, value = joined(plan, keys[block]), _tokens(plan, tile, block, refs.value)
-        query_halves = features(plan, _stack(plan, _tokens(plan, tile, block, refs.query)))
-        query = joined(plan, query_halves)
-        d_out = _stack(plan, _tokens(plan, tile, block, refs.d_out))
-        d_added = d_state.astype(plan.dtype)
-        scores = _visible(plan, rows, matmul(query, key, (1, 1))).astype(plan.dtype)
-        d_value = _of_rows(plan, rows.adds, matmul(key, d_added, (1, 0))) + matmul(scores, d_out, (0, 0))
-        d_scores = _visible(plan, rows, matmul(d_out, value, (1, 1))).astype(plan.dtype)
-        d_key = _of_rows(plan, rows.adds, matmul(value, d_added, (1, 1)))
+    for block in reversed(range(tiling.blocks)):
+        here, rows = _tokens_of(tiling, block), _documents(tiling, refs, block)
+        key, value = joined(tiling, keys[block]), _tokens(tiling, tile, block, refs.value)
+        query_halves = features(tiling, _stack(tiling, _tokens(tiling, tile, block, refs.query)))
+        query = joined(tiling, query_halves)
+        d_out = _stack(tiling, _tokens(tiling, tile, block, refs.d_out))
+        d_added = d_state.astype(tiling.dtype)
+        scores = _visible(tiling, rows, matmul(query, key, (1, 1))).astype(tiling.dtype)
+        d_value = _of_rows(tiling, rows.adds, matmul(key, d_added, (1, 0))) + matmul(scores, d_out, (0, 0))
+        d_scores = _visible(tiling, rows, matmul(d_out, value, (1, 1))).astype(tiling.dtype)
+        d_key = _of_rows(tiling, rows.adds, matmul(value, d_added, (1, 1)))
         d_key += matmul(d_scores, query, (0, 0))
-        d_carried = _of_rows(plan, rows.reads, d_out)
+        d_carried = _of_rows(tiling, rows.reads, d_out)
         d_state = _kept(rows, d_state) + matmul(query, d_carried, (0, 0))
         d_query = matmul(d_scores, key, (1, 0)) + matmul(d_carried, states[block], (1, 1))
-        if plan.initials == 1:
+        if tiling.initials == 1:
             d_query += matmul(d_out, refs.initial[0, 0], (1, 1))
             refs.d_initial[0, 0] += matmul(query, d_out, (0, 0))
-        for head in range(plan.shared):
-            query_of_head, d_out_of_head, d_query_of_head = (_of_head(plan, head, x) for x in (query, d_out, d_query))
-            if plan.initials > 1:
+        for head in range(tiling.shared):
+            query_of_head, d_out_of_head, d_query_of_head = (_of_head(tiling, head, x) for x in (query, d_out, d_query))
+            if tiling.initials > 1:
                 d_query_of_head += matmul(d_out_of_head, refs.initial[0, head], (1, 1))
-                refs.d_initial[0, part * plan.shared + head] += matmul(query_of_head, d_out_of_head, (0, 0))
-            halves = Features(*(_of_head(plan, head, half) for half in query_halves))
-            d_query_of_head = pull_back(plan, halves, d_query_of_head)
-            refs.d_query[0, here, _channels_of(plan, head)] = d_query_of_head.astype(plan.dtype)
-        d_key = pull_back(plan, keys[block], d_key)
-        if plan.parts > 1:
-            d_key = _summed(plan, part, refs.d_key_sum, here, d_key)
-            d_value = _summed(plan, part, refs.d_value_sum, here, d_value)
-        refs.d_key[0, here] = d_key.astype(plan.dtype)
-        refs.d_value[0, here] = d_value.astype(plan.dtype)
-    if plan.parts > 1:
-        d_state = _summed(plan, part, refs.d_state, slice(None), d_state)
+                refs.d_initial[0, part * tiling.shared + head] += matmul(query_of_head, d_out_of_head, (0, 0))
+            halves = Features(*(_of_head(tiling, head, half) for half in query_halves))
+            d_query_of_head = pull_back(tiling, halves, d_query_of_head)
+            refs.d_query[0, here, _channels_of(tiling, head)] = d_query_of_head.astype(tiling.dtype)
+        d_key = pull_back(tiling, keys[block], d_key)
+        if tiling.parts > 1:
+            d_key = _summed(tiling, part, refs.d_key_sum, here, d_key)
+            d_value = _summed(tiling, part, refs.d_value_sum, here, d_value)
+        refs.d_key[0, here] = d_key.astype(tiling.dtype)
+        refs.d_value[0, here] = d_value.astype(tiling.dtype)
+    if tiling.parts > 1:
+        d_state = _summed(tiling, part, refs.d_state, slice(None), d_state)
     refs.d_state[...] = d_state
 
 
-def _summed(plan: LinearPlan, part: jax.Array, total, here: slice, x: jax.Array) -> jax.Array:
+def _summed(tiling: Tiling, part: jax.Array, total, here: slice, x: jax.Array) -> jax.Array:
     """Adds x to what the parts before this one have left there."""
     x = jnp.where(part == 0, 0.0, total[here]) + x
     total[here] = x
     return x
 
 
-def _tokens_of(plan: LinearPlan, block: int) -> slice:
-    return slice(block * plan.block, (block + 1) * plan.block)
+def _tokens_of(tiling: Tiling, block: int) -> slice:
+    return slice(block * tiling.block, (block + 1) * tiling.block)
 
 
-def _channels_of(plan: LinearPlan, head: int) -> slice:
-    return slice(head * plan.lanes, (head + 1) * plan.lanes)
+def _channels_of(tiling: Tiling, head: int) -> slice:
+    return slice(head * tiling.lanes, (head + 1) * tiling.lanes)
 
 
-def _of_head(plan: LinearPlan, head: int, x: jax.Array) -> jax.Array:
+def _of_head(tiling: Tiling, head: int, x: jax.Array) -> jax.Array:
     """Its rows among those of `_stack`."""
-    return x[head * plan.block : (head + 1) * plan.block]
+    return x[head * tiling.block : (head + 1) * tiling.block]
 
 
-def _tokens(plan: LinearPlan, tile: jax.Array, block: int, ref) -> jax.Array:
+def _tokens(tiling: Tiling, tile: jax.Array, block: int, ref) -> jax.Array:
     """A block of the tile, zero past the last token: anything may stand there, and zero times anything may be NaN."""
-    x = ref[0, _tokens_of(plan, block)]
-    if not plan.partial:
+    x = ref[0, _tokens_of(tiling, block)]
+    if not tiling.partial:
         return x
-    token = tile * plan.tile + block * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, 1), 0)
-    return jnp.where(token < plan.tokens, x, jnp.zeros_like(x))
+    token = tile * tiling.tile + block * tiling.block + lax.broadcasted_iota(jnp.int32, (tiling.block, 1), 0)
+    return jnp.where(token < tiling.shape.tokens, x, jnp.zeros_like(x))
 
 
-def _stack(plan: LinearPlan, x: jax.Array) -> jax.Array:
+def _stack(tiling: Tiling, x: jax.Array) -> jax.Array:
     """[block, shared lanes] -> [shared block, lanes]."""
-    return jnp.concatenate([x[:, _channels_of(plan, head)] for head in range(plan.shared)], axis=0)
+    return jnp.concatenate([x[:, _channels_of(tiling, head)] for head in range(tiling.shared)], axis=0)
 
 
-def _documents(plan: LinearPlan, refs: types.SimpleNamespace, block: int) -> types.SimpleNamespace:
+def _documents(tiling: Tiling, refs: types.SimpleNamespace, block: int) -> types.SimpleNamespace:
     """What documents hide; without them every field is None.
 
     `same` bool [block, block]; `reads` and `adds` bool [block, 1]: the token's document is that of the state before
     the block, and of the state after it; `keeps` bool [1, 1]: both states are of one document.
     """
-    if not plan.segmented:
+    if not tiling.shape.segmented:
         return types.SimpleNamespace(same=None, reads=None, adds=None, keeps=None)
-    here = _tokens_of(plan, block)
+    here = _tokens_of(tiling, block)
     own = refs.documents[0, 0, 0:1, here]
     before = refs.documents[0, 0, 0:1, here.start - 1 : here.start] if block else refs.documents[0, 0, 1:2, 0:1]
-    column, last = to_column(own), own[:, plan.block - 1 :]
+    column, last = to_column(own), own[:, tiling.block - 1 :]
     return types.SimpleNamespace(same=column == own, reads=column == before, adds=column == last, keeps=before == last)
 
 
-def _visible(plan: LinearPlan, rows: types.SimpleNamespace, scores: jax.Array) -> jax.Array:
+def _visible(tiling: Tiling, rows: types.SimpleNamespace, scores: jax.Array) -> jax.Array:
     """float32 [shared block, block], zero where the key is of a later token or of another document."""
-    square = (plan.block, plan.block)
+    square = (tiling.block, tiling.block)
     visible = lax.broadcasted_iota(jnp.int32, square, 1) <= lax.broadcasted_iota(jnp.int32, square, 0)
     if rows.same is not None:
         visible &= rows.same
-    scores = jnp.where(visible[None], scores.reshape(plan.shared, *square), 0.0)
-    return scores.reshape(plan.rows, plan.block)
+    scores = jnp.where(visible[None], scores.reshape(tiling.shared, *square), 0.0)
+    return scores.reshape(tiling.rows, tiling.block)
 
 
-def _of_rows(plan: LinearPlan, chosen: jax.Array | None, x: jax.Array) -> jax.Array:
+def _of_rows(tiling: Tiling, chosen: jax.Array | None, x: jax.Array) -> jax.Array:
     """The chosen rows of one block, or of every head's; zero elsewhere."""
     if chosen is None:
         return x
-    by_head = x.reshape(-1, plan.block, x.shape[1])
+    by_head = x.reshape(-1, tiling.block, x.shape[1])
     return jnp.where(chosen[None], by_head, jnp.zeros_like(by_head)).reshape(x.shape)
 
 

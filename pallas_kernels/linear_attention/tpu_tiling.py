@@ -1,15 +1,43 @@
-"""How one call of the linear attention kernels is cut into tiles, and the arrays as the kernels see them."""
+"""Which calls the TPU kernels of linear attention take, how one is cut, and the arrays as the kernels see them."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.launch.tpu import LANES
+from pallas_kernels.launch.sizes import LANES, cdiv
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
+
+DTYPES = ("bfloat16", "float32")
+MAX_HEAD_DIM = 256
+_MAX_INITIAL_BYTES = 2**21  # of the initial states of one key head's queries, whose gradients stay in VMEM
+
+
+def unsupported_reason(shape: LinearAttentionShape) -> str | None:
+    """Why the TPU kernels cannot run a call and what comes nearest; None where they can.
+
+    Any T runs; heads are padded to a multiple of 128 channels.
+    """
+    if shape.continued:
+        return "it takes no state; implementation 'xla' does"
+    if shape.key_lag:
+        return f"it takes no key_lag ({shape.key_lag}); shift keys and values instead"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"it takes heads of at most {MAX_HEAD_DIM} channels, got {shape.head_dim}; nearest: {MAX_HEAD_DIM}"
+    states = shape.initial_heads // shape.key_heads
+    if states > 1 and initial_bytes(shape.head_dim, states) > _MAX_INITIAL_BYTES:
+        limit = _MAX_INITIAL_BYTES // initial_bytes(shape.head_dim, 1)
+        return (
+            f"it takes at most {limit} initial states of {shape.head_dim} channels a key head, got {states}; nearest: "
+            f"one for each of {shape.key_heads} key heads"
+        )
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearTiles:
+class Tiles:
     """Sizes of what one kernel step works on."""
 
     tokens: int  # most of a tile, a whole number of blocks; states are saved once a tile
@@ -17,7 +45,7 @@ class LinearTiles:
     rows: int  # most queries of a block, stacked one head above the other
 
 
-def default_tiles(lanes: int, dtype: jnp.dtype) -> LinearTiles:
+def default_tiles(lanes: int, dtype: jnp.dtype) -> Tiles:
     """Tiles that fit 16 MiB of VMEM: the backward pass holds features, scores and both gradients of every row.
 
     Compiled schedules for v5e, 16 heads of 128 channels on 4 key heads in bfloat16, take 4,200 cycles forward and
@@ -25,7 +53,7 @@ def default_tiles(lanes: int, dtype: jnp.dtype) -> LinearTiles:
     256, 4,900 and 11,400; in blocks of 256 tokens, 6,300 and 14,300.
     """
     size = 512 * 256 // (lanes * jnp.dtype(dtype).itemsize)
-    return LinearTiles(tokens=size, block=128, rows=size)
+    return Tiles(tokens=size, block=128, rows=size)
 
 
 def initial_bytes(head_dim: int, initials: int) -> int:
@@ -35,37 +63,41 @@ def initial_bytes(head_dim: int, initials: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearPlan:
-    """Static sizes of one call.
+class Tiling:
+    """How a call is cut.
 
     Kernels see heads padded to `lanes` channels. Features are padded alike, unless both halves fit `lanes` together.
     A step works on a tile of tokens and `shared` of the R = N / K query heads that read one key head.
     """
 
-    batch: int
-    tokens: int
-    heads: int
-    key_heads: int
-    head_dim: int
+    shape: LinearAttentionShape
     lanes: int  # head_dim rounded up to 128
     tile: int
     block: int  # divides tile
     shared: int  # query heads of a step; divides R
-    dtype: jnp.dtype
-    feature_map: str
-    segmented: bool
-    initial_rows: int  # 0 without an initial state, else 1 or `batch`
-    initial_heads: int  # 0, or `key_heads` or `heads`
+
+    @classmethod
+    def of(cls, shape: LinearAttentionShape, tiles: Tiles | None) -> "Tiling":
+        lanes = cdiv(shape.head_dim, LANES) * LANES
+        group = shape.heads_per_key
+        if tiles is None:
+            tiles = default_tiles(lanes, shape.dtype)
+        return cls(
+            shape,
+            lanes,
+            tile=min(tiles.tokens, cdiv(shape.tokens, tiles.block) * tiles.block),
+            block=tiles.block,
+            shared=max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * tiles.block <= tiles.rows)),
+        )
 
     @property
-    def group(self) -> int:
-        """R."""
-        return self.heads // self.key_heads
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.shape.dtype)
 
     @property
     def parts(self) -> int:
         """Steps that take the queries of one tile and key head."""
-        return self.group // self.shared
+        return self.shape.heads_per_key // self.shared
 
     @property
     def rows(self) -> int:
@@ -79,17 +111,17 @@ class LinearPlan:
 
     @property
     def tiles(self) -> int:
-        return -(-self.tokens // self.tile)
+        return -(-self.shape.tokens // self.tile)
 
     @property
     def partial(self) -> bool:
         """Whether the last tile has rows past the last token, which hold anything."""
-        return self.tokens % self.tile != 0
+        return self.shape.tokens % self.tile != 0
 
     @property
     def folded(self) -> bool:
         """Whether m(-x) stands in the lanes that m(x) leaves free."""
-        return 2 * self.head_dim <= self.lanes
+        return 2 * self.shape.head_dim <= self.lanes
 
     @property
     def features(self) -> int:
@@ -99,79 +131,50 @@ class LinearPlan:
     @property
     def initials(self) -> int:
         """Initial states that the queries of one key head read: 0, 1 or R."""
-        return self.initial_heads // self.key_heads
+        return self.shape.initial_heads // self.shape.key_heads
 
     @property
     def initials_per_step(self) -> int:
         return min(self.initials, self.shared)
 
 
-def make_plan(
-    query: jax.Array,
-    key: jax.Array,
-    *,
-    feature_map: str,
-    initial_state: jax.Array | None,
-    segmented: bool,
-    tiles: LinearTiles | None,
-) -> LinearPlan:
-    batch, tokens, heads, head_dim = query.shape
-    key_heads = key.shape[2]
-    lanes = -(-head_dim // LANES) * LANES
-    group = heads // key_heads
-    if tiles is None:
-        tiles = default_tiles(lanes, query.dtype)
-    return LinearPlan(
-        batch=batch,
-        tokens=tokens,
-        heads=heads,
-        key_heads=key_heads,
-        head_dim=head_dim,
-        lanes=lanes,
-        tile=min(tiles.tokens, -(-tokens // tiles.block) * tiles.block),
-        block=tiles.block,
-        shared=max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * tiles.block <= tiles.rows)),
-        dtype=jnp.dtype(query.dtype),
-        feature_map=feature_map,
-        segmented=segmented,
-        initial_rows=0 if initial_state is None else initial_state.shape[0],
-        initial_heads=0 if initial_state is None else initial_state.shape[1],
-    )
-
-
-def to_columns(plan: LinearPlan, x: jax.Array) -> jax.Array:
+def to_columns(tiling: Tiling, x: jax.Array) -> jax.Array:
     """[B, T, n, H] -> [B, T, n lanes]."""
-    x = jnp.pad(x, [(0, 0)] * 3 + [(0, plan.lanes - plan.head_dim)])
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, tiling.lanes - tiling.shape.head_dim)])
     return x.reshape(*x.shape[:2], -1)
 
 
-def from_columns(plan: LinearPlan, x: jax.Array) -> jax.Array:
+def from_columns(tiling: Tiling, x: jax.Array) -> jax.Array:
     """[B, T, n lanes] -> [B, T, n, H]."""
-    return x.reshape(*x.shape[:2], -1, plan.lanes)[..., : plan.head_dim]
+    return x.reshape(*x.shape[:2], -1, tiling.lanes)[..., : tiling.shape.head_dim]
 
 
-def pad_state(plan: LinearPlan, state: jax.Array) -> jax.Array:
+def pad_state(tiling: Tiling, state: jax.Array) -> jax.Array:
     """[b, n, 2 H, H] -> [b, n, features, lanes]."""
-    free = plan.lanes - plan.head_dim
-    if plan.folded:
-        return jnp.pad(state, [(0, 0), (0, 0), (0, plan.features - 2 * plan.head_dim), (0, free)])
-    halves = state.reshape(*state.shape[:2], 2, plan.head_dim, plan.head_dim)
-    return jnp.pad(halves, [(0, 0)] * 3 + [(0, free)] * 2).reshape(*state.shape[:2], plan.features, plan.lanes)
+    free = tiling.lanes - tiling.shape.head_dim
+    if tiling.folded:
+        return jnp.pad(state, [(0, 0), (0, 0), (0, tiling.features - 2 * tiling.shape.head_dim), (0, free)])
+    halves = state.reshape(*state.shape[:2], 2, tiling.shape.head_dim, tiling.shape.head_dim)
+    return jnp.pad(halves, [(0, 0)] * 3 + [(0, free)] * 2).reshape(*state.shape[:2], tiling.features, tiling.lanes)
 
 
-def unpad_state(plan: LinearPlan, state: jax.Array) -> jax.Array:
+def unpad_state(tiling: Tiling, state: jax.Array) -> jax.Array:
     """[b, n, features, lanes] -> [b, n, 2 H, H]."""
-    if plan.folded:
-        return state[:, :, : 2 * plan.head_dim, : plan.head_dim]
-    halves = state.reshape(*state.shape[:2], 2, plan.lanes, plan.lanes)[..., : plan.head_dim, : plan.head_dim]
-    return halves.reshape(*state.shape[:2], 2 * plan.head_dim, plan.head_dim)
+    if tiling.folded:
+        return state[:, :, : 2 * tiling.shape.head_dim, : tiling.shape.head_dim]
+    halves = state.reshape(*state.shape[:2], 2, tiling.lanes, tiling.lanes)[
+        ..., : tiling.shape.head_dim, : tiling.shape.head_dim
+    ]
+    return halves.reshape(*state.shape[:2], 2 * tiling.shape.head_dim, tiling.shape.head_dim)
 
 
-def document_rows(plan: LinearPlan, documents: jax.Array | None) -> jax.Array | None:
+def document_rows(tiling: Tiling, segment_ids: jax.Array | None) -> jax.Array | None:
     """int32 [B, tiles, 2, tile]: the document of each token, and in every column that of the token before the tile."""
-    if documents is None:
+    if segment_ids is None:
         return None
-    own = jnp.pad(documents.astype(jnp.int32), ((0, 0), (0, plan.tiles * plan.tile - plan.tokens)), mode="edge")
-    own = own.reshape(plan.batch, plan.tiles, plan.tile)
+    own = jnp.pad(
+        segment_ids.astype(jnp.int32), ((0, 0), (0, tiling.tiles * tiling.tile - tiling.shape.tokens)), mode="edge"
+    )
+    own = own.reshape(tiling.shape.batch, tiling.tiles, tiling.tile)
     before = jnp.concatenate([own[:, :1, :1], own[:, :-1, -1:]], axis=1)
     return jnp.stack([own, jnp.broadcast_to(before, own.shape)], axis=2)

@@ -19,7 +19,7 @@ from pallas_kernels.linear_attention.triton_features import (
     store_rows,
 )
 from pallas_kernels.linear_attention.triton_outputs import block_tokens, initial_of
-from pallas_kernels.linear_attention.triton_tiling import LinearProblem
+from pallas_kernels.linear_attention.triton_tiling import Tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -197,23 +197,26 @@ def _dot_transposed(left, right, acc, PRECISION: tl.constexpr):
     return tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
 
 
-def keys_launch(p: LinearProblem) -> Launch:
+def keys_launch(tiling: Tiling) -> Launch:
     """`linear_attention_keys`; the inputs are those of the kernel in their order, as they are below."""
-    return _launch(p, linear_attention_keys, 2, p.key_heads, p.padded // p.columns, p.stages)
+    return _launch(
+        tiling, linear_attention_keys, 2, tiling.shape.key_heads, tiling.padded // tiling.columns, tiling.stages
+    )
 
 
-def queries_launch(p: LinearProblem) -> Launch:
+def queries_launch(tiling: Tiling) -> Launch:
     """`linear_attention_queries`."""
-    return _launch(p, linear_attention_queries, 1, p.num_heads, 1, 1, p.initial_constants())
+    return _launch(tiling, linear_attention_queries, 1, tiling.shape.num_heads, 1, 1, tiling.initial_constants())
 
 
-def _launch(p: LinearProblem, kernel, count: int, heads: int, parts: int, stages: int, more=()) -> Launch:
+def _launch(tiling: Tiling, kernel, count: int, heads: int, parts: int, stages: int, more=()) -> Launch:
     return Launch(
         kernel=kernel,
-        grid=(p.blocks * p.key_heads * parts, p.batch),
-        integers=(p.tokens,),
-        outputs=(((p.batch, p.tokens, heads, p.head_dim), p.dtype),) * count,
-        constants=(*p.constants(), *more),
-        num_warps=8 if p.padded > 64 else 4,
+        grid=(tiling.blocks * tiling.shape.key_heads * parts, tiling.shape.batch),
+        integers=(tiling.shape.tokens,),
+        outputs=(((tiling.shape.batch, tiling.shape.tokens, heads, tiling.shape.head_dim), tiling.shape.dtype),)
+        * count,
+        constants=(*tiling.constants(), *more),
+        num_warps=8 if tiling.padded > 64 else 4,
         num_stages=stages,
     )

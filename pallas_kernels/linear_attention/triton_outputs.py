@@ -13,7 +13,7 @@ from pallas_kernels.linear_attention.triton_features import (
     tokens_of,
 )
 from pallas_kernels.linear_attention.triton_states import document_before
-from pallas_kernels.linear_attention.triton_tiling import LinearProblem
+from pallas_kernels.linear_attention.triton_tiling import Tiling
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -109,14 +109,19 @@ def initial_of(
     return initial + (place + (k if INITIAL_HEADS == K else n)) * (2 * H * H)
 
 
-def outputs_launch(p: LinearProblem) -> Launch:
+def outputs_launch(tiling: Tiling) -> Launch:
     """`linear_attention_outputs`; the inputs are those of the kernel in their order."""
     return Launch(
         kernel=linear_attention_outputs,
-        grid=(p.blocks * p.key_heads * (p.padded // p.columns), p.batch),
-        integers=(p.tokens,),
-        outputs=(((p.batch, p.tokens, p.num_heads, p.head_dim), p.dtype),),
-        constants=(*p.constants(), ("HEADS", p.stacked), *p.initial_constants()),
-        num_warps=8 if p.padded > 64 else 4,
-        num_stages=1 if p.initial_heads else p.stages,
+        grid=(tiling.blocks * tiling.shape.key_heads * (tiling.padded // tiling.columns), tiling.shape.batch),
+        integers=(tiling.shape.tokens,),
+        outputs=(
+            (
+                (tiling.shape.batch, tiling.shape.tokens, tiling.shape.num_heads, tiling.shape.head_dim),
+                tiling.shape.dtype,
+            ),
+        ),
+        constants=(*tiling.constants(), ("HEADS", tiling.stacked), *tiling.initial_constants()),
+        num_warps=8 if tiling.padded > 64 else 4,
+        num_stages=1 if tiling.shape.initial_heads else tiling.stages,
     )

@@ -13,10 +13,10 @@ which costs less than to write and read float32 sums of every block.
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch.arithmetic import cdiv
+from pallas_kernels.launch.sizes import cdiv
 from pallas_kernels.launch.triton import Launch
 from pallas_kernels.linear_attention.triton_features import half_features, load_rows, tokens_of
-from pallas_kernels.linear_attention.triton_tiling import LinearProblem
+from pallas_kernels.linear_attention.triton_tiling import Tiling
 
 _SCAN_ELEMENTS = 512
 
@@ -197,51 +197,61 @@ def document_before(documents, row, block, tokens, BLOCK: tl.constexpr):
     return tl.load(documents + row * tokens + tl.maximum(tl.minimum(block * BLOCK, tokens) - 1, 0))
 
 
-def totals_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
+def totals_launch(tiling: Tiling, heads: int, reverse: bool) -> Launch:
     """`linear_attention_totals` for x and y of `heads` heads; the inputs are those of the kernel in their order."""
-    outputs = (((p.batch, p.key_heads, p.segments, 2, p.padded, p.padded), "float32"),)
-    return _sums_launch(p, heads, reverse, linear_attention_totals, outputs)
-
-
-def states_launch(p: LinearProblem, heads: int, reverse: bool) -> Launch:
-    """`linear_attention_states` for x and y of `heads` heads."""
-    whole = p.segments == 1
     outputs = (
-        ((p.batch, p.key_heads, p.blocks, 2, p.padded, p.padded), p.dtype),
-        ((p.batch, p.key_heads, 2 * p.head_dim, p.head_dim) if whole else (1, 1, 1, 1), "float32"),
+        ((tiling.shape.batch, tiling.shape.key_heads, tiling.segments, 2, tiling.padded, tiling.padded), "float32"),
     )
-    return _sums_launch(p, heads, reverse, linear_attention_states, outputs, (("WHOLE", whole),))
+    return _sums_launch(tiling, heads, reverse, linear_attention_totals, outputs)
 
 
-def _sums_launch(p: LinearProblem, heads: int, reverse: bool, kernel, outputs, more=()) -> Launch:
+def states_launch(tiling: Tiling, heads: int, reverse: bool) -> Launch:
+    """`linear_attention_states` for x and y of `heads` heads."""
+    whole = tiling.segments == 1
+    outputs = (
+        (
+            (tiling.shape.batch, tiling.shape.key_heads, tiling.blocks, 2, tiling.padded, tiling.padded),
+            tiling.shape.dtype,
+        ),
+        (
+            (tiling.shape.batch, tiling.shape.key_heads, 2 * tiling.shape.head_dim, tiling.shape.head_dim)
+            if whole
+            else (1, 1, 1, 1),
+            "float32",
+        ),
+    )
+    return _sums_launch(tiling, heads, reverse, linear_attention_states, outputs, (("WHOLE", whole),))
+
+
+def _sums_launch(tiling: Tiling, heads: int, reverse: bool, kernel, outputs, more=()) -> Launch:
     more = (("N", heads), ("REVERSE", reverse), *more)
     return Launch(
         kernel=kernel,
-        grid=(p.segments * p.key_heads * 2 * (p.padded // p.columns), p.batch),
-        integers=(p.tokens, p.span),
+        grid=(tiling.segments * tiling.shape.key_heads * 2 * (tiling.padded // tiling.columns), tiling.shape.batch),
+        integers=(tiling.shape.tokens, tiling.span),
         outputs=outputs,
-        constants=tuple((dict(p.constants()) | dict(more)).items()),
-        num_warps=8 if p.padded * p.columns >= 128 * 64 else 4,
-        num_stages=2 if p.dtype != "float32" else 1,
+        constants=tuple((dict(tiling.constants()) | dict(more)).items()),
+        num_warps=8 if tiling.padded * tiling.columns >= 128 * 64 else 4,
+        num_stages=2 if tiling.shape.dtype != "float32" else 1,
     )
 
 
-def scan_launch(p: LinearProblem, reverse: bool) -> Launch:
-    elements = min(_SCAN_ELEMENTS, 2 * p.padded**2)
+def scan_launch(tiling: Tiling, reverse: bool) -> Launch:
+    elements = min(_SCAN_ELEMENTS, 2 * tiling.padded**2)
     return Launch(
         kernel=linear_attention_scan,
-        grid=(p.key_heads * cdiv(2 * p.padded**2, elements), p.batch),
-        integers=(p.tokens, p.span),
+        grid=(tiling.shape.key_heads * cdiv(2 * tiling.padded**2, elements), tiling.shape.batch),
+        integers=(tiling.shape.tokens, tiling.span),
         outputs=(
-            ((p.batch, p.key_heads, p.segments, 2, p.padded, p.padded), "float32"),
-            ((p.batch, p.key_heads, 2 * p.head_dim, p.head_dim), "float32"),
+            ((tiling.shape.batch, tiling.shape.key_heads, tiling.segments, 2, tiling.padded, tiling.padded), "float32"),
+            ((tiling.shape.batch, tiling.shape.key_heads, 2 * tiling.shape.head_dim, tiling.shape.head_dim), "float32"),
         ),
         constants=(
-            ("K", p.key_heads),
-            ("H", p.head_dim),
-            ("P", p.padded),
-            ("BLOCK", p.block),
-            ("SEGMENTED", p.segmented),
+            ("K", tiling.shape.key_heads),
+            ("H", tiling.shape.head_dim),
+            ("P", tiling.padded),
+            ("BLOCK", tiling.block),
+            ("SEGMENTED", tiling.shape.segmented),
             ("REVERSE", reverse),
             ("ELEMENTS", elements),
         ),

@@ -21,25 +21,34 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn_fmha
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.attention.shape import AttentionShape
+from pallas_kernels.rat.shape import RatShape
 
 _LN_2 = math.log(2)
 
 
-def refusal(p: Problem) -> str | None:
-    """Why cuDNN cannot run this problem and what comes nearest, or None where it can."""
-    if p.segmented or p.continued:
-        return "packed or continued rows: chunks must begin at multiples of chunk_size in every row"
-    if p.num_heads % p.num_groups:
-        return f"num_heads must be a multiple of num_groups, got {p.num_heads} and {p.num_groups}"
-    if p.slots <= cudnn_fmha.MIN_TOKENS:
-        least = cudnn_fmha.MIN_TOKENS * p.chunk_size + 1
-        return f"{p.tokens} tokens are too few chunks with earlier ones; the least are {least}"
-    return cudnn_fmha.refusal(p.dtype, p.slots - 1, p.num_heads * p.chunk_size, p.head_dim)
+def unsupported_reason(shape: RatShape) -> str | None:
+    """Why cuDNN cannot run the attention of a call and what comes nearest; None where it can."""
+    if shape.segmented or shape.continued:
+        return "it takes neither packed documents nor a state; implementation 'triton' does"
+    if shape.num_chunks <= cudnn_fmha.MIN_TOKENS:
+        min_tokens = cudnn_fmha.MIN_TOKENS * shape.chunk_size + 1
+        return f"{shape.tokens} tokens are too few chunks with earlier ones; the least are {min_tokens}"
+    return cudnn_fmha.unsupported_reason(
+        AttentionShape(
+            shape.batch,
+            shape.num_chunks - 1,
+            shape.num_heads * shape.chunk_size,
+            shape.num_heads,
+            shape.head_dim,
+            shape.dtype,
+            capability=shape.capability,
+        )
+    )
 
 
 def forward(
-    p: Problem,
+    shape: RatShape,
     projected: jax.Array,
     running_values: jax.Array,
     own_scores: jax.Array,
@@ -50,7 +59,7 @@ def forward(
     """The mixed output [B, T, D] and lse [B, N, T] float32.
 
     Args:
-      p: sizes for which `refusal` has no reason.
+      shape: sizes for which `unsupported_reason` has no reason.
       projected: [B, T, 3 D + 2 G H], of which z is read.
       running_values: [B, T, N, H], v~.
       own_scores: [B, N, T] float32, in powers of two.
@@ -58,20 +67,20 @@ def forward(
       summary_keys, summary_values: [B, C, N, H].
     """
     earlier, log_sum_exp = cudnn_fmha.forward(
-        _fold_queries(p, rotated_queries), *_earlier(summary_keys, summary_values), scale=_LN_2
+        _fold_queries(shape, rotated_queries), *_earlier(summary_keys, summary_values), scale=_LN_2
     )
-    log_sum_exp = _unfold_sums(p, log_sum_exp / _LN_2, -jnp.inf)
+    log_sum_exp = _unfold_sums(shape, log_sum_exp / _LN_2, -jnp.inf)
     lse = jnp.logaddexp2(own_scores, log_sum_exp)
     weight = jnp.exp2(own_scores - lse).transpose(0, 2, 1)[..., None]
     own = weight * running_values.astype(jnp.float32)
-    mixed = own + (1.0 - weight) * _unfold(p, earlier).astype(jnp.float32)
-    z = projected[..., : p.width].astype(jnp.float32)
-    out = jax.nn.sigmoid(z) * mixed.reshape(p.batch, p.tokens, p.width)
+    mixed = own + (1.0 - weight) * _unfold(shape, earlier).astype(jnp.float32)
+    z = projected[..., : shape.width].astype(jnp.float32)
+    out = jax.nn.sigmoid(z) * mixed.reshape(shape.batch, shape.tokens, shape.width)
     return out.astype(projected.dtype), lse
 
 
 def backward(
-    p: Problem,
+    shape: RatShape,
     d_heads: jax.Array,
     delta: jax.Array,
     lse: jax.Array,
@@ -84,7 +93,7 @@ def backward(
     """The gradients of queries, own scores and summaries, and the weights of the own pairs.
 
     Args:
-      p: sizes for which `refusal` has no reason.
+      shape: sizes for which `unsupported_reason` has no reason.
       d_heads: [B, T, N, H], do.
       delta: [B, N, T] float32, do . o.
       lse: [B, N, T] float32, as `forward` returns it.
@@ -100,18 +109,18 @@ def backward(
     parallel = jnp.where(norms > 0, delta.transpose(0, 2, 1) / jnp.where(norms > 0, norms, 1.0), 0.0)
     out = (parallel[..., None] * wide).astype(d_heads.dtype)
     d_queries, d_keys, d_values = cudnn_fmha.backward(
-        _fold_queries(p, rotated_queries),
+        _fold_queries(shape, rotated_queries),
         *_earlier(summary_keys, summary_values),
-        _fold(p, out),
-        _fold_sums(p, lse * _LN_2),
-        _fold(p, d_heads),
+        _fold(shape, out),
+        _fold_sums(shape, lse * _LN_2),
+        _fold(shape, d_heads),
         scale=_LN_2,
     )
-    scale = 1 / math.sqrt(p.head_dim)
+    scale = 1 / math.sqrt(shape.head_dim)
     own_weights = jnp.exp2(own_scores - lse)
     d_own_scores = own_weights * (own_products - delta) * scale
-    grouped = _unfold(p, d_queries).astype(jnp.float32)
-    grouped = grouped.reshape(p.batch, p.tokens, p.heads_per_group, p.num_groups, p.head_dim)
+    grouped = _unfold(shape, d_queries).astype(jnp.float32)
+    grouped = grouped.reshape(shape.batch, shape.tokens, shape.heads_per_group, shape.num_groups, shape.head_dim)
     d_rotated_queries = grouped.sum(axis=2) * (scale / _LN_2)
     # The last slot has no later chunk.
     d_keys, d_values = (jnp.pad(x.astype(jnp.float32), _LAST_SLOT) for x in (d_keys, d_values))
@@ -125,38 +134,42 @@ def _earlier(summary_keys: jax.Array, summary_values: jax.Array) -> tuple[jax.Ar
     return summary_keys[:, :-1], summary_values[:, :-1]
 
 
-def _fold(p: Problem, x: jax.Array) -> jax.Array:
+def _fold(shape: RatShape, x: jax.Array) -> jax.Array:
     """[B, T, N, H] without its first chunk as [B, C - 1, N L, H]; the tokens that the last chunk lacks are zero."""
-    missing = p.slots * p.chunk_size - p.tokens
-    x = jnp.pad(x[:, p.chunk_size :], ((0, 0), (0, missing), (0, 0), (0, 0)))
-    x = x.reshape(p.batch, p.slots - 1, p.chunk_size, p.num_heads, p.head_dim)
-    return x.transpose(0, 1, 3, 2, 4).reshape(p.batch, p.slots - 1, p.num_heads * p.chunk_size, p.head_dim)
+    missing = shape.num_chunks * shape.chunk_size - shape.tokens
+    x = jnp.pad(x[:, shape.chunk_size :], ((0, 0), (0, missing), (0, 0), (0, 0)))
+    x = x.reshape(shape.batch, shape.num_chunks - 1, shape.chunk_size, shape.num_heads, shape.head_dim)
+    return x.transpose(0, 1, 3, 2, 4).reshape(
+        shape.batch, shape.num_chunks - 1, shape.num_heads * shape.chunk_size, shape.head_dim
+    )
 
 
-def _fold_queries(p: Problem, rotated_queries: jax.Array) -> jax.Array:
+def _fold_queries(shape: RatShape, rotated_queries: jax.Array) -> jax.Array:
     """Queries of groups for every head, folded: head n has those of group n mod G."""
-    shape = (p.batch, p.tokens, p.heads_per_group, p.num_groups, p.head_dim)
-    queries = jnp.broadcast_to(rotated_queries[:, :, None], shape)
-    return _fold(p, queries.reshape(p.batch, p.tokens, p.num_heads, p.head_dim))
+    heads = (shape.batch, shape.tokens, shape.heads_per_group, shape.num_groups, shape.head_dim)
+    queries = jnp.broadcast_to(rotated_queries[:, :, None], heads)
+    return _fold(shape, queries.reshape(shape.batch, shape.tokens, shape.num_heads, shape.head_dim))
 
 
-def _unfold(p: Problem, x: jax.Array) -> jax.Array:
+def _unfold(shape: RatShape, x: jax.Array) -> jax.Array:
     """The inverse of `_fold`, zero in the first chunk."""
-    x = x.reshape(p.batch, p.slots - 1, p.num_heads, p.chunk_size, p.head_dim).transpose(0, 1, 3, 2, 4)
-    x = x.reshape(p.batch, (p.slots - 1) * p.chunk_size, p.num_heads, p.head_dim)
-    return jnp.pad(x, ((0, 0), (p.chunk_size, 0), (0, 0), (0, 0)))[:, : p.tokens]
+    x = x.reshape(shape.batch, shape.num_chunks - 1, shape.num_heads, shape.chunk_size, shape.head_dim).transpose(
+        0, 1, 3, 2, 4
+    )
+    x = x.reshape(shape.batch, (shape.num_chunks - 1) * shape.chunk_size, shape.num_heads, shape.head_dim)
+    return jnp.pad(x, ((0, 0), (shape.chunk_size, 0), (0, 0), (0, 0)))[:, : shape.tokens]
 
 
-def _fold_sums(p: Problem, x: jax.Array) -> jax.Array:
+def _fold_sums(shape: RatShape, x: jax.Array) -> jax.Array:
     """[B, N, T] without its first chunk as [B, N L, C - 1]."""
-    missing = p.slots * p.chunk_size - p.tokens
-    x = jnp.pad(x[:, :, p.chunk_size :], ((0, 0), (0, 0), (0, missing)))
-    x = x.reshape(p.batch, p.num_heads, p.slots - 1, p.chunk_size).transpose(0, 1, 3, 2)
-    return x.reshape(p.batch, p.num_heads * p.chunk_size, p.slots - 1)
+    missing = shape.num_chunks * shape.chunk_size - shape.tokens
+    x = jnp.pad(x[:, :, shape.chunk_size :], ((0, 0), (0, 0), (0, missing)))
+    x = x.reshape(shape.batch, shape.num_heads, shape.num_chunks - 1, shape.chunk_size).transpose(0, 1, 3, 2)
+    return x.reshape(shape.batch, shape.num_heads * shape.chunk_size, shape.num_chunks - 1)
 
 
-def _unfold_sums(p: Problem, x: jax.Array, first: float) -> jax.Array:
+def _unfold_sums(shape: RatShape, x: jax.Array, first: float) -> jax.Array:
     """The inverse of `_fold_sums`, `first` in the first chunk."""
-    x = x.reshape(p.batch, p.num_heads, p.chunk_size, p.slots - 1).transpose(0, 1, 3, 2)
-    x = x.reshape(p.batch, p.num_heads, (p.slots - 1) * p.chunk_size)
-    return jnp.pad(x, ((0, 0), (0, 0), (p.chunk_size, 0)), constant_values=first)[:, :, : p.tokens]
+    x = x.reshape(shape.batch, shape.num_heads, shape.chunk_size, shape.num_chunks - 1).transpose(0, 1, 3, 2)
+    x = x.reshape(shape.batch, shape.num_heads, (shape.num_chunks - 1) * shape.chunk_size)
+    return jnp.pad(x, ((0, 0), (0, 0), (shape.chunk_size, 0)), constant_values=first)[:, :, : shape.tokens]

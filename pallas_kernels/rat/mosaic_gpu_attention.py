@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.arithmetic import LOG2_E
-from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
-from pallas_kernels.rat.mosaic_gpu_tiling import check, fill_slots, fill_tokens, filled
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import LOG2_E, ROWS
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.shape import RatShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ def rat_attention_forward_mosaic(
     values_consumed,
     turn,
     *,
-    p: Problem,
+    shape: RatShape,
     order: launch.Order,
     blocks: Blocks,
 ):
     """One program computes COMPUTE_GROUPS * ROWS tokens for the heads of a group, which share the query."""
-    L, BK = p.chunk_size, blocks.keys
+    L, BK = shape.chunk_size, blocks.keys
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
@@ -94,12 +94,12 @@ def rat_attention_forward_mosaic(
             return lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
 
         def load_head(j):
-            n, mine = g + j * p.num_groups, buffer_of(j)
+            n, mine = g + j * shape.num_groups, buffer_of(j)
             plgpu.copy_gmem_to_smem(running_values.at[row, at, n], own_value_tiles.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(projected.at[row, at, n], gate_tiles.at[mine], head_loaded.at[mine])
 
         def load_own(j):
-            n = g + jnp.minimum(j, p.heads_per_group - 1) * p.num_groups
+            n = g + jnp.minimum(j, shape.heads_per_group - 1) * shape.num_groups
             return launch.load_rows(own_scores.at[row, n, at], 1, optimized=False)
 
         if blocks.heads > 1:
@@ -112,7 +112,7 @@ def rat_attention_forward_mosaic(
             await_turn()
 
         def attend_head(j, own):
-            n, mine = g + j * p.num_groups, buffer_of(j)
+            n, mine = g + j * shape.num_groups, buffer_of(j)
             if blocks.heads == 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the gate's memory
                 load_head(j)
@@ -153,13 +153,13 @@ def rat_attention_forward_mosaic(
                 return acc, largest, total
 
             whole = lax.div(lax.div(start, L), BK)
-            carry = (launch.zeros((ROWS, p.head_dim)), own, launch.row_zeros(ROWS) + 1.0)
+            carry = (launch.zeros((ROWS, shape.head_dim)), own, launch.row_zeros(ROWS) + 1.0)
             carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
             acc, largest, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
 
             if blocks.heads > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
-                pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
+                pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
             plgpu.barrier_wait(head_loaded.at[mine])
             own_value, gate = own_value_tiles.at[mine], gate_tiles.at[mine]
             inverse = 1.0 / total
@@ -174,7 +174,7 @@ def rat_attention_forward_mosaic(
             lse.at[row, n, at][...] = largest + jnp.log(total) * LOG2_E
             return next_own
 
-        lax.fori_loop(0, p.heads_per_group, attend_head, load_own(jnp.int32(0)))
+        lax.fori_loop(0, shape.heads_per_group, attend_head, load_own(jnp.int32(0)))
 
         @pl.when(group == 0)
         def _first_group_is_half_a_tile_ahead():
@@ -188,7 +188,7 @@ def rat_attention_forward_mosaic(
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
         def place(step):
-            n = g + lax.div(step, tiles) * p.num_groups
+            n = g + lax.div(step, tiles) * shape.num_groups
             return lax.rem(step, blocks.stages), (row, pl.ds(lax.rem(step, tiles) * BK, BK), n)
 
         def fill_keys(step):
@@ -200,36 +200,36 @@ def rat_attention_forward_mosaic(
             plgpu.copy_gmem_to_smem(values.at[at], value_ring.at[stage], values_filled.at[stage])
 
         launch.produce(
-            tiles * p.heads_per_group,
+            tiles * shape.heads_per_group,
             blocks.stages,
             (keys_consumed, fill_keys),
             (values_consumed, fill_values),
         )
 
 
-def blocks_of(p: Problem) -> Blocks:
+def blocks_of(shape: RatShape) -> Blocks:
     """Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row; the borders between them are not."""
-    if p.slots <= 512:
+    if shape.num_chunks <= 512:
         return Blocks(64, 2, 2, True)
-    return Blocks(128, 2, 1, turns=p.slots > 2048)
+    return Blocks(128, 2, 1, turns=shape.num_chunks > 2048)
 
 
-def attend(p: Problem, projected, running_values, own_scores, queries, keys, values, blocks=None):
-    """The gated heads [B, T, N, H] and the log-sum-exp of a problem whose tokens and slots fill whole tiles."""
-    dtype = jnp.dtype(p.dtype)
-    blocks = blocks or blocks_of(p)
-    order = launch.Order(p.tokens // (COMPUTE_GROUPS * ROWS), p.batch, p.num_groups)
-    rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, p.head_dim), (blocks.stages, blocks.keys, p.head_dim)
+def attend(shape: RatShape, projected, running_values, own_scores, queries, keys, values, blocks=None):
+    """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
+    blocks = blocks or blocks_of(shape)
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
+    rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
-        functools.partial(rat_attention_forward_mosaic, p=p, order=order, blocks=blocks),
+        functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks),
         name=rat_attention_forward_mosaic.__name__,
         programs=order.programs,
         out_type=(
-            jax.ShapeDtypeStruct((p.batch, p.tokens, p.num_heads, p.head_dim), dtype),
-            jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32),
+            jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.num_heads, shape.head_dim), dtype),
+            jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
         ),
         scratch_types=(
-            launch.tiled((COMPUTE_GROUPS, ROWS, p.head_dim), dtype),
+            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
             launch.tiled(rows, dtype),
             launch.tiled(rows, dtype),
             launch.tiled(ring, dtype),
@@ -246,7 +246,7 @@ def attend(p: Problem, projected, running_values, own_scores, queries, keys, val
 
 
 def forward(
-    p: Problem,
+    shape: RatShape,
     projected: jax.Array,
     running_values: jax.Array,
     own_scores: jax.Array,
@@ -254,29 +254,25 @@ def forward(
     summary_keys: jax.Array,
     summary_values: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gated output [B, T, D] in the problem's dtype, and the log-sum-exp [B, N, T] float32, in powers of two.
+    """The gated output [B, T, D] in the dtype of `projected`, and the log-sum-exp [B, N, T] float32, in powers of two.
 
     Args:
-      p: sizes.
+      shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
       projected: [B, T, 3 D + 2 G H], of which z, the first D, is read.
       running_values: [B, T, N, H].
       own_scores: [B, N, T] float32, in powers of two.
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
-
-    Raises:
-      NotImplementedError: sizes that `problem.refusal` gives a reason for.
     """
-    check(p)
-    heads = projected.reshape(p.batch, p.tokens, -1, p.head_dim)
+    heads = projected.reshape(shape.batch, shape.tokens, -1, shape.head_dim)
     out, lse = attend(
-        filled(p),
-        fill_tokens(p, heads, 1),
-        fill_tokens(p, running_values, 1),
-        fill_tokens(p, own_scores, 2),
-        fill_tokens(p, rotated_queries, 1),
-        fill_slots(p, summary_keys),
-        fill_slots(p, summary_values),
+        padded(shape),
+        pad_tokens(shape, heads, 1),
+        pad_tokens(shape, running_values, 1),
+        pad_tokens(shape, own_scores, 2),
+        pad_tokens(shape, rotated_queries, 1),
+        pad_summaries(shape, summary_keys),
+        pad_summaries(shape, summary_values),
     )
-    return out[:, : p.tokens].reshape(p.batch, p.tokens, p.width), lse[:, :, : p.tokens]
+    return out[:, : shape.tokens].reshape(shape.batch, shape.tokens, shape.width), lse[:, :, : shape.tokens]

@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
-from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP, ROWS
-from pallas_kernels.rat.mosaic_gpu_tiling import check, fill_slots, fill_tokens, filled
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import ROWS
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.shape import RatShape
 
 # Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row.
 QUERIES = 64  # tokens of a tile that the gradients of summaries are summed over
@@ -49,17 +50,17 @@ def rat_summaries_backward_mosaic(
     filled,
     consumed,
     *,
-    p: Problem,
+    shape: RatShape,
     order: launch.Order,
 ):
     """One program sums COMPUTE_GROUPS * ROWS summaries of a head over all tokens that see them, the last tokens first.
 
     Programs that run at the same time thus read the same tokens at the same time, whatever their first one is.
     """
-    L, BQ = p.chunk_size, QUERIES
+    L, BQ = shape.chunk_size, QUERIES
     block, row, n = order.place(lax.axis_index("program"))
-    g = lax.rem(n, p.num_groups)
-    tiles = p.tokens // BQ
+    g = lax.rem(n, shape.num_groups)
+    tiles = shape.tokens // BQ
     first_slot = block * (COMPUTE_GROUPS * ROWS)
     steps = jnp.maximum(tiles - lax.div((first_slot + 1) * L, BQ), 0)
     group = lax.axis_index("group")
@@ -103,7 +104,7 @@ def rat_summaries_backward_mosaic(
         # From which step on some, and all, of this group's summaries are hidden.
         some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
         every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
-        carry = (launch.zeros((ROWS, p.head_dim)), launch.zeros((ROWS, p.head_dim)))
+        carry = (launch.zeros((ROWS, shape.head_dim)), launch.zeros((ROWS, shape.head_dim)))
         carry = lax.fori_loop(0, some, functools.partial(add_tile, masked=False), carry)
         d_k, d_v = lax.fori_loop(some, every, functools.partial(add_tile, masked=True), carry)
 
@@ -130,18 +131,18 @@ def rat_summaries_backward_mosaic(
         launch.produce(steps, QUERY_STAGES, (consumed, fill))
 
 
-def summaries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
-    """dK and dV, float32, of a problem whose tokens and slots fill whole tiles."""
-    dtype = jnp.dtype(p.dtype)
+def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+    """dK and dV, float32, of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
     slots = keys.shape[1]
-    order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), p.batch, p.num_heads)
-    tile, ring = (COMPUTE_GROUPS, ROWS, p.head_dim), (QUERY_STAGES, QUERIES, p.head_dim)
-    shape = jax.ShapeDtypeStruct((p.batch, slots, p.num_heads, p.head_dim), jnp.float32)
+    order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_heads)
+    tile, ring = (COMPUTE_GROUPS, ROWS, shape.head_dim), (QUERY_STAGES, QUERIES, shape.head_dim)
+    summaries = jax.ShapeDtypeStruct((shape.batch, slots, shape.num_heads, shape.head_dim), jnp.float32)
     return launch.kernel(
-        functools.partial(rat_summaries_backward_mosaic, p=p, order=order),
+        functools.partial(rat_summaries_backward_mosaic, shape=shape, order=order),
         name=rat_summaries_backward_mosaic.__name__,
         programs=order.programs,
-        out_type=(shape, shape),
+        out_type=(summaries, summaries),
         scratch_types=(
             launch.tiled(tile, dtype),
             launch.tiled(tile, dtype),
@@ -176,11 +177,11 @@ def rat_queries_backward_mosaic(
     filled,
     consumed,
     *,
-    p: Problem,
+    shape: RatShape,
     order: launch.Order,
 ):
     """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query."""
-    L, BK, scale = p.chunk_size, KEYS, 1 / math.sqrt(p.head_dim)
+    L, BK, scale = shape.chunk_size, KEYS, 1 / math.sqrt(shape.head_dim)
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
@@ -195,7 +196,7 @@ def rat_queries_backward_mosaic(
         plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
 
         def load_head(j):
-            n = g + j * p.num_groups
+            n = g + j * shape.num_groups
             mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_tiles.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_rows.at[mine], head_loaded.at[mine])
@@ -205,9 +206,9 @@ def rat_queries_backward_mosaic(
         plgpu.barrier_wait(queries_loaded.at[group])
 
         def add_head(j, d_q):
-            n = g + j * p.num_groups
+            n = g + j * shape.num_groups
             mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
-            pl.when(j + 1 < p.heads_per_group)(lambda: load_head(j + 1))
+            pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
             plgpu.barrier_wait(head_loaded.at[mine])
             do = d_head_tiles.at[mine]
             minus_lse, minus_delta = (-launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
@@ -245,7 +246,7 @@ def rat_queries_backward_mosaic(
             d_own_scores.at[row, n, at][...] = total * -scale
             return d_q
 
-        d_q = lax.fori_loop(0, p.heads_per_group, add_head, launch.zeros((ROWS, p.head_dim)))
+        d_q = lax.fori_loop(0, shape.heads_per_group, add_head, launch.zeros((ROWS, shape.head_dim)))
         d_queries.at[row, at, g][...] = d_q * scale
 
     @pl.when(group == MEMORY_GROUP)
@@ -254,31 +255,31 @@ def rat_queries_backward_mosaic(
 
         def fill(step):
             stage = lax.rem(step, KEY_STAGES)
-            n = g + lax.div(step, tiles) * p.num_groups
+            n = g + lax.div(step, tiles) * shape.num_groups
             at = pl.ds(lax.rem(step, tiles) * BK, BK)
             plgpu.copy_gmem_to_smem(keys.at[row, at, n], key_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(values.at[row, at, n], value_ring.at[stage], filled.at[stage])
 
-        launch.produce(tiles * p.heads_per_group, KEY_STAGES, (consumed, fill))
+        launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
 
 
-def queries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
-    """dq and the gradients of own scores, float32, of a problem whose tokens and slots fill whole tiles."""
-    dtype = jnp.dtype(p.dtype)
-    order = launch.Order(p.tokens // (COMPUTE_GROUPS * ROWS), p.batch, p.num_groups)
+def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+    """dq and the gradients of own scores, float32, of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     mine = HEADS * COMPUTE_GROUPS
-    ring = (KEY_STAGES, KEYS, p.head_dim)
+    ring = (KEY_STAGES, KEYS, shape.head_dim)
     return launch.kernel(
-        functools.partial(rat_queries_backward_mosaic, p=p, order=order),
+        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order),
         name=rat_queries_backward_mosaic.__name__,
         programs=order.programs,
         out_type=(
-            jax.ShapeDtypeStruct((p.batch, p.tokens, p.num_groups, p.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32),
+            jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.num_groups, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
         ),
         scratch_types=(
-            launch.tiled((COMPUTE_GROUPS, ROWS, p.head_dim), dtype),
-            launch.tiled((mine, ROWS, p.head_dim), dtype),
+            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
+            launch.tiled((mine, ROWS, shape.head_dim), dtype),
             plgpu.SMEM((mine, ROWS), jnp.float32),
             plgpu.SMEM((mine, ROWS), jnp.float32),
             launch.tiled(ring, dtype),
@@ -292,7 +293,7 @@ def queries_gradients(p: Problem, d_heads, delta, lse, queries, keys, values):
 
 
 def backward(
-    p: Problem,
+    shape: RatShape,
     d_heads: jax.Array,
     delta: jax.Array,
     lse: jax.Array,
@@ -304,7 +305,7 @@ def backward(
     """The gradients of queries, own scores and summaries, float32, and what the softmax gives the own pair.
 
     Args:
-      p: sizes.
+      shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
       d_heads: [B, T, N, H], the gradient of the heads before their gate.
       delta: [B, N, T] float32, the sum over channels of that gradient times the heads.
       lse: [B, N, T] float32, as `attention.forward` returns it.
@@ -317,27 +318,23 @@ def backward(
       The gradient of the unscaled rotated queries through the summaries, summed over the heads of a group [B, T, G, H];
       that of q . k~, from which the scores come [B, N, T]; the own pair's weights [B, N, T]; the gradients of the
       summaries' keys and values [B, C, N, H], zero in slots that no token sees.
-
-    Raises:
-      NotImplementedError: sizes that `problem.refusal` gives a reason for.
     """
-    check(p)
-    whole = filled(p)
+    whole = padded(shape)
     shared = (
-        fill_tokens(p, d_heads, 1),
-        fill_tokens(p, delta, 2),
-        fill_tokens(p, lse, 2),
-        fill_tokens(p, rotated_queries, 1),
-        fill_slots(p, summary_keys),
-        fill_slots(p, summary_values),
+        pad_tokens(shape, d_heads, 1),
+        pad_tokens(shape, delta, 2),
+        pad_tokens(shape, lse, 2),
+        pad_tokens(shape, rotated_queries, 1),
+        pad_summaries(shape, summary_keys),
+        pad_summaries(shape, summary_values),
     )
     d_queries, d_own_scores = queries_gradients(whole, *shared)
     d_keys, d_values = summaries_gradients(whole, *shared)
     own_weights = jnp.exp2(own_scores - lse)
     return (
-        d_queries[:, : p.tokens],
-        d_own_scores[:, :, : p.tokens],
+        d_queries[:, : shape.tokens],
+        d_own_scores[:, :, : shape.tokens],
         own_weights,
-        d_keys[:, : p.slots],
-        d_values[:, : p.slots],
+        d_keys[:, : shape.num_chunks],
+        d_values[:, : shape.num_chunks],
     )

@@ -1,11 +1,29 @@
-"""How one call of the RAT kernels is cut into tiles: every size static, nothing read from a grid while tracing."""
+"""Which calls the TPU kernels take, and how one is cut into tiles: all static, nothing read from a grid."""
 
 import dataclasses
 import math
 
 import jax.numpy as jnp
 
-from pallas_kernels.launch.tpu import LANES, SUBLANES
+from pallas_kernels.launch.sizes import LANES, SUBLANES, cdiv
+from pallas_kernels.rat.shape import RatShape
+
+DTYPES = ("bfloat16", "float32")
+MAX_HEAD_DIM = 512
+
+
+def unsupported_reason(shape: RatShape) -> str | None:
+    """Why the TPU kernels cannot run a call and what comes nearest; None where they can.
+
+    Any T and any chunk size run; heads are padded to a multiple of 128 channels.
+    """
+    if shape.continued:
+        return "it takes no state; implementations 'triton' and 'xla' do"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"it takes heads of at most {MAX_HEAD_DIM} channels, got {shape.head_dim}; nearest: {MAX_HEAD_DIM}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,51 +41,52 @@ def default_tiles(lanes: int, dtype: jnp.dtype) -> Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Static sizes of one call.
+class Tiling:
+    """How a call is cut.
 
-    Kernels see heads padded to `lanes` channels and, where tiles cannot hold whole chunks of `chunk` tokens, chunks
-    padded to `stride` tokens. A *slot* is the place of one chunk summary: one per `stride` array rows.
+    Kernels see heads padded to `lanes` channels and, where tiles cannot hold whole chunks, chunks padded to `stride`
+    tokens. A *slot* is the place of one chunk summary: one per `stride` array rows.
     """
 
-    batch: int
-    heads: int
-    groups: int
-    head_dim: int
+    shape: RatShape
     lanes: int  # head_dim rounded up to 128
-    tokens: int  # T of the caller
-    chunk: int  # L
-    stride: int  # array rows from chunk to chunk, >= chunk
+    stride: int  # array rows from chunk to chunk, >= chunk_size
     tile: int  # array rows of a query tile; a multiple or a divisor of stride
     slot_block: int  # slots of a key block
-    dtype: jnp.dtype
-    segmented: bool  # documents and padding in the row
+
+    @classmethod
+    def of(cls, shape: RatShape, tiles: Tiles | None) -> "Tiling":
+        """Chooses the tile of tokens (whole chunks if they fit) and the block of slots."""
+        lanes = cdiv(shape.head_dim, LANES) * LANES
+        limits = default_tiles(lanes, shape.dtype) if tiles is None else tiles
+        stride, tile = _stride_and_tile(shape.chunk_size, shape.tokens, limits.tokens)
+        return cls(shape, lanes, stride, tile, slot_block=min(limits.slots, cdiv(shape.num_chunks, LANES) * LANES))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.shape.dtype)
 
     @property
     def padded_chunks(self) -> bool:
         """Whether rows are inserted after every chunk; a lone chunk is never padded."""
-        return self.stride != self.chunk and self.tokens > self.chunk
+        return self.stride != self.shape.chunk_size and self.shape.tokens > self.shape.chunk_size
 
     @property
     def rows(self) -> int:
         """Length of the time axis that kernels see."""
-        return self.slots * self.stride if self.padded_chunks else self.tokens
+        return self.shape.num_chunks * self.stride if self.padded_chunks else self.shape.tokens
 
     @property
     def length(self) -> int:
         """Row after the last token."""
         if not self.padded_chunks:
-            return self.tokens
-        return (self.tokens - 1) // self.chunk * self.stride + (self.tokens - 1) % self.chunk + 1
+            return self.shape.tokens
+        chunk, place = divmod(self.shape.tokens - 1, self.shape.chunk_size)
+        return chunk * self.stride + place + 1
 
     @property
     def tiles(self) -> int:
         return -(-self.rows // self.tile)
-
-    @property
-    def slots(self) -> int:
-        """C: chunks of the row, the last one complete or not."""
-        return -(-self.tokens // self.chunk)
 
     @property
     def slots_per_tile(self) -> int:
@@ -79,26 +98,26 @@ class Plan:
 
     @property
     def tile_slots(self) -> int:
-        """Slots that all tiles cover, at least `slots`."""
+        """Slots that all tiles cover, at least those of the row."""
         return -(-self.tiles // self.tiles_per_slot) * self.slots_per_tile
 
     @property
     def slot_blocks(self) -> int:
-        return -(-self.slots // self.slot_block)
+        return -(-self.shape.num_chunks // self.slot_block)
 
     @property
     def carries(self) -> bool:
         """Whether the running state crosses from tile to tile."""
-        return self.segmented or self.tiles_per_slot > 1
+        return self.shape.segmented or self.tiles_per_slot > 1
 
     @property
     def scan_span(self) -> int:
         """Most rows that a state reaches back over inside one tile."""
-        return self.tile if self.segmented else min(self.stride, self.tile)
+        return self.tile if self.shape.segmented else min(self.stride, self.tile)
 
     @property
     def partial(self) -> bool:
-        """Whether some rows of some tile are no tokens: past the end, or after a chunk."""
+        """True if a tile contains padding rows: past the end, or after a chunk."""
         return self.length != self.tiles * self.tile or self.padded_chunks
 
     def first_slot(self, tile):
@@ -109,44 +128,11 @@ class Plan:
         """Last slot that a token of this tile may attend to; negative if there is none."""
         last = (tile + 1) * self.tile // self.stride if self.tiles_per_slot == 1 else tile // self.tiles_per_slot + 1
         # A document's chunk may end before the array block does, so with documents the tile's own slots count.
-        return last - 1 if self.segmented else last - 2
+        return last - 1 if self.shape.segmented else last - 2
 
     def first_visible_tile(self, slot):
         """First tile with a token that may attend to `slot`."""
-        return (slot if self.segmented else slot + 1) * self.stride // self.tile
-
-
-def make_plan(
-    *,
-    batch: int,
-    tokens: int,
-    width: int,
-    head_dim: int,
-    groups: int,
-    chunk: int,
-    dtype: jnp.dtype,
-    segmented: bool,
-    tiles: Tiles | None,
-) -> Plan:
-    """Chooses the tile of tokens (whole chunks if they fit) and the block of slots."""
-    lanes = -(-head_dim // LANES) * LANES
-    limits = default_tiles(lanes, dtype) if tiles is None else tiles
-    stride, tile = _stride_and_tile(chunk, tokens, limits.tokens)
-    slots = -(-tokens // chunk)
-    return Plan(
-        batch=batch,
-        heads=width // head_dim,
-        groups=groups,
-        head_dim=head_dim,
-        lanes=lanes,
-        tokens=tokens,
-        chunk=chunk,
-        stride=stride,
-        tile=tile,
-        slot_block=min(limits.slots, -(-slots // LANES) * LANES),
-        dtype=jnp.dtype(dtype),
-        segmented=segmented,
-    )
+        return (slot if self.shape.segmented else slot + 1) * self.stride // self.tile
 
 
 def _stride_and_tile(chunk: int, tokens: int, limit: int) -> tuple[int, int]:

@@ -12,7 +12,6 @@ Forward: `rat_recurrence_forward`, `rat_attention_forward`. Backward: `rat_outpu
 `rat_summaries_backward`, `rat_recurrence_backward`. The names stand in lowered text.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +24,9 @@ from pallas_kernels.rat import (
     triton_recurrence,
     triton_recurrence_backward,
 )
-from pallas_kernels.rat.select import Implementation, forward_and_backward
-from pallas_kernels.rat.shape import Problem, check, problem_of
+from pallas_kernels.rat.select import GpuImplementation, attention_passes
+from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
 from pallas_kernels.rat.triton_segments import continued_documents, documents_of
 
@@ -44,139 +44,98 @@ class Residuals(NamedTuple):
 
 
 def rat_forward(
+    shape: RatShape,
     projected: jax.Array,
     gate_bias: jax.Array,
     *,
-    num_heads: int,
-    num_groups: int,
-    chunk_size: int,
-    rope_base: float | None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    implementation: Implementation = "triton",
-    capability: tuple[int, int] | None = None,
+    implementation: GpuImplementation = "triton",
 ) -> tuple[jax.Array, Residuals]:
     """The mixed output [B, T, D] in the dtype of `projected`, and what `rat_backward` needs.
 
     Args:
+      shape: sizes for which `select.unsupported_reason` of the implementation has no reason.
       projected: [B, T, 3 D + 2 G H], bfloat16, float16 or float32.
       gate_bias: [D] float32.
-      rope_base: None is no RoPE.
       segment_ids: [B, T] int32, 0 is padding, equal non-zero neighbours are one document; None is one document a row.
       positions: [B, T] int32, a token's index in its document, with `segment_ids` only. A document's tokens are
         neighbours: padding may stand between documents, not inside one, and a document starts with position 0.
       implementation: of the attention to summaries; the same for `rat_backward`.
-      capability: compute capability of the card, by which blocks are chosen. None: as on Hopper.
-
-    Raises:
-      NotImplementedError: a shape that `problem.refusal` gives a reason for.
     """
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, capability=capability)
-    documents = documents_of(problem, segment_ids, positions)
-    tables = _angles(problem, rope_base)
-    return forward(launcher.run, problem, projected, gate_bias.astype(jnp.float32), tables, documents, implementation)
+    documents = documents_of(shape, segment_ids, positions)
+    arrays = projected, gate_bias.astype(jnp.float32), _angles(shape), documents
+    return forward(launcher.run, shape, *arrays, implementation)
 
 
 def rat_backward(
+    shape: RatShape,
     residuals: Residuals,
     projected: jax.Array,
     gate_bias: jax.Array,
     d_out: jax.Array,
     *,
-    num_heads: int,
-    num_groups: int,
-    chunk_size: int,
-    rope_base: float | None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    implementation: Implementation = "triton",
-    capability: tuple[int, int] | None = None,
+    implementation: GpuImplementation = "triton",
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`."""
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, capability=capability)
-    documents = documents_of(problem, segment_ids, positions)
-    tables = _angles(problem, rope_base)
-    d_projected, d_bias = backward(
-        launcher.run,
-        problem,
-        residuals,
-        projected,
-        gate_bias.astype(jnp.float32),
-        d_out.astype(projected.dtype),
-        tables,
-        documents,
-        implementation,
-    )
+    documents = documents_of(shape, segment_ids, positions)
+    d_out, bias = d_out.astype(projected.dtype), gate_bias.astype(jnp.float32)
+    arrays = residuals, projected, bias, d_out, _angles(shape), documents
+    d_projected, d_bias = backward(launcher.run, shape, *arrays, implementation)
     return d_projected, jnp.sum(d_bias, axis=(0, 1))
 
 
 def rat_extend(
+    shape: RatShape,
     projected: jax.Array,
     gate_bias: jax.Array,
-    state_keys: jax.Array,
-    state_values: jax.Array,
-    summary_keys: jax.Array,
-    summary_values: jax.Array,
-    summary_segment_ids: jax.Array,
-    num_summaries: jax.Array,
+    state: State,
     segment_ids: jax.Array,
     positions: jax.Array,
-    *,
-    num_heads: int,
-    num_groups: int,
-    chunk_size: int,
-    rope_base: float | None,
-    capability: tuple[int, int] | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Reads tokens that follow those in a cache: out [B, T, D], then the cache's first six arrays with them read.
+) -> tuple[jax.Array, State]:
+    """Reads tokens that follow a state: out [B, T, D], and the state with them.
 
     Args:
+      shape: sizes for which `triton_tiling.unsupported_reason` has no reason; `continued`.
       projected, gate_bias: see `rat_forward`.
-      state_keys, state_values: [B, N, H] float32, k~ and v~ after each row's last token.
-      summary_keys, summary_values: [B, C, N, H], the keys rotated, in the dtype of `projected`.
-      summary_segment_ids: [B, C] int32.
-      num_summaries: [B] int32, of the row's chunks; those past C are dropped.
-      segment_ids, positions: see `documents.continued_documents`.
-      capability: see `rat_forward`.
-
-    Raises:
-      NotImplementedError: a shape that `problem.refusal` gives a reason for.
+      state: of the tokens before these.
+      segment_ids, positions: see `triton_segments.continued_documents`.
     """
-    problem = _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, True, capability)
-    cache = (state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries)
-    return extend(launcher.run, problem, projected, gate_bias, cache, segment_ids, positions, rope_base)
+    return extend(launcher.run, shape, projected, gate_bias, state, segment_ids, positions)
 
 
-def extend(run: launcher.Run, problem: Problem, projected, gate_bias, cache, segment_ids, positions, rope_base):
+def extend(run: launcher.Run, shape: RatShape, projected, gate_bias, state: State, segment_ids, positions):
     """The kernels of `rat_extend` through `run`, on JAX arrays."""
-    state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries = cache
-    documents, slots = continued_documents(problem, segment_ids, positions, summary_segment_ids, num_summaries)
-    chunk_size, capacity = problem.chunk_size, summary_keys.shape[1]
-    count = capacity + problem.slots + 1  # rows that outgrow the cache turn no further
+    state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries = state
+    documents, slots = continued_documents(shape, segment_ids, positions, summary_segment_ids, num_summaries)
+    chunk_size, capacity = shape.chunk_size, summary_keys.shape[1]
+    count = capacity + shape.num_chunks + 1  # rows that outgrow the cache turn no further
     places = jnp.minimum(positions // chunk_size, count - 1) * chunk_size + positions % chunk_size
     is_token = segment_ids != 0
-    last = jnp.max(jnp.where(is_token, jnp.arange(problem.tokens, dtype=jnp.int32)[None, :], -1), axis=1)
+    last = jnp.max(jnp.where(is_token, jnp.arange(shape.tokens, dtype=jnp.int32)[None, :], -1), axis=1)
     values, own_scores, queries, keys, new_values, last_keys, last_values = run(
-        triton_recurrence.forward_launch(problem),
+        triton_recurrence.forward_launch(shape),
         projected,
         gate_bias.astype(jnp.float32),
-        *rotation(jnp.arange(count), problem.head_dim, rope_base),
+        *rotation(jnp.arange(count), shape.head_dim, shape.rope_base),
         places.astype(jnp.int32),
         documents.chunk_starts,
         state_keys,
         state_values,
         last,
     )
-    rows = jnp.arange(problem.batch)[:, None]
+    rows = jnp.arange(shape.batch)[:, None]
     summary_keys = summary_keys.at[rows, slots].set(keys, mode="drop")
     summary_values = summary_values.at[rows, slots].set(new_values, mode="drop")
     out, _ = run(
-        triton_attention.forward_launch(problem, capacity),
+        triton_attention.forward_launch(shape, capacity),
         projected, values, own_scores, queries, summary_keys, summary_values, *documents.of_slots,
     )  # fmt: skip
     any_token = (last >= 0)[:, None, None]
     completed = is_token & (positions % chunk_size == chunk_size - 1)
-    return out, (
+    return out, State(
         jnp.where(any_token, last_keys, state_keys),
         jnp.where(any_token, last_values, state_values),
         summary_keys,
@@ -188,77 +147,63 @@ def extend(run: launcher.Run, problem: Problem, projected, gate_bias, cache, seg
 
 def forward(
     run: launcher.Run,
-    problem: Problem,
+    shape: RatShape,
     projected,
     gate_bias,
     tables,
     documents,
-    implementation: Implementation = "triton",
+    implementation: GpuImplementation = "triton",
 ) -> tuple[Any, Residuals]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with."""
     state = (documents.positions,) * 3  # placeholders
     values, own_scores, queries, keys, summaries, *_ = run(
-        triton_recurrence.forward_launch(problem),
+        triton_recurrence.forward_launch(shape),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, *state,
     )  # fmt: skip
     arrays = (projected, values, own_scores, queries, keys, summaries)
     if implementation == "triton":
-        out, lse = run(triton_attention.forward_launch(problem), *arrays, *documents.of_slots)
+        out, lse = run(triton_attention.forward_launch(shape), *arrays, *documents.of_slots)
     else:
-        out, lse = forward_and_backward(implementation)[0](problem, *arrays)
+        out, lse = attention_passes(implementation)[0](shape, *arrays)
     kept_values = values if implementation == "cudnn" else None
     return out, Residuals(out, lse, own_scores, queries, keys, summaries, kept_values)
 
 
 def backward(
     run: launcher.Run,
-    problem: Problem,
+    shape: RatShape,
     residuals: Residuals,
     projected,
     gate_bias,
     d_out,
     tables,
     documents,
-    implementation: Implementation = "triton",
+    implementation: GpuImplementation = "triton",
 ) -> tuple[Any, Any]:
     """The backward kernels through `run`; the bias gradient is left as partial sums [B, blocks, D]."""
     r = residuals
-    d_projected, d_heads, delta = run(triton_attention_backward.output_launch(problem), projected, r.out, d_out)
+    d_projected, d_heads, delta = run(triton_attention_backward.output_launch(shape), projected, r.out, d_out)
     shared = (d_heads, delta, r.lse, r.rotated_queries, r.summary_keys, r.summary_values)
     if implementation == "triton":
         d_queries, d_own_scores, own_weights = run(
-            triton_attention_backward.queries_launch(problem), *shared, *documents.of_slots, r.own_scores
+            triton_attention_backward.queries_launch(shape), *shared, *documents.of_slots, r.own_scores
         )
         d_keys, d_values = run(
-            triton_attention_backward.summaries_launch(problem),
+            triton_attention_backward.summaries_launch(shape),
             *shared, documents.segment_ids, documents.last_tokens, documents.slot_tokens, documents.slot_segments,
         )  # fmt: skip
     else:
         more = () if r.running_values is None else (r.running_values,)
-        d_queries, d_own_scores, own_weights, d_keys, d_values = forward_and_backward(implementation)[1](
-            problem, *shared, r.own_scores, *more
+        d_queries, d_own_scores, own_weights, d_keys, d_values = attention_passes(implementation)[1](
+            shape, *shared, r.own_scores, *more
         )
     d_bias, _, d_projected = run(
-        triton_recurrence_backward.backward_launch(problem),
+        triton_recurrence_backward.backward_launch(shape),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, own_weights, d_own_scores,
         d_heads, d_queries, d_keys, d_values, d_projected,
     )  # fmt: skip
     return d_projected, d_bias
 
 
-def _problem(projected, num_heads, num_groups, chunk_size, rope_base, segment_ids, continued=False, capability=None):
-    problem = problem_of(
-        projected.shape,
-        projected.dtype.name,
-        num_heads=num_heads,
-        num_groups=num_groups,
-        chunk_size=chunk_size,
-        rope=rope_base is not None,
-        segmented=segment_ids is not None,
-    )
-    check(problem)
-    return dataclasses.replace(problem, continued=continued, capability=capability)
-
-
-def _angles(problem: Problem, rope_base: float | None) -> tuple[jax.Array, jax.Array]:
-    return rotation(jnp.arange(problem.slots), problem.head_dim, rope_base)
+def _angles(shape: RatShape) -> tuple[jax.Array, jax.Array]:
+    return rotation(jnp.arange(shape.num_chunks), shape.head_dim, shape.rope_base)

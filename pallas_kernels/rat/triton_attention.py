@@ -11,9 +11,10 @@ case of its own; the own value joins at the end, when it is read together with z
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch.arithmetic import cdiv
-from pallas_kernels.launch.triton import Launch
-from pallas_kernels.rat.shape import NEVER, Problem
+from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.launch.triton import Launch, little_shared_memory
+from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.triton_tiling import NEVER, padded_head_dim
 
 NO_TOKEN = tl.constexpr(NEVER)
 
@@ -191,59 +192,58 @@ def load_summaries(base, slot, valid, D: tl.constexpr, H: tl.constexpr, PADDED: 
     return tl.load(at)
 
 
-def forward_launch(problem: Problem, slots: int | None = None) -> Launch:
+def forward_launch(shape: RatShape, slots: int | None = None) -> Launch:
     """`rat_attention_forward` for these sizes; the inputs are those of the kernel in their order.
 
     Args:
-      problem: sizes.
+      shape: sizes.
       slots: C, where the summaries are those of a cache. None: one for every L tokens.
     """
-    p = problem
-    queries, keys, num_warps, num_stages = forward_blocks(p)
+    queries, keys, num_warps, num_stages = forward_blocks(shape)
     return Launch(
         kernel=rat_attention_forward,
-        grid=((p.num_groups if is_short(p) else p.num_heads) * cdiv(p.tokens, queries), p.batch),
-        integers=(p.tokens, p.slots if slots is None else slots),
+        grid=((shape.num_groups if is_short(shape) else shape.num_heads) * cdiv(shape.tokens, queries), shape.batch),
+        integers=(shape.tokens, shape.num_chunks if slots is None else slots),
         outputs=(
-            ((p.batch, p.tokens, p.width), p.dtype),
-            ((p.batch, p.num_heads, p.tokens), "float32"),
+            ((shape.batch, shape.tokens, shape.width), shape.dtype),
+            ((shape.batch, shape.num_heads, shape.tokens), "float32"),
         ),
         constants=(
-            *attention_constants(p, queries, keys),
-            ("GROUPED", is_short(p)),
-            ("EARLY", is_short(p)),
+            *attention_constants(shape, queries, keys),
+            ("GROUPED", is_short(shape)),
+            ("EARLY", is_short(shape)),
         ),
         num_warps=num_warps,
         num_stages=num_stages,
     )
 
 
-def attention_constants(p: Problem, queries: int, keys: int) -> tuple[tuple[str, int | bool | str], ...]:
+def attention_constants(shape: RatShape, queries: int, keys: int) -> tuple[tuple[str, int | bool | str], ...]:
     """The constants that the attention kernels share."""
     return (
-        ("L", p.chunk_size),
-        ("N", p.num_heads),
-        ("G", p.num_groups),
-        ("H", p.head_dim),
-        ("SEGMENTED", p.segmented),
+        ("L", shape.chunk_size),
+        ("N", shape.num_heads),
+        ("G", shape.num_groups),
+        ("H", shape.head_dim),
+        ("SEGMENTED", shape.segmented),
         ("QUERIES", queries),
         ("KEYS", keys),
-        ("PADDED", p.padded_head_dim),
+        ("PADDED", padded_head_dim(shape)),
         ("PRECISION", "ieee"),
     )
 
 
-def is_short(p: Problem) -> bool:
+def is_short(shape: RatShape) -> bool:
     """Whether memory rather than matrix products takes most of the time."""
-    return p.slots <= 512
+    return shape.num_chunks <= 512
 
 
-def forward_blocks(p: Problem) -> tuple[int, int, int, int]:
+def forward_blocks(shape: RatShape) -> tuple[int, int, int, int]:
     """Queries and keys of a block, warps and pipeline stages; measured for head_dim 128 in bfloat16."""
-    if p.dtype == "float32":
-        return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (32, 16, 8, 1)
-    if p.padded_head_dim > 128:
+    if shape.dtype == "float32":
+        return (32, 32, 8, 1) if padded_head_dim(shape) <= 128 else (32, 16, 8, 1)
+    if padded_head_dim(shape) > 128:
         return 64, 32, 8, 2
-    if is_short(p):
+    if is_short(shape):
         return 64, 32, 4, 2
-    return (64, 64, 4, 2) if p.slots <= 2048 or p.little_shared_memory else (128, 64, 8, 3)
+    return (64, 64, 4, 2) if shape.num_chunks <= 2048 or little_shared_memory(shape.capability) else (128, 64, 8, 3)

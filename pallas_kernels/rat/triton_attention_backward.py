@@ -14,10 +14,11 @@ import math
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch.arithmetic import cdiv
-from pallas_kernels.launch.triton import Launch
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.launch.triton import Launch, little_shared_memory
+from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_attention import attention_constants, is_short, load_summaries, read_slots, sees
+from pallas_kernels.rat.triton_tiling import padded_head_dim
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -261,83 +262,80 @@ def _gather_backward(
     return tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
-def output_launch(problem: Problem) -> Launch:
+def output_launch(shape: RatShape) -> Launch:
     """`rat_output_backward` for these sizes."""
-    p = problem
-    tokens = max(1, 2048 // p.padded_head_dim)
+    tokens = max(1, 2048 // padded_head_dim(shape))
     return Launch(
         kernel=rat_output_backward,
-        grid=(p.num_heads * cdiv(p.tokens, tokens), p.batch),
-        integers=(p.tokens,),
+        grid=(shape.num_heads * cdiv(shape.tokens, tokens), shape.batch),
+        integers=(shape.tokens,),
         outputs=(
-            ((p.batch, p.tokens, p.projected_width), p.dtype),
-            ((p.batch, p.tokens, p.num_heads, p.head_dim), p.dtype),
-            ((p.batch, p.num_heads, p.tokens), "float32"),
+            ((shape.batch, shape.tokens, shape.projected_width), shape.dtype),
+            ((shape.batch, shape.tokens, shape.num_heads, shape.head_dim), shape.dtype),
+            ((shape.batch, shape.num_heads, shape.tokens), "float32"),
         ),
         constants=(
-            ("N", p.num_heads),
-            ("G", p.num_groups),
-            ("H", p.head_dim),
+            ("N", shape.num_heads),
+            ("G", shape.num_groups),
+            ("H", shape.head_dim),
             ("TOKENS", tokens),
-            ("PADDED", p.padded_head_dim),
+            ("PADDED", padded_head_dim(shape)),
         ),
         num_warps=4,
         num_stages=1,
     )
 
 
-def queries_launch(problem: Problem) -> Launch:
+def queries_launch(shape: RatShape) -> Launch:
     """`rat_queries_backward` for these sizes."""
-    p = problem
-    queries, keys, num_warps, num_stages = queries_blocks(p)
+    queries, keys, num_warps, num_stages = queries_blocks(shape)
     return Launch(
         kernel=rat_queries_backward,
-        grid=(p.num_groups * cdiv(p.tokens, queries), p.batch),
-        integers=(p.tokens,),
+        grid=(shape.num_groups * cdiv(shape.tokens, queries), shape.batch),
+        integers=(shape.tokens,),
         outputs=(
-            ((p.batch, p.tokens, p.num_groups, p.head_dim), "float32"),
-            ((p.batch, p.num_heads, p.tokens), "float32"),
-            ((p.batch, p.num_heads, p.tokens), "float32"),
+            ((shape.batch, shape.tokens, shape.num_groups, shape.head_dim), "float32"),
+            ((shape.batch, shape.num_heads, shape.tokens), "float32"),
+            ((shape.batch, shape.num_heads, shape.tokens), "float32"),
         ),
         constants=(
-            *attention_constants(p, queries, keys),
-            ("SOFTMAX_SCALE", 1 / math.sqrt(p.head_dim)),
+            *attention_constants(shape, queries, keys),
+            ("SOFTMAX_SCALE", 1 / math.sqrt(shape.head_dim)),
         ),
         num_warps=num_warps,
         num_stages=num_stages,
     )
 
 
-def summaries_launch(problem: Problem) -> Launch:
+def summaries_launch(shape: RatShape) -> Launch:
     """`rat_summaries_backward` for these sizes."""
-    p = problem
-    queries, keys, num_warps, num_stages = summaries_blocks(p)
+    queries, keys, num_warps, num_stages = summaries_blocks(shape)
     return Launch(
         kernel=rat_summaries_backward,
-        grid=(p.num_heads * cdiv(p.slots, keys), p.batch),
-        integers=(p.tokens,),
-        outputs=(((p.batch, p.slots, p.num_heads, p.head_dim), "float32"),) * 2,
-        constants=attention_constants(p, queries, keys),
+        grid=(shape.num_heads * cdiv(shape.num_chunks, keys), shape.batch),
+        integers=(shape.tokens,),
+        outputs=(((shape.batch, shape.num_chunks, shape.num_heads, shape.head_dim), "float32"),) * 2,
+        constants=attention_constants(shape, queries, keys),
         num_warps=num_warps,
         num_stages=num_stages,
     )
 
 
-def queries_blocks(p: Problem) -> tuple[int, int, int, int]:
+def queries_blocks(shape: RatShape) -> tuple[int, int, int, int]:
     """Queries and keys of a block, warps and pipeline stages; measured for head_dim 128 in bfloat16."""
-    if p.dtype == "float32":
-        return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
-    if p.padded_head_dim > 128:
+    if shape.dtype == "float32":
+        return (32, 32, 8, 1) if padded_head_dim(shape) <= 128 else (16, 16, 8, 1)
+    if padded_head_dim(shape) > 128:
         return 64, 32, 8, 1
-    if is_short(p):
+    if is_short(shape):
         return 64, 64, 4, 1
-    return (64, 64, 4, 2) if p.slots <= 2048 or p.little_shared_memory else (128, 64, 8, 3)
+    return (64, 64, 4, 2) if shape.num_chunks <= 2048 or little_shared_memory(shape.capability) else (128, 64, 8, 3)
 
 
-def summaries_blocks(p: Problem) -> tuple[int, int, int, int]:
+def summaries_blocks(shape: RatShape) -> tuple[int, int, int, int]:
     """Queries and keys of a block, warps and pipeline stages; measured for head_dim 128 in bfloat16."""
-    if p.dtype == "float32":
-        return (32, 32, 8, 1) if p.padded_head_dim <= 128 else (16, 16, 8, 1)
-    if p.padded_head_dim <= 128:
+    if shape.dtype == "float32":
+        return (32, 32, 8, 1) if padded_head_dim(shape) <= 128 else (16, 16, 8, 1)
+    if padded_head_dim(shape) <= 128:
         return 64, 64, 4, 2
     return 32, 64, 8, 1

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.launch import triton as launcher
-from pallas_kernels.launch.arithmetic import cdiv, next_power_of_2
+from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import Launch
-from pallas_kernels.rat.shape import Problem, check, problem_of
+from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_recurrence import gates, load_halves
 from pallas_kernels.rat.triton_rotation import rotation
 
@@ -251,106 +252,90 @@ def _store_vector(at, x_low, x_high, low, high, HALF: tl.constexpr):
 
 
 def rat_decode(
+    shape: RatShape,
     projected: jax.Array,
     gate_bias: jax.Array,
-    state_keys: jax.Array,
-    state_values: jax.Array,
-    summary_keys: jax.Array,
-    summary_values: jax.Array,
+    state: State,
+    segment_ids: jax.Array,
     positions: jax.Array,
-    num_summaries: jax.Array,
-    is_token: jax.Array,
-    *,
-    num_heads: int,
-    num_groups: int,
-    chunk_size: int,
-    rope_base: float | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One token of every row: out [B, 1, D], then the four cache arrays, in place where they are donated.
+) -> tuple[jax.Array, State]:
+    """One token of every row: out [B, 1, D], and the state with it, in place where `state` is donated.
 
     Args:
+      shape: sizes for which `triton_tiling.unsupported_reason` has no reason, of one token a row.
       projected: [B, 1, 3 D + 2 G H], in the order of `rat`.
       gate_bias: [D] float32.
-      state_keys, state_values: [B, N, H] float32, k~ and v~ after the row's last token; not read at a chunk's start.
-      summary_keys, summary_values: [B, C, N, H], the keys rotated, in the dtype of `projected`.
-      positions: [B] int32, the tokens of the token's document before it.
-      num_summaries: [B] int32, the chunks that the row's documents have completed, at least positions // L of them by
-        the token's own; those past C were dropped.
-      is_token: [B] bool; a row without a token keeps its cache, and its output is zero.
-
-    Raises:
-      NotImplementedError: a shape that `problem.refusal` gives a reason for.
+      state: of the tokens before it; a row's document has completed at least positions // L of its chunks.
+      segment_ids: [B, 1] int32; a row whose id is 0 has no token, keeps its state, and its output is zero.
+      positions: [B, 1] int32, the tokens of the token's document before it.
     """
-    problem = problem_of(
-        projected.shape, projected.dtype.name, num_heads=num_heads, num_groups=num_groups, chunk_size=chunk_size,
-        rope=rope_base is not None, segmented=False,
+    ids, position = segment_ids[:, 0], positions[:, 0]
+    tables = rotation(position // shape.chunk_size, shape.head_dim, shape.rope_base)
+    places = (x.astype(jnp.int32) for x in (position, state.num_summaries, ids != 0))
+    out, *cache = step(
+        launcher.run, shape, projected, gate_bias.astype(jnp.float32), tables, *places, state[:4]
     )  # fmt: skip
-    if problem.tokens != 1:
-        raise ValueError(f"a decode step takes one token a row, got projected of shape {projected.shape}")
-    check(problem)
-    tables = rotation(positions // chunk_size, problem.head_dim, rope_base)
-    places = (x.astype(jnp.int32) for x in (positions, num_summaries, is_token))
-    return step(
-        launcher.run, problem, projected, gate_bias.astype(jnp.float32), tables, *places,
-        (state_keys, state_values, summary_keys, summary_values),
-    )  # fmt: skip
+    completed = (position % shape.chunk_size == shape.chunk_size - 1) & (ids != 0)
+    index = jnp.where(completed, state.num_summaries, state.summary_segment_ids.shape[1])
+    summary_segment_ids = state.summary_segment_ids.at[jnp.arange(shape.batch), index].set(ids, mode="drop")
+    return out, State(*cache, summary_segment_ids, state.num_summaries + completed.astype(jnp.int32))
 
 
-def step(run: launcher.Run, problem: Problem, projected, gate_bias, tables, positions, num_summaries, is_token, cache):
+def step(run: launcher.Run, shape: RatShape, projected, gate_bias, tables, positions, num_summaries, is_token, cache):
     """The kernels of a step through `run`, on the arrays of whatever library it runs them with."""
     capacity = cache[2].shape[1]
-    splits = number_of_splits(problem, capacity)
+    splits = number_of_splits(shape, capacity)
     parts = (gate_bias,) * 3
     if splits > 1:
-        parts = run(attend_launch(problem, capacity, splits), projected, *tables, positions, num_summaries, *cache[2:])
+        parts = run(attend_launch(shape, capacity, splits), projected, *tables, positions, num_summaries, *cache[2:])
     return run(
-        step_launch(problem, capacity, splits),
+        step_launch(shape, capacity, splits),
         projected, gate_bias, *tables, positions, num_summaries, is_token, *parts, *cache,
     )  # fmt: skip
 
 
-def number_of_splits(p: Problem, capacity: int) -> int:
+def number_of_splits(shape: RatShape, capacity: int) -> int:
     """Programs that share a row's summaries."""
-    return max(1, min(cdiv(ENOUGH_PROGRAMS, p.batch * p.num_heads), cdiv(capacity, 4 * KEYS)))
+    return max(1, min(cdiv(ENOUGH_PROGRAMS, shape.batch * shape.num_heads), cdiv(capacity, 4 * KEYS)))
 
 
-def attend_launch(p: Problem, capacity: int, splits: int) -> Launch:
+def attend_launch(shape: RatShape, capacity: int, splits: int) -> Launch:
     """`rat_decode_attend` for these sizes."""
-    part = (p.batch, p.num_heads, splits)
+    part = (shape.batch, shape.num_heads, splits)
     return Launch(
         kernel=rat_decode_attend,
-        grid=(p.num_heads * splits, p.batch),
+        grid=(shape.num_heads * splits, shape.batch),
         integers=(capacity,),
-        outputs=(((*part, p.head_dim), "float32"), (part, "float32"), (part, "float32")),
-        constants=_constants(p, splits),
+        outputs=(((*part, shape.head_dim), "float32"), (part, "float32"), (part, "float32")),
+        constants=_constants(shape, splits),
         num_warps=2,
         num_stages=1,
     )
 
 
-def step_launch(p: Problem, capacity: int, splits: int) -> Launch:
+def step_launch(shape: RatShape, capacity: int, splits: int) -> Launch:
     """`rat_decode_step` for these sizes."""
     return Launch(
         kernel=rat_decode_step,
-        grid=(p.num_heads, p.batch),
+        grid=(shape.num_heads, shape.batch),
         integers=(capacity,),
-        outputs=(((p.batch, 1, p.width), p.dtype),),
-        constants=_constants(p, splits),
+        outputs=(((shape.batch, 1, shape.width), shape.dtype),),
+        constants=_constants(shape, splits),
         num_warps=2,
         num_stages=1,
         overwritten=(10, 11, 12, 13),
     )
 
 
-def _constants(p: Problem, splits: int) -> tuple[tuple[str, int | bool | float], ...]:
+def _constants(shape: RatShape, splits: int) -> tuple[tuple[str, int | bool | float], ...]:
     return (
-        ("L", p.chunk_size),
-        ("N", p.num_heads),
-        ("G", p.num_groups),
-        ("H", p.head_dim),
-        ("ROPE", p.rope),
-        ("SCORE_SCALE", p.score_scale),
+        ("L", shape.chunk_size),
+        ("N", shape.num_heads),
+        ("G", shape.num_groups),
+        ("H", shape.head_dim),
+        ("ROPE", shape.rope),
+        ("SCORE_SCALE", shape.score_scale),
         ("SPLITS", splits),
         ("KEYS", KEYS),
-        ("HALF_PADDED", next_power_of_2(cdiv(p.head_dim, 2))),
+        ("HALF_PADDED", next_power_of_2(cdiv(shape.head_dim, 2))),
     )

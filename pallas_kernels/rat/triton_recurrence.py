@@ -8,9 +8,9 @@ For every head and channel, with f = sigmoid(g + gate_bias) and the state zero a
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch.arithmetic import cdiv, next_power_of_2
+from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import Launch
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.rat.shape import RatShape
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -200,30 +200,29 @@ def _store_summary(at, key, value, angles, rows, low, high, HALF: tl.constexpr, 
     store_halves(at[1], value, rows, low, high, HALF)
 
 
-def forward_launch(problem: Problem) -> Launch:
+def forward_launch(shape: RatShape) -> Launch:
     """`rat_recurrence_forward` for these sizes; the inputs are those of the kernel in their order."""
-    p = problem
-    state = (p.batch, p.num_heads, p.head_dim) if p.continued else (1, 1, 1)
-    steps = 2 * p.chunk_size if p.segmented else p.chunk_size
-    half_padded = next_power_of_2(cdiv(p.head_dim, 2))
-    chunks = max(1, min(next_power_of_2(p.slots), 256 // half_padded))
+    state = (shape.batch, shape.num_heads, shape.head_dim) if shape.continued else (1, 1, 1)
+    steps = 2 * shape.chunk_size if shape.segmented else shape.chunk_size
+    half_padded = next_power_of_2(cdiv(shape.head_dim, 2))
+    chunks = max(1, min(next_power_of_2(shape.num_chunks), 256 // half_padded))
     return Launch(
         kernel=rat_recurrence_forward,
-        grid=(p.num_heads * cdiv(p.slots, chunks), p.batch),
-        integers=(p.tokens,),
+        grid=(shape.num_heads * cdiv(shape.num_chunks, chunks), shape.batch),
+        integers=(shape.tokens,),
         outputs=(
-            ((p.batch, p.tokens, p.num_heads, p.head_dim), p.dtype),
-            ((p.batch, p.num_heads, p.tokens), "float32"),
-            ((p.batch, p.tokens, p.num_groups, p.head_dim), p.dtype),
-            ((p.batch, p.slots, p.num_heads, p.head_dim), p.dtype),
-            ((p.batch, p.slots, p.num_heads, p.head_dim), p.dtype),
+            ((shape.batch, shape.tokens, shape.num_heads, shape.head_dim), shape.dtype),
+            ((shape.batch, shape.num_heads, shape.tokens), "float32"),
+            ((shape.batch, shape.tokens, shape.num_groups, shape.head_dim), shape.dtype),
+            ((shape.batch, shape.num_chunks, shape.num_heads, shape.head_dim), shape.dtype),
+            ((shape.batch, shape.num_chunks, shape.num_heads, shape.head_dim), shape.dtype),
             (state, "float32"),
             (state, "float32"),
         ),
         constants=(
-            *size_constants(p),
-            ("CONTINUED", p.continued),
-            ("SCORE_SCALE", p.score_scale),
+            *size_constants(shape),
+            ("CONTINUED", shape.continued),
+            ("SCORE_SCALE", shape.score_scale),
             ("CHUNKS", chunks),
             ("HALF_PADDED", half_padded),
             ("AHEAD", next(n for n in (4, 2, 1) if steps % n == 0)),
@@ -233,13 +232,13 @@ def forward_launch(problem: Problem) -> Launch:
     )
 
 
-def size_constants(p: Problem) -> tuple[tuple[str, int | bool], ...]:
+def size_constants(shape: RatShape) -> tuple[tuple[str, int | bool], ...]:
     """The constants that the recurrence kernels share."""
     return (
-        ("L", p.chunk_size),
-        ("N", p.num_heads),
-        ("G", p.num_groups),
-        ("H", p.head_dim),
-        ("ROPE", p.rope),
-        ("SEGMENTED", p.segmented),
+        ("L", shape.chunk_size),
+        ("N", shape.num_heads),
+        ("G", shape.num_groups),
+        ("H", shape.head_dim),
+        ("ROPE", shape.rope),
+        ("SEGMENTED", shape.segmented),
     )

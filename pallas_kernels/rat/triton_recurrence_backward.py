@@ -13,10 +13,11 @@ gradients of its summary. Queries and keys are shared by the heads of a group, s
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch.arithmetic import cdiv, next_power_of_2
+from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import Launch
-from pallas_kernels.rat.shape import PIECE_TOKENS, Problem
+from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_recurrence import gates, size_constants
+from pallas_kernels.rat.triton_tiling import PIECE_TOKENS
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -319,23 +320,22 @@ def _rotate_back(at, cosines, sines, angle, channel, mask, H: tl.constexpr, ROPE
     return x
 
 
-def backward_launch(problem: Problem) -> Launch:
+def backward_launch(shape: RatShape) -> Launch:
     """`rat_recurrence_backward` for these sizes; the inputs are those of the kernel in their order."""
-    p = problem
-    channels = min(64, next_power_of_2(p.head_dim))
-    steps = 2 * p.chunk_size if p.segmented else p.chunk_size
+    channels = min(64, next_power_of_2(shape.head_dim))
+    steps = 2 * shape.chunk_size if shape.segmented else shape.chunk_size
     pieces = cdiv(steps, PIECE_TOKENS)
-    chunks = min(8, cdiv(128, p.chunk_size), p.slots)
+    chunks = min(8, cdiv(128, shape.chunk_size), shape.num_chunks)
     return Launch(
         kernel=rat_recurrence_backward,
-        grid=(cdiv(p.head_dim, channels) * p.num_groups * cdiv(p.slots, chunks), p.batch),
-        integers=(p.tokens,),
+        grid=(cdiv(shape.head_dim, channels) * shape.num_groups * cdiv(shape.num_chunks, chunks), shape.batch),
+        integers=(shape.tokens,),
         outputs=(
-            ((p.batch, cdiv(p.slots, chunks), p.width), "float32"),
-            ((p.batch, p.slots, pieces, 4, p.width) if pieces > 1 else (1,), "float32"),
+            ((shape.batch, cdiv(shape.num_chunks, chunks), shape.width), "float32"),
+            ((shape.batch, shape.num_chunks, pieces, 4, shape.width) if pieces > 1 else (1,), "float32"),
         ),
         constants=(
-            *size_constants(p),
+            *size_constants(shape),
             ("CHUNKS", chunks),
             ("CHANNELS", channels),
             ("PIECE", cdiv(steps, pieces)),

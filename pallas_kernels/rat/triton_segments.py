@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.launch.arithmetic import cdiv
-from pallas_kernels.rat.shape import NEVER, Problem
+from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_attention_backward import summaries_launch
+from pallas_kernels.rat.triton_tiling import NEVER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,28 +31,28 @@ class Documents:
         return self.segment_ids, self.first_slots, self.end_slots, self.slot_tokens, self.slot_segments
 
 
-def documents_of(p: Problem, segment_ids: jax.Array | None, positions: jax.Array | None) -> Documents:
+def documents_of(shape: RatShape, segment_ids: jax.Array | None, positions: jax.Array | None) -> Documents:
     """The places in rows that start with their first token; arguments as of `rat.rat_forward`."""
     if segment_ids is None:
         return Documents(*(jnp.zeros((1, 1), jnp.int32),) * 8)
     if positions is None:
         raise ValueError("segment_ids need positions")
-    token = jnp.arange(p.tokens, dtype=jnp.int32)[None, :]
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
     is_token = segment_ids != 0
-    chunk_starts = _chunk_starts(is_token, positions % p.chunk_size == 0)
+    chunk_starts = _chunk_starts(is_token, positions % shape.chunk_size == 0)
     begins = jax.lax.cummax(jnp.where(is_token & (positions == 0), token, 0), axis=1)
-    first_slots = begins // p.chunk_size
-    slot_tokens = completing_tokens(p, is_token, positions)
-    slot_segments = jnp.take_along_axis(segment_ids, jnp.minimum(slot_tokens, p.tokens - 1), axis=1)
-    keys = dict(summaries_launch(p).constants)["KEYS"]
-    last_slots = jnp.minimum((jnp.arange(cdiv(p.slots, keys)) + 1) * keys, p.slots) - 1
+    first_slots = begins // shape.chunk_size
+    slot_tokens = completing_tokens(shape, is_token, positions)
+    slot_segments = jnp.take_along_axis(segment_ids, jnp.minimum(slot_tokens, shape.tokens - 1), axis=1)
+    keys = dict(summaries_launch(shape).constants)["KEYS"]
+    last_slots = jnp.minimum((jnp.arange(cdiv(shape.num_chunks, keys)) + 1) * keys, shape.num_chunks) - 1
     last_tokens = jax.vmap(lambda slots: jnp.searchsorted(slots, last_slots, side="right"))(first_slots)
     return Documents(
         positions.astype(jnp.int32),
         chunk_starts,
         segment_ids.astype(jnp.int32),
         first_slots,
-        jnp.broadcast_to(token // p.chunk_size + 1, first_slots.shape),
+        jnp.broadcast_to(token // shape.chunk_size + 1, first_slots.shape),
         slot_tokens,
         slot_segments,
         last_tokens.astype(jnp.int32),
@@ -59,7 +60,7 @@ def documents_of(p: Problem, segment_ids: jax.Array | None, positions: jax.Array
 
 
 def continued_documents(
-    p: Problem,
+    shape: RatShape,
     segment_ids: jax.Array,
     positions: jax.Array,
     summary_segment_ids: jax.Array,
@@ -68,7 +69,7 @@ def continued_documents(
     """The places in rows that go on with the summaries of a cache, and where in it new summaries go.
 
     Args:
-      p: sizes.
+      shape: sizes.
       segment_ids: [B, T] int32, 0 is padding; a row goes on with the document of its last summaries if the ids agree.
       positions: [B, T] int32, in the document, the tokens of earlier calls counted.
       summary_segment_ids: [B, C] int32, of the slots filled before.
@@ -81,20 +82,20 @@ def continued_documents(
     capacity = summary_segment_ids.shape[1]
     is_token = segment_ids != 0
     first = is_token & (jnp.cumsum(is_token, axis=1) == 1)
-    chunk_starts = _chunk_starts(is_token, first | (positions % p.chunk_size == 0))
-    ends = is_token & (positions % p.chunk_size == p.chunk_size - 1)
+    chunk_starts = _chunk_starts(is_token, first | (positions % shape.chunk_size == 0))
+    ends = is_token & (positions % shape.chunk_size == shape.chunk_size - 1)
     completed = num_summaries[:, None] + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
-    new_tokens = completing_tokens(p, is_token, positions)
+    new_tokens = completing_tokens(shape, is_token, positions)
     found = new_tokens < NEVER
     slots = num_summaries[:, None] + jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1
     slots = jnp.where(found, jnp.minimum(slots, capacity), capacity)
-    rows = jnp.arange(p.batch)[:, None]
+    rows = jnp.arange(shape.batch)[:, None]
     filled = jnp.arange(capacity, dtype=jnp.int32)[None, :] < num_summaries[:, None]
     slot_tokens = jnp.where(filled, -1, NEVER).at[rows, slots].set(new_tokens, mode="drop")
-    new_segments = jnp.take_along_axis(segment_ids, jnp.minimum(new_tokens, p.tokens - 1), axis=1)
+    new_segments = jnp.take_along_axis(segment_ids, jnp.minimum(new_tokens, shape.tokens - 1), axis=1)
     slot_segments = summary_segment_ids.at[rows, slots].set(new_segments, mode="drop")
     # A document's completed chunks are the row's last ones; padding takes the place of the token before it.
-    before = completed - ends - jnp.where(is_token, positions, 0) // p.chunk_size
+    before = completed - ends - jnp.where(is_token, positions, 0) // shape.chunk_size
     first_slots = jax.lax.cummax(jnp.where(is_token, before, 0), axis=1)
     places = Documents(
         positions.astype(jnp.int32),
@@ -109,12 +110,12 @@ def continued_documents(
     return places, slots
 
 
-def completing_tokens(p: Problem, is_token: jax.Array, positions: jax.Array) -> jax.Array:
+def completing_tokens(shape: RatShape, is_token: jax.Array, positions: jax.Array) -> jax.Array:
     """[B, ceil(T / L)] int32: array index of the token that completes a chunk, at most one in a block of L tokens."""
-    token = jnp.arange(p.tokens, dtype=jnp.int32)[None, :]
-    ends = jnp.where(is_token & (positions % p.chunk_size == p.chunk_size - 1), token, NEVER)
-    ends = jnp.pad(ends, ((0, 0), (0, p.slots * p.chunk_size - p.tokens)), constant_values=NEVER)
-    return jnp.min(ends.reshape(p.batch, p.slots, p.chunk_size), axis=2)
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+    ends = jnp.where(is_token & (positions % shape.chunk_size == shape.chunk_size - 1), token, NEVER)
+    ends = jnp.pad(ends, ((0, 0), (0, shape.num_chunks * shape.chunk_size - shape.tokens)), constant_values=NEVER)
+    return jnp.min(ends.reshape(shape.batch, shape.num_chunks, shape.chunk_size), axis=2)
 
 
 def _chunk_starts(is_token: jax.Array, starts: jax.Array) -> jax.Array:

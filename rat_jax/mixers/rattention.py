@@ -155,6 +155,6 @@ class Rattention(nnx.Module):
             jnp.where(enters, left_value, 0),
             feature_map=options.feature_map,
             initial_state=self._initial_state(),
-            documents=jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32),
+            segment_ids=segments,
             state=cache.state,
         )

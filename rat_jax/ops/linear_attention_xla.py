@@ -1,4 +1,4 @@
-"""Linear attention in plain XLA: the body that runs everywhere, with states; kernels are compared with it."""
+"""Linear attention in plain XLA: it runs everywhere, with states; kernels are compared with it."""
 
 from typing import NamedTuple
 

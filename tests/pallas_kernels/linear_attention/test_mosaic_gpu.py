@@ -4,6 +4,7 @@ The interpreter of Mosaic GPU does not run them; `mosaic_emulator` does, in an o
 drawn, so that values are compared with float64 without a GPU too, and what no order of events allows is found.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -14,6 +15,7 @@ import pytest
 
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.linear_attention import mosaic_gpu, mosaic_gpu_blocks, mosaic_gpu_tiling
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from rat_jax.ops import linear_attention_xla
 from tests.pallas_kernels import mosaic_emulator
 from tests.pallas_kernels.mosaic_machine import Fault
@@ -51,10 +53,11 @@ def inputs(case, seed=0):
 
 
 def both(case, query, key, value, d_out, d_final):
-    options = {"feature_map": case[-2], "key_lag": case[-1]}
-    out, final, residuals = mosaic_gpu.linear_attention_forward(query, key, value, **options)
+    *sizes, key_lag = case
+    shape = LinearAttentionShape(*sizes, key_lag=key_lag)
+    out, final, residuals = mosaic_gpu.linear_attention_forward(shape, query, key, value)
     arrays = residuals, query, key, value, d_out, d_final
-    return out, final, *mosaic_gpu.linear_attention_backward(*arrays, **options)
+    return out, final, *mosaic_gpu.linear_attention_backward(shape, *arrays)[:3]
 
 
 def truth(case, *arrays):
@@ -114,32 +117,21 @@ def test_kernels_lower_for_cuda(name):
 
 
 @pytest.mark.parametrize(
-    ("query", "key", "dtype", "reason"),
+    ("changes", "reason"),
     [
-        ((2, 8, 4, 64), (2, 8, 2, 64), "float32", "none of bfloat16, float16; the Triton kernels take float32"),
-        ((2, 8, 4, 96), (2, 8, 2, 96), "bfloat16", "head_dim 96 is none of 64, 128; the nearest is 64"),
-        ((2, 8, 4, 256), (2, 8, 2, 256), "bfloat16", "nearest is 128"),
-        ((2, 8, 5, 64), (2, 8, 2, 64), "bfloat16", "multiple of key heads, got 5 and 2"),
-        ((2, 8, 4, 64), (2, 9, 2, 64), "bfloat16", "nearest: (2, 8, 4, 64)"),
-        ((2, 0, 4, 64), (2, 0, 2, 64), "bfloat16", "1 or more"),
+        ({"dtype": "float32"}, "none of bfloat16, float16; implementation 'triton' takes float32"),
+        ({"head_dim": 96}, "head_dim 96 is none of 64, 128; the nearest is 64"),
+        ({"head_dim": 256}, "nearest is 128"),
+        ({"segmented": True}, "implementation 'triton' does"),
+        ({"initial_rows": 1, "initial_heads": 2}, "implementation 'triton' does"),
+        ({"continued": True}, "implementation 'xla' does"),
+        ({"capability": (8, 9)}, "compute capability 9.x, this one has 8.9"),
     ],
 )
-def test_refused_shapes_say_why(query, key, dtype, reason):
-    assert reason in mosaic_gpu.refusal(query, key, jnp.dtype(dtype))
-    assert mosaic_gpu.refusal((2, 8, 4, 64), (2, 8, 2, 64), jnp.float16) is None
-
-
-def test_the_entry_points_refuse_what_they_cannot_run():
-    query, key = jnp.zeros((1, 8, 2, 64), jnp.bfloat16), jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
-    run = mosaic_gpu.linear_attention_forward
-    with pytest.raises(ValueError, match="multiple of key heads"):
-        run(key, query, query, feature_map="relu")
-    with pytest.raises(ValueError, match="dtype of query"):
-        run(query, key, key.astype(jnp.float16), feature_map="relu")
-    with pytest.raises(ValueError, match="feature_map"):
-        run(query, key, key, feature_map="elu")
-    with pytest.raises(ValueError, match="key_lag must be 0 or more, got -1"):
-        run(query, key, key, feature_map="relu", key_lag=-1)
+def test_unsupported_calls_say_why(changes, reason):
+    shape = LinearAttentionShape(2, 8, 4, 2, 64, "float16", "softmax", key_lag=3)
+    assert mosaic_gpu_tiling.unsupported_reason(shape) is None
+    assert reason in mosaic_gpu_tiling.unsupported_reason(dataclasses.replace(shape, **changes))
 
 
 def emulate(monkeypatch, *, seed, processors):
@@ -194,7 +186,7 @@ def nothing(*_, **options):
     pass
 
 
-RING, PROBLEM, PLGPU = launch.Ring, mosaic_gpu_tiling.LinearProblem, mosaic_emulator.NAMES["plgpu"]
+RING, TILING, PLGPU = launch.Ring, mosaic_gpu_tiling.Tiling, mosaic_emulator.NAMES["plgpu"]
 MISTAKES = {  # what stands in which place, and the fault
     "stores that are not committed": ([(PLGPU, "commit_smem", nothing)], "not committed"),
     "stages that are not released": ([(RING, "release", nothing)], "deadlock"),
@@ -203,7 +195,7 @@ MISTAKES = {  # what stands in which place, and the fault
     "copies that are not waited for": ([(RING, "wait", unchecked_wait)], "race"),
     "stores that are not waited for": ([(PLGPU, "wait_smem_to_gmem", nothing)], "race|nothing waited for"),
     "products that are not waited for": ([(PLGPU, "wgmma_accumulator_load", hasty_load)], "is under way"),
-    "copies that start between tiles": ([(PROBLEM, "offset", 70)], "no multiples of 8"),
+    "copies that start between tiles": ([(TILING, "offset", 70)], "no multiples of 8"),
 }
 
 
@@ -220,7 +212,7 @@ def test_the_emulator_finds(mistake, monkeypatch):
 
 def test_emulated_values_show_a_mask_that_is_a_token_off(monkeypatch):
     emulate(monkeypatch, seed=0, processors=2)
-    monkeypatch.setattr(PROBLEM, "strict", False)
+    monkeypatch.setattr(TILING, "strict", False)
     arrays = inputs(SMALL)
     with pytest.raises(AssertionError, match="'out'"):
         check_values(SMALL, truth(SMALL, *arrays), both(SMALL, *arrays))

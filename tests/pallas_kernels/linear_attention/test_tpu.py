@@ -1,5 +1,6 @@
 """The TPU kernels of linear attention in interpret mode, against dense float64 sums over all pairs of tokens."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention import tpu as linear
-from pallas_kernels.linear_attention.tpu_tiling import LinearTiles
+from pallas_kernels.linear_attention import tpu_tiling
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
 
-SMALL = LinearTiles(tokens=16, block=8, rows=16)
+SMALL = tpu_tiling.Tiles(tokens=16, block=8, rows=16)
 
 
 class Case(NamedTuple):
@@ -98,18 +100,31 @@ def truth(case, feature_map):
     return found
 
 
+def shape_of(case, feature_map):
+    initial_rows, initial_heads = (0, 0) if case.initial_state is None else case.initial_state.shape[:2]
+    return LinearAttentionShape(
+        *case.query.shape[:3],
+        *case.key.shape[2:],
+        jnp.dtype(case.query.dtype).name,
+        feature_map,
+        segmented=case.documents is not None,
+        initial_rows=initial_rows,
+        initial_heads=initial_heads,
+    )
+
+
 # Interpreted kernels compile long and run short: leave out what only makes them faster.
 @functools.partial(
     jax.jit,
-    static_argnames=("feature_map", "interpret", "tiles"),
+    static_argnames=("shape", "interpret", "tiles"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def forward_and_backward(case, **settings):
+def forward_and_backward(shape, case, **settings):
     arrays = dict(query=case.query, key=case.key, value=case.value)
-    settings |= dict(initial_state=case.initial_state, documents=case.documents)
-    out, final_state, residuals = linear.linear_attention_forward(**arrays, **settings)
+    settings |= dict(initial_state=case.initial_state, segment_ids=case.documents)
+    out, final_state, residuals = linear.linear_attention_forward(shape, **arrays, **settings)
     gradients = linear.linear_attention_backward(
-        residuals, **arrays, d_out=case.d_out, d_final_state=case.d_final_state, **settings
+        shape, residuals, **arrays, d_out=case.d_out, d_final_state=case.d_final_state, **settings
     )
     return out, final_state, *gradients
 
@@ -118,7 +133,7 @@ def run(case, feature_map, *, tiles=SMALL, dtype=jnp.float32, interpret=True):
     names = ("out", "final_state", "d_query", "d_key", "d_value", "d_initial_state")
     float32 = ("documents", "d_final_state", "initial_state")
     arrays = case._replace(**{n: jnp.asarray(x, dtype) for n, x in case._asdict().items() if n not in float32})
-    results = forward_and_backward(arrays, feature_map=feature_map, interpret=interpret, tiles=tiles)
+    results = forward_and_backward(shape_of(arrays, feature_map), arrays, interpret=interpret, tiles=tiles)
     return dict(zip(names, results, strict=True))
 
 
@@ -181,29 +196,16 @@ def test_nothing_is_read_that_was_not_written():
 
 
 @pytest.mark.parametrize(
-    ("shapes", "text"),
+    ("changes", "text"),
     [
-        (((1, 8, 4, 16), (1, 8, 2, 16), jnp.float16), "bfloat16 or float32, got float16"),
-        (((8, 4, 16), (8, 2, 16), jnp.float32), "got shape"),
-        (((1, 8, 4, 16), (1, 9, 2, 16), jnp.float32), r"nearest: (1, 8, 4, 16)"),
-        (((1, 8, 5, 16), (1, 8, 2, 16), jnp.float32), "nearest: 4 or 6 heads"),
-        (((1, 8, 4, 300), (1, 8, 2, 300), jnp.float32), "nearest: 256"),
-        (((1, 8, 4, 16), (1, 8, 2, 16), jnp.float32, (1, 3, 32, 16)), "nearest: (1, 2, 32, 16)"),
-        (((1, 8, 64, 128), (1, 8, 2, 128), jnp.float32, (1, 64, 256, 128)), "at most 16 initial states"),
-        (((3, 8, 4, 16), (3, 8, 2, 16), jnp.float32, (1, 4, 32, 16)), None),
+        ({"dtype": "float16"}, "dtype float16 is none of bfloat16, float32"),
+        ({"head_dim": 300}, "nearest: 256"),
+        ({"initial_rows": 1, "initial_heads": 64, "num_heads": 64, "head_dim": 128}, "at most 16 initial states"),
+        ({"key_lag": 1}, "shift keys and values instead"),
+        ({"continued": True}, "implementation 'xla' does"),
     ],
 )
-def test_refusal_names_the_reason(shapes, text):
-    query, key, dtype, *initial = shapes
-    reason = linear.refusal(query, key, dtype, initial_shape=initial[0] if initial else None)
-    assert reason is None if text is None else text in reason
-
-
-def test_refused_arguments_raise():
-    x = jnp.zeros((1, 8, 2, 16))
-    with pytest.raises(ValueError, match="multiple of key heads, got 2 and 3"):
-        linear.linear_attention_forward(x, jnp.zeros((1, 8, 3, 16)), x, feature_map="relu")
-    with pytest.raises(ValueError, match="both the dtype of query"):
-        linear.linear_attention_forward(x, x, x.astype(jnp.bfloat16), feature_map="relu")
-    with pytest.raises(ValueError, match="got 'elu'"):
-        linear.linear_attention_forward(x, x, x, feature_map="elu")
+def test_unsupported_calls_say_why(changes, text):
+    shape = LinearAttentionShape(3, 8, 4, 2, 16, "float32", "relu", True, initial_rows=1, initial_heads=4)
+    assert tpu_tiling.unsupported_reason(shape) is None
+    assert text in tpu_tiling.unsupported_reason(dataclasses.replace(shape, **changes))

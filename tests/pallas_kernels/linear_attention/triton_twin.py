@@ -12,26 +12,27 @@ import numpy as np
 import torch
 
 from pallas_kernels.linear_attention import triton
-from pallas_kernels.linear_attention.triton_tiling import LinearProblem
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
+from pallas_kernels.linear_attention.triton_tiling import Tiling
 from tests.pallas_kernels.rat.triton_twin import DTYPES, mend_interpreter, run
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCase:
-    """A problem and the lengths of each row's documents."""
+    """How a call is cut, and the lengths of each row's documents."""
 
-    problem: LinearProblem
+    tiling: Tiling
     lengths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def documents(self) -> np.ndarray:
-        rows = self.lengths or ((self.problem.tokens,),) * self.problem.batch
+        rows = self.lengths or ((self.tiling.shape.tokens,),) * self.tiling.shape.batch
         return np.stack([np.repeat(np.arange(len(row)) * 2, row) for row in rows]).astype(np.int32)
 
 
 def inputs(case: LinearCase, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Random query, key, value and, if there is one, initial state; and the gradients of out and final state."""
-    p = case.problem
+    p = case.tiling.shape
     rng = np.random.default_rng(seed)
     dtype = DTYPES[p.dtype]
 
@@ -50,7 +51,7 @@ def inputs(case: LinearCase, seed: int) -> tuple[list[torch.Tensor], list[torch.
 
 def reference(case: LinearCase, query, key, value, initial=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and final state by the definition: all pairs of tokens."""
-    p = case.problem
+    p = case.tiling.shape
 
     def phi(x):
         m = torch.relu if p.feature_map == "relu" else lambda x: torch.softmax(x, dim=-1)
@@ -60,7 +61,7 @@ def reference(case: LinearCase, query, key, value, initial=None) -> tuple[torch.
     same = documents[:, :, None] == documents[:, None, :]
     seen = (torch.tril(torch.ones_like(same)) & same).to(query.dtype)
     key_features, query_features = phi(key), phi(query)
-    heads = torch.arange(p.num_heads, device=query.device) // p.shared
+    heads = torch.arange(p.num_heads, device=query.device) // p.heads_per_key
     scores = torch.einsum("btnf,bsnf->bnts", query_features, key_features[:, :, heads]) * seen[:, None]
     out = torch.einsum("bnts,bsnh->btnh", scores, value[:, :, heads])
     if initial is not None:
@@ -72,13 +73,13 @@ def reference(case: LinearCase, query, key, value, initial=None) -> tuple[torch.
 
 def twin(case: LinearCase, arrays, d_out, d_final):
     """The kernels' out, final state and gradients."""
-    p = case.problem
+    p = case.tiling.shape
     device = d_out.device
     query, key, value, *initial = arrays
     initial = initial[0] if initial else torch.zeros((1, 1, 1, 1), dtype=query.dtype, device=device)
     documents = torch.tensor(case.documents if p.segmented else np.zeros((1, 1), np.int32), device=device)
-    out, final, states = triton.forward(run, p, query, key, value, initial, documents)
-    gradients = triton.backward(run, p, states, query, key, value, d_out, d_final, initial, documents)
+    out, final, states = triton.forward(run, case.tiling, query, key, value, initial, documents)
+    gradients = triton.backward(run, case.tiling, states, query, key, value, d_out, d_final, initial, documents)
     return out, final, *gradients
 
 
@@ -94,31 +95,43 @@ def errors(case: LinearCase, seed: int = 0, device: str = "cpu") -> dict[str, fl
     return {name: float((a.double() - b.detach()).norm() / b.detach().norm()) for name, a, b in pairs}
 
 
-def problem(batch, tokens, heads, key_heads, head_dim, dtype="float32", feature_map="softmax", segmented=False, **more):
-    return LinearProblem(batch, tokens, heads, key_heads, head_dim, dtype, feature_map, segmented, **more)
+def tiling_of(
+    batch,
+    tokens,
+    heads,
+    key_heads,
+    head_dim,
+    dtype="float32",
+    feature_map="softmax",
+    segmented=False,
+    sum_programs=512,
+    **more,
+) -> Tiling:
+    sizes = (batch, tokens, heads, key_heads, head_dim, dtype, feature_map, segmented)
+    return Tiling(LinearAttentionShape(*sizes, **more), sum_programs)
 
 
 CASES = {
-    "plain": LinearCase(problem(1, 70, 2, 1, 16)),
-    "relu": LinearCase(problem(1, 40, 2, 1, 16, feature_map="relu")),
-    "segments": LinearCase(problem(1, 150, 1, 1, 16, sum_programs=4)),
+    "plain": LinearCase(tiling_of(1, 70, 2, 1, 16)),
+    "relu": LinearCase(tiling_of(1, 40, 2, 1, 16, feature_map="relu")),
+    "segments": LinearCase(tiling_of(1, 150, 1, 1, 16, sum_programs=4)),
     "segments_of_documents": LinearCase(
-        problem(2, 130, 2, 1, 16, "float32", "softmax", True, sum_programs=8), ((60, 30, 20, 20), (128, 2))
+        tiling_of(2, 130, 2, 1, 16, "float32", "softmax", True, sum_programs=8), ((60, 30, 20, 20), (128, 2))
     ),
-    "grouped_heads": LinearCase(problem(2, 40, 6, 2, 20, initial_rows=1, initial_heads=6)),
-    "float16": LinearCase(problem(1, 100, 4, 2, 32, "float16", initial_rows=1, initial_heads=2)),
-    "float16_relu": LinearCase(problem(1, 130, 2, 1, 32, "float16", "relu")),
-    "one_token": LinearCase(problem(2, 1, 2, 2, 16)),
-    "odd_head": LinearCase(problem(1, 33, 2, 1, 7, feature_map="relu", initial_rows=1, initial_heads=1)),
-    "two_column_tiles": LinearCase(problem(1, 40, 2, 1, 48)),
+    "grouped_heads": LinearCase(tiling_of(2, 40, 6, 2, 20, initial_rows=1, initial_heads=6)),
+    "float16": LinearCase(tiling_of(1, 100, 4, 2, 32, "float16", initial_rows=1, initial_heads=2)),
+    "float16_relu": LinearCase(tiling_of(1, 130, 2, 1, 32, "float16", "relu")),
+    "one_token": LinearCase(tiling_of(2, 1, 2, 2, 16)),
+    "odd_head": LinearCase(tiling_of(1, 33, 2, 1, 7, feature_map="relu", initial_rows=1, initial_heads=1)),
+    "two_column_tiles": LinearCase(tiling_of(1, 40, 2, 1, 48)),
     "documents": LinearCase(
-        problem(2, 100, 2, 1, 16, segmented=True, initial_rows=2, initial_heads=2), ((40, 2, 50, 1, 7), (32, 64, 4))
+        tiling_of(2, 100, 2, 1, 16, segmented=True, initial_rows=2, initial_heads=2), ((40, 2, 50, 1, 7), (32, 64, 4))
     ),
-    "whole_rows": LinearCase(problem(2, 140, 4, 1, 32, "float16", sum_programs=1)),
+    "whole_rows": LinearCase(tiling_of(2, 140, 4, 1, 32, "float16", sum_programs=1)),
     "whole_rows_of_documents": LinearCase(
-        problem(2, 140, 4, 1, 20, "float16", "softmax", True, sum_programs=1), ((64, 50, 10, 16), (30, 110))
+        tiling_of(2, 140, 4, 1, 20, "float16", "softmax", True, sum_programs=1), ((64, 50, 10, 16), (30, 110))
     ),
-    "documents_relu": LinearCase(problem(1, 97, 2, 1, 20, "float32", "relu", True), ((31, 1, 33, 32),)),
+    "documents_relu": LinearCase(tiling_of(1, 97, 2, 1, 20, "float32", "relu", True), ((31, 1, 33, 32),)),
 }
 
 

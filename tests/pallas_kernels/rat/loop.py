@@ -48,8 +48,6 @@ class Truth:
 
     out: np.ndarray  # [B, T, D]
     log_sum_exp: np.ndarray  # [B, N, T]
-    final_key: np.ndarray  # [B, N, H]
-    final_value: np.ndarray
     summary_key: np.ndarray  # [B, C, N, H], rotated, zero where no chunk ends
     summary_value: np.ndarray
     d_projected: np.ndarray
@@ -65,8 +63,6 @@ def loop(case: Case, d_out: np.ndarray) -> Truth:
     truth = Truth(
         out=np.zeros((batch, tokens, width)),
         log_sum_exp=np.zeros((batch, heads, tokens)),
-        final_key=np.zeros((batch, heads, head_dim)),
-        final_value=np.zeros((batch, heads, head_dim)),
         summary_key=np.zeros((batch, slots, heads, head_dim)),
         summary_value=np.zeros((batch, slots, heads, head_dim)),
         d_projected=np.zeros_like(x),
@@ -85,7 +81,6 @@ def loop(case: Case, d_out: np.ndarray) -> Truth:
             gate = sigmoid(parts[0])
             truth.out[row, :, own] = gate * y
             truth.log_sum_exp[row, head] = [record["total"] for record in saved]
-            truth.final_key[row, head], truth.final_value[row, head] = saved[-1]["key"], saved[-1]["value"]
             for s in summaries:
                 slot = s["t"] // case.chunk_size
                 truth.summary_key[row, slot, head] = s["turned"]

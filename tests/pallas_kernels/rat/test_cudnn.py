@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import cudnn_fmha
-from pallas_kernels.launch.arithmetic import LOG2_E
+from pallas_kernels.launch.sizes import LOG2_E
 from pallas_kernels.rat import cudnn_attention
-from pallas_kernels.rat.shape import Problem
+from pallas_kernels.rat.shape import RatShape
 
-PROBLEMS = {
-    "whole": Problem(2, 24, 4, 2, 8, 4, "float32", True, False),
-    "partial-chunk": Problem(2, 27, 4, 1, 8, 4, "float32", True, False),
-    "two-chunks": Problem(1, 5, 3, 3, 8, 4, "float32", True, False),
-    "chunks-of-one": Problem(1, 6, 2, 2, 16, 1, "float32", True, False),
+SHAPES = {
+    "whole": RatShape(2, 24, 4, 2, 8, 4, "float32", 10_000.0, False),
+    "partial-chunk": RatShape(2, 27, 4, 1, 8, 4, "float32", 10_000.0, False),
+    "two-chunks": RatShape(1, 5, 3, 3, 8, 4, "float32", 10_000.0, False),
+    "chunks-of-one": RatShape(1, 6, 2, 2, 16, 1, "float32", 10_000.0, False),
 }
 FORWARD = ("projected", "running_values", "own_scores", "rotated_queries", "summary_keys", "summary_values")
 BACKWARD = ("d_heads", "delta", "lse", "rotated_queries", "summary_keys", "summary_values", "own_scores",
@@ -25,7 +25,7 @@ BACKWARD = ("d_heads", "delta", "lse", "rotated_queries", "summary_keys", "summa
 RESULTS = ("out", "lse", "d_rotated_queries", "d_own_scores", "own_weights", "d_summary_keys", "d_summary_values")
 
 
-def inputs(p: Problem) -> dict[str, np.ndarray]:
+def inputs(p: RatShape) -> dict[str, np.ndarray]:
     """Random arguments of the forward pass, and do; the last slot's summary is undefined."""
     random = np.random.default_rng(p.tokens)
 
@@ -37,19 +37,19 @@ def inputs(p: Problem) -> dict[str, np.ndarray]:
         "running_values": normal(p.batch, p.tokens, p.num_heads, p.head_dim),
         "own_scores": normal(p.batch, p.num_heads, p.tokens).astype(jnp.float32),
         "rotated_queries": normal(p.batch, p.tokens, p.num_groups, p.head_dim) * LOG2_E / math.sqrt(p.head_dim),
-        "summary_keys": normal(p.batch, p.slots, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
-        "summary_values": normal(p.batch, p.slots, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
+        "summary_keys": normal(p.batch, p.num_chunks, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
+        "summary_values": normal(p.batch, p.num_chunks, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
         "d_heads": normal(p.batch, p.tokens, p.num_heads, p.head_dim),
     }
     return x | {"rotated_queries": x["rotated_queries"].astype(p.dtype)}
 
 
-def truth(p: Problem, x) -> dict[str, np.ndarray]:
+def truth(p: RatShape, x) -> dict[str, np.ndarray]:
     """Everything that the two passes return, and delta, in float64, a row and a head at a time."""
     x = {name: np.asarray(array, np.float64) for name, array in x.items()}
     result = {name: [] for name in (*RESULTS, "delta")}
     gate = 1 / (1 + np.exp(-x["projected"][..., : p.width]))
-    seen = np.arange(p.slots - 1) < (np.arange(p.tokens) // p.chunk_size)[:, None]
+    seen = np.arange(p.num_chunks - 1) < (np.arange(p.tokens) // p.chunk_size)[:, None]
     d_queries = np.zeros((p.batch, p.tokens, p.num_groups, p.head_dim))
     for row in range(p.batch):
         for head in range(p.num_heads):
@@ -81,7 +81,7 @@ def truth(p: Problem, x) -> dict[str, np.ndarray]:
     return result | {"d_rotated_queries": d_queries}
 
 
-def run(p: Problem, x, expected, passes=(cudnn_attention.forward, cudnn_attention.backward)) -> dict[str, jax.Array]:
+def run(p: RatShape, x, expected, passes=(cudnn_attention.forward, cudnn_attention.backward)) -> dict[str, jax.Array]:
     """Both passes, the backward one from the true sums."""
     x = x | {name: jnp.asarray(expected[name], jnp.float32) for name in ("lse", "delta")}
     forward = jax.jit(lambda *a: passes[0](p, *a))(*(x[name] for name in FORWARD))
@@ -124,11 +124,11 @@ def plain_backward(query, key, value, out, log_sum_exp, d_out, *, scale):
     return scale * jnp.einsum("bnts,bsnh->btnh", d_scores, wide_key), d_key, d_value
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_both_passes_are_the_definition(name, monkeypatch):
     monkeypatch.setattr(cudnn_fmha, "forward", plain_forward)
     monkeypatch.setattr(cudnn_fmha, "backward", plain_backward)
-    p = PROBLEMS[name]
+    p = SHAPES[name]
     x = inputs(p)
     expected = truth(p, x)
     found = run(p, x, expected)
@@ -141,7 +141,7 @@ def test_both_passes_are_the_definition(name, monkeypatch):
 def test_a_token_that_no_gradient_reaches(monkeypatch):
     monkeypatch.setattr(cudnn_fmha, "forward", plain_forward)
     monkeypatch.setattr(cudnn_fmha, "backward", plain_backward)
-    p = PROBLEMS["whole"]
+    p = SHAPES["whole"]
     x = inputs(p)
     x["d_heads"] = x["d_heads"].at[:, 7:9].set(0.0)
     found = run(p, x, truth(p, x))
@@ -150,8 +150,8 @@ def test_a_token_that_no_gradient_reaches(monkeypatch):
 
 
 def test_the_calls_stand_in_the_lowered_program():
-    p = dataclasses.replace(PROBLEMS["partial-chunk"], dtype="bfloat16")
-    assert cudnn_attention.refusal(p) is None
+    p = dataclasses.replace(SHAPES["partial-chunk"], dtype="bfloat16")
+    assert cudnn_attention.unsupported_reason(p) is None
     x = inputs(p)
     x |= {name: x["own_scores"] for name in ("lse", "delta")}
     for function, names, target in (
@@ -165,20 +165,20 @@ def test_the_calls_stand_in_the_lowered_program():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"segmented": True}, "packed or continued rows"),
-        ({"continued": True}, "packed or continued rows"),
+        ({"segmented": True}, "it takes neither packed documents nor a state"),
+        ({"continued": True}, "it takes neither packed documents nor a state"),
         ({"dtype": "float32"}, "dtype float32 is none of bfloat16, float16"),
         ({"head_dim": 100}, "head_dim 100 is no multiple of 8 up to 128; the nearest is 104"),
         ({"head_dim": 256}, "head_dim 256 is no multiple of 8 up to 128; the nearest is 128"),
-        ({"num_groups": 3}, "num_heads must be a multiple of num_groups, got 4 and 3"),
+        ({"capability": (7, 5)}, "it needs a card of compute capability 8.0 or later, this one has 7.5"),
         ({"tokens": 8}, "8 tokens are too few chunks with earlier ones; the least are 9"),
         ({"chunk_size": 20_000, "tokens": 100_000}, "80000 query heads are more than 65535"),
     ],
 )
-def test_refusals(changes, reason):
-    p = dataclasses.replace(PROBLEMS["whole"], dtype="bfloat16")
-    assert cudnn_attention.refusal(p) is None
-    assert reason in cudnn_attention.refusal(dataclasses.replace(p, **changes))
+def test_unsupported_calls_say_why(changes, reason):
+    p = dataclasses.replace(SHAPES["whole"], dtype="bfloat16")
+    assert cudnn_attention.unsupported_reason(p) is None
+    assert reason in cudnn_attention.unsupported_reason(dataclasses.replace(p, **changes))
 
 
 @pytest.mark.gpu
@@ -192,7 +192,7 @@ def test_errs_at_most_twice_as_much_as_triton_or_two_roundoffs(sizes, dtype):
     from pallas_kernels.launch.triton import run as launch
     from pallas_kernels.rat import triton_attention, triton_attention_backward
 
-    p = Problem(*sizes, dtype, True, False)
+    p = RatShape(*sizes, dtype, 10_000.0, False)
     x = inputs(p)
     expected = truth(p, x)
     unused = (jnp.zeros((1, 1), jnp.int32),) * 4

@@ -1,5 +1,6 @@
 """The TPU kernels of the RAT op in interpret mode, against the float64 loop of `rat_loop`."""
 
+import dataclasses
 import functools
 import logging
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.rat import tpu
+from pallas_kernels.rat import tpu, tpu_tiling
+from pallas_kernels.rat.shape import RatShape
 from tests.pallas_kernels.rat.loop import Case, loop
 
 SMALL = tpu.Tiles(tokens=16, slots=128)
@@ -61,27 +63,26 @@ def arguments(case, dtype=jnp.float32):
     return arrays
 
 
+def shape_of(case, dtype=jnp.float32):
+    batch, tokens, _, heads, head_dim = case.sizes
+    sizes = (batch, tokens, heads, case.num_groups, head_dim, case.chunk_size)
+    return RatShape(*sizes, jnp.dtype(dtype).name, case.rope_base, segmented=case.segment_ids is not None)
+
+
 # Interpreted kernels compile long and run short: leave out what only makes them faster.
 @functools.partial(
     jax.jit,
-    static_argnames=("num_groups", "chunk_size", "rope_base", "interpret", "tiles"),
+    static_argnames=("shape", "interpret", "tiles"),
     compiler_options={"xla_backend_optimization_level": 0},
 )
-def forward_and_backward(arrays, d_out, **settings):
-    out, residuals = tpu.rat_forward(**arrays, **settings)
-    return out, residuals, tpu.rat_backward(residuals, **arrays, d_out=d_out, **settings)
+def forward_and_backward(shape, arrays, d_out, **settings):
+    out, residuals = tpu.rat_forward(shape, **arrays, **settings)
+    return out, residuals, tpu.rat_backward(shape, residuals, **arrays, d_out=d_out, **settings)
 
 
 def run(case, d_out, *, tiles, dtype=jnp.float32, interpret=True):
-    return forward_and_backward(
-        arguments(case, dtype),
-        jnp.asarray(d_out, dtype),
-        num_groups=case.num_groups,
-        chunk_size=case.chunk_size,
-        rope_base=case.rope_base,
-        interpret=interpret,
-        tiles=tiles,
-    )
+    arrays = arguments(case, dtype), jnp.asarray(d_out, dtype)
+    return forward_and_backward(shape_of(case, dtype), *arrays, interpret=interpret, tiles=tiles)
 
 
 def output_gradient(case, seed=1):
@@ -96,8 +97,6 @@ def check(case, results, d_out, tolerance):
     found = dict(
         out=out,
         log_sum_exp=residuals.log_sum_exp,
-        final_key=residuals.final_key,
-        final_value=residuals.final_value,
         summary_key=residuals.summary_key,
         summary_value=residuals.summary_value,
         d_projected=d_projected,
@@ -170,7 +169,7 @@ def test_bfloat16(packed):
     d_out = np.asarray(jnp.asarray(d_out, jnp.bfloat16), np.float32)
     results = run(case, d_out, tiles=SMALL, dtype=jnp.bfloat16)
     assert results[0].dtype == results[2][0].dtype == jnp.bfloat16
-    assert results[1].log_sum_exp.dtype == results[1].final_key.dtype == results[2][1].dtype == jnp.float32
+    assert results[1].log_sum_exp.dtype == results[2][1].dtype == jnp.float32
     check(case, results, d_out, 2 * float(jnp.finfo(jnp.bfloat16).eps))
 
 
@@ -183,11 +182,11 @@ def test_nothing_is_read_that_was_not_written(packed):
 
 
 def test_two_shapes_in_turn_and_no_second_compilation(caplog):
-    settings = dict(num_groups=1, rope_base=None, interpret=True, tiles=SMALL)
+    settings = dict(interpret=True, tiles=SMALL)
     short, long = (make_case(tokens, 4, 1, 1, 8, None, False, batch=1) for tokens in (20, 70))
-    first = [tpu.rat_forward(**arguments(case), chunk_size=4, **settings)[0] for case in (short, long)]
+    first = [tpu.rat_forward(shape_of(case), **arguments(case), **settings)[0] for case in (short, long)]
     with caplog.at_level(logging.WARNING), jax.log_compiles():
-        again = [tpu.rat_forward(**arguments(case), chunk_size=4, **settings)[0] for case in (short, long)]
+        again = [tpu.rat_forward(shape_of(case), **arguments(case), **settings)[0] for case in (short, long)]
     assert not [record for record in caplog.records if "XLA compilation of jit(rat_forward)" in record.getMessage()]
     for case, one, two in zip((short, long), first, again, strict=True):
         np.testing.assert_allclose(one, loop(case, np.zeros(one.shape)).out, atol=3e-6)
@@ -204,27 +203,14 @@ def test_earlier_tokens_do_not_see_later_ones():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "settings", "text"),
+    ("changes", "text"),
     [
-        ((1, 8, 64), jnp.float16, dict(width=16, num_groups=1, rope_base=None), "bfloat16 or float32, got float16"),
-        ((8, 64), jnp.float32, dict(width=16, num_groups=1, rope_base=None), "got shape"),
-        ((1, 8, 65), jnp.float32, dict(width=16, num_groups=1, rope_base=None), "65 channels"),
-        ((1, 8, 104), jnp.float32, dict(width=24, num_groups=2, rope_base=None), "nearest: 2 or 4 heads"),
-        ((1, 8, 5120), jnp.float32, dict(width=1024, num_groups=1, rope_base=None), "nearest: 512"),
-        ((1, 8, 56), jnp.float32, dict(width=14, num_groups=1, rope_base=100.0), "nearest: 8"),
+        ({"dtype": "float16"}, "dtype float16 is none of bfloat16, float32"),
+        ({"head_dim": 1024}, "nearest: 512"),
+        ({"continued": True}, "implementations 'triton' and 'xla' do"),
     ],
 )
-def test_refusal_names_the_reason(shape, dtype, settings, text):
-    assert text in tpu.refusal(shape, dtype, **settings)
-
-
-def test_refused_shapes_raise():
-    projected, bias = jnp.zeros((1, 8, 56)), jnp.zeros(14)
-    settings = dict(num_groups=1, chunk_size=4, interpret=True)
-    with pytest.raises(ValueError, match="even head size, got 7"):
-        tpu.rat_forward(projected, bias, rope_base=100.0, **settings)
-    with pytest.raises(ValueError, match="chunk_size must be 1 or more, got 0"):
-        tpu.rat_forward(projected, bias, rope_base=None, **(settings | dict(chunk_size=0)))
-    with pytest.raises(ValueError, match="pass both or neither"):
-        tpu.rat_forward(projected, bias, rope_base=None, positions=jnp.zeros((1, 8), jnp.int32), **settings)
-    assert tpu.refusal((1, 8, 56), jnp.float32, width=14, num_groups=1, rope_base=None) is None
+def test_unsupported_calls_say_why(changes, text):
+    shape = RatShape(1, 8, 2, 1, 8, 4, "float32", None, segmented=False)
+    assert tpu_tiling.unsupported_reason(shape) is None
+    assert text in tpu_tiling.unsupported_reason(dataclasses.replace(shape, **changes))

@@ -14,18 +14,20 @@ import numpy as np
 import torch
 
 from pallas_kernels.rat import triton, triton_decode
-from pallas_kernels.rat.shape import Problem, check
+from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
 from pallas_kernels.rat.triton_segments import Documents, documents_of
 
+ROPE_BASE = 10_000.0
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A problem and what its inputs look like."""
+    """The sizes of a call and what its inputs look like."""
 
-    problem: Problem
+    shape: RatShape
     lengths: tuple[tuple[int, ...], ...] = ()  # of each row's documents; negative is padding
     gate_shift: float = 0.0
 
@@ -44,7 +46,7 @@ class Case:
 
 def inputs(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Random `projected`, `gate_bias` and `d_out`."""
-    p = case.problem
+    p = case.shape
     rng = np.random.default_rng(seed)
     projected = rng.standard_normal((p.batch, p.tokens, p.projected_width), np.float32)
     projected[..., 2 * p.width : 3 * p.width] += case.gate_shift
@@ -54,9 +56,9 @@ def inputs(case: Case, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.tensor(projected).to(dtype), torch.tensor(gate_bias), torch.tensor(d_out).to(dtype)
 
 
-def reference(case: Case, projected, gate_bias, rope_base: float) -> torch.Tensor:
+def reference(case: Case, projected, gate_bias) -> torch.Tensor:
     """The op in float64, token by token, by the definition; padding gives zero."""
-    p = case.problem
+    p = case.shape
     n, g, h, d = p.num_heads, p.num_groups, p.head_dim, p.width
     z, v, gate, q, k = torch.split(projected, [d, d, d, g * h, g * h], dim=-1)
     forget = torch.sigmoid(gate + gate_bias)
@@ -80,13 +82,13 @@ def reference(case: Case, projected, gate_bias, rope_base: float) -> torch.Tenso
             k_state = f * k_state + (1 - f) * k[b, t].reshape(g, h)[group]
             query = q[b, t].reshape(g, h)[group]
             scores = [(query * k_state).sum(-1)]
-            turned = turn(query, chunk, rope_base) if p.rope else query
+            turned = turn(query, chunk, p.rope_base) if p.rope else query
             scores += [(turned * key).sum(-1) for key in keys]
             weights = torch.softmax(torch.stack(scores) / math.sqrt(h), dim=0)
             mixed = sum(w[:, None] * x for w, x in zip(weights, [v_state, *values], strict=True))
             out.append(torch.sigmoid(z[b, t]) * mixed.reshape(-1))
             if place == p.chunk_size - 1:
-                keys.append(turn(k_state, chunk, rope_base) if p.rope else k_state)
+                keys.append(turn(k_state, chunk, p.rope_base) if p.rope else k_state)
                 values.append(v_state)
         rows.append(torch.stack(out))
     return torch.stack(rows)
@@ -116,16 +118,15 @@ def run(launch, *arrays):
     return (*new, *kept)
 
 
-def twin(case: Case, projected, gate_bias, d_out, rope_base: float):
+def twin(case: Case, projected, gate_bias, d_out):
     """The kernels' out, d_projected and d_gate_bias."""
-    p = case.problem
-    check(p)
+    p = case.shape
     device = projected.device
 
     def tensor(x):
         return torch.tensor(np.array(x), device=device)
 
-    tables = [tensor(x) for x in triton._angles(p, rope_base if p.rope else None)]
+    tables = [tensor(x) for x in triton._angles(p)]
     ids = (jnp.asarray(case.segment_ids), jnp.asarray(case.positions)) if p.segmented else (None, None)
     documents = documents_of(p, *ids)
     documents = Documents(*(tensor(getattr(documents, f.name)) for f in dataclasses.fields(documents)))
@@ -134,14 +135,14 @@ def twin(case: Case, projected, gate_bias, d_out, rope_base: float):
     return out, d_projected, d_bias.sum((0, 1))
 
 
-def errors(case: Case, seed: int = 0, device: str = "cpu", rope_base: float = 10000.0) -> dict[str, float]:
+def errors(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, float]:
     """Norm of the error over norm of the float64 result, for out and every gradient."""
-    p = case.problem
+    p = case.shape
     projected, gate_bias, d_out = inputs(case, seed)
     exact = projected.double().requires_grad_(), gate_bias.double().requires_grad_()
-    wanted = reference(case, *exact, rope_base)
+    wanted = reference(case, *exact)
     wanted_gradients = torch.autograd.grad(wanted, exact, d_out.double())
-    got = twin(case, projected.to(device), gate_bias.to(device), d_out.to(device), rope_base)
+    got = twin(case, projected.to(device), gate_bias.to(device), d_out.to(device))
     widths = [p.width] * 3 + [p.num_groups * p.head_dim] * 2
     pairs = {"out": (got[0], wanted), "d_bias": (got[2], wanted_gradients[1])}
     for name, a, b in zip("zvgqk", got[1].split(widths, -1), wanted_gradients[0].split(widths, -1), strict=True):
@@ -152,12 +153,12 @@ def errors(case: Case, seed: int = 0, device: str = "cpu", rope_base: float = 10
     }
 
 
-def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu", rope_base: float = 10000.0) -> float:
+def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu") -> float:
     """Error of decoding token by token from an empty cache; the last row takes every third step off."""
-    p = dataclasses.replace(case.problem, tokens=1)
+    p = dataclasses.replace(case.shape, tokens=1)
     projected, gate_bias, _ = inputs(case, seed)
-    wanted = reference(case, projected.double(), gate_bias.double(), rope_base)
-    all_positions = case.positions if p.segmented else np.arange(case.problem.tokens)[None].repeat(p.batch, 0)
+    wanted = reference(case, projected.double(), gate_bias.double())
+    all_positions = case.positions if p.segmented else np.arange(case.shape.tokens)[None].repeat(p.batch, 0)
     state = (p.batch, p.num_heads, p.head_dim)
     slots = (p.batch, capacity, p.num_heads, p.head_dim)
     cache = [torch.full(state, math.nan, device=device) for _ in range(2)]
@@ -166,13 +167,13 @@ def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu", 
     rows = np.arange(p.batch)
     out = torch.zeros(wanted.shape, dtype=torch.float64)
     count = 0
-    while done.min() < case.problem.tokens:
-        is_token = done < case.problem.tokens
+    while done.min() < case.shape.tokens:
+        is_token = done < case.shape.tokens
         is_token[-1] &= count % 3 != 2
-        now = np.minimum(done, case.problem.tokens - 1)
+        now = np.minimum(done, case.shape.tokens - 1)
         positions = np.where(is_token, all_positions[rows, now], 0).astype(np.int32)
         token = projected[rows, now][:, None].contiguous().to(device)
-        turns = rotation(jnp.asarray(positions // p.chunk_size), p.head_dim, rope_base if p.rope else None)
+        turns = rotation(jnp.asarray(positions // p.chunk_size), p.head_dim, p.rope_base)
         tables = [torch.tensor(np.array(x), device=device) for x in turns]
         places = [torch.tensor(x, device=device) for x in (positions, num_summaries, is_token.astype(np.int32))]
         y, *cache = triton_decode.step(run, p, token, gate_bias.to(device), tables, *places, tuple(cache))
@@ -193,46 +194,46 @@ def run_on_jax(launch, *arrays):
     return tuple(jnp.asarray(x.numpy()) for x in run(launch, *tensors))
 
 
-def extend_error(case: Case, capacity: int, parts: tuple[int, ...], seed: int = 0, rope_base: float = 10000.0) -> float:
+def extend_error(case: Case, capacity: int, parts: tuple[int, ...], seed: int = 0) -> float:
     """Error of reading the rows part by part into a cache of NaN."""
-    p = case.problem
+    p = case.shape
     projected, gate_bias, _ = inputs(case, seed)
-    wanted = reference(case, projected.double(), gate_bias.double(), rope_base)
+    wanted = reference(case, projected.double(), gate_bias.double())
     ids = case.segment_ids if p.segmented else np.ones((p.batch, p.tokens), np.int32)
     positions = case.positions if p.segmented else np.arange(p.tokens, dtype=np.int32)[None].repeat(p.batch, 0)
     state = jnp.full((p.batch, p.num_heads, p.head_dim), jnp.nan)
     slots = jnp.full((p.batch, capacity, p.num_heads, p.head_dim), jnp.nan)
-    cache = (state, state, slots, slots, jnp.zeros((p.batch, capacity), jnp.int32), jnp.zeros(p.batch, jnp.int32))
+    cache = State(state, state, slots, slots, jnp.zeros((p.batch, capacity), jnp.int32), jnp.zeros(p.batch, jnp.int32))
     out, start = [], 0
     for size in parts:
         part = slice(start, start + size)
         places = (jnp.asarray(ids[:, part]), jnp.asarray(positions[:, part]))
         sizes = dataclasses.replace(p, tokens=size, segmented=True, continued=True)
         arrays = (jnp.asarray(projected[:, part].numpy()), jnp.asarray(gate_bias.numpy()))
-        y, cache = triton.extend(run_on_jax, sizes, *arrays, cache, *places, rope_base if p.rope else None)
+        y, cache = triton.extend(run_on_jax, sizes, *arrays, cache, *places)
         out.append(np.where(ids[:, part, None] != 0, y, 0))
         start += size
     found = torch.tensor(np.concatenate(out, axis=1)).double()
     return float((found - wanted).norm() / wanted.norm())
 
 
-def problem(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope=True, segmented=False) -> Problem:
-    return Problem(batch, tokens, heads, groups, head_dim, chunk, dtype, rope, segmented)
+def shape_of(batch, tokens, heads, groups, head_dim, chunk, dtype="float32", rope=True, segmented=False) -> RatShape:
+    return RatShape(batch, tokens, heads, groups, head_dim, chunk, dtype, ROPE_BASE if rope else None, segmented)
 
 
 CASES = {
-    "plain": Case(problem(1, 35, 4, 2, 16, 4)),
-    "float16": Case(problem(1, 30, 4, 2, 32, 4, "float16")),  # the interpreter multiplies no bfloat16 matrices
-    "odd_sizes": Case(problem(2, 23, 3, 1, 20, 5)),
-    "no_rope_odd_head": Case(problem(1, 23, 2, 1, 7, 3, rope=False)),
-    "one_token": Case(problem(2, 1, 2, 2, 16, 16)),
-    "chunk_of_one": Case(problem(1, 70, 2, 1, 16, 1)),
-    "long_chunk": Case(problem(1, 60, 2, 1, 16, 25)),
-    "one_chunk": Case(problem(1, 20, 2, 1, 16, 20)),
-    "gates_open": Case(problem(1, 18, 2, 1, 16, 4), gate_shift=8.0),
-    "gates_shut": Case(problem(1, 18, 2, 1, 16, 4), gate_shift=-8.0),
-    "documents": Case(problem(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
-    "long_chunk_documents": Case(problem(1, 50, 2, 1, 16, 9, segmented=True), ((29, -3, 18),)),
+    "plain": Case(shape_of(1, 35, 4, 2, 16, 4)),
+    "float16": Case(shape_of(1, 30, 4, 2, 32, 4, "float16")),  # the interpreter multiplies no bfloat16 matrices
+    "odd_sizes": Case(shape_of(2, 23, 3, 1, 20, 5)),
+    "no_rope_odd_head": Case(shape_of(1, 23, 2, 1, 7, 3, rope=False)),
+    "one_token": Case(shape_of(2, 1, 2, 2, 16, 16)),
+    "chunk_of_one": Case(shape_of(1, 70, 2, 1, 16, 1)),
+    "long_chunk": Case(shape_of(1, 60, 2, 1, 16, 25)),
+    "one_chunk": Case(shape_of(1, 20, 2, 1, 16, 20)),
+    "gates_open": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=8.0),
+    "gates_shut": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=-8.0),
+    "documents": Case(shape_of(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
+    "long_chunk_documents": Case(shape_of(1, 50, 2, 1, 16, 9, segmented=True), ((29, -3, 18),)),
 }
 
 
@@ -250,21 +251,21 @@ def mend_interpreter() -> None:
 
 
 DECODE_CASES = {
-    "decode": (Case(problem(2, 11, 4, 2, 16, 2)), 6),
-    "decode_split": (Case(problem(1, 9, 2, 1, 12, 1)), 260),
-    "decode_documents": (Case(problem(2, 14, 2, 1, 8, 2, segmented=True), ((5, 4, 5), (3, 10, 1))), 9),
-    "decode_odd_head": (Case(problem(2, 7, 2, 1, 7, 3, rope=False)), 3),
+    "decode": (Case(shape_of(2, 11, 4, 2, 16, 2)), 6),
+    "decode_split": (Case(shape_of(1, 9, 2, 1, 12, 1)), 260),
+    "decode_documents": (Case(shape_of(2, 14, 2, 1, 8, 2, segmented=True), ((5, 4, 5), (3, 10, 1))), 9),
+    "decode_odd_head": (Case(shape_of(2, 7, 2, 1, 7, 3, rope=False)), 3),
 }
 
 
 EXTEND_CASES = {
-    "extend": (Case(problem(2, 23, 4, 2, 16, 4)), 6, (7, 1, 11, 4)),
+    "extend": (Case(shape_of(2, 23, 4, 2, 16, 4)), 6, (7, 1, 11, 4)),
     "extend_documents": (
-        Case(problem(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
+        Case(shape_of(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
         10,
         (5, 10, 14),
     ),
-    "extend_odd_head": (Case(problem(1, 12, 2, 1, 7, 5, rope=False)), 2, (12,)),
+    "extend_odd_head": (Case(shape_of(1, 12, 2, 1, 7, 5, rope=False)), 2, (12,)),
 }
 
 

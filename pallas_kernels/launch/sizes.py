@@ -1,8 +1,11 @@
-"""Integers and constants that kernels of several back ends use."""
+"""Arithmetic and hardware sizes that tilings use; imports no back end."""
 
 import math
 
 LOG2_E = math.log2(math.e)
+ROWS = 64  # of the matrix instruction of a warpgroup on Hopper
+LANES = 128  # channels of a vector register on TPU
+SUBLANES = 8  # rows of a block on TPU come in multiples of this
 
 
 def cdiv(a: int, b: int) -> int:

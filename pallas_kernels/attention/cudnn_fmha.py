@@ -1,6 +1,6 @@
 """cuDNN's fused causal attention as XLA calls it: the one place that knows the custom calls and their configuration.
 
-`jax.nn.dot_product_attention` stands on the same two calls, but rounds the log-sum-exp to the dtype of the values and
+`jax.nn.dot_product_attention` makes the same two calls, but rounds the log-sum-exp to the dtype of the values and
 keeps the backward call to itself. Here the forward call returns the log-sum-exp in float32, and the backward call takes
 any log-sum-exp and output. They are stated through `jax.ffi`, so that tracing and lowering need no GPU.
 """

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: the warpgroups of a program, its place in the problem, tiles, the filling loop.
+"""What the Mosaic GPU kernels share: the warpgroups of a program, its place in the call, tiles, the filling loop.
 
 Two warpgroups compute, each for ROWS rows of the matrix products; a third one only copies. The registers that it gives
 up let the others hold their accumulators.
@@ -43,7 +43,7 @@ class Order:
 
 
 def kernel(body: Callable[..., None], *, name: str, programs: int, out_type: Any, scratch_types: Any):
-    """The kernel as a function of arrays; `name` stands in lowered text."""
+    """The kernel as a function of arrays; lowered text shows its `name`."""
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -123,7 +123,7 @@ class Ring:
         return self.tiles.shape[0]
 
     def fill(self, step: jax.Array, *sources: Any) -> None:
-        """Starts the copies of a step, once what stood in its stage has been consumed."""
+        """Starts the copies of a step, once what its stage held has been consumed."""
         stage = lax.rem(step, self.stages)
         pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[stage]))
         for i, source in enumerate(sources):

@@ -1,6 +1,6 @@
 """One kernel launch as data, and how jax-triton runs it: the one place that knows the jax-triton version.
 
-A kernel's parameters stand in this order: inputs, run-time integers, outputs, one alias per input that is overwritten,
+A kernel's parameters are in this order: inputs, run-time integers, outputs, one alias per input that is overwritten,
 constants. An overwritten input is returned as an output too; the kernel works on the input's pointer and ignores the
 alias parameter (jax-triton 0.3 passes the buffer twice, 0.4 does not).
 """

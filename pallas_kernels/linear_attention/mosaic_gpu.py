@@ -15,7 +15,7 @@ those of its tiles are made, rounded each time. Products count for whole tiles. 
     `linear_attention_keys`, which gives d_v too         4 K H^2 + 6 N L H
 
 `linear_attention_outputs` takes the product of scores and values, and `linear_attention_queries` that of d_out and
-values, once for each half of the features. Beside the arrays, states are written once and read once: H^2 K / 2 L
+values, once for each half of the features. Aligned the arrays, states are written once and read once: H^2 K / 2 L
 elements a token forward, which are kept for the backward pass, where they are read again; four times as many in
 reverse. Where rows are too few to fill a card they are cut into segments, and the products of the states are taken
 twice.
@@ -39,7 +39,7 @@ _ROWS = 8  # of an array that a copy takes at once, so that rows have whole mult
 
 
 class LinearResiduals(NamedTuple):
-    """What the backward pass keeps of a forward pass beside its arguments."""
+    """What the backward pass keeps of a forward pass besides its arguments."""
 
     states: jax.Array  # [B, K, C, 2, H, H]: what each block of four tiles starts from
 

@@ -15,7 +15,7 @@ from pallas_kernels.linear_attention.mosaic_gpu_tiling import MULTIPROCESSORS, T
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The blocks that a program goes through; programs side by side read neighbouring heads of the same tokens."""
+    """The blocks that a program goes through; programs that run together read neighbouring heads of the same tokens."""
 
     rows: int
     blocks: int
@@ -51,7 +51,7 @@ def real_keys(tiling: Tiling, start: jax.Array) -> jax.Array:
 
 
 def seen(tiling: Tiling, scores: jax.Array, *, query_axis: int) -> jax.Array:
-    """Scores of tiles that stand beside each other, with 0 where the query does not see the key."""
+    """Scores of aligned tiles, with 0 where the query does not see the key."""
     row, column = (launch.iota(scores.shape, axis) for axis in (0, 1))
     # A thread has columns c + 8 i and c + 8 i + 1 of a row, with c in 0, 2, 4, 6. Taken apart, c is one register of
     # the thread and the rest are constants of the program.

@@ -1,6 +1,6 @@
 """phi(x) = [m(x), m(-x)] in registers, half by half, and back: m is the softmax over a head or the positive part.
 
-A softmax stands here as weights and their sum, so that it can be divided by where that costs least.
+A softmax is represented by its weights and their sum, so that it can be divided by where that costs least.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Gradients of a tile of keys and values.
 
-With G_c, the sum of phi(q)^T d_out after the tile of queries that stands beside that of keys,
+With G_c, the sum of phi(q)^T d_out after the tile of queries aligned with that of keys,
 
     d_v = phi(k) G_c + tril(phi(q) phi(k)^T)^T d_out,   d_phi(k) = v G_c^T + tril(d_out v^T)^T phi(q).
 
@@ -57,7 +57,7 @@ def linear_attention_keys_mosaic(
     tiling: Tiling,
     places: Places,
 ):
-    """One program goes through tiles of keys, and the queries beside each, of all heads that share the key head."""
+    """One program goes through tiles of keys, and the queries aligned with each, of all heads that share it."""
     d_out_ring = launch.Ring(d_out_tiles, d_out_filled, d_out_consumed)
     value_ring = launch.Ring(value_tiles, value_filled, value_consumed)
     state_ring = launch.Ring(state_tiles, state_filled, state_consumed)
@@ -194,7 +194,7 @@ def linear_attention_keys_mosaic(
             row, k, start, readers = place(tile)
 
             def stage_of(n):
-                """Of the n-th tile of queries; the tile of keys stands before them."""
+                """Of the n-th tile of queries; the tile of keys precedes them."""
                 return lax.rem(pair + tile + 1 + n, RAW_STAGES)
 
             def at(n):

@@ -70,14 +70,14 @@ class Sums:
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
-    """What stands beside a tile of queries, of one half: the state [H, H], features [ROWS, H] of keys, and values."""
+class Aligned:
+    """What is aligned with a tile of queries, of one half: the state [H, H], features [ROWS, H] of keys, and values."""
 
     state: Any
     features: Any
     values: Any
 
-    def go_on(self) -> None:
+    def add_keys(self) -> None:
         """The state takes in the tile's keys; it is rounded again, up to TILES - 1 times in a block."""
         transposed = plgpu.transpose_ref(self.features, (1, 0))
         before = plgpu.ACC.init(self.state[...].astype(jnp.float32))
@@ -86,8 +86,8 @@ class Beside:
         plgpu.commit_smem()
 
 
-# Of sums, half, step, what stands beside, the place of the tile of a head in [B, T, N, H], release.
-AddHead = Callable[[Sums, int, jax.Array, Beside, Any, Callable[[], None]], None]
+# Of sums, half, step, what is aligned, the index of the tile of a head in [B, T, N, H], release.
+AddHead = Callable[[Sums, int, jax.Array, Aligned, Any, Callable[[], None]], None]
 
 
 def run_tiles(
@@ -100,7 +100,7 @@ def run_tiles(
     scratch: tuple[Any, ...],
     add_head: AddHead,
 ) -> None:
-    """The body of a kernel that has `tile_types` as scratch.
+    """The whole of a kernel that has `tile_types` as scratch.
 
     Args:
       tiling: sizes.
@@ -138,7 +138,7 @@ def run_tiles(
                 )
                 key_features[...] = found.astype(key_features.dtype)
                 plgpu.commit_smem()
-                beside = Beside(state, key_features, value_ring.wait(tile))
+                aligned = Aligned(state, key_features, value_ring.wait(tile))
 
                 @pl.loop(0, tiling.shape.heads_per_key)
                 def _head(j):
@@ -152,12 +152,12 @@ def run_tiles(
                         sums,
                         half,
                         first,
-                        beside,
+                        aligned,
                         (row, pl.ds(start, ROWS), k * tiling.shape.heads_per_key + j),
                         release,
                     )
 
-                pl.when(r < TILES - 1)(beside.go_on)
+                pl.when(r < TILES - 1)(aligned.add_keys)
                 value_ring.release(tile)
 
             state_ring.release(i)
@@ -194,7 +194,7 @@ def run_tiles(
 
 
 def tile_types(tiling: Tiling) -> tuple[Any, ...]:
-    """Scratch types of a kernel whose body is `run_tiles`."""
+    """Scratch types of a kernel that is `run_tiles`."""
     dtype, H = jnp.dtype(tiling.shape.dtype), tiling.shape.head_dim
     return (
         *launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS),

@@ -29,16 +29,16 @@ def linear_attention_outputs_mosaic(
     """Each head of a tile: features of queries stay in registers, and are divided by their sum at the end."""
     accumulators = plgpu.ACC((ROWS, tiling.shape.head_dim), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
 
-    def add_head(sums, half, step, beside, at, release):
+    def add_head(sums, half, step, aligned, at, release):
         weights = half_weights(sums.load(step, half), half, softmax=tiling.shape.softmax)
         queries, scale = weights.astype(out.dtype), scales(weights, softmax=tiling.shape.softmax)
         release()
 
         def products(acc, scores):
-            plgpu.wgmma(scores, queries, plgpu.transpose_ref(beside.features, (1, 0)))
-            plgpu.wgmma(acc, queries, beside.state)
+            plgpu.wgmma(scores, queries, plgpu.transpose_ref(aligned.features, (1, 0)))
+            plgpu.wgmma(acc, queries, aligned.state)
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-            plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(queries.dtype), beside.values)
+            plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(queries.dtype), aligned.values)
             return acc[...]
 
         acc = pl.run_scoped(products, *accumulators)

@@ -30,14 +30,14 @@ def linear_attention_queries_mosaic(
     """Each head of a tile: the gradient of one half of the features, then that of the queries through it."""
     accumulators = plgpu.ACC((ROWS, tiling.shape.head_dim), jnp.float32), plgpu.ACC((ROWS, ROWS), jnp.float32)
 
-    def add_head(sums, half, step, beside, at, release):
+    def add_head(sums, half, step, aligned, at, release):
         do = sums.ring.wait(step)
 
         def products(acc, scores):
-            plgpu.wgmma(scores, do, plgpu.transpose_ref(beside.values, (1, 0)))
-            plgpu.wgmma(acc, do, plgpu.transpose_ref(beside.state, (1, 0)))
+            plgpu.wgmma(scores, do, plgpu.transpose_ref(aligned.values, (1, 0)))
+            plgpu.wgmma(acc, do, plgpu.transpose_ref(aligned.state, (1, 0)))
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-            plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(do.dtype), beside.features)
+            plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(do.dtype), aligned.features)
             return half_weights(sums.load(step + 1, half), half, softmax=tiling.shape.softmax), acc[...]
 
         weights, acc = pl.run_scoped(products, *accumulators)

@@ -140,7 +140,7 @@ def running_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """The sums that enter each block, and what leaves the last; `entering`, [B, K, 2 H, H], is what enters the first.
 
-    Where rows are too few to fill a card, their segments are first summed up side by side, so that the products are
+    Where rows are too few to fill a card, their segments are first summed up in parallel, so that the products are
     taken twice.
     """
     entering = entering[:, :, None]

@@ -24,7 +24,7 @@ BACKWARD_KERNELS = (tpu_kernels.BACKWARD_NAME,)
 
 
 class LinearResiduals(NamedTuple):
-    """What the backward pass keeps of a forward pass beside its arguments."""
+    """What the backward pass keeps of a forward pass besides its arguments."""
 
     states: jax.Array  # [B, K, tiles, features, lanes]: what each tile starts from, without the initial state
 

@@ -269,7 +269,7 @@ def _of_head(tiling: Tiling, head: int, x: jax.Array) -> jax.Array:
 
 
 def _tokens(tiling: Tiling, tile: jax.Array, block: int, ref) -> jax.Array:
-    """A block of the tile, zero past the last token: anything may stand there, and zero times anything may be NaN."""
+    """A block of the tile, zero past the last token: anything may be there, and zero times anything may be NaN."""
     x = ref[0, _tokens_of(tiling, block)]
     if not tiling.partial:
         return x

@@ -120,7 +120,7 @@ class Tiling:
 
     @property
     def folded(self) -> bool:
-        """Whether m(-x) stands in the lanes that m(x) leaves free."""
+        """Whether m(-x) is in the lanes that m(x) leaves free."""
         return 2 * self.shape.head_dim <= self.lanes
 
     @property

@@ -14,7 +14,7 @@ A row is cut into blocks of L tokens (64 in 16-bit types up to H = 128, less els
     `linear_attention_queries`                                N (2 H^2 + 3 L H)
 
 Where rows are too few to fill a card they are cut into segments: `linear_attention_totals` then takes the products of
-the states once more, and `linear_attention_scan` adds up. The triangle above the diagonal is computed too. Beside the
+the states once more, and `linear_attention_scan` adds up. The triangle above the diagonal is computed too. Aligned the
 arrays, states are written once and read once in each direction: 2 K H^2 / L elements a token; those of the forward pass
 are kept for the backward pass. Sums of segments, in float32, do not grow with T.
 """
@@ -33,7 +33,7 @@ from pallas_kernels.linear_attention.triton_tiling import Tiling
 
 
 class LinearResiduals(NamedTuple):
-    """What the backward pass keeps of a forward pass beside its arguments."""
+    """What the backward pass keeps of a forward pass besides its arguments."""
 
     states: jax.Array  # [B, K, C, 2, P, P]: what each block starts from, without the initial state
 

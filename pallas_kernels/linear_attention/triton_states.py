@@ -5,7 +5,7 @@ over the earlier tokens of its document; in reverse, over its document's later t
 sum that enters the block from the side where the direction starts.
 
 Where rows and heads are enough to fill a card, `linear_attention_states` goes through whole rows. Elsewhere segments of
-blocks are summed up side by side (`linear_attention_totals`), then the totals one after the other
+blocks are summed up in parallel (`linear_attention_totals`), then the totals one after the other
 (`linear_attention_scan`), then the blocks of every segment (`linear_attention_states`): the products are taken twice,
 which costs less than to write and read float32 sums of every block.
 """

@@ -61,7 +61,7 @@ class Tiling:
 
     @property
     def stacked(self) -> int:
-        """Query heads whose rows stand in one tile of outputs: a power of two that divides N / K."""
+        """Query heads whose rows share one tile of outputs: a power of two that divides N / K."""
         if not self.much_shared_memory or self.shape.initial_heads:  # whose tiles take the room
             return 1
         return min(self.shape.heads_per_key & -self.shape.heads_per_key, 2)
@@ -73,7 +73,7 @@ class Tiling:
 
     @property
     def span(self) -> int:
-        """Blocks of a segment; segments are summed up side by side, blocks one after the other."""
+        """Blocks of a segment; segments are summed up in parallel, the blocks of one in order."""
         of_rows = self.shape.batch * self.shape.key_heads * 2 * (self.padded // self.columns)
         if 2 * of_rows >= self.sum_programs:  # more segments would take all products twice for little
             return self.blocks

@@ -2,7 +2,7 @@
 
 All L queries of chunk c see the summaries 0 .. c - 1. Folded into the head axis, the queries of chunks 1, 2, ... are
 [B, C - 1, N L, H], the summaries 0 .. C - 2 are [B, C - 1, N, H], head n L + l reads summary head n, and the mask is
-the plain causal one. The own pair joins the softmax by the log-sum-exps, in powers of two as everywhere in the op:
+the plain causal one. The current pair joins the softmax by the log-sum-exps, in powers of two as everywhere in the op:
 
     lse = log2(2^own + 2^earlier),   o = p v~ + (1 - p) o_earlier,   p = 2^(own - lse),   out = sigmoid(z) o.
 
@@ -10,8 +10,8 @@ Backward, cuDNN is given the lse of the whole softmax and some o' with do . o' =
 takes from an output. o' = (delta / |do|^2) do is the part of o along do: it is made from what is at hand, and rounding
 its channels to 16 bits hardly moves the sum, because all terms of do . o' have one sign.
 
-Arguments and results are those of the Triton kernels in `pallas_kernels.triton`, but that `backward` reads the running
-values too: cuDNN does not return the sums of the scores' gradients, so the own score's comes from its own value,
+Arguments and results are those of the Triton kernels in this folder, but that `backward` reads the running
+values too: cuDNN does not return the sums of the scores' gradients, so the current score's comes from its value,
 ds_t = p (do . v~ - delta).
 """
 
@@ -51,7 +51,7 @@ def forward(
     shape: RatShape,
     projected: jax.Array,
     running_values: jax.Array,
-    own_scores: jax.Array,
+    current_scores: jax.Array,
     rotated_queries: jax.Array,
     summary_keys: jax.Array,
     summary_values: jax.Array,
@@ -62,7 +62,7 @@ def forward(
       shape: sizes for which `unsupported_reason` has no reason.
       projected: [B, T, 3 D + 2 G H], of which z is read.
       running_values: [B, T, N, H], v~.
-      own_scores: [B, N, T] float32, in powers of two.
+      current_scores: [B, N, T] float32, in powers of two.
       rotated_queries: [B, T, G, H]; with a summary they give the score in powers of two.
       summary_keys, summary_values: [B, C, N, H].
     """
@@ -70,8 +70,8 @@ def forward(
         _fold_queries(shape, rotated_queries), *_earlier(summary_keys, summary_values), scale=_LN_2
     )
     log_sum_exp = _unfold_sums(shape, log_sum_exp / _LN_2, -jnp.inf)
-    lse = jnp.logaddexp2(own_scores, log_sum_exp)
-    weight = jnp.exp2(own_scores - lse).transpose(0, 2, 1)[..., None]
+    lse = jnp.logaddexp2(current_scores, log_sum_exp)
+    weight = jnp.exp2(current_scores - lse).transpose(0, 2, 1)[..., None]
     own = weight * running_values.astype(jnp.float32)
     mixed = own + (1.0 - weight) * _unfold(shape, earlier).astype(jnp.float32)
     z = projected[..., : shape.width].astype(jnp.float32)
@@ -87,25 +87,26 @@ def backward(
     rotated_queries: jax.Array,
     summary_keys: jax.Array,
     summary_values: jax.Array,
-    own_scores: jax.Array,
+    current_scores: jax.Array,
     running_values: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients of queries, own scores and summaries, and the weights of the own pairs.
+    """The gradients of queries, current-token scores and summaries, and the weights of the current pairs.
 
     Args:
       shape: sizes for which `unsupported_reason` has no reason.
       d_heads: [B, T, N, H], do.
       delta: [B, N, T] float32, do . o.
       lse: [B, N, T] float32, as `forward` returns it.
-      rotated_queries, summary_keys, summary_values, own_scores, running_values: as of `forward`.
+      rotated_queries, summary_keys, summary_values, current_scores, running_values: as of `forward`.
 
     Returns:
-      d_rotated_queries [B, T, G, H], of the unscaled rotated queries, d_own_scores [B, N, T], of the scores in natural
-      units, times 1 / sqrt(H), own_weights [B, N, T], d_summary_keys and d_summary_values [B, C, N, H]; all float32.
+      d_rotated_queries [B, T, G, H], of the unscaled rotated queries, d_current_scores [B, N, T], of the scores in
+      natural units, times 1 / sqrt(H), current_weights [B, N, T], d_summary_keys and d_summary_values [B, C, N, H]; all
+      float32.
     """
     wide = d_heads.astype(jnp.float32)
     norms = jnp.sum(wide * wide, axis=-1)
-    own_products = jnp.sum(wide * running_values.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
+    current_products = jnp.sum(wide * running_values.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     parallel = jnp.where(norms > 0, delta.transpose(0, 2, 1) / jnp.where(norms > 0, norms, 1.0), 0.0)
     out = (parallel[..., None] * wide).astype(d_heads.dtype)
     d_queries, d_keys, d_values = cudnn_fmha.backward(
@@ -117,14 +118,14 @@ def backward(
         scale=_LN_2,
     )
     scale = 1 / math.sqrt(shape.head_dim)
-    own_weights = jnp.exp2(own_scores - lse)
-    d_own_scores = own_weights * (own_products - delta) * scale
+    current_weights = jnp.exp2(current_scores - lse)
+    d_current_scores = current_weights * (current_products - delta) * scale
     grouped = _unfold(shape, d_queries).astype(jnp.float32)
     grouped = grouped.reshape(shape.batch, shape.tokens, shape.heads_per_group, shape.num_groups, shape.head_dim)
     d_rotated_queries = grouped.sum(axis=2) * (scale / _LN_2)
     # The last slot has no later chunk.
     d_keys, d_values = (jnp.pad(x.astype(jnp.float32), _LAST_SLOT) for x in (d_keys, d_values))
-    return d_rotated_queries, d_own_scores, own_weights, d_keys, d_values
+    return d_rotated_queries, d_current_scores, current_weights, d_keys, d_values
 
 
 _LAST_SLOT = ((0, 0), (0, 1), (0, 0), (0, 0))

@@ -1,11 +1,11 @@
-"""Attention of every token to the summaries of earlier chunks and to its own running key and value.
+"""Attention of every token to the summaries of earlier chunks and to its own running pair.
 
-With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), own score s_t, summaries (K, V), running value v~_t:
+With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), current score s_t, summaries K, V, running value v~_t:
 
     out_t = sigmoid(z_t) o_t,   o_t = (2^(s_t - m) v~_t + sum_c 2^(s_tc - m) V_c) / (2^(s_t - m) + sum_c 2^(s_tc - m)).
 
-The online softmax starts from the token's own pair (m = s_t, sum 1), so that a token without earlier chunks needs no
-case of its own; the own value joins at the end, when it is read together with z.
+The online softmax starts from the current pair (m = s_t, sum 1), so that a token without earlier chunks needs no
+case of its own; its value joins at the end, when it is read together with z.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Blocks:
     Attributes:
       keys: summaries of a tile.
       stages: such tiles in flight.
-      heads: heads whose own values and gates are in shared memory at once; 2 reads them a head ahead.
+      heads: heads whose current values and gates are in shared memory at once; 2 reads them a head ahead.
       turns: the compute groups take turns, one at the matrix units while the other is at its softmax.
     """
 
@@ -44,7 +44,7 @@ class Blocks:
 def rat_attention_forward_mosaic(
     projected,  # [B, T, 3 N + 2 G, H], of which z, the first N, is read
     running_values,  # [B, T, N, H]
-    own_scores,  # [B, N, T] float32
+    current_scores,  # [B, N, T] float32
     queries,  # [B, T, G, H], scaled
     keys,  # [B, C, N, H]
     values,  # [B, C, N, H]
@@ -100,7 +100,7 @@ def rat_attention_forward_mosaic(
 
         def load_own(j):
             n = g + jnp.minimum(j, shape.heads_per_group - 1) * shape.num_groups
-            return launch.load_rows(own_scores.at[row, n, at], 1, optimized=False)
+            return launch.load_rows(current_scores.at[row, n, at], 1, optimized=False)
 
         if blocks.heads > 1:
             load_head(jnp.int32(0))
@@ -214,7 +214,7 @@ def blocks_of(shape: RatShape) -> Blocks:
     return Blocks(128, 2, 1, turns=shape.num_chunks > 2048)
 
 
-def attend(shape: RatShape, projected, running_values, own_scores, queries, keys, values, blocks=None):
+def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None):
     """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     blocks = blocks or blocks_of(shape)
@@ -242,14 +242,14 @@ def attend(shape: RatShape, projected, running_values, own_scores, queries, keys
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
-    )(projected, running_values, own_scores, queries, keys, values)
+    )(projected, running_values, current_scores, queries, keys, values)
 
 
 def forward(
     shape: RatShape,
     projected: jax.Array,
     running_values: jax.Array,
-    own_scores: jax.Array,
+    current_scores: jax.Array,
     rotated_queries: jax.Array,
     summary_keys: jax.Array,
     summary_values: jax.Array,
@@ -260,7 +260,7 @@ def forward(
       shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
       projected: [B, T, 3 D + 2 G H], of which z, the first D, is read.
       running_values: [B, T, N, H].
-      own_scores: [B, N, T] float32, in powers of two.
+      current_scores: [B, N, T] float32, in powers of two.
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
@@ -270,7 +270,7 @@ def forward(
         padded(shape),
         pad_tokens(shape, heads, 1),
         pad_tokens(shape, running_values, 1),
-        pad_tokens(shape, own_scores, 2),
+        pad_tokens(shape, current_scores, 2),
         pad_tokens(shape, rotated_queries, 1),
         pad_summaries(shape, summary_keys),
         pad_summaries(shape, summary_values),

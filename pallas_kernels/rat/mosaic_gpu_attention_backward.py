@@ -5,7 +5,7 @@ With the names of `attention`, do the gradient of o, delta = do . o, and lse = l
     p_tc = 2^(s_tc - lse_t),  ds_tc = p_tc (do_t . V_c - delta_t),  dV_c = sum p do,  dK_c = sum ds q,  dq_t = sum ds K.
 
 The products accumulate onto -lse and -delta, so that neither is subtracted afterwards. Scores that all grow alike
-change nothing, so sum_c ds_tc + ds_t = 0: the own score's gradient is minus the sum of the others.
+change nothing, so sum_c ds_tc + ds_t = 0: the current score's gradient is minus that of the others.
 """
 
 import functools
@@ -165,7 +165,7 @@ def rat_queries_backward_mosaic(
     keys,  # [B, C, N, H]
     values,  # [B, C, N, H]
     d_queries,  # [B, T, G, H] float32
-    d_own_scores,  # [B, N, T] float32
+    d_current_scores,  # [B, N, T] float32
     query_tiles,
     d_head_tiles,
     lse_rows,
@@ -243,7 +243,7 @@ def rat_queries_backward_mosaic(
             carry = (d_q, launch.row_zeros(ROWS))
             carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
             d_q, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
-            d_own_scores.at[row, n, at][...] = total * -scale
+            d_current_scores.at[row, n, at][...] = total * -scale
             return d_q
 
         d_q = lax.fori_loop(0, shape.heads_per_group, add_head, launch.zeros((ROWS, shape.head_dim)))
@@ -264,7 +264,7 @@ def rat_queries_backward_mosaic(
 
 
 def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
-    """dq and the gradients of own scores, float32, of a call whose tokens and slots fill whole tiles."""
+    """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     mine = HEADS * COMPUTE_GROUPS
@@ -300,9 +300,9 @@ def backward(
     rotated_queries: jax.Array,
     summary_keys: jax.Array,
     summary_values: jax.Array,
-    own_scores: jax.Array,
+    current_scores: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The gradients of queries, own scores and summaries, float32, and what the softmax gives the own pair.
+    """Float32 gradients of queries, current-token scores and summaries, and the softmax weights of the current pairs.
 
     Args:
       shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
@@ -312,11 +312,11 @@ def backward(
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
-      own_scores: [B, N, T], in powers of two.
+      current_scores: [B, N, T], in powers of two.
 
     Returns:
       The gradient of the unscaled rotated queries through the summaries, summed over the heads of a group [B, T, G, H];
-      that of q . k~, from which the scores come [B, N, T]; the own pair's weights [B, N, T]; the gradients of the
+      that of q . k~, from which the scores come [B, N, T]; the current pair's weights [B, N, T]; the gradients of the
       summaries' keys and values [B, C, N, H], zero in slots that no token sees.
     """
     whole = padded(shape)
@@ -328,13 +328,13 @@ def backward(
         pad_summaries(shape, summary_keys),
         pad_summaries(shape, summary_values),
     )
-    d_queries, d_own_scores = queries_gradients(whole, *shared)
+    d_queries, d_current_scores = queries_gradients(whole, *shared)
     d_keys, d_values = summaries_gradients(whole, *shared)
-    own_weights = jnp.exp2(own_scores - lse)
+    current_weights = jnp.exp2(current_scores - lse)
     return (
         d_queries[:, : shape.tokens],
-        d_own_scores[:, :, : shape.tokens],
-        own_weights,
+        d_current_scores[:, :, : shape.tokens],
+        current_weights,
         d_keys[:, : shape.num_chunks],
         d_values[:, : shape.num_chunks],
     )

@@ -1,4 +1,4 @@
-"""Attention of every token over the earlier chunk summaries, started from the token's own running pair."""
+"""Attention of every token over the earlier chunk summaries, started from the current token's running pair."""
 
 import types
 
@@ -96,7 +96,7 @@ def _attention_kernel(tiling: Tiling, refs: types.SimpleNamespace) -> None:
     @pl.when(block == 0)
     def _():
         run = running(tiling, refs, tile, tile_state(tiling, refs))
-        refs.maximum[...] = own_score(tiling, refs.query[0], run.key)
+        refs.maximum[...] = current_score(tiling, refs.query[0], run.key)
         refs.total[...] = jnp.ones_like(refs.total)
         refs.sum[...] = run.value
 
@@ -126,7 +126,7 @@ def tile_state(tiling: Tiling, refs: types.SimpleNamespace) -> tuple[jax.Array, 
     return (refs.state_key[0, 0], refs.state_value[0, 0]) if tiling.carries else None
 
 
-def own_score(tiling: Tiling, query: jax.Array, key: jax.Array) -> jax.Array:
+def current_score(tiling: Tiling, query: jax.Array, key: jax.Array) -> jax.Array:
     """q_t . k~_t / sqrt(H) of every row, [rows, 1]. The chunk's rotation is the same on both sides and cancels."""
     return tiling.shape.head_dim**-0.5 * jnp.sum(query.astype(jnp.float32) * key, axis=1, keepdims=True)
 

@@ -1,7 +1,7 @@
 """Gradients of the RAT mixing op: one kernel walks slots, one walks tokens; the running pairs are computed again.
 
 With p the softmax weights, y the attention output and delta_t = sum(d_y y) = sum(d_out out) of a head:
-d_score = p (d_y . v~ - delta), for the summaries and the token's own pair alike.
+d_score = p (d_y . v~ - delta), for the summaries and the current token's pair alike.
 """
 
 import types
@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.launch.tpu import Interpret, launch, matmul, to_column
-from pallas_kernels.rat.tpu_attention import for_visible_block, own_score, tile_state, visible_slots
+from pallas_kernels.rat.tpu_attention import current_score, for_visible_block, tile_state, visible_slots
 from pallas_kernels.rat.tpu_recurrence import (
     exact_dot,
     gate_operands,
@@ -119,7 +119,7 @@ def _slot_kernel(tiling: Tiling, refs: types.SimpleNamespace) -> None:
             query = jnp.where(row < tiling.length, query, jnp.zeros_like(query))
             d_mixed = jnp.where(row < tiling.length, d_mixed, 0.0)
         d_mixed = d_mixed.astype(tiling.dtype)
-        # Scores stand transposed, [slots, rows], so that the sums of every token lie along the lanes.
+        # Scores are transposed, [slots, rows], so that the sums of every token lie along the lanes.
         scores = matmul(refs.slot_keys[0], query, (1, 1))
         weights = jnp.exp(scores - refs.sums[0, 0, 0, 0:1])
         d_scores = weights * (matmul(refs.slot_values[0], d_mixed, (1, 1)) - refs.sums[0, 0, 0, 1:2])
@@ -165,15 +165,15 @@ def token_gradients(
     state: tuple[jax.Array, jax.Array] | None,
     interpret: Interpret,
 ) -> dict[str, jax.Array]:
-    """Gradients of everything that stands at a token.
+    """Gradients of everything that belongs to a token.
 
     Args:
       d_summaries: of k~ and v~ at the slots, float32 [B, slot tiles, slots of a tile, N lanes] each.
       The rest is as in `slot_gradients` and `attention.attention`.
 
     Returns:
-      `d_output_gate`, `d_value`, `d_gate` [B, rows, N lanes]; `d_rotated_query`, `d_query` (its part through the own
-      score) and `d_key`, summed over the heads of a group, float32 [B, rows, G lanes]; `d_bias` float32
+      `d_output_gate`, `d_value`, `d_gate` [B, rows, N lanes]; `d_rotated_query`, `d_query` (its part through the
+      current score) and `d_key`, summed over the heads of a group, float32 [B, rows, G lanes]; `d_bias` float32
       [B, tiles, 1, N lanes].
     """
     per_group = tiling.shape.num_heads // tiling.shape.num_groups
@@ -291,14 +291,14 @@ def _token_kernel(tiling: Tiling, refs: types.SimpleNamespace) -> None:
 
 
 def _finish_tile(tiling: Tiling, refs: types.SimpleNamespace, tile: jax.Array, head: jax.Array) -> None:
-    """The own score's gradients, then those of the running pairs back through the recurrence."""
+    """The current-token score's gradients, then those of the running pairs back through the recurrence."""
     state = tile_state(tiling, refs)
     run = running(tiling, refs, tile, state)
     query = refs.query[0].astype(jnp.float32)
     gate = jax.nn.sigmoid(refs.output_gate[0].astype(jnp.float32))
     d_out = refs.d_out[0].astype(jnp.float32)
     d_mixed = d_out * gate
-    weight = jnp.exp(own_score(tiling, query, run.key) - to_column(refs.sums[0, 0, 0, 0:1]))
+    weight = jnp.exp(current_score(tiling, query, run.key) - to_column(refs.sums[0, 0, 0, 0:1]))
     d_weight = jnp.sum(d_mixed * run.value, axis=1, keepdims=True)
     d_score = tiling.shape.head_dim**-0.5 * weight * (d_weight - to_column(refs.sums[0, 0, 0, 1:2]))
     selection = slot_selection(tiling, refs, tile)
@@ -317,7 +317,7 @@ def _finish_tile(tiling: Tiling, refs: types.SimpleNamespace, tile: jax.Array, h
     if tiling.carries:
         refs.carry_key[head] = run.decay[0:1] * d_key[0:1]
         refs.carry_value[head] = run.decay[0:1] * d_value[0:1]
-    # Where a chunk starts the state before is zero, whatever stands in the row before.
+    # Where a chunk starts the state before is zero, whatever is in the row before.
     d_forget = d_key * jnp.where(run.start, 0.0, _before(tiling, run.key, state, 0))
     d_forget += d_value * jnp.where(run.start, 0.0, _before(tiling, run.value, state, 1))
     key, value = refs.key[0].astype(jnp.float32), refs.value[0].astype(jnp.float32)

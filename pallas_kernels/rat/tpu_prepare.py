@@ -1,4 +1,4 @@
-"""What the kernels need beside the caller's arrays: padded heads and chunks, rotations, documents. Plain XLA."""
+"""What the kernels need besides the caller's arrays: padded heads and chunks, rotations, documents. Plain XLA."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ RADIX = 1024  # of the digits that chunk indices are looked up by
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where rows and slots stand. All but `slot_chunks` are None if every row is one document without padding."""
+    """Documents and chunks of rows and slots; but for `slot_chunks` None if every row is one unpadded document."""
 
     row_chunks: jax.Array | None  # int32 [B, rows]: index of the row's chunk in its document
     slot_chunks: jax.Array  # int32 [1 or B, tile_slots], for the tables of the summary kernel

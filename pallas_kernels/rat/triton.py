@@ -4,12 +4,12 @@
 uses query and key group n mod G. With f = sigmoid(g + gate_bias), inside chunks of L tokens, state zero before a chunk:
 
     v~_t = f v~_{t-1} + (1 - f) v_t,    k~_t = f k~_{t-1} + (1 - f) k_t,
-    out_t = sigmoid(z_t) softmax over {earlier chunks' last (k~, v~), own (k~_t, v~_t)} of q_t . k~ / sqrt(H), times v~,
+    out_t = sigmoid(z_t) softmax over {earlier chunks' last (k~, v~), (k~_t, v~_t)} of q_t . k~ / sqrt(H), times v~,
 
 where RoPE, if on, rotates q by its chunk's index and a summary's k~ by its own chunk's index.
 
 Forward: `rat_recurrence_forward`, `rat_attention_forward`. Backward: `rat_output_backward`, `rat_queries_backward`,
-`rat_summaries_backward`, `rat_recurrence_backward`. The names stand in lowered text.
+`rat_summaries_backward`, `rat_recurrence_backward`. Lowered text shows the names.
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +32,15 @@ from pallas_kernels.rat.triton_segments import continued_documents, documents_of
 
 
 class Residuals(NamedTuple):
-    """What the backward pass needs beside `projected` and `gate_bias`: `out` and about a fifth of its size."""
+    """What the backward pass needs besides `projected` and `gate_bias`: `out` and about a fifth of its size."""
 
     out: jax.Array  # [B, T, D]
     lse: jax.Array  # [B, N, T] float32, log2 of the softmax's sum
-    own_scores: jax.Array  # [B, N, T] float32, in powers of two
+    current_scores: jax.Array  # [B, N, T] float32, in powers of two
     rotated_queries: jax.Array  # [B, T, G, H], scaled
     summary_keys: jax.Array  # [B, C, N, H], rotated; C = ceil(T / L), a slot without a complete chunk is undefined
     summary_values: jax.Array  # [B, C, N, H]
-    running_values: jax.Array | None  # [B, T, N, H], where the backward body reads them
+    running_values: jax.Array | None  # [B, T, N, H], where the backward pass reads them
 
 
 def rat_forward(
@@ -60,7 +60,7 @@ def rat_forward(
       gate_bias: [D] float32.
       segment_ids: [B, T] int32, 0 is padding, equal non-zero neighbours are one document; None is one document a row.
       positions: [B, T] int32, a token's index in its document, with `segment_ids` only. A document's tokens are
-        neighbours: padding may stand between documents, not inside one, and a document starts with position 0.
+        neighbours: padding may occur between documents, not inside one, and a document starts with position 0.
       implementation: of the attention to summaries; the same for `rat_backward`.
     """
     documents = documents_of(shape, segment_ids, positions)
@@ -115,7 +115,7 @@ def extend(run: launcher.Run, shape: RatShape, projected, gate_bias, state: Stat
     places = jnp.minimum(positions // chunk_size, count - 1) * chunk_size + positions % chunk_size
     is_token = segment_ids != 0
     last = jnp.max(jnp.where(is_token, jnp.arange(shape.tokens, dtype=jnp.int32)[None, :], -1), axis=1)
-    values, own_scores, queries, keys, new_values, last_keys, last_values = run(
+    values, current_scores, queries, keys, new_values, last_keys, last_values = run(
         triton_recurrence.forward_launch(shape),
         projected,
         gate_bias.astype(jnp.float32),
@@ -131,7 +131,7 @@ def extend(run: launcher.Run, shape: RatShape, projected, gate_bias, state: Stat
     summary_values = summary_values.at[rows, slots].set(new_values, mode="drop")
     out, _ = run(
         triton_attention.forward_launch(shape, capacity),
-        projected, values, own_scores, queries, summary_keys, summary_values, *documents.of_slots,
+        projected, values, current_scores, queries, summary_keys, summary_values, *documents.of_slots,
     )  # fmt: skip
     any_token = (last >= 0)[:, None, None]
     completed = is_token & (positions % chunk_size == chunk_size - 1)
@@ -156,17 +156,17 @@ def forward(
 ) -> tuple[Any, Residuals]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with."""
     state = (documents.positions,) * 3  # placeholders
-    values, own_scores, queries, keys, summaries, *_ = run(
+    values, current_scores, queries, keys, summaries, *_ = run(
         triton_recurrence.forward_launch(shape),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, *state,
     )  # fmt: skip
-    arrays = (projected, values, own_scores, queries, keys, summaries)
+    arrays = (projected, values, current_scores, queries, keys, summaries)
     if implementation == "triton":
         out, lse = run(triton_attention.forward_launch(shape), *arrays, *documents.of_slots)
     else:
         out, lse = attention_passes(implementation)[0](shape, *arrays)
     kept_values = values if implementation == "cudnn" else None
-    return out, Residuals(out, lse, own_scores, queries, keys, summaries, kept_values)
+    return out, Residuals(out, lse, current_scores, queries, keys, summaries, kept_values)
 
 
 def backward(
@@ -185,8 +185,8 @@ def backward(
     d_projected, d_heads, delta = run(triton_attention_backward.output_launch(shape), projected, r.out, d_out)
     shared = (d_heads, delta, r.lse, r.rotated_queries, r.summary_keys, r.summary_values)
     if implementation == "triton":
-        d_queries, d_own_scores, own_weights = run(
-            triton_attention_backward.queries_launch(shape), *shared, *documents.of_slots, r.own_scores
+        d_queries, d_current_scores, current_weights = run(
+            triton_attention_backward.queries_launch(shape), *shared, *documents.of_slots, r.current_scores
         )
         d_keys, d_values = run(
             triton_attention_backward.summaries_launch(shape),
@@ -194,12 +194,12 @@ def backward(
         )  # fmt: skip
     else:
         more = () if r.running_values is None else (r.running_values,)
-        d_queries, d_own_scores, own_weights, d_keys, d_values = attention_passes(implementation)[1](
-            shape, *shared, r.own_scores, *more
+        d_queries, d_current_scores, current_weights, d_keys, d_values = attention_passes(implementation)[1](
+            shape, *shared, r.current_scores, *more
         )
     d_bias, _, d_projected = run(
         triton_recurrence_backward.backward_launch(shape),
-        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, own_weights, d_own_scores,
+        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, current_weights, d_current_scores,
         d_heads, d_queries, d_keys, d_values, d_projected,
     )  # fmt: skip
     return d_projected, d_bias

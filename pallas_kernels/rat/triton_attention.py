@@ -1,11 +1,11 @@
-"""Attention of every token to the summaries of earlier chunks and to its own running key and value.
+"""Attention of every token to the summaries of earlier chunks and to its own running pair.
 
-With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), own score s_t, summaries (K, V), running value v~_t:
+With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), current score s_t, summaries K, V, running value v~_t:
 
     out_t = sigmoid(z_t) o_t,   o_t = (2^(s_t - m) v~_t + sum_c 2^(s_tc - m) V_c) / (2^(s_t - m) + sum_c 2^(s_tc - m)).
 
-The online softmax starts from the token's own pair (m = s_t, sum 1), so that a token without earlier chunks needs no
-case of its own; the own value joins at the end, when it is read together with z.
+The online softmax starts from the current pair (m = s_t, sum 1), so that a token without earlier chunks needs no
+case of its own; its value joins at the end, when it is read together with z.
 """
 
 import triton
@@ -23,7 +23,7 @@ NO_TOKEN = tl.constexpr(NEVER)
 def rat_attention_forward(
     projected,  # [B, T, 3 D + 2 G H], of which z is read
     running_values,  # [B, T, N, H]
-    own_scores,  # [B, N, T] float32
+    current_scores,  # [B, N, T] float32
     rotated_queries,  # [B, T, G, H], scaled
     summary_keys,  # [B, C, N, H]
     summary_values,  # [B, C, N, H]
@@ -45,7 +45,7 @@ def rat_attention_forward(
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
     GROUPED: tl.constexpr,  # a program goes through the heads of a group
-    EARLY: tl.constexpr,  # read z and the own value before the summaries
+    EARLY: tl.constexpr,  # read z and the current value before the summaries
     PRECISION: tl.constexpr,
 ):
     """One program computes QUERIES tokens, of one head or of a group's; the last blocks, the longest, start first."""
@@ -78,14 +78,14 @@ def rat_attention_forward(
     if GROUPED:
         for n in range(g, N, G):
             _one_head(
-                projected, running_values, own_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
+                projected, running_values, current_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
                 slot_tokens + slot_base, slot_segments + slot_base, out, lse,
                 q, row, n, token, segment, begin, whole, end, tokens,
                 N, G, L, H, KEYS, PADDED, SEGMENTED, EARLY, PRECISION,
             )  # fmt: skip
     else:
         _one_head(
-            projected, running_values, own_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
+            projected, running_values, current_scores, summary_keys + slot_base * D, summary_values + slot_base * D,
             slot_tokens + slot_base, slot_segments + slot_base, out, lse,
             q, row, g, token, segment, begin, whole, end, tokens,
             N, G, L, H, KEYS, PADDED, SEGMENTED, EARLY, PRECISION,
@@ -94,7 +94,7 @@ def rat_attention_forward(
 
 @triton.jit
 def _one_head(
-    projected, running_values, own_scores, summary_keys, summary_values, slot_tokens, slot_segments, out, lse,
+    projected, running_values, current_scores, summary_keys, summary_values, slot_tokens, slot_segments, out, lse,
     q, row, n, token, segment, begin, whole, end, tokens,
     N: tl.constexpr, G: tl.constexpr, L: tl.constexpr, H: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr,
     SEGMENTED: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,7 +109,7 @@ def _one_head(
     narrow = offset * D + n * H + channel[None, :]
     wide = offset * WIDTH + n * H + channel[None, :]
     scores_at = (row * N + n) * tokens + token
-    own = tl.load(own_scores + scores_at, mask=in_row, other=0.0)
+    own = tl.load(current_scores + scores_at, mask=in_row, other=0.0)
     if EARLY:
         value = tl.load(running_values + narrow, mask=mask, other=0.0)
         z = tl.load(projected + wide, mask=mask, other=0.0)

@@ -5,8 +5,8 @@ With the names of `attention`, and lse = log2 of the softmax's sum:
     do = dout sigmoid(z),  dz = dout out (1 - sigmoid(z)),  delta = sum_h dout out = sum_h do o,
     p_tc = 2^(s_tc - lse_t),  ds_tc = p_tc (do_t . V_c - delta_t),  dV_c = sum p do,  dK_c = sum ds q,  dq_t = sum ds K.
 
-Scores that all grow alike change nothing, so sum_c ds_tc + ds_t = 0: the own score's gradient is minus the sum of the
-others and needs no running value.
+Scores that all grow alike change nothing, so sum_c ds_tc + ds_t = 0: the current score's gradient is minus the sum of
+the others and needs no running value.
 """
 
 import math
@@ -70,11 +70,11 @@ def rat_queries_backward(
     end_slots,
     slot_tokens,
     slot_segments,
-    own_scores,
+    current_scores,
     tokens,  # T
     d_rotated_queries,  # [B, T, G, H] float32: sum over the group's heads, of the unscaled rotated query
-    d_own_scores,  # [B, N, T] float32, of the scores in natural units, times SOFTMAX_SCALE
-    own_weights,  # [B, N, T] float32: what the softmax gives the own pair
+    d_current_scores,  # [B, N, T] float32, of the scores in natural units, times SOFTMAX_SCALE
+    current_weights,  # [B, N, T] float32: what the softmax gives the current pair
     L: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
@@ -134,9 +134,9 @@ def rat_queries_backward(
                 D, L, H, KEYS, PADDED, True, SEGMENTED, PRECISION,
             )  # fmt: skip
         scores_at = (row * N + n) * tokens + token
-        score = tl.load(own_scores + scores_at, mask=in_row, other=-float("inf"))
-        tl.store(own_weights + scores_at, tl.exp2(score - log_sum), mask=in_row)
-        tl.store(d_own_scores + scores_at, -total * SOFTMAX_SCALE, mask=in_row)
+        score = tl.load(current_scores + scores_at, mask=in_row, other=-float("inf"))
+        tl.store(current_weights + scores_at, tl.exp2(score - log_sum), mask=in_row)
+        tl.store(d_current_scores + scores_at, -total * SOFTMAX_SCALE, mask=in_row)
     tl.store(d_rotated_queries + query_at, dq * SOFTMAX_SCALE, mask=mask)
 
 

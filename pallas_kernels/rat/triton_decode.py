@@ -1,7 +1,7 @@
 """One new token a row: the running states, the summaries and the output in one kernel, in place.
 
 The equations are those of `rat`, for a token at position t of its document, t = c L + j: the states restart if j = 0,
-the token attends to its document's c summaries, the last c of the row's, and to its own pair, and if j = L - 1 its
+the token attends to its document's c summaries, the last c of the row's, and to the current pair, and if j = L - 1 its
 states become the row's next summary. Every summary of the document is read once, which bounds the time. With few rows,
 `rat_decode_attend` first splits a row's summaries over programs.
 """
@@ -19,7 +19,7 @@ from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_recurrence import gates, load_halves
 from pallas_kernels.rat.triton_rotation import rotation
 
-KEYS = 32  # summaries that a program loads side by side
+KEYS = 32  # summaries that a program loads at once
 ENOUGH_PROGRAMS = 1024  # fewer rows times heads are split
 
 
@@ -43,7 +43,7 @@ def rat_decode_attend(
     ROPE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SPLITS: tl.constexpr,
-    KEYS: tl.constexpr,  # summaries side by side
+    KEYS: tl.constexpr,  # summaries at once
     HALF_PADDED: tl.constexpr,
 ):
     """One program reduces one part of one row's summaries, for one head."""
@@ -99,7 +99,7 @@ def rat_decode_step(
     ROPE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SPLITS: tl.constexpr,
-    KEYS: tl.constexpr,  # summaries side by side
+    KEYS: tl.constexpr,  # summaries at once
     HALF_PADDED: tl.constexpr,
 ):
     """One program serves one head of one row."""

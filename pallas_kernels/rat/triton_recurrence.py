@@ -1,4 +1,4 @@
-"""The gated recurrence inside chunks: running keys and values, summaries, own scores.
+"""The gated recurrence inside chunks: running keys and values, summaries, current-token scores.
 
 For every head and channel, with f = sigmoid(g + gate_bias) and the state zero at a chunk's start (arXiv 2507.04416):
 
@@ -26,7 +26,7 @@ def rat_recurrence_forward(
     last_indices,  # [B] int32: array index of the row's last token
     tokens,  # T
     running_values,  # [B, T, N, H]: v~
-    own_scores,  # [B, N, T] float32: q_t . k~_t SCORE_SCALE
+    current_scores,  # [B, N, T] float32: q_t . k~_t SCORE_SCALE
     rotated_queries,  # [B, T, G, H]: q by its chunk's angle, times SCORE_SCALE
     summary_keys,  # [B, C, N, H]: k~ at the chunk's last token, by its chunk's angle
     summary_values,  # [B, C, N, H]
@@ -40,11 +40,11 @@ def rat_recurrence_forward(
     SEGMENTED: tl.constexpr,
     CONTINUED: tl.constexpr,  # the chunk of a row's first token may have begun before it
     SCORE_SCALE: tl.constexpr,
-    CHUNKS: tl.constexpr,  # chunks of a program, side by side
+    CHUNKS: tl.constexpr,  # chunks of a program, in parallel
     HALF_PADDED: tl.constexpr,
     AHEAD: tl.constexpr,  # tokens loaded before the first of them is used; divides the steps
 ):
-    """One program scans one head of CHUNKS chunks, channels i and i + H / 2 side by side to be rotated."""
+    """One program scans one head of CHUNKS chunks, channels i and i + H / 2 together, to be rotated."""
     D: tl.constexpr = N * H
     WIDTH: tl.constexpr = 3 * D + 2 * G * H
     HALF: tl.constexpr = (H + 1) // 2
@@ -65,7 +65,7 @@ def rat_recurrence_forward(
     base = projected + (token_row * WIDTH)[:, None] + half[None, :]
     value_base = running_values + (token_row * D)[:, None] + n * H + half[None, :]
     query_base = rotated_queries + (token_row * (G * H))[:, None] + g * H + half[None, :]
-    score_base = own_scores + (row * N + n) * tokens + first
+    score_base = current_scores + (row * N + n) * tokens + first
 
     k_low = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)
     k_high = tl.zeros([CHUNKS, HALF_PADDED], tl.float32)

@@ -6,8 +6,8 @@ With dv~, dk~ the gradients that reach one head's states from everything but the
     dg_t = dv_t (v~_t - v_t) + dk_t (k~_t - k_t)      because (1 - f) f (v~_{t-1} - v_t) = (1 - f) (v~_t - v_t).
 
 The difference v~_t - v_t is computed as f_t (v~_{t-1} - v_t), which loses nothing where the gate is nearly shut. What
-reaches the states: p_t do_t on v~_t and ds_t q_t / sqrt(H) on k~_t from the own pair, and at a chunk's last token the
-gradients of its summary. Queries and keys are shared by the heads of a group, so a program goes through them and sums.
+reaches the states: p_t do_t on v~_t and ds_t q_t / sqrt(H) on k~_t from the current pair, and at a chunk's last token
+the gradients of its summary. Queries and keys are shared by the heads of a group, so a program sums over these.
 """
 
 import triton
@@ -28,13 +28,13 @@ def rat_recurrence_backward(
     sines,
     positions,  # [B, T] int32; read only if SEGMENTED
     chunk_starts,  # [B, T] int32; read only if SEGMENTED
-    own_weights,  # [B, N, T] float32: p
-    d_own_scores,  # [B, N, T] float32: ds, times 1 / sqrt(H)
+    current_weights,  # [B, N, T] float32: p
+    d_current_scores,  # [B, N, T] float32: ds, times 1 / sqrt(H)
     d_heads,  # [B, T, N, H]
     d_rotated_queries,  # [B, T, G, H] float32
     d_summary_keys,  # [B, C, N, H] float32, of the rotated keys
     d_summary_values,  # [B, C, N, H] float32
-    d_projected,  # [B, T, 3 D + 2 G H]: dv, dg, dq, dk are written, dz stands already
+    d_projected,  # [B, T, 3 D + 2 G H]: dv, dg, dq, dk are written, dz is there already
     tokens,  # T
     d_bias,  # [B, blocks of chunks, D] float32: partial sums
     saved,  # [B, C, PIECES, 4, D] float32: v~, k~ before a piece, DV, DK after it; not used if PIECES is 1
@@ -76,8 +76,8 @@ def rat_recurrence_backward(
                 tl.debug_barrier()
             for back in range(PIECES):
                 _piece_backward(
-                    projected, gate_bias, cosines, sines, positions, chunk_starts, own_weights, d_own_scores, d_heads,
-                    d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved_from, bias_to,
+                    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
+                    d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved_from, bias_to,
                     row, chunk, PIECES - 1 - back, (i == 0) & (back == 0), tokens, g, channel,
                     L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
                 )  # fmt: skip
@@ -116,7 +116,7 @@ def _save_states(
 
 @triton.jit
 def _piece_backward(
-    projected, gate_bias, cosines, sines, positions, chunk_starts, own_weights, d_own_scores, d_heads,
+    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
     d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
     row, chunk, piece, is_first, tokens, g, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SEGMENTED: tl.constexpr,
@@ -134,7 +134,7 @@ def _piece_backward(
     dk = (zero,) * PIECE
     for n in range(g, N, G):
         dq, dk = _head_backward(
-            projected, gate_bias, cosines, sines, positions, chunk_starts, own_weights, d_own_scores, d_heads,
+            projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
             d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
             row, chunk, piece, is_first, tokens, g, n, channel, L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
         )  # fmt: skip
@@ -158,7 +158,7 @@ def _piece_backward(
 
 @triton.jit
 def _head_backward(
-    projected, gate_bias, cosines, sines, positions, chunk_starts, own_weights, d_own_scores, d_heads,
+    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
     d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
     row, chunk, piece, is_first, tokens, g, n, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SEGMENTED: tl.constexpr,
@@ -207,7 +207,7 @@ def _head_backward(
         k_step = f * (k_state - k)
         v_state = f * v_state + w * v
         k_state = f * k_state + w * k
-        ds = tl.load(d_own_scores + scores_from + j, mask=use, other=0.0)
+        ds = tl.load(d_current_scores + scores_from + j, mask=use, other=0.0)
         new_dq = new_dq + (dq[j] + ds * k_state,)  # noqa: RUF005
         kept = kept + ((w, v_step, k_step),)  # noqa: RUF005
 
@@ -217,8 +217,8 @@ def _head_backward(
         v, gate, do, use, write, starts, position = ahead[PIECE - 1 - back]
         w, v_step, k_step = kept[PIECE - 1 - back]
         q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
-        ds = tl.load(d_own_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
-        p = tl.load(own_weights + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
+        ds = tl.load(d_current_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
+        p = tl.load(current_weights + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
         d_v_state += p * do.to(tl.float32)
         d_k_state += ds * q.to(tl.float32)
         if SEGMENTED:

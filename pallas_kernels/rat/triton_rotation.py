@@ -1,4 +1,4 @@
-"""Angles of RoPE: by chunk index, for halves of a head side by side."""
+"""Angles of RoPE: by chunk index, for the halves of a head."""
 
 import jax
 import jax.numpy as jnp

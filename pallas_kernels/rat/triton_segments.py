@@ -66,11 +66,11 @@ def continued_documents(
     summary_segment_ids: jax.Array,
     num_summaries: jax.Array,
 ) -> tuple[Documents, jax.Array]:
-    """The places in rows that go on with the summaries of a cache, and where in it new summaries go.
+    """The places in rows that continue from the summaries of a cache, and where in it new summaries go.
 
     Args:
       shape: sizes.
-      segment_ids: [B, T] int32, 0 is padding; a row goes on with the document of its last summaries if the ids agree.
+      segment_ids: [B, T] int32, 0 is padding; a row resumes the document of its last summaries if the ids agree.
       positions: [B, T] int32, in the document, the tokens of earlier calls counted.
       summary_segment_ids: [B, C] int32, of the slots filled before.
       num_summaries: [B] int32, slots filled before; those past C were dropped.

@@ -66,12 +66,14 @@ def rat_mix(
     batch, tokens, channels = projected.shape
     segments = as_segments(segment_ids, (batch, tokens))
     width = gate_bias.shape[0]
+    if width % max(1, num_heads):
+        raise ValueError(f"the {width} channels of gate_bias must be a multiple of num_heads, got {num_heads}")
     shape = RatShape(
         batch=dispatch.rows_of_device(batch),
         tokens=tokens,
         num_heads=num_heads,
         num_groups=num_heads if num_groups is None else num_groups,
-        head_dim=width // num_heads,
+        head_dim=width // max(1, num_heads),
         chunk_size=chunk_size,
         dtype=projected.dtype.name,
         rope_base=rope_base,
@@ -79,8 +81,6 @@ def rat_mix(
         continued=state is not None,
         capability=platform.expected_capability(),
     )
-    if shape.width != width:
-        raise ValueError(f"the {width} channels of gate_bias must be a multiple of num_heads, got {num_heads}")
     if channels != shape.projected_width:
         raise ValueError(f"projected must have 3 D + 2 G H = {shape.projected_width} channels, got {channels}")
     chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, lambda name: select.unsupported_reason(name, shape))

@@ -40,17 +40,17 @@ def mix(
     with jax.named_scope("chunk_summaries"):
         summaries = _summarise(shape, running_key, running_value, segments, projected.dtype)
     with jax.named_scope("chunk_attention"):
-        own_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
+        current_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
         if shape.rope_base is not None:
             query = rotate(query, segments.positions // chunk_size, shape.rope_base)
         extended = None if state is None else _extend(state, running_key[:, -1], running_value[:, -1], summaries)
-        mixed = _attend(query, own_score, running_value, segments, summaries, state, extended)
+        mixed = _attend(query, current_score, running_value, segments, summaries, state, extended)
     out = (jax.nn.sigmoid(z.astype(jnp.float32)) * mixed.reshape(batch, tokens, width)).astype(projected.dtype)
     return RatOutput(out, extended)
 
 
 class _Summaries(NamedTuple):
-    """One slot for each L tokens of the call: at most one chunk is completed among them."""
+    """One summary index for each L tokens of the call: at most one chunk is completed among them."""
 
     key: Float[Array, "B C N H"]
     value: Float[Array, "B C N H"]
@@ -90,14 +90,14 @@ def _summarise(
 
 def _attend(
     query: Array,
-    own_score: Array,
+    current_score: Array,
     own_value: Array,
     segments: SegmentInfo,
     summaries: _Summaries,
     state: RatState | None,
     extended: RatState | None,
 ) -> Float32[Array, "B T N H"]:
-    """Softmax over the summaries before each token and the token's own pair."""
+    """Softmax over the summaries before each token and the current token's pair."""
     after = summaries.token_index + 1  # strictly earlier summaries alone are seen
     sources = [(summaries.key, summaries.value, summaries.segment_ids, after)]
     if state is not None:
@@ -119,8 +119,8 @@ def _attend(
         key_info=KeyInfo(segment_ids, order),
     )
     # Two softmaxes over disjoint keys join by their log-sum-exps; one over a single key has the score itself.
-    own_weight = jax.nn.sigmoid(own_score - earlier.log_sum_exp)[..., None]
-    return own_weight * own_value + (1.0 - own_weight) * earlier.out.astype(jnp.float32)
+    current_weight = jax.nn.sigmoid(current_score - earlier.log_sum_exp)[..., None]
+    return current_weight * own_value + (1.0 - current_weight) * earlier.out.astype(jnp.float32)
 
 
 def _extend(state: RatState, running_key: Array, running_value: Array, summaries: _Summaries) -> RatState:

@@ -187,7 +187,7 @@ def nothing(*_, **options):
 
 
 RING, TILING, PLGPU = launch.Ring, mosaic_gpu_tiling.Tiling, mosaic_emulator.NAMES["plgpu"]
-MISTAKES = {  # what stands in which place, and the fault
+MISTAKES = {  # what replaces what, and the fault
     "stores that are not committed": ([(PLGPU, "commit_smem", nothing)], "not committed"),
     "stages that are not released": ([(RING, "release", nothing)], "deadlock"),
     "stages that are released twice": ([(RING, "release", twofold_release)], "deadlock|race|were over"),

@@ -19,10 +19,18 @@ SHAPES = {
     "two-chunks": RatShape(1, 5, 3, 3, 8, 4, "float32", 10_000.0, False),
     "chunks-of-one": RatShape(1, 6, 2, 2, 16, 1, "float32", 10_000.0, False),
 }
-FORWARD = ("projected", "running_values", "own_scores", "rotated_queries", "summary_keys", "summary_values")
-BACKWARD = ("d_heads", "delta", "lse", "rotated_queries", "summary_keys", "summary_values", "own_scores",
+FORWARD = ("projected", "running_values", "current_scores", "rotated_queries", "summary_keys", "summary_values")
+BACKWARD = ("d_heads", "delta", "lse", "rotated_queries", "summary_keys", "summary_values", "current_scores",
             "running_values")  # fmt: skip
-RESULTS = ("out", "lse", "d_rotated_queries", "d_own_scores", "own_weights", "d_summary_keys", "d_summary_values")
+RESULTS = (
+    "out",
+    "lse",
+    "d_rotated_queries",
+    "d_current_scores",
+    "current_weights",
+    "d_summary_keys",
+    "d_summary_values",
+)
 
 
 def inputs(p: RatShape) -> dict[str, np.ndarray]:
@@ -35,7 +43,7 @@ def inputs(p: RatShape) -> dict[str, np.ndarray]:
     x = {
         "projected": normal(p.batch, p.tokens, p.projected_width),
         "running_values": normal(p.batch, p.tokens, p.num_heads, p.head_dim),
-        "own_scores": normal(p.batch, p.num_heads, p.tokens).astype(jnp.float32),
+        "current_scores": normal(p.batch, p.num_heads, p.tokens).astype(jnp.float32),
         "rotated_queries": normal(p.batch, p.tokens, p.num_groups, p.head_dim) * LOG2_E / math.sqrt(p.head_dim),
         "summary_keys": normal(p.batch, p.num_chunks, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
         "summary_values": normal(p.batch, p.num_chunks, p.num_heads, p.head_dim).at[:, -1].set(jnp.nan),
@@ -57,7 +65,7 @@ def truth(p: RatShape, x) -> dict[str, np.ndarray]:
             q = x["rotated_queries"][row, :, group]
             v, do = x["running_values"][row, :, head], x["d_heads"][row, :, head]
             keys, values = x["summary_keys"][row, :-1, head], x["summary_values"][row, :-1, head]
-            own = x["own_scores"][row, head]
+            own = x["current_scores"][row, head]
             weights = np.where(seen, np.exp2(q @ keys.T), 0)
             total = weights.sum(axis=1) + np.exp2(own)
             p_own, weights = np.exp2(own) / total, weights / total[:, None]
@@ -69,8 +77,8 @@ def truth(p: RatShape, x) -> dict[str, np.ndarray]:
             result["out"].append(mixed * gate[row, :, head * p.head_dim : (head + 1) * p.head_dim])
             result["lse"].append(np.log2(total))
             result["delta"].append(delta)
-            result["own_weights"].append(p_own)
-            result["d_own_scores"].append(-d_scores.sum(axis=1) * scale)
+            result["current_weights"].append(p_own)
+            result["d_current_scores"].append(-d_scores.sum(axis=1) * scale)
             last = np.zeros((1, p.head_dim))
             result["d_summary_keys"].append(np.concatenate([d_scores.T @ q * math.log(2), last]))
             result["d_summary_values"].append(np.concatenate([weights.T @ do, last]))
@@ -153,7 +161,7 @@ def test_the_calls_stand_in_the_lowered_program():
     p = dataclasses.replace(SHAPES["partial-chunk"], dtype="bfloat16")
     assert cudnn_attention.unsupported_reason(p) is None
     x = inputs(p)
-    x |= {name: x["own_scores"] for name in ("lse", "delta")}
+    x |= {name: x["current_scores"] for name in ("lse", "delta")}
     for function, names, target in (
         (cudnn_attention.forward, FORWARD, cudnn_fmha.FORWARD),
         (cudnn_attention.backward, BACKWARD, cudnn_fmha.BACKWARD),
@@ -201,8 +209,8 @@ def test_errs_at_most_twice_as_much_as_triton_or_two_roundoffs(sizes, dtype):
         return launch(triton_attention.forward_launch(p), *arguments, *unused, unused[0])
 
     def backward(p, *arguments):
-        *shared, own_scores, _ = arguments
-        queries = launch(triton_attention_backward.queries_launch(p), *shared, *unused, unused[0], own_scores)
+        *shared, current_scores, _ = arguments
+        queries = launch(triton_attention_backward.queries_launch(p), *shared, *unused, unused[0], current_scores)
         return *queries, *launch(triton_attention_backward.summaries_launch(p), *shared, *unused)
 
     x |= {name: x[name].at[:, -1].set(0) for name in ("summary_keys", "summary_values")}

@@ -51,7 +51,7 @@ def inputs(p: RatShape, seed: int = 0) -> dict[str, jax.Array]:
     return {
         "projected": draw(next(keys), (p.batch, p.tokens, p.projected_width)),
         "running_values": draw(next(keys), heads),
-        "own_scores": jax.random.normal(next(keys), rows),
+        "current_scores": jax.random.normal(next(keys), rows),
         "rotated_queries": (query * (2 * p.score_scale)).astype(p.dtype),
         "summary_keys": jnp.where(complete, draw(next(keys), summaries), jnp.nan),
         "summary_values": jnp.where(complete, draw(next(keys), summaries), jnp.nan),
@@ -60,12 +60,12 @@ def inputs(p: RatShape, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def run_forward(p, x):
-    names = ("projected", "running_values", "own_scores", "rotated_queries", "summary_keys", "summary_values")
+    names = ("projected", "running_values", "current_scores", "rotated_queries", "summary_keys", "summary_values")
     return mosaic_gpu_attention.forward(p, *(x[name] for name in names))
 
 
 def run_backward(p, x, delta, lse):
-    names = ("rotated_queries", "summary_keys", "summary_values", "own_scores")
+    names = ("rotated_queries", "summary_keys", "summary_values", "current_scores")
     return mosaic_gpu_attention_backward.backward(p, x["d_heads"], delta, lse, *(x[name] for name in names))
 
 
@@ -74,7 +74,7 @@ def truth(p: RatShape, x: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     x = {name: np.asarray(value.astype(jnp.float32), np.float64) for name, value in x.items()}
     done = p.tokens // p.chunk_size
     seen = np.arange(done)[None, :] < (np.arange(p.tokens) // p.chunk_size)[:, None]
-    names = ("heads", "lse", "delta", "own_weights", "d_own_scores")
+    names = ("heads", "lse", "delta", "current_weights", "d_current_scores")
     found = {name: np.zeros((p.batch, p.num_heads, p.tokens)) for name in names[1:]}
     found["out"] = np.zeros((p.batch, p.tokens, p.num_heads, p.head_dim))
     found["d_rotated_queries"] = np.zeros(x["rotated_queries"].shape)
@@ -85,16 +85,16 @@ def truth(p: RatShape, x: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         for n in range(p.num_heads):
             q, do = x["rotated_queries"][b, :, n % p.num_groups], x["d_heads"][b, :, n]
             k, v = x["summary_keys"][b, :done, n], x["summary_values"][b, :done, n]
-            own, value = x["own_scores"][b, n], x["running_values"][b, :, n]
+            own, value = x["current_scores"][b, n], x["running_values"][b, :, n]
             scores = np.where(seen, q @ k.T, -np.inf)
             lse = np.log2(np.exp2(scores).sum(1) + np.exp2(own))
-            weights, own_weight = np.exp2(scores - lse[:, None]), np.exp2(own - lse)
-            o = weights @ v + own_weight[:, None] * value
+            weights, current_weight = np.exp2(scores - lse[:, None]), np.exp2(own - lse)
+            o = weights @ v + current_weight[:, None] * value
             delta = (do * o).sum(1)
             d_scores = weights * (do @ v.T - delta[:, None])
             found["out"][b, :, n] = o / (1 + np.exp(-gates[b, :, n]))
-            found["lse"][b, n], found["delta"][b, n], found["own_weights"][b, n] = lse, delta, own_weight
-            found["d_own_scores"][b, n] = -d_scores.sum(1) / math.sqrt(p.head_dim)
+            found["lse"][b, n], found["delta"][b, n], found["current_weights"][b, n] = lse, delta, current_weight
+            found["d_current_scores"][b, n] = -d_scores.sum(1) / math.sqrt(p.head_dim)
             found["d_rotated_queries"][b, :, n % p.num_groups] += d_scores @ k / math.sqrt(p.head_dim)
             found["d_summary_keys"][b, :done, n] = d_scores.T @ q * math.log(2)
             found["d_summary_values"][b, :done, n] = weights.T @ do
@@ -153,7 +153,7 @@ def check_values(p, forward, backward):
     want = truth(p, x)
     out, lse = forward(p, x)
     gradients = backward(p, x, *(jnp.asarray(want[row], jnp.float32) for row in ("delta", "lse")))
-    names = ("d_rotated_queries", "d_own_scores", "own_weights", "d_summary_keys", "d_summary_values")
+    names = ("d_rotated_queries", "d_current_scores", "current_weights", "d_summary_keys", "d_summary_values")
     got = {"out": out.reshape(want["out"].shape), "lse": lse} | dict(zip(names, gradients, strict=True))
     for result, value in got.items():
         error = np.linalg.norm(np.asarray(value, np.float64) - want[result])
@@ -164,7 +164,7 @@ def check_values(p, forward, backward):
 def check_blocks(p, blocks):
     x = inputs(p)
     shape = (p.batch, p.tokens, -1, p.head_dim)
-    arguments = (x["own_scores"], x["rotated_queries"], x["summary_keys"], x["summary_values"])
+    arguments = (x["current_scores"], x["rotated_queries"], x["summary_keys"], x["summary_values"])
     out, lse = mosaic_gpu_attention.attend(
         p, x["projected"].reshape(shape), x["running_values"], *arguments, mosaic_gpu_attention.Blocks(*blocks)
     )

@@ -1,1 +1,1 @@
-"""Fused kernels: single-device functions of plain arrays, one folder a back end. They import JAX (and triton) only."""
+"""Fused kernels: single-device functions of plain arrays, one folder an op. They import JAX (and triton) only."""

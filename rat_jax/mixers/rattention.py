@@ -243,6 +243,6 @@ class Rattention(Mixer):
             jnp.where(enters, left_value, 0),
             feature_map=options.feature_map,
             initial_state=self._initial_state(),
-            documents=jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32),
+            segment_ids=segments,
             state=memory.state,
         )

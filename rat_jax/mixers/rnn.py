@@ -93,8 +93,7 @@ class Rnn(Mixer):
         states = gated_recurrence(
             gate.astype(jnp.float32) + self.gate_bias[...].reshape(1, 1, -1),
             value,
-            starts=segments.starts(),
-            is_token=segments.is_token,
+            segment_ids=segments,
             initial_state=None if memory is None else memory.state,
         )
         mixed = (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(x.dtype)

@@ -1,1 +1,26 @@
-"""Differentiable functions of arrays: the equation, its XLA body, and the choice between bodies."""
+"""Differentiable functions of arrays: each op is its equation, an XLA implementation, and the choice among kernels."""
+
+from rat_jax.ops.attention import attention
+from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
+from rat_jax.ops.dispatch import UnsupportedError
+from rat_jax.ops.linear_attention import linear_attention
+from rat_jax.ops.linear_attention_types import LinearAttentionOutput
+from rat_jax.ops.rat import rat_mix
+from rat_jax.ops.rat_types import RatOutput, RatState
+from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.ops.residual_linear_attention import ResidualLinearAttentionOutput, residual_linear_attention
+
+__all__ = [
+    "AttentionOutput",
+    "KeyInfo",
+    "LinearAttentionOutput",
+    "RatOutput",
+    "RatState",
+    "ResidualLinearAttentionOutput",
+    "UnsupportedError",
+    "attention",
+    "gated_recurrence",
+    "linear_attention",
+    "rat_mix",
+    "residual_linear_attention",
+]

@@ -2,21 +2,16 @@
 
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from rat_jax.ops import attention_cudnn
+from pallas_kernels.attention import cudnn_fmha
+from pallas_kernels.attention.shape import AttentionShape
+from rat_jax.ops import attention_kernels, attention_xla, dispatch, platform
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
-from rat_jax.segments import whole_rows
-from rat_jax.shapes import Array, Bool, Float
+from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.shapes import Array, Float, Int
 
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
 AttentionImplementation = Literal["xla", "cudnn"]
-
-_MASKED = -1e30  # finite, so that a row that sees nothing has finite gradients
-_MAX_SCORES = 1 << 23  # scores (B N T S) held at a time: 32 MiB of float32
-_MIN_BLOCK = 16  # queries
 
 
 def attention(
@@ -24,115 +19,65 @@ def attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    query_info: KeyInfo,
-    key_info: KeyInfo,
+    segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     window: int | None = None,
+    query_info: KeyInfo | None = None,
+    key_info: KeyInfo | None = None,
     aligned: bool = False,
     implementation: AttentionImplementation | None = None,
 ) -> AttentionOutput:
-    """out_t = sum_s p_ts v_s, p_t = softmax over the visible s of q_t . k_s / sqrt(H).
+    """out_t = sum_s p_ts v_s, p_t = softmax over the visible s of q_t . k_s / sqrt(H) (arXiv 1706.03762, 2305.13245).
 
-    Key s is visible to query t when both belong to the same document and 0 <= order_t - order_s (<= `window` where one
-    is given). Scores and softmax are float32; the result has the dtype of `value`. Head n reads key head
-    n // (N / K). In plain XLA queries are taken in blocks, and the backward pass computes each block's scores again, so
-    that memory grows with T + S, not with T S.
+    Key s is visible to query t when both belong to the same document and 0 <= index_t - index_s (<= `window` where one
+    is given), with the token indices of the row. Without `query_info` and `key_info` this is causal self-attention.
+    Scores and softmax are float32; the result has the dtype of `value`. Head n reads key head n // (N / K). In plain
+    XLA queries are taken in blocks, and the backward pass computes each block's scores again, so that memory grows with
+    T + S, not with T S.
 
     Args:
-      aligned: promises that the last T keys stand at the places of the T queries in the same order, so that a window
-        needs only the keys near a block of queries.
-      implementation: the body to run; None takes "cudnn" where the program is lowered for CUDA and cuDNN takes the
-        call, and "xla" elsewhere. cuDNN wants contiguous rows of queries and keys, and 16-bit numbers.
+      query, key, value: q, k, v, of float32, bfloat16 or float16.
+      segment_ids: of the tokens that are queries and keys: 0 is padding, which sees nothing and is not seen; neighbours
+        of the same other value are one document. None: each row is one document.
+      window: a query sees itself and so many earlier tokens; None is all of them.
+      query_info, key_info: in place of `segment_ids`, where keys are others than the queries' own: those of a cache.
+      aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
+        order, so that a window needs only the keys near a block of queries.
+      implementation: None takes "cudnn" where the program is lowered for CUDA and cuDNN takes the call, and "xla"
+        elsewhere. cuDNN wants whole rows of queries and keys, and 16-bit numbers.
 
     Raises:
-      ValueError: if N is not a multiple of K, or if a named implementation cannot run the call; the message says why.
+      ValueError: if N is not a multiple of K, or if arguments do not fit each other.
+      UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
-    heads, key_heads = query.shape[2], key.shape[2]
-    if heads % key_heads:
-        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
-    if implementation != "xla":
-        reason = attention_cudnn.refusal(query, key, value, query_info, key_info)
-        if reason is None and (implementation == "cudnn" or attention_cudnn.is_candidate()):
-            return attention_cudnn.attend(_plain_whole_rows, implementation is None, window, query, key, value)
-        if implementation == "cudnn":
-            raise ValueError(f"implementation 'cudnn' cannot run this call: {reason}")
-    return _plain(query, key, value, query_info, key_info, window, aligned)
-
-
-def _plain_whole_rows(window: int | None, query: Array, key: Array, value: Array) -> AttentionOutput:
-    """Plain XLA for the calls that cuDNN takes."""
-    segments = whole_rows(*query.shape[:2])
-    place = KeyInfo(segments.segment_ids, segments.token_index)
-    return _plain(query, key, value, place, place, window, aligned=True)
-
-
-def _plain(
-    query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo, window: int | None, aligned: bool
-) -> AttentionOutput:
-    heads = query.shape[2]
-    batch, tokens = query.shape[:2]
-    keys = key.shape[1]
-    block = _block_size(batch * heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
-    if block == tokens:
-        return _attend(query, key, value, _visible(query_info, key_info, window))
-
-    span = block + window if aligned and window is not None else keys
-    cut_keys = span < keys
-    if cut_keys:  # keys in front that nobody sees, so that every block's span lies inside
-        key, value, key_info = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, 0), (span, 0)] + [(0, 0)] * (x.ndim - 2)), (key, value, key_info)
-        )
-    tail = [(0, 0), (0, -tokens % block)]
-    query = jnp.pad(query, [*tail, (0, 0), (0, 0)])
-    query_info = jax.tree.map(lambda x: jnp.pad(x, tail), query_info)
-    if cut_keys:  # the last block may reach past the last key
-        key, value, key_info = jax.tree.map(
-            lambda x: jnp.pad(x, tail + [(0, 0)] * (x.ndim - 2)), (key, value, key_info)
-        )
-
-    @jax.checkpoint
-    def attend_block(start: Array) -> AttentionOutput:
-        def cut(x, first, length):
-            return jax.lax.dynamic_slice_in_dim(x, first, length, axis=1)
-
-        block_query, block_place = jax.tree.map(lambda x: cut(x, start, block), (query, query_info))
-        block_keys = (key, value, key_info)
-        if cut_keys:
-            first = start + keys - tokens + span - window
-            block_keys = jax.tree.map(lambda x: cut(x, first, span), block_keys)
-        block_key, block_value, block_key_place = block_keys
-        return _attend(block_query, block_key, block_value, _visible(block_place, block_key_place, window))
-
-    blocks = jax.lax.map(attend_block, jnp.arange(0, tokens, block, dtype=jnp.int32))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens], blocks)
-
-
-def _block_size(rows: int, tokens: int, keys: int) -> int:
-    """Queries whose scores fit the limit: all of them, or a power of two."""
-    if rows * tokens * keys <= _MAX_SCORES:
-        return tokens
-    limit = max(_MIN_BLOCK, _MAX_SCORES // (rows * keys))
-    return min(tokens, 1 << (limit.bit_length() - 1))
-
-
-def _visible(query: KeyInfo, key: KeyInfo, window: int | None) -> Bool[Array, "B T S"]:
-    distance = query.token_index[:, :, None] - key.token_index[:, None, :]
-    same = (query.segment_ids[:, :, None] == key.segment_ids[:, None, :]) & (key.segment_ids[:, None, :] != 0)
-    visible = same & (distance >= 0)
-    return visible if window is None else visible & (distance <= window)
-
-
-def _attend(query: Array, key: Array, value: Array, visible: Array) -> AttentionOutput:
+    dispatch.check_implementation(implementation, AttentionImplementation)
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
-    grouped = query.reshape(batch, tokens, key_heads, heads // key_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    visible = visible[:, None, None]
-    scores = jnp.where(visible, scores * head_dim**-0.5, _MASKED)
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    total = jnp.where(total == 0.0, 1.0, total)
-    probabilities = (weights / total).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, value).reshape(batch, tokens, heads, head_dim)
-    log_sum_exp = (top + jnp.log(total))[..., 0]
-    return AttentionOutput(out, jnp.moveaxis(log_sum_exp, -1, 1).reshape(batch, tokens, heads))
+    if heads % key_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
+    if (query_info is None) != (key_info is None) or (query_info is not None and segment_ids is not None):
+        raise ValueError("give segment_ids, or query_info and key_info together, or none of them")
+    if query_info is None:
+        if key.shape[1] != tokens:
+            raise ValueError(f"{key.shape[1]} keys to {tokens} queries need query_info and key_info")
+        query_info = key_info = KeyInfo.of(as_segments(segment_ids, (batch, tokens)))
+        aligned = True
+    shape = AttentionShape(
+        dispatch.rows_of_device(batch),
+        tokens,
+        heads,
+        key_heads,
+        head_dim,
+        query.dtype.name,
+        whole_rows=query_info.contiguous and key_info.contiguous and key.shape[1] == tokens,
+        capability=platform.expected_capability(),
+    )
+
+    def unsupported_reason(name: str) -> str | None:
+        del name  # there is one
+        return dispatch.differing_dtypes(query, key, value) or cudnn_fmha.unsupported_reason(shape)
+
+    chosen = dispatch.choose(implementation, ("cudnn",), batch, unsupported_reason)
+    if chosen == "xla":
+        return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
+    kernel = attention_kernels.Attend(chosen, shape, window)
+    return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value))

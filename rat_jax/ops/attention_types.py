@@ -1,22 +1,28 @@
-"""What softmax attention is told about its tokens, and what it returns, whichever body runs."""
+"""What softmax attention is told about its tokens, and what it returns, whichever implementation runs."""
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
 
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyInfo:
-    """Where queries or keys stand: a document (0 sees nothing and is not seen) and an order within the row."""
+    """Of queries or keys: their document (0 sees nothing and is not seen) and their index within the row."""
 
     segment_ids: Int[Array, "B X"]
     token_index: Int[Array, "B X"]
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
-    """Known when tracing: every row is one document from its order 0 on, without padding."""
+    """Static: each row is one unpadded document from token 0; enables the fast paths."""
+
+    @classmethod
+    def of(cls, segments: SegmentInfo) -> "KeyInfo":
+        """Of the tokens of a call."""
+        return cls(segments.segment_ids, segments.token_index, segments.contiguous)
 
 
 class AttentionOutput(NamedTuple):

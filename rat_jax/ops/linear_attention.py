@@ -1,14 +1,23 @@
 """Linear attention: a matrix-valued state that only grows, read through non-negative features."""
 
-import functools
+import dataclasses
 from typing import Literal
 
-from rat_jax.ops import linear_attention_kernels, linear_attention_xla
+import jax.numpy as jnp
+
+from pallas_kernels.linear_attention import select
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
+from rat_jax.ops import dispatch, linear_attention_kernels, linear_attention_xla, platform
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
-from rat_jax.ops.platform import check_implementation
+from rat_jax.ops.linear_attention_xla import lagged
+from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Float32, Int
 
+__all__ = ["FeatureMap", "LinearAttentionOutput", "LinearImplementation", "linear_attention"]
+
 LinearImplementation = Literal["xla", "triton", "mosaic_gpu", "pallas_tpu"]
+_FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
+_TAKE_KEY_LAG = ("mosaic_gpu", "xla")
 
 
 def linear_attention(
@@ -16,47 +25,101 @@ def linear_attention(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     *,
-    feature_map: FeatureMap,
+    feature_map: FeatureMap = "softmax",
     key_lag: int = 0,
+    segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     initial_state: Float[Array, "b n 2*H H"] | None = None,
-    documents: Int[Array, "B T"] | None = None,
     state: Float32[Array, "B K 2*H H"] | None = None,
     implementation: LinearImplementation | None = None,
 ) -> LinearAttentionOutput:
     """out_t = phi(q_t) (S_0 + sum_{s <= t - key_lag} phi(k_s)^T v_s), over the s of the same document; no normaliser.
 
-    phi(x) = [m(x), m(-x)], m the softmax over the H channels or the positive part. Head n reads key head n // (N / K).
-    Features and states are float32; their products are taken in the dtype of `value`, which `out` has too, and summed
-    in float32.
+    phi(x) = [m(x), m(-x)], m the softmax over the H channels or the positive part (arXiv 2506.15545, section 3). Head n
+    reads key head n // (N / K). Features and states are float32; their products are taken in the dtype of `value`
+    (float32, bfloat16 or float16), which `out` has too, and summed in float32.
 
     Args:
-      key_lag: tokens after which a key and its value are seen; without documents only.
-      initial_state: S_0, for every row or for all together (b is B or 1), for every query or key head (n is N or K);
-        None is zero.
-      documents: numbers that never fall along a row; tokens of one number are one document. None: all are 0.
-      state: what the tokens of document 0 before these have summed up to, without S_0; None is zero.
-      implementation: the body to run; None takes the fastest kernel for the platform that the program is lowered for
-        that takes these shapes, and "xla" where there is none. Only "xla" takes a `state`.
+      query, key, value: q, k, v.
+      feature_map: m, "softmax" or "relu".
+      key_lag: query t sees keys s <= t - key_lag.
+      segment_ids: 0 is padding, which adds nothing and whose results have no meaning; neighbours of the same other
+        value are one document. None: each row is one document.
+      initial_state: S_0, from which every document starts: of every row or of all together (b is B or 1), of every
+        query head or of every key head (n is N or K); None is zero.
+      state: what earlier tokens of the document under way have summed up to, without S_0; None is zero. It is that of
+        the row without `segment_ids`, and of the tokens before the first start of a `SegmentInfo` that continues from
+        earlier tokens; plain ids start new documents. Not together with `key_lag`.
+      implementation: None takes the fastest kernel for the platform that the program is lowered for that takes the
+        call, and "xla" where there is none. Only "xla" takes a `state`.
 
     Raises:
-      ValueError: if a key_lag meets documents, or a named implementation cannot run the call; the message says why and
-        what comes nearest.
+      ValueError: if shapes, `feature_map` or `key_lag` do not fit.
+      UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
-    check_implementation(implementation, LinearImplementation)
-    if key_lag and documents is not None:
-        raise ValueError(f"a key_lag ({key_lag}) is not taken together with documents; shift keys and values instead")
+    dispatch.check_implementation(implementation, LinearImplementation)
+    shape = _shape(query, key, value, initial_state, feature_map, key_lag)
+    segments = as_segments(segment_ids, query.shape[:2])
+    if state is not None and key_lag:
+        raise ValueError(f"a key_lag ({key_lag}) is not taken together with a state; shift keys and values instead")
+    continues = state is not None and segment_ids is None  # the row's document is under way, whatever its positions
+    documents = None
+    if not (segments.contiguous or continues):
+        enters = segments.is_token
+        if key_lag:
+            key, value, ids = (lagged(x, key_lag) for x in (key, value, segments.segment_ids))
+            enters &= ids == segments.segment_ids
+        value = jnp.where(enters[..., None, None], value, 0)
+        documents = jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32)
+        shape = dataclasses.replace(shape, key_lag=0, segmented=True)
+    shape = dataclasses.replace(shape, continued=state is not None, capability=platform.expected_capability())
+
+    def unsupported_reason(name: str) -> str | None:
+        taken = shape if name in _TAKE_KEY_LAG else dataclasses.replace(shape, key_lag=0)
+        return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, taken)
+
+    chosen = dispatch.choose(implementation, _FASTEST_FIRST, query.shape[0], unsupported_reason)
+    if chosen == "xla":
+        arrays = (query, key, value, initial_state, documents, state)
+        return linear_attention_xla.attend(shape.feature_map, shape.key_lag, *arrays)
+    if chosen not in _TAKE_KEY_LAG and shape.key_lag:
+        key, value = (lagged(x, shape.key_lag) for x in (key, value))
+        shape = dataclasses.replace(shape, key_lag=0)
+    shared = initial_state is not None and initial_state.shape[0] == 1
+    kernel = linear_attention_kernels.Attend(chosen, shape, replicated=(3,) if shared else ())
     arrays = (query, key, value, initial_state, documents)
-    kernel, fall_back = implementation, implementation is None
-    if implementation is None:
-        refused = functools.partial(linear_attention_kernels.refusal, state=state)
-        taken = (kernel for kernel in linear_attention_kernels.candidates() if refused(kernel, *arrays) is None)
-        kernel = next(taken, "xla")
-    if kernel == "xla":
-        return linear_attention_xla.attend(feature_map, key_lag, *arrays, state)
-    reason = linear_attention_kernels.refusal(kernel, *arrays, state)
-    if reason is not None:
-        raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
-    if kernel not in linear_attention_kernels.TAKE_KEY_LAG:
-        key, value = (linear_attention_xla.lagged(x, key_lag) for x in (key, value))
-        key_lag = 0
-    return linear_attention_kernels.attend(kernel, fall_back, feature_map, key_lag, query, key, value, *arrays[3:])
+    return LinearAttentionOutput(*dispatch.run(kernel, implementation is None, *arrays))
+
+
+def _shape(
+    query: Array, key: Array, value: Array, initial_state: Array | None, feature_map: FeatureMap, key_lag: int
+) -> LinearAttentionShape:
+    """The sizes on one device, of rows that are one document each."""
+    batch, tokens, heads, head_dim = query.shape
+    key_heads = key.shape[2]
+    if key.shape != (batch, tokens, key_heads, head_dim) or value.shape != key.shape:
+        raise ValueError(
+            f"key and value must be [B, T, K, H] to query's [B, T, N, H]: got {key.shape} and {value.shape} to "
+            f"{query.shape}"
+        )
+    rows = dispatch.rows_of_device(batch)
+    initial_rows = initial_heads = 0
+    if initial_state is not None:
+        states, initial_heads, *matrix = initial_state.shape
+        if states not in (1, batch) or initial_heads not in (key_heads, heads) or matrix != [2 * head_dim, head_dim]:
+            raise ValueError(
+                f"initial_state must be ({batch} or 1, {heads} or {key_heads}, {2 * head_dim}, {head_dim}), got "
+                f"{initial_state.shape}"
+            )
+        initial_rows = 1 if states == 1 else rows
+    return LinearAttentionShape(
+        rows,
+        tokens,
+        heads,
+        key_heads,
+        head_dim,
+        value.dtype.name,
+        feature_map,
+        key_lag=key_lag,
+        initial_rows=initial_rows,
+        initial_heads=initial_heads,
+    )

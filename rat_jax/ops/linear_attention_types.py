@@ -1,10 +1,11 @@
-"""What all bodies of linear attention agree on."""
+"""What all implementations of linear attention share."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from pallas_kernels.linear_attention.shape import FeatureMap
 from rat_jax.shapes import Array, Float, Float32
 
-FeatureMap = Literal["softmax", "relu"]
+__all__ = ["FeatureMap", "LinearAttentionOutput"]
 
 
 class LinearAttentionOutput(NamedTuple):

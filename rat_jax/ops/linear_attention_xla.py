@@ -1,4 +1,4 @@
-"""Linear attention in plain XLA: the body that runs everywhere, with states; kernels are compared with it."""
+"""Linear attention in plain XLA: it runs everywhere, with states; kernels are compared with it."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,8 @@ from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.shapes import Array, Float, Float32, Int
 
 _BLOCK = 128  # tokens between which scores are made; the state is brought up to date once a block
-_STEP_TOKENS = 8192  # of all rows of a device, worked on side by side: what bounds the memory beside inputs and results
-_STEP_BLOCKS = 16  # of a row, side by side; the sum over pairs of them is no part of the cost yet
+_STEP_TOKENS = 8192  # of all rows of a device, worked on in parallel: what bounds the memory besides inputs and results
+_STEP_BLOCKS = 16  # of a row, in parallel; the sum over pairs of them is no part of the cost yet
 
 
 def features(x: Float[Array, "*n H"], feature_map: FeatureMap) -> Float32[Array, "*n 2*H"]:
@@ -76,7 +76,7 @@ def attend(
 
 
 class _Rows(NamedTuple):
-    """Some blocks of a row, side by side: axes c of blocks, l of tokens in one; or of them all, with steps in front."""
+    """Some blocks of a row, in parallel: axes c of blocks, l of tokens in one; or of them all, with steps in front."""
 
     query: Float[Array, "*steps B c K R l H"]
     key: Float[Array, "*steps B c K l H"]
@@ -85,7 +85,7 @@ class _Rows(NamedTuple):
 
 
 def _cut(rows: int, tokens: int) -> tuple[int, int, int]:
-    """Steps one after the other, blocks side by side in each, tokens of a block."""
+    """Steps in order, blocks in parallel in each, tokens of a block."""
     block = min(_BLOCK, tokens)
     all_blocks = -(-tokens // block)
     steps = -(-all_blocks // max(1, min(_STEP_BLOCKS, _STEP_TOKENS // (rows * block))))

@@ -2,13 +2,17 @@
 
 from typing import Literal
 
-from rat_jax.ops import rat_kernels, rat_xla
-from rat_jax.ops.platform import check_implementation
-from rat_jax.ops.rat_types import RatOutput, RatSizes, RatState
+from pallas_kernels.rat import select
+from pallas_kernels.rat.shape import RatShape
+from rat_jax.ops import dispatch, platform, rat_kernels, rat_xla
+from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Float32, Int
 
 RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"]
+# Mosaic GPU's attention was the fastest at every length measured on Hopper; cuDNN's, faster than Triton's there from
+# 4096 summaries on, was not measured on other cards.
+_FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
 
 
 def rat_mix(
@@ -17,9 +21,9 @@ def rat_mix(
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     *,
     num_heads: int,
-    num_groups: int,
     chunk_size: int,
-    rope_base: float | None,
+    num_groups: int | None = None,
+    rope_base: float | None = 10_000.0,
     state: RatState | None = None,
     implementation: RatImplementation | None = None,
 ) -> RatOutput:
@@ -37,44 +41,49 @@ def rat_mix(
 
     where R rotates by the chunk's position in its document (`rope_base` None: not at all). Chunks are counted from the
     start of each document, so that a packed document mixes as it does alone; at padding the result is finite and has no
-    meaning. The recurrence and the softmax are
-    float32; summaries and the result have the dtype of `projected`.
+    meaning. The recurrence and the softmax are float32; summaries and the result have the dtype of `projected`.
+    Arguments are bfloat16, float16 or float32, `gate_bias` float32.
 
     Args:
       projected: z, v, g, q, k.
       gate_bias: of the forget gate.
       segment_ids: 0 is padding, neighbours of the same other value are one document; None: each row is one document.
       num_heads: N.
-      num_groups: G.
       chunk_size: L.
-      rope_base: of the rotation.
-      state: of the tokens before these; None where they start their rows and no state is wanted. Of the kernels, only
-        "triton" takes one.
-      implementation: the body to run; None takes the fastest kernel of the platform that the program is lowered for
-        where it takes these shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" are "triton" but for the attention to
-        summaries.
+      num_groups: G, a divisor of N; None: N.
+      rope_base: the channel pairs (i, i + H/2) are rotated by chunk * rope_base**(-2 i / H); None: R is left out.
+      state: of the tokens before these, with `segment_ids` that continue from them; None where they start their rows
+        and no state is wanted. Of the kernels, only "triton" takes one.
+      implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes these
+        shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" run Triton's recurrence and replace only the attention
+        over chunk summaries.
 
     Raises:
-      ValueError: if the channels of `projected` do not fit the other arguments, or if a named implementation cannot run
-        them; the message says why and what comes nearest.
+      ValueError: if the channels of `projected` or `gate_bias` do not fit the other arguments.
+      UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
-    check_implementation(implementation, RatImplementation)
-    segments = as_segments(segment_ids, projected.shape[:2])
-    sizes = RatSizes(gate_bias.shape[0], num_heads, num_groups, chunk_size, rope_base)
-    if projected.shape[-1] != sizes.projected_width:
-        raise ValueError(
-            f"projected must have 3 D + 2 G H = {sizes.projected_width} channels, got {projected.shape[-1]}"
-        )
-    if implementation == "xla":
-        return rat_xla.mix(sizes, projected, gate_bias, segments, state)
-    kernel, fall_back = implementation, False
-    if implementation is None:
-        kernel, fall_back = rat_kernels.candidate(), True
-        if kernel is None or rat_kernels.refusal(kernel, sizes, projected, segments, state) is not None:
-            return rat_xla.mix(sizes, projected, gate_bias, segments, state)
-    reason = rat_kernels.refusal(kernel, sizes, projected, segments, state)
-    if reason is not None:
-        raise ValueError(f"implementation {kernel!r} cannot run this call: {reason}")
-    if state is not None:
-        return rat_kernels.extend(kernel, fall_back, sizes, projected, gate_bias, segments, state)
-    return RatOutput(rat_kernels.mix(kernel, fall_back, sizes, projected, gate_bias, segments), None)
+    dispatch.check_implementation(implementation, RatImplementation)
+    batch, tokens, channels = projected.shape
+    segments = as_segments(segment_ids, (batch, tokens))
+    width = gate_bias.shape[0]
+    if width % max(1, num_heads):
+        raise ValueError(f"the {width} channels of gate_bias must be a multiple of num_heads, got {num_heads}")
+    shape = RatShape(
+        batch=dispatch.rows_of_device(batch),
+        tokens=tokens,
+        num_heads=num_heads,
+        num_groups=num_heads if num_groups is None else num_groups,
+        head_dim=width // max(1, num_heads),
+        chunk_size=chunk_size,
+        dtype=projected.dtype.name,
+        rope_base=rope_base,
+        segmented=state is not None or not segments.contiguous,
+        continued=state is not None,
+        capability=platform.expected_capability(),
+    )
+    if channels != shape.projected_width:
+        raise ValueError(f"projected must have 3 D + 2 G H = {shape.projected_width} channels, got {channels}")
+    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, lambda name: select.unsupported_reason(name, shape))
+    if chosen == "xla":
+        return rat_xla.mix(shape, projected, gate_bias, segments, state)
+    return rat_kernels.mix(chosen, implementation is None, shape, projected, gate_bias, segments, state)

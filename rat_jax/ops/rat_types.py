@@ -1,4 +1,4 @@
-"""What all bodies of the RAT mixing op agree on: static sizes, results, and the state of a row."""
+"""What all implementations of the RAT mixing op share: results, and the state of a row."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,26 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.shapes import Array, Float, Float32, Int
-
-
-@dataclasses.dataclass(frozen=True)
-class RatSizes:
-    """Static sizes of a call beside those of its arrays."""
-
-    width: int  # D
-    num_heads: int  # N
-    num_groups: int  # G
-    chunk_size: int  # L
-    rope_base: float | None  # None: no rotation
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
-
-    @property
-    def projected_width(self) -> int:
-        """Channels of `projected`: z, v, g (D each), q and k (G H each)."""
-        return 3 * self.width + 2 * self.num_groups * self.head_dim
 
 
 @jax.tree_util.register_dataclass

@@ -1,12 +1,13 @@
-"""The RAT mixing op in plain XLA: the body that runs everywhere, with caches; kernels are compared with it."""
+"""The RAT mixing op in plain XLA: it runs everywhere, with caches; kernels are compared with it."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.rat.shape import RatShape
 from rat_jax.ops.attention import KeyInfo, attention
-from rat_jax.ops.rat_types import RatOutput, RatSizes, RatState
+from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.rope import rotate
 from rat_jax.segments import SegmentInfo
@@ -14,7 +15,7 @@ from rat_jax.shapes import Array, Float, Float32, Int
 
 
 def mix(
-    sizes: RatSizes,
+    shape: RatShape,
     projected: Float[Array, "B T 3*D+2*G*H"],
     gate_bias: Float32[Array, " D"],
     segments: SegmentInfo,
@@ -22,38 +23,34 @@ def mix(
 ) -> RatOutput:
     """See `rat_jax.ops.rat.rat_mix`; memory grows with T, not with T C."""
     batch, tokens, _ = projected.shape
-    width, head_dim, chunk_size = sizes.width, sizes.head_dim, sizes.chunk_size
+    width, head_dim, chunk_size = shape.width, shape.head_dim, shape.chunk_size
     z, value, gate, query, key = jnp.split(
-        projected, [width, 2 * width, 3 * width, 3 * width + sizes.num_groups * head_dim], axis=-1
+        projected, [width, 2 * width, 3 * width, 3 * width + shape.num_groups * head_dim], axis=-1
     )
-    heads = (batch, tokens, sizes.num_heads, head_dim)
+    heads = (batch, tokens, shape.num_heads, head_dim)
     value, gate = value.reshape(heads), gate.astype(jnp.float32).reshape(heads) + gate_bias.reshape(1, 1, *heads[2:])
     query, key = (
-        jnp.tile(x.reshape(batch, tokens, sizes.num_groups, head_dim), (1, 1, sizes.num_heads // sizes.num_groups, 1))
+        jnp.tile(x.reshape(batch, tokens, shape.num_groups, head_dim), (1, 1, shape.num_heads // shape.num_groups, 1))
         for x in (query, key)
     )
     with jax.named_scope("chunk_recurrence"):
-        scan = {
-            "starts": segments.starts(chunk_size),
-            "is_token": segments.is_token,
-            "block_size": min(chunk_size, 256),
-        }
+        scan = {"segment_ids": segments, "chunk_size": chunk_size, "block_size": min(chunk_size, 256)}
         running_key = gated_recurrence(gate, key, initial_state=None if state is None else state.key, **scan)
         running_value = gated_recurrence(gate, value, initial_state=None if state is None else state.value, **scan)
     with jax.named_scope("chunk_summaries"):
-        summaries = _summarise(sizes, running_key, running_value, segments, projected.dtype)
+        summaries = _summarise(shape, running_key, running_value, segments, projected.dtype)
     with jax.named_scope("chunk_attention"):
-        own_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
-        if sizes.rope_base is not None:
-            query = rotate(query, segments.positions // chunk_size, sizes.rope_base)
+        current_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
+        if shape.rope_base is not None:
+            query = rotate(query, segments.positions // chunk_size, shape.rope_base)
         extended = None if state is None else _extend(state, running_key[:, -1], running_value[:, -1], summaries)
-        mixed = _attend(query, own_score, running_value, segments, summaries, state, extended)
+        mixed = _attend(query, current_score, running_value, segments, summaries, state, extended)
     out = (jax.nn.sigmoid(z.astype(jnp.float32)) * mixed.reshape(batch, tokens, width)).astype(projected.dtype)
     return RatOutput(out, extended)
 
 
 class _Summaries(NamedTuple):
-    """One slot for each L tokens of the call: at most one chunk is completed among them."""
+    """One summary index for each L tokens of the call: at most one chunk is completed among them."""
 
     key: Float[Array, "B C N H"]
     value: Float[Array, "B C N H"]
@@ -62,10 +59,10 @@ class _Summaries(NamedTuple):
 
 
 def _summarise(
-    sizes: RatSizes, running_key: Array, running_value: Array, segments: SegmentInfo, dtype: jnp.dtype
+    shape: RatShape, running_key: Array, running_value: Array, segments: SegmentInfo, dtype: jnp.dtype
 ) -> _Summaries:
     batch, tokens = segments.positions.shape
-    chunk_size = sizes.chunk_size
+    chunk_size = shape.chunk_size
     size = min(chunk_size, tokens)
     blocks = -(-tokens // size)
     ends = jnp.pad(segments.ends(chunk_size), [(0, 0), (0, blocks * size - tokens)]).reshape(batch, blocks, size)
@@ -81,8 +78,8 @@ def _summarise(
     def pick(x):
         return jnp.take_along_axis(x, at, axis=1)
 
-    if sizes.rope_base is not None:
-        key = rotate(key, pick(segments.positions) // chunk_size, sizes.rope_base)
+    if shape.rope_base is not None:
+        key = rotate(key, pick(segments.positions) // chunk_size, shape.rope_base)
     return _Summaries(
         key=key.astype(dtype),
         value=value.astype(dtype),
@@ -93,14 +90,14 @@ def _summarise(
 
 def _attend(
     query: Array,
-    own_score: Array,
+    current_score: Array,
     own_value: Array,
     segments: SegmentInfo,
     summaries: _Summaries,
     state: RatState | None,
     extended: RatState | None,
 ) -> Float32[Array, "B T N H"]:
-    """Softmax over the summaries before each token and the token's own pair."""
+    """Softmax over the summaries before each token and the current token's pair."""
     after = summaries.token_index + 1  # strictly earlier summaries alone are seen
     sources = [(summaries.key, summaries.value, summaries.segment_ids, after)]
     if state is not None:
@@ -122,8 +119,8 @@ def _attend(
         key_info=KeyInfo(segment_ids, order),
     )
     # Two softmaxes over disjoint keys join by their log-sum-exps; one over a single key has the score itself.
-    own_weight = jax.nn.sigmoid(own_score - earlier.log_sum_exp)[..., None]
-    return own_weight * own_value + (1.0 - own_weight) * earlier.out.astype(jnp.float32)
+    current_weight = jax.nn.sigmoid(current_score - earlier.log_sum_exp)[..., None]
+    return current_weight * own_value + (1.0 - current_weight) * earlier.out.astype(jnp.float32)
 
 
 def _extend(state: RatState, running_key: Array, running_value: Array, summaries: _Summaries) -> RatState:

@@ -1,31 +1,45 @@
-"""The gated linear recurrence shared by the RNN and RAT mixers."""
+"""The gated linear recurrence of the RNN and RAT mixers."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from rat_jax.shapes import Array, Bool, Float, Float32
+from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.shapes import Array, Float, Float32, Int
 
 
 def gated_recurrence(
     gate: Float[Array, "B T *c"],
     value: Float[Array, "B T *c"],
     *,
-    starts: Bool[Array, "B T"],
-    is_token: Bool[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
+    chunk_size: int | None = None,
     initial_state: Float32[Array, "B *c"] | None = None,
     block_size: int = 64,
 ) -> Float32[Array, "B T *c"]:
     """The running mean h_t = f_t h_{t-1} + (1 - f_t) v_t of arXiv 2507.04416, equation 1, with f = sigmoid(gate).
 
-    The state is zero before every token where `starts` holds, and padding (`is_token` false) leaves it as it is. All
-    arithmetic is float32. `gate` and `value` broadcast against each other over the channel axes *c.
+    The state is zero before the first token of every document, and padding leaves it as it is. All arithmetic is
+    float32, from numbers of any floating dtype. `gate` and `value` broadcast against each other over the channel axes
+    *c.
 
     Args:
-      initial_state: h before the first token; None is zero.
-      block_size: tokens that are scanned side by side before states are carried from block to block.
+      gate: of f, with its bias.
+      value: v.
+      segment_ids: 0 is padding, neighbours of the same other value are one document; None: each row is one document.
+      chunk_size: the state is zero too before every chunk_size-th token of a document; None: before none of them.
+      initial_state: h before the first token, None is zero. Rows without `segment_ids` continue from it; of a
+        `SegmentInfo` those do whose first token neither begins a document nor a chunk.
+      block_size: tokens that are scanned in parallel before states are carried from block to block.
+
+    Raises:
+      ValueError: if `segment_ids` have another shape than the tokens.
     """
+    segments = as_segments(segment_ids, gate.shape[:2])
+    starts, is_token = segments.starts(chunk_size), segments.is_token
+    if segment_ids is None and initial_state is not None:
+        starts &= segments.positions > 0
     forget, take = _gates(gate.astype(jnp.float32))
     shape = jnp.broadcast_shapes(gate.shape, value.shape)
     starts, is_token = (jnp.expand_dims(mask, range(2, len(shape))) for mask in (starts, is_token))
@@ -82,7 +96,7 @@ linear_recurrence.defvjp(_forward, _backward)
 
 
 def _scan(decay: Array, update: Array, initial_state: Array, block_size: int) -> Array:
-    """Scans blocks side by side, then carries states from block to block."""
+    """Scans blocks in parallel, then carries states from block to block."""
     batch, tokens, *channels = update.shape
     size = min(block_size, tokens)
     padding = [(0, 0), (0, -tokens % size)] + [(0, 0)] * len(channels)

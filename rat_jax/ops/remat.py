@@ -1,4 +1,4 @@
-"""Results of kernels that recomputation leaves alone: they are kept for the backward pass, as matrix products are."""
+"""Names kernel outputs so that `jax.checkpoint` saves them instead of recomputing."""
 
 from collections.abc import Callable
 from typing import Any

@@ -107,7 +107,7 @@ class TestLoadModel:
     def test_version_1_had_fewer_fields(self, run):
         file = run / "checkpoints/30/manifest.json"
         values = json.loads(file.read_text()) | {"format_version": 1}
-        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "rattention", "scan_unroll"):
+        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "scan_unroll"):
             del values["config"]["model"][name]
         del values["config"]["data"]["first_target_id"]
         file.write_text(json.dumps(values))

@@ -36,8 +36,8 @@ def attend(query, key, value, layout=None, **options):
 @pytest.fixture(params=[False, True], ids=["at-once", "in-blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr("rat_jax.ops.attention._MAX_SCORES", 1)
-        monkeypatch.setattr("rat_jax.ops.attention._MIN_BLOCK", 8)
+        monkeypatch.setattr("rat_jax.ops.attention_xla._MAX_SCORES", 1)
+        monkeypatch.setattr("rat_jax.ops.attention_xla._MIN_BLOCK", 8)
 
 
 @pytest.mark.parametrize("window", [None, 0, 5, 12, 100])
@@ -91,7 +91,7 @@ def lowered_for_cuda(function, *arguments) -> list[bool]:
 
 @pytest.fixture
 def traced_for_a_gpu(monkeypatch):
-    monkeypatch.setattr("rat_jax.ops.attention_cudnn.expected_platform", lambda: "gpu")
+    monkeypatch.setattr("rat_jax.ops.platform.expected_platform", lambda: "gpu")
 
 
 @pytest.mark.parametrize("implementation", [None, "cudnn"])

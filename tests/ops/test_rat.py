@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from rat_jax.ops import rat_kernels, rat_xla
+from rat_jax.ops import platform, rat_kernels
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference
-from tests.pallas_kernels.rat_loop import Case, loop
+from tests.pallas_kernels.rat.loop import Case, loop
 
 PACKED = np.array([[1] * 7 + [2] * 21 + [0] * 2 + [3] * 9 + [1], [5] * 1 + [1] * 36 + [0] * 3])
 
@@ -166,8 +166,8 @@ def test_the_kernels_are_traced_for_a_gpu(implementation, capability, attention_
         import jax_triton  # noqa: F401
     except ImportError as error:
         pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
-    monkeypatch.setattr(rat_kernels, "candidate", lambda: "gpu")
-    monkeypatch.setattr(rat_kernels, "expected_capability", lambda: capability)
+    monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
+    monkeypatch.setattr(platform, "expected_capability", lambda: capability)
     gradient, arrays = gradient_of_256_tokens(implementation)
     text = str(gradient.trace(*arrays).jaxpr)
     for kernel in ["rat_recurrence_forward", *attention_kernels, "rat_recurrence_backward"]:
@@ -196,7 +196,7 @@ def test_the_kernels_stand_in_the_lowered_text(implementation, attention_kernels
     ],
 )
 def test_a_named_gpu_body_says_why_it_cannot_run(implementation, capability, dtype, tokens, message, monkeypatch):
-    monkeypatch.setattr(rat_kernels, "expected_capability", lambda: capability)
+    monkeypatch.setattr(platform, "expected_capability", lambda: capability)
     sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
     projected = jnp.zeros((1, tokens, 3 * 128 + 2 * 64), dtype)
     with pytest.raises(ValueError, match=message):
@@ -265,8 +265,8 @@ def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, dtype):
 
 
 def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(monkeypatch):
-    monkeypatch.setattr(rat_kernels, "candidate", lambda: "triton")
-    monkeypatch.setattr(rat_kernels, "_kernel_extend", lambda sizes, *arguments: rat_xla.mix(sizes, *arguments))
+    monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
+    monkeypatch.setattr(rat_kernels.Extend, "forward", lambda kernel, *arguments: (kernel.plain(*arguments), None))
     case = case_of(1)
     sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 10_000.0}
     state = RatState.empty(2, 8, 4, 8, 4, jnp.float32)
@@ -284,10 +284,7 @@ def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():
     case = case_of(20, chunk=20)
     out = run(case, "xla", jnp.zeros((2, 20, 32)))[0]
     z, value, gate = np.split(case.projected[:, :, :96], 3, axis=-1)
-    everywhere = jnp.ones((2, 20), bool)
-    states = gated_recurrence(
-        gate + case.gate_bias[None, None], value, starts=everywhere & (jnp.arange(20) == 0)[None], is_token=everywhere
-    )
+    states = gated_recurrence(gate + case.gate_bias[None, None], value)
     np.testing.assert_allclose(out, jax.nn.sigmoid(z) * states, atol=1e-6)
 
 
@@ -305,8 +302,8 @@ def test_chunk_of_one_token_is_causal_attention_over_gated_keys_and_values():
 def test_queries_taken_in_blocks_give_the_same(monkeypatch):
     case = case_of(40, chunk=4)
     assert max(errors(case, "xla")) < 3e-6
-    monkeypatch.setattr("rat_jax.ops.attention._MAX_SCORES", 1)
-    monkeypatch.setattr("rat_jax.ops.attention._MIN_BLOCK", 8)
+    monkeypatch.setattr("rat_jax.ops.attention_xla._MAX_SCORES", 1)
+    monkeypatch.setattr("rat_jax.ops.attention_xla._MIN_BLOCK", 8)
     assert max(errors(case, "xla")) < 3e-6
 
 
@@ -327,7 +324,7 @@ def test_memory_of_plain_xla_grows_with_tokens_not_with_their_square():
 
 
 def test_traced_for_a_tpu_but_lowered_for_a_cpu_plain_xla_runs(monkeypatch):
-    monkeypatch.setattr(rat_kernels, "candidate", lambda: "pallas_tpu")
+    monkeypatch.setattr(platform, "expected_platform", lambda: "tpu")
     case = case_of(40, chunk=4, segments=PACKED)
     assert max(errors(case, None)) < 3e-6
 
@@ -347,7 +344,7 @@ def test_a_named_body_says_why_it_cannot_run_and_none_does_without_it(change, me
     arguments = (projected, jnp.zeros((head_dim,)), whole_rows(1, 4))
     with pytest.raises(ValueError, match=message):
         rat_mix(*arguments, **sizes, implementation="pallas_tpu")
-    monkeypatch.setattr(rat_kernels, "candidate", lambda: "pallas_tpu")
+    monkeypatch.setattr(platform, "expected_platform", lambda: "tpu")
     assert rat_mix(*arguments, **sizes).out.shape == (1, 4, head_dim)
 
 

@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 import math
 import random
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tests.pallas_kernels.mosaic_machine import Fault, Machine, Operation, fault, running
 from tests.pallas_kernels.mosaic_memory import Barrier, Barriers, Global, Ref, Shared, Slice, Transposed
 
-PACKAGE = "pallas_kernels.mosaic_gpu"
+MODULES = re.compile(r"pallas_kernels\.\w+\.mosaic_gpu\w*")
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 PRODUCT_DTYPES = (ml_dtypes.bfloat16, np.float16)
 
@@ -44,7 +45,7 @@ def install(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     host = {"plgpu": {"kernel": lambda body, **options: _kernel(draws, body, **options)}}
     real = {"plgpu": plgpu, "pl": pl, "lax": lax, "jnp": jnp}
     for name, module in list(sys.modules.items()):
-        if name.startswith(f"{PACKAGE}."):
+        if MODULES.fullmatch(name):
             for alias in real.keys() & vars(module).keys():
                 names = _Names(real[alias], NAMES[alias], host.get(alias, {}))
                 monkeypatch.setattr(module, alias, names)

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from pallas_kernels import tpu
-from pallas_kernels.tpu import linear_attention
+from pallas_kernels.linear_attention import tpu as linear_attention
+from pallas_kernels.rat import tpu
 
 pytestmark = [
     pytest.mark.tpu,

@@ -4,7 +4,6 @@ A program of its own (`python tpu_compile.py v5e:2x2 CASE ...`, cases as JSON), 
 as the process. Prints one JSON object a case.
 """
 
-import functools
 import json
 import os
 import sys
@@ -15,8 +14,10 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from pallas_kernels import tpu
-from pallas_kernels.tpu import linear_attention
+from pallas_kernels.linear_attention import tpu as linear_attention
+from pallas_kernels.linear_attention.shape import LinearAttentionShape
+from pallas_kernels.rat import tpu
+from pallas_kernels.rat.shape import RatShape
 
 
 def lower_rat(
@@ -33,7 +34,7 @@ def lower_rat(
     packed: bool = False,
 ) -> jax.stages.Lowered:
     """`array` gives the type of an argument of a shape and dtype."""
-    settings = dict(num_groups=groups, chunk_size=chunk, rope_base=rope_base)
+    shape = RatShape(1, tokens, width // head_dim, groups, head_dim, chunk, dtype, rope_base, segmented=packed)
     arrays = dict(
         projected=array(1, tokens, 3 * width + 2 * groups * head_dim, dtype=dtype),
         gate_bias=array(width, dtype="float32"),
@@ -41,11 +42,11 @@ def lower_rat(
     if packed:
         arrays |= {name: array(1, tokens, dtype="int32") for name in ("positions", "segment_ids")}
     if not backward:
-        return tpu.rat_forward.lower(**arrays, **settings)
-    shapes = jax.eval_shape(lambda arrays: tpu.rat_forward(**arrays, **settings)[1], arrays)
+        return tpu.rat_forward.lower(shape, **arrays)
+    shapes = jax.eval_shape(lambda arrays: tpu.rat_forward(shape, **arrays)[1], arrays)
     residuals = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
     d_out = array(1, tokens, width, dtype=dtype)
-    return tpu.rat_backward.lower(residuals, **arrays, d_out=d_out, **settings)
+    return tpu.rat_backward.lower(shape, residuals, **arrays, d_out=d_out)
 
 
 def lower_linear_attention(
@@ -68,14 +69,16 @@ def lower_linear_attention(
     if initial is not None:
         arrays["initial_state"] = array(*initial, *state, dtype="float32")
     if packed:
-        arrays["documents"] = array(1, tokens, dtype="int32")
+        arrays["segment_ids"] = array(1, tokens, dtype="int32")
+    rows, states = (0, 0) if initial is None else initial
+    sizes = (1, tokens, heads, key_heads, head_dim, dtype, feature_map, packed)
+    shape = LinearAttentionShape(*sizes, initial_rows=rows, initial_heads=states)
     if not backward:
-        return linear_attention.linear_attention_forward.lower(**arrays, feature_map=feature_map)
-    run = functools.partial(linear_attention.linear_attention_forward, feature_map=feature_map)
-    shapes = jax.eval_shape(lambda arrays: run(**arrays)[2], arrays)
+        return linear_attention.linear_attention_forward.lower(shape, **arrays)
+    shapes = jax.eval_shape(lambda arrays: linear_attention.linear_attention_forward(shape, **arrays)[2], arrays)
     residuals = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), shapes)
     gradients = dict(d_out=arrays["query"], d_final_state=array(1, key_heads, *state, dtype="float32"))
-    return linear_attention.linear_attention_backward.lower(residuals, **arrays, **gradients, feature_map=feature_map)
+    return linear_attention.linear_attention_backward.lower(shape, residuals, **arrays, **gradients)
 
 
 # By op: what lowers a case, and the names of the kernels that it may hold.

@@ -1,0 +1,1 @@
+"""Softmax attention of whole rows: cuDNN's calls."""

@@ -1,0 +1,17 @@
+"""The sizes of one call of softmax attention, as far as kernels need them."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Static sizes of causal attention on one device."""
+
+    batch: int  # B
+    tokens: int  # T
+    num_heads: int  # N
+    key_heads: int  # K; head n reads key head n // (N / K)
+    head_dim: int  # H
+    dtype: str  # of queries, keys and values, by name
+    whole_rows: bool = True  # queries and keys are the same rows: one document each, no padding, no cache
+    capability: tuple[int, int] | None = None  # compute capability of the CUDA device; None: unknown, or none

@@ -1,0 +1,1 @@
+"""How each back end starts a kernel, and what the kernels of a back end share: one module a back end."""

@@ -1,0 +1,278 @@
+"""Attention of every token to the summaries of earlier chunks and to its own running pair.
+
+With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), current score s_t, summaries K, V, running value v~_t:
+
+    out_t = sigmoid(z_t) o_t,   o_t = (2^(s_t - m) v~_t + sum_c 2^(s_tc - m) V_c) / (2^(s_t - m) + sum_c 2^(s_tc - m)).
+
+The online softmax starts from the current pair (m = s_t, sum 1), so that a token without earlier chunks needs no
+case of its own; its value joins at the end, when it is read together with z.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.launch import mosaic_gpu as launch
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import LOG2_E, ROWS
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.shape import RatShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a program goes through the summaries.
+
+    Attributes:
+      keys: summaries of a tile.
+      stages: such tiles in flight.
+      heads: heads whose current values and gates are in shared memory at once; 2 reads them a head ahead.
+      turns: the compute groups take turns, one at the matrix units while the other is at its softmax.
+    """
+
+    keys: int
+    stages: int
+    heads: int
+    turns: bool
+
+
+def rat_attention_forward_mosaic(
+    projected,  # [B, T, 3 N + 2 G, H], of which z, the first N, is read
+    running_values,  # [B, T, N, H]
+    current_scores,  # [B, N, T] float32
+    queries,  # [B, T, G, H], scaled
+    keys,  # [B, C, N, H]
+    values,  # [B, C, N, H]
+    out,  # [B, T, N, H]
+    lse,  # [B, N, T] float32
+    query_tiles,
+    own_value_tiles,
+    gate_tiles,
+    key_ring,
+    value_ring,
+    queries_loaded,
+    head_loaded,
+    keys_filled,
+    values_filled,
+    keys_consumed,
+    values_consumed,
+    turn,
+    *,
+    shape: RatShape,
+    order: launch.Order,
+    blocks: Blocks,
+):
+    """One program computes COMPUTE_GROUPS * ROWS tokens for the heads of a group, which share the query."""
+    L, BK = shape.chunk_size, blocks.keys
+    block, row, g = order.place(lax.axis_index("program"))
+    first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
+    tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
+    group = lax.axis_index("group")
+
+    def announce():
+        if blocks.turns:
+            plgpu.barrier_arrive(turn)
+
+    def await_turn():
+        if blocks.turns:
+            plgpu.barrier_wait(turn)
+
+    @pl.when(group < COMPUTE_GROUPS)
+    def _compute():
+        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        start = first_token + group * ROWS
+        at = pl.ds(start, ROWS)
+        q = query_tiles.at[group]
+        plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+
+        def buffer_of(j):
+            return lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
+
+        def load_head(j):
+            n, mine = g + j * shape.num_groups, buffer_of(j)
+            plgpu.copy_gmem_to_smem(running_values.at[row, at, n], own_value_tiles.at[mine], head_loaded.at[mine])
+            plgpu.copy_gmem_to_smem(projected.at[row, at, n], gate_tiles.at[mine], head_loaded.at[mine])
+
+        def load_own(j):
+            n = g + jnp.minimum(j, shape.heads_per_group - 1) * shape.num_groups
+            return launch.load_rows(current_scores.at[row, n, at], 1, optimized=False)
+
+        if blocks.heads > 1:
+            load_head(jnp.int32(0))
+        plgpu.barrier_wait(queries_loaded.at[group])
+
+        @pl.when(group == 1)
+        def _second_group_is_half_a_tile_behind():
+            announce()
+            await_turn()
+
+        def attend_head(j, own):
+            n, mine = g + j * shape.num_groups, buffer_of(j)
+            if blocks.heads == 1:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the gate's memory
+                load_head(j)
+                next_own = own = load_own(j)
+            else:
+                next_own = load_own(j + 1)
+
+            def add_tile(tile, carry, masked):
+                acc, largest, total = carry
+                stage = lax.rem(j * tiles + tile, blocks.stages)
+                plgpu.barrier_wait(keys_filled.at[stage])
+
+                def products(ref):
+                    if masked:
+                        # Row r sees column c where (tile BK + c + 1) L <= start + r.
+                        late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
+                        ref[...] = jnp.where(late <= start - (tile * BK + 1) * L, launch.zeros((ROWS, BK)), -jnp.inf)
+                    plgpu.wgmma(ref, q, plgpu.transpose_ref(key_ring.at[stage], (1, 0)))
+                    announce()
+                    await_turn()
+                    return ref[...]
+
+                scores = pl.run_scoped(products, plgpu.ACC((ROWS, BK), jnp.float32))
+                plgpu.barrier_arrive(keys_consumed.at[stage])
+                before, largest = largest, jnp.maximum(largest, jnp.max(scores, axis=1))
+                shrink = jnp.exp2(before - largest)
+                weights = jnp.exp2(scores - lax.broadcast_in_dim(largest, scores.shape, [0]))
+                total = total * shrink + jnp.sum(weights, axis=1)
+                acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
+                rounded = weights.astype(q.dtype)
+                if blocks.turns:
+                    acc, largest, total, rounded = lax.optimization_barrier((acc, largest, total, rounded))
+                announce()
+                plgpu.barrier_wait(values_filled.at[stage])
+                await_turn()
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, rounded, value_ring.at[stage]))(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(values_consumed.at[stage])
+                return acc, largest, total
+
+            whole = lax.div(lax.div(start, L), BK)
+            carry = (launch.zeros((ROWS, shape.head_dim)), own, launch.row_zeros(ROWS) + 1.0)
+            carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
+            acc, largest, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
+
+            if blocks.heads > 1:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
+                pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
+            plgpu.barrier_wait(head_loaded.at[mine])
+            own_value, gate = own_value_tiles.at[mine], gate_tiles.at[mine]
+            inverse = 1.0 / total
+            share = jnp.exp2(own - largest) * inverse
+            y = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+            y += own_value[...].astype(jnp.float32) * lax.broadcast_in_dim(share, acc.shape, [0])
+            # A square of rsqrt is a quotient in two instructions.
+            root = lax.rsqrt(1.0 + jnp.exp2(gate[...].astype(jnp.float32) * -LOG2_E))
+            gate[...] = (y * (root * root)).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(gate, out.at[row, at, n])
+            lse.at[row, n, at][...] = largest + jnp.log(total) * LOG2_E
+            return next_own
+
+        lax.fori_loop(0, shape.heads_per_group, attend_head, load_own(jnp.int32(0)))
+
+        @pl.when(group == 0)
+        def _first_group_is_half_a_tile_ahead():
+            announce()
+            await_turn()
+
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == MEMORY_GROUP)
+    def _memory():
+        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
+
+        def place(step):
+            n = g + lax.div(step, tiles) * shape.num_groups
+            return lax.rem(step, blocks.stages), (row, pl.ds(lax.rem(step, tiles) * BK, BK), n)
+
+        def fill_keys(step):
+            stage, at = place(step)
+            plgpu.copy_gmem_to_smem(keys.at[at], key_ring.at[stage], keys_filled.at[stage])
+
+        def fill_values(step):
+            stage, at = place(step)
+            plgpu.copy_gmem_to_smem(values.at[at], value_ring.at[stage], values_filled.at[stage])
+
+        launch.produce(
+            tiles * shape.heads_per_group,
+            blocks.stages,
+            (keys_consumed, fill_keys),
+            (values_consumed, fill_values),
+        )
+
+
+def blocks_of(shape: RatShape) -> Blocks:
+    """Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row; the borders between them are not."""
+    if shape.num_chunks <= 512:
+        return Blocks(64, 2, 2, True)
+    return Blocks(128, 2, 1, turns=shape.num_chunks > 2048)
+
+
+def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None):
+    """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
+    blocks = blocks or blocks_of(shape)
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
+    rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
+    return launch.kernel(
+        functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks),
+        name=rat_attention_forward_mosaic.__name__,
+        programs=order.programs,
+        out_type=(
+            jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.num_heads, shape.head_dim), dtype),
+            jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
+        ),
+        scratch_types=(
+            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
+            launch.tiled(rows, dtype),
+            launch.tiled(rows, dtype),
+            launch.tiled(ring, dtype),
+            launch.tiled(ring, dtype),
+            plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=blocks.heads * COMPUTE_GROUPS),
+            plgpu.Barrier(num_barriers=blocks.stages),
+            plgpu.Barrier(num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
+        ),
+    )(projected, running_values, current_scores, queries, keys, values)
+
+
+def forward(
+    shape: RatShape,
+    projected: jax.Array,
+    running_values: jax.Array,
+    current_scores: jax.Array,
+    rotated_queries: jax.Array,
+    summary_keys: jax.Array,
+    summary_values: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gated output [B, T, D] in the dtype of `projected`, and the log-sum-exp [B, N, T] float32, in powers of two.
+
+    Args:
+      shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
+      projected: [B, T, 3 D + 2 G H], of which z, the first D, is read.
+      running_values: [B, T, N, H].
+      current_scores: [B, N, T] float32, in powers of two.
+      rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
+      summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
+      summary_values: [B, C, N, H].
+    """
+    heads = projected.reshape(shape.batch, shape.tokens, -1, shape.head_dim)
+    out, lse = attend(
+        padded(shape),
+        pad_tokens(shape, heads, 1),
+        pad_tokens(shape, running_values, 1),
+        pad_tokens(shape, current_scores, 2),
+        pad_tokens(shape, rotated_queries, 1),
+        pad_summaries(shape, summary_keys),
+        pad_summaries(shape, summary_values),
+    )
+    return out[:, : shape.tokens].reshape(shape.batch, shape.tokens, shape.width), lse[:, :, : shape.tokens]

@@ -1,0 +1,340 @@
+"""The backward pass of the attention to summaries, from the log-sum-exp alone: the two kernels of the products.
+
+With the names of `attention`, do the gradient of o, delta = do . o, and lse = log2 of the softmax's sum:
+
+    p_tc = 2^(s_tc - lse_t),  ds_tc = p_tc (do_t . V_c - delta_t),  dV_c = sum p do,  dK_c = sum ds q,  dq_t = sum ds K.
+
+The products accumulate onto -lse and -delta, so that neither is subtracted afterwards. Scores that all grow alike
+change nothing, so sum_c ds_tc + ds_t = 0: the current score's gradient is minus that of the others.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.launch import mosaic_gpu as launch
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.launch.sizes import ROWS
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.shape import RatShape
+
+# Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row.
+QUERIES = 64  # tokens of a tile that the gradients of summaries are summed over
+QUERY_STAGES = 4  # such tiles in flight
+KEYS = 64  # summaries of a tile that the gradients of queries are summed over
+KEY_STAGES = 3
+HEADS = 2  # heads whose gradients are in shared memory at once: one is read ahead
+
+
+def rat_summaries_backward_mosaic(
+    d_heads,  # [B, T, N, H]
+    delta,  # [B, N, T] float32
+    lse,  # [B, N, T] float32
+    queries,  # [B, T, G, H]
+    keys,  # [B, C, N, H]
+    values,  # [B, C, N, H]
+    d_keys,  # [B, C, N, H] float32
+    d_values,  # [B, C, N, H] float32
+    key_tiles,
+    value_tiles,
+    query_ring,
+    d_head_ring,
+    lse_ring,
+    delta_ring,
+    loaded,
+    filled,
+    consumed,
+    *,
+    shape: RatShape,
+    order: launch.Order,
+):
+    """One program sums COMPUTE_GROUPS * ROWS summaries of a head over all tokens that see them, the last tokens first.
+
+    Programs that run at the same time thus read the same tokens at the same time, whatever their first one is.
+    """
+    L, BQ = shape.chunk_size, QUERIES
+    block, row, n = order.place(lax.axis_index("program"))
+    g = lax.rem(n, shape.num_groups)
+    tiles = shape.tokens // BQ
+    first_slot = block * (COMPUTE_GROUPS * ROWS)
+    steps = jnp.maximum(tiles - lax.div((first_slot + 1) * L, BQ), 0)
+    group = lax.axis_index("group")
+
+    @pl.when(group < COMPUTE_GROUPS)
+    def _compute():
+        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        slot = first_slot + group * ROWS
+        k, v = key_tiles.at[group], value_tiles.at[group]
+        plgpu.copy_gmem_to_smem(keys.at[row, pl.ds(slot, ROWS), n], k, loaded.at[group])
+        plgpu.copy_gmem_to_smem(values.at[row, pl.ds(slot, ROWS), n], v, loaded.at[group])
+        plgpu.barrier_wait(loaded.at[group])
+
+        def add_tile(step, carry, masked):
+            stage = lax.rem(step, QUERY_STAGES)
+            plgpu.barrier_wait(filled.at[stage])
+            q, do = query_ring.at[stage], d_head_ring.at[stage]
+            start = (tiles - 1 - step) * BQ
+
+            def products(refs):
+                scores, d_weights, d_k, d_v = refs
+                plgpu.wgmma(scores, k, plgpu.transpose_ref(q, (1, 0)))
+                plgpu.wgmma(d_weights, v, plgpu.transpose_ref(do, (1, 0)))
+                weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
+                if masked:
+                    # Column c sees row r where (slot + r + 1) L <= start + c.
+                    late = launch.iota((ROWS, BQ), 0) * L - launch.iota((ROWS, BQ), 1)
+                    weights = jnp.where(late <= start - (slot + 1) * L, weights, 0.0)
+                plgpu.wgmma(d_v, weights.astype(do.dtype), do)
+                d_weights = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=1))
+                plgpu.wgmma(d_k, (weights * d_weights).astype(q.dtype), q)
+
+            minus_rows = [
+                lax.broadcast_in_dim(-launch.load_rows(ring.at[stage], 0), (ROWS, BQ), [1])
+                for ring in (lse_ring, delta_ring)
+            ]
+            *_, d_k, d_v = pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in (*minus_rows, *carry)))
+            plgpu.barrier_arrive(consumed.at[stage])
+            return d_k, d_v
+
+        # From which step on some, and all, of this group's summaries are hidden.
+        some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
+        every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
+        carry = (launch.zeros((ROWS, shape.head_dim)), launch.zeros((ROWS, shape.head_dim)))
+        carry = lax.fori_loop(0, some, functools.partial(add_tile, masked=False), carry)
+        d_k, d_v = lax.fori_loop(some, every, functools.partial(add_tile, masked=True), carry)
+
+        @pl.loop(every, steps)
+        def _pass(step):
+            plgpu.barrier_wait(filled.at[lax.rem(step, QUERY_STAGES)])
+            plgpu.barrier_arrive(consumed.at[lax.rem(step, QUERY_STAGES)])
+
+        d_keys.at[row, pl.ds(slot, ROWS), n][...] = d_k * math.log(2)  # the queries carry log2(e)
+        d_values.at[row, pl.ds(slot, ROWS), n][...] = d_v
+
+    @pl.when(group == MEMORY_GROUP)
+    def _memory():
+        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
+
+        def fill(step):
+            stage = lax.rem(step, QUERY_STAGES)
+            at = pl.ds((tiles - 1 - step) * BQ, BQ)
+            plgpu.copy_gmem_to_smem(queries.at[row, at, g], query_ring.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_ring.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_ring.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_ring.at[stage], filled.at[stage])
+
+        launch.produce(steps, QUERY_STAGES, (consumed, fill))
+
+
+def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+    """dK and dV, float32, of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
+    slots = keys.shape[1]
+    order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_heads)
+    tile, ring = (COMPUTE_GROUPS, ROWS, shape.head_dim), (QUERY_STAGES, QUERIES, shape.head_dim)
+    summaries = jax.ShapeDtypeStruct((shape.batch, slots, shape.num_heads, shape.head_dim), jnp.float32)
+    return launch.kernel(
+        functools.partial(rat_summaries_backward_mosaic, shape=shape, order=order),
+        name=rat_summaries_backward_mosaic.__name__,
+        programs=order.programs,
+        out_type=(summaries, summaries),
+        scratch_types=(
+            launch.tiled(tile, dtype),
+            launch.tiled(tile, dtype),
+            launch.tiled(ring, dtype),
+            launch.tiled(ring, dtype),
+            plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
+            plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_GROUPS),
+            plgpu.Barrier(num_arrivals=4, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=QUERY_STAGES),
+        ),
+    )(d_heads, delta, lse, queries, keys, values)
+
+
+def rat_queries_backward_mosaic(
+    d_heads,  # [B, T, N, H]
+    delta,  # [B, N, T] float32
+    lse,  # [B, N, T] float32
+    queries,  # [B, T, G, H]
+    keys,  # [B, C, N, H]
+    values,  # [B, C, N, H]
+    d_queries,  # [B, T, G, H] float32
+    d_current_scores,  # [B, N, T] float32
+    query_tiles,
+    d_head_tiles,
+    lse_rows,
+    delta_rows,
+    key_ring,
+    value_ring,
+    queries_loaded,
+    head_loaded,
+    filled,
+    consumed,
+    *,
+    shape: RatShape,
+    order: launch.Order,
+):
+    """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query."""
+    L, BK, scale = shape.chunk_size, KEYS, 1 / math.sqrt(shape.head_dim)
+    block, row, g = order.place(lax.axis_index("program"))
+    first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
+    tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
+    group = lax.axis_index("group")
+
+    @pl.when(group < COMPUTE_GROUPS)
+    def _compute():
+        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        start = first_token + group * ROWS
+        at = pl.ds(start, ROWS)
+        q = query_tiles.at[group]
+        plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+
+        def load_head(j):
+            n = g + j * shape.num_groups
+            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
+            plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_tiles.at[mine], head_loaded.at[mine])
+            plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_rows.at[mine], head_loaded.at[mine])
+            plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_rows.at[mine], head_loaded.at[mine])
+
+        load_head(jnp.int32(0))
+        plgpu.barrier_wait(queries_loaded.at[group])
+
+        def add_head(j, d_q):
+            n = g + j * shape.num_groups
+            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
+            pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
+            plgpu.barrier_wait(head_loaded.at[mine])
+            do = d_head_tiles.at[mine]
+            minus_lse, minus_delta = (-launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
+
+            def add_tile(tile, carry, masked):
+                d_q, total = carry
+                stage = lax.rem(j * tiles + tile, KEY_STAGES)
+                plgpu.barrier_wait(filled.at[stage])
+                k, v = key_ring.at[stage], value_ring.at[stage]
+
+                def gradients(scores, d_weights):
+                    minus_lses = lax.broadcast_in_dim(minus_lse, (ROWS, BK), [0])
+                    if masked:
+                        # Row r sees column c where (tile BK + c + 1) L <= start + r.
+                        late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
+                        minus_lses = jnp.where(late <= start - (tile * BK + 1) * L, minus_lses, -jnp.inf)
+                    scores[...] = minus_lses
+                    d_weights[...] = lax.broadcast_in_dim(minus_delta, (ROWS, BK), [0])
+                    plgpu.wgmma(scores, q, plgpu.transpose_ref(k, (1, 0)))
+                    plgpu.wgmma(d_weights, do, plgpu.transpose_ref(v, (1, 0)))
+                    weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
+                    return weights * lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=0))
+
+                accumulator = plgpu.ACC((ROWS, BK), jnp.float32)
+                d_scores = pl.run_scoped(gradients, accumulator, accumulator)
+                rounded = d_scores.astype(q.dtype)
+                d_q = pl.run_state(lambda ref: plgpu.wgmma(ref, rounded, k))(plgpu.ACC.init(d_q))
+                plgpu.barrier_arrive(consumed.at[stage])
+                return d_q, total + jnp.sum(d_scores, axis=1)
+
+            whole = lax.div(lax.div(start, L), BK)
+            carry = (d_q, launch.row_zeros(ROWS))
+            carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
+            d_q, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
+            d_current_scores.at[row, n, at][...] = total * -scale
+            return d_q
+
+        d_q = lax.fori_loop(0, shape.heads_per_group, add_head, launch.zeros((ROWS, shape.head_dim)))
+        d_queries.at[row, at, g][...] = d_q * scale
+
+    @pl.when(group == MEMORY_GROUP)
+    def _memory():
+        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
+
+        def fill(step):
+            stage = lax.rem(step, KEY_STAGES)
+            n = g + lax.div(step, tiles) * shape.num_groups
+            at = pl.ds(lax.rem(step, tiles) * BK, BK)
+            plgpu.copy_gmem_to_smem(keys.at[row, at, n], key_ring.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(values.at[row, at, n], value_ring.at[stage], filled.at[stage])
+
+        launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
+
+
+def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+    """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles."""
+    dtype = jnp.dtype(shape.dtype)
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
+    mine = HEADS * COMPUTE_GROUPS
+    ring = (KEY_STAGES, KEYS, shape.head_dim)
+    return launch.kernel(
+        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order),
+        name=rat_queries_backward_mosaic.__name__,
+        programs=order.programs,
+        out_type=(
+            jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.num_groups, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
+        ),
+        scratch_types=(
+            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
+            launch.tiled((mine, ROWS, shape.head_dim), dtype),
+            plgpu.SMEM((mine, ROWS), jnp.float32),
+            plgpu.SMEM((mine, ROWS), jnp.float32),
+            launch.tiled(ring, dtype),
+            launch.tiled(ring, dtype),
+            plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
+            plgpu.Barrier(num_arrivals=3, num_barriers=mine),
+            plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
+            plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=KEY_STAGES),
+        ),
+    )(d_heads, delta, lse, queries, keys, values)
+
+
+def backward(
+    shape: RatShape,
+    d_heads: jax.Array,
+    delta: jax.Array,
+    lse: jax.Array,
+    rotated_queries: jax.Array,
+    summary_keys: jax.Array,
+    summary_values: jax.Array,
+    current_scores: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Float32 gradients of queries, current-token scores and summaries, and the softmax weights of the current pairs.
+
+    Args:
+      shape: sizes for which `mosaic_gpu_tiling.unsupported_reason` has no reason.
+      d_heads: [B, T, N, H], the gradient of the heads before their gate.
+      delta: [B, N, T] float32, the sum over channels of that gradient times the heads.
+      lse: [B, N, T] float32, as `attention.forward` returns it.
+      rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
+      summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
+      summary_values: [B, C, N, H].
+      current_scores: [B, N, T], in powers of two.
+
+    Returns:
+      The gradient of the unscaled rotated queries through the summaries, summed over the heads of a group [B, T, G, H];
+      that of q . k~, from which the scores come [B, N, T]; the current pair's weights [B, N, T]; the gradients of the
+      summaries' keys and values [B, C, N, H], zero in slots that no token sees.
+    """
+    whole = padded(shape)
+    shared = (
+        pad_tokens(shape, d_heads, 1),
+        pad_tokens(shape, delta, 2),
+        pad_tokens(shape, lse, 2),
+        pad_tokens(shape, rotated_queries, 1),
+        pad_summaries(shape, summary_keys),
+        pad_summaries(shape, summary_values),
+    )
+    d_queries, d_current_scores = queries_gradients(whole, *shared)
+    d_keys, d_values = summaries_gradients(whole, *shared)
+    current_weights = jnp.exp2(current_scores - lse)
+    return (
+        d_queries[:, : shape.tokens],
+        d_current_scores[:, :, : shape.tokens],
+        current_weights,
+        d_keys[:, : shape.num_chunks],
+        d_values[:, : shape.num_chunks],
+    )

@@ -1,0 +1,123 @@
+"""Where packed documents and their chunks lie, as the Triton kernels read it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.triton_attention_backward import summaries_launch
+from pallas_kernels.rat.triton_tiling import NEVER
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Places of tokens and of chunk summaries; placeholders where every row is one document from its start on."""
+
+    positions: Any  # [B, T] int32
+    chunk_starts: Any  # [B, T] int32: array index of the first token of the token's chunk, -1 for padding
+    segment_ids: Any  # [B, T] int32
+    first_slots: Any  # [B, T] int32: the first slot that a chunk of the token's document, or of a later one, can lie in
+    end_slots: Any  # [B, T] int32: one past the last slot that the token may see
+    slot_tokens: Any  # [B, C] int32: array index of the token that completes a slot's chunk, NEVER if none does
+    slot_segments: Any  # [B, C] int32: that token's document
+    last_tokens: Any  # [B, ceil(C / KEYS)] int32: one past the last token that may see a block of KEYS slots
+
+    @property
+    def of_slots(self) -> tuple[Any, Any, Any, Any, Any]:
+        """What the attention kernels read: places of queries, then of keys."""
+        return self.segment_ids, self.first_slots, self.end_slots, self.slot_tokens, self.slot_segments
+
+
+def documents_of(shape: RatShape, segment_ids: jax.Array | None, positions: jax.Array | None) -> Documents:
+    """The places in rows that start with their first token; arguments as of `rat.rat_forward`."""
+    if segment_ids is None:
+        return Documents(*(jnp.zeros((1, 1), jnp.int32),) * 8)
+    if positions is None:
+        raise ValueError("segment_ids need positions")
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+    is_token = segment_ids != 0
+    chunk_starts = _chunk_starts(is_token, positions % shape.chunk_size == 0)
+    begins = jax.lax.cummax(jnp.where(is_token & (positions == 0), token, 0), axis=1)
+    first_slots = begins // shape.chunk_size
+    slot_tokens = completing_tokens(shape, is_token, positions)
+    slot_segments = jnp.take_along_axis(segment_ids, jnp.minimum(slot_tokens, shape.tokens - 1), axis=1)
+    keys = dict(summaries_launch(shape).constants)["KEYS"]
+    last_slots = jnp.minimum((jnp.arange(cdiv(shape.num_chunks, keys)) + 1) * keys, shape.num_chunks) - 1
+    last_tokens = jax.vmap(lambda slots: jnp.searchsorted(slots, last_slots, side="right"))(first_slots)
+    return Documents(
+        positions.astype(jnp.int32),
+        chunk_starts,
+        segment_ids.astype(jnp.int32),
+        first_slots,
+        jnp.broadcast_to(token // shape.chunk_size + 1, first_slots.shape),
+        slot_tokens,
+        slot_segments,
+        last_tokens.astype(jnp.int32),
+    )
+
+
+def continued_documents(
+    shape: RatShape,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    summary_segment_ids: jax.Array,
+    num_summaries: jax.Array,
+) -> tuple[Documents, jax.Array]:
+    """The places in rows that continue from the summaries of a cache, and where in it new summaries go.
+
+    Args:
+      shape: sizes.
+      segment_ids: [B, T] int32, 0 is padding; a row resumes the document of its last summaries if the ids agree.
+      positions: [B, T] int32, in the document, the tokens of earlier calls counted.
+      summary_segment_ids: [B, C] int32, of the slots filled before.
+      num_summaries: [B] int32, slots filled before; those past C were dropped.
+
+    Returns:
+      The places, in which `slot_tokens` is -1 for slots filled before, and [B, ceil(T / L)] int32, the slot in the
+      cache for each block of L tokens, C where no chunk ends in the block.
+    """
+    capacity = summary_segment_ids.shape[1]
+    is_token = segment_ids != 0
+    first = is_token & (jnp.cumsum(is_token, axis=1) == 1)
+    chunk_starts = _chunk_starts(is_token, first | (positions % shape.chunk_size == 0))
+    ends = is_token & (positions % shape.chunk_size == shape.chunk_size - 1)
+    completed = num_summaries[:, None] + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+    new_tokens = completing_tokens(shape, is_token, positions)
+    found = new_tokens < NEVER
+    slots = num_summaries[:, None] + jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1
+    slots = jnp.where(found, jnp.minimum(slots, capacity), capacity)
+    rows = jnp.arange(shape.batch)[:, None]
+    filled = jnp.arange(capacity, dtype=jnp.int32)[None, :] < num_summaries[:, None]
+    slot_tokens = jnp.where(filled, -1, NEVER).at[rows, slots].set(new_tokens, mode="drop")
+    new_segments = jnp.take_along_axis(segment_ids, jnp.minimum(new_tokens, shape.tokens - 1), axis=1)
+    slot_segments = summary_segment_ids.at[rows, slots].set(new_segments, mode="drop")
+    # A document's completed chunks are the row's last ones; padding takes the place of the token before it.
+    before = completed - ends - jnp.where(is_token, positions, 0) // shape.chunk_size
+    first_slots = jax.lax.cummax(jnp.where(is_token, before, 0), axis=1)
+    places = Documents(
+        positions.astype(jnp.int32),
+        chunk_starts,
+        segment_ids.astype(jnp.int32),
+        first_slots.astype(jnp.int32),
+        jnp.minimum(completed, capacity),
+        slot_tokens.astype(jnp.int32),
+        slot_segments.astype(jnp.int32),
+        jnp.zeros((1, 1), jnp.int32),
+    )
+    return places, slots
+
+
+def completing_tokens(shape: RatShape, is_token: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, ceil(T / L)] int32: array index of the token that completes a chunk, at most one in a block of L tokens."""
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+    ends = jnp.where(is_token & (positions % shape.chunk_size == shape.chunk_size - 1), token, NEVER)
+    ends = jnp.pad(ends, ((0, 0), (0, shape.num_chunks * shape.chunk_size - shape.tokens)), constant_values=NEVER)
+    return jnp.min(ends.reshape(shape.batch, shape.num_chunks, shape.chunk_size), axis=2)
+
+
+def _chunk_starts(is_token: jax.Array, starts: jax.Array) -> jax.Array:
+    token = jnp.arange(is_token.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where(is_token, jax.lax.cummax(jnp.where(is_token & starts, token, -1), axis=1), -1)

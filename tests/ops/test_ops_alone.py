@@ -1,0 +1,139 @@
+"""Ops as `rat_jax.ops` exports them: with plain arrays, optional arguments left out, and documents by their ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rat_jax import ops
+from rat_jax.ops import KeyInfo
+from rat_jax.segments import from_segments, whole_rows
+from tests import reference
+
+IDS = np.array([[4] * 5 + [2] * 9 + [0] * 2, [0] * 3 + [1] * 13])
+
+
+def arrays(*shapes):
+    keys = jax.random.split(jax.random.key(len(shapes)), len(shapes))
+    return [jax.random.normal(key, (2, 16, *shape)) for key, shape in zip(keys, shapes, strict=True)]
+
+
+QUERY, KEY, VALUE = arrays((4, 8), (2, 8), (2, 8))
+PROJECTED, GATE_BIAS = arrays((3 * 16 + 2 * 16,))[0], jnp.linspace(-1.0, 2.0, 16)
+OPS = {
+    "rat_mix": lambda **ids: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=2, chunk_size=4, **ids).out,
+    "attention": lambda **ids: ops.attention(QUERY, KEY, VALUE, **ids).out,
+    "windowed_attention": lambda **ids: ops.attention(QUERY, KEY, VALUE, window=3, **ids).out,
+    "gated_recurrence": lambda **ids: ops.gated_recurrence(QUERY, QUERY, **ids),
+    "chunked_recurrence": lambda **ids: ops.gated_recurrence(QUERY, QUERY, chunk_size=4, **ids),
+    "linear_attention": lambda **ids: ops.linear_attention(QUERY, KEY, VALUE, **ids).out,
+    "lagged_linear_attention": lambda **ids: ops.linear_attention(QUERY, KEY, VALUE, key_lag=3, **ids).out,
+    "residual_linear_attention": lambda **ids: ops.residual_linear_attention(QUERY, KEY, VALUE, window=2, **ids).out,
+}
+
+
+def run(name, **ids):
+    return jax.jit(lambda ids: OPS[name](**ids))(ids)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_rows_are_one_document_each_without_ids(name):
+    close(run(name), run(name, segment_ids=jnp.ones((2, 16), jnp.int32)))
+    close(run(name), run(name, segment_ids=whole_rows(2, 16)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_packed_document_is_what_it_is_alone(name, monkeypatch):
+    packed = run(name, segment_ids=jnp.asarray(IDS))
+    close(packed, run(name, segment_ids=from_segments(jnp.asarray(IDS))[0]))
+    whole = {name: globals()[name] for name in ("QUERY", "KEY", "VALUE", "PROJECTED")}
+    for row, start, end in ((0, 0, 5), (0, 5, 14), (1, 3, 16)):
+        for array, x in whole.items():
+            monkeypatch.setitem(globals(), array, x[row : row + 1, start:end])
+        close(packed[row, start:end], run(name)[0])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ids_of_another_shape_are_refused(name):
+    with pytest.raises(ValueError, match=r"segment_ids must have the shape of the tokens, \(2, 16\), got \(2, 15\)"):
+        OPS[name](segment_ids=jnp.ones((2, 15), jnp.int32))
+
+
+def test_attention_of_a_cache_reads_what_its_infos_say():
+    info = KeyInfo.of(whole_rows(2, 16))
+    last = KeyInfo(info.segment_ids[:, 12:], info.token_index[:, 12:])
+    found = ops.attention(QUERY[:, 12:], KEY, VALUE, query_info=last, key_info=info)
+    close(found.out, ops.attention(QUERY, KEY, VALUE).out[:, 12:])
+    close(
+        ops.attention(QUERY, KEY, VALUE).out,
+        reference.attention(*(np.repeat(x, 4 // x.shape[2], axis=2) for x in (QUERY, KEY, VALUE))),
+    )
+    with pytest.raises(ValueError, match="give segment_ids, or query_info and key_info together"):
+        ops.attention(QUERY, KEY, VALUE, query_info=info)
+    with pytest.raises(ValueError, match="give segment_ids, or query_info and key_info together"):
+        ops.attention(QUERY, KEY, VALUE, segment_ids=whole_rows(2, 16), query_info=info, key_info=info)
+    with pytest.raises(ValueError, match="16 keys to 4 queries need query_info and key_info"):
+        ops.attention(QUERY[:, 12:], KEY, VALUE)
+
+
+@pytest.mark.parametrize("cuts", [(1, 1, 5, 1, 8), (16,), (7, 9)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_attention_continues_from_its_state(cuts, packed):
+    whole = ops.linear_attention(QUERY, KEY, VALUE, segment_ids=jnp.asarray(IDS) if packed else None)
+    state, out, start, end = None, [], 0, None
+    for size in cuts:
+        part = slice(start, start + size)
+        segments = None
+        if packed:
+            segments, end = from_segments(jnp.asarray(IDS[:, part]), end)
+        read = ops.linear_attention(QUERY[:, part], KEY[:, part], VALUE[:, part], segment_ids=segments, state=state)
+        out.append(read.out)
+        state, start = read.state, start + size
+    is_token = (IDS != 0)[:, :, None, None] if packed else True
+    close(jnp.concatenate(out, axis=1) * is_token, whole.out * is_token)
+    close(state, whole.state)
+
+
+def test_padding_adds_nothing_to_the_state_of_linear_attention():
+    found = ops.linear_attention(QUERY, KEY, VALUE, segment_ids=jnp.asarray(IDS))
+    alone = [
+        ops.linear_attention(*(x[r : r + 1, p] for x in (QUERY, KEY, VALUE)))
+        for r, p in ((0, slice(5, 14)), (1, slice(3, 16)))
+    ]
+    close(found.state, jnp.concatenate([x.state for x in alone]))
+
+
+def test_what_linear_attention_cannot_compute_is_refused():
+    state = jnp.zeros((2, 2, 16, 8))
+    with pytest.raises(ValueError, match=r"a key_lag \(2\) is not taken together with a state"):
+        ops.linear_attention(QUERY, KEY, VALUE, key_lag=2, state=state)
+    with pytest.raises(ops.UnsupportedError, match="'triton' cannot run this call: it takes no state"):
+        ops.linear_attention(QUERY, KEY, VALUE, state=state, implementation="triton")
+    with pytest.raises(ValueError, match=r"key and value must be \[B, T, K, H\]"):
+        ops.linear_attention(QUERY, KEY, VALUE[:, :15])
+
+
+def test_rat_continues_from_its_state():
+    sizes = {"num_heads": 2, "chunk_size": 4}
+    whole = ops.rat_mix(PROJECTED, GATE_BIAS, **sizes).out
+    state, out, end = ops.RatState.empty(2, 16, 2, 8, 4, jnp.float32), [], None
+    for part in (slice(0, 6), slice(6, 7), slice(7, 16)):
+        segments, end = from_segments(jnp.ones_like(PROJECTED[:, part, 0], jnp.int32), end)
+        mixed = ops.rat_mix(PROJECTED[:, part], GATE_BIAS, segments, state=state, **sizes)
+        out.append(mixed.out)
+        state = mixed.state
+    close(jnp.concatenate(out, axis=1), whole)
+
+
+def test_groups_and_rotation_have_defaults():
+    sizes = {"num_heads": 2, "chunk_size": 4}
+    close(
+        ops.rat_mix(PROJECTED, GATE_BIAS, **sizes).out,
+        ops.rat_mix(PROJECTED, GATE_BIAS, num_groups=2, rope_base=1e4, **sizes).out,
+    )
+    with pytest.raises(ValueError, match="the 16 channels of gate_bias must be a multiple of num_heads, got 3"):
+        ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=3, chunk_size=4)

@@ -1,0 +1,197 @@
+"""The Mosaic GPU kernels of the RAT op: lowered for CUDA, emulated on any machine, and run on a Hopper GPU.
+
+The interpreter for Mosaic GPU (jax 0.10) multiplies from shared memory only, while these kernels hold weights in
+registers, so that without a GPU `mosaic_emulator` runs them.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.rat import mosaic_gpu_attention, mosaic_gpu_attention_backward, mosaic_gpu_tiling
+from pallas_kernels.rat.shape import RatShape
+from tests.pallas_kernels import mosaic_emulator
+
+FORWARD_KERNELS = ("rat_attention_forward_mosaic",)
+BACKWARD_KERNELS = ("rat_queries_backward_mosaic", "rat_summaries_backward_mosaic")
+SHAPES = {  # B, T, N, G, H, L, dtype
+    "plain": (2, 512, 4, 2, 128, 16, "bfloat16"),
+    "half_heads": (1, 1024, 6, 3, 64, 8, "bfloat16"),
+    "float16": (1, 512, 2, 1, 128, 16, "float16"),
+    "ragged": (2, 333, 2, 2, 128, 10, "bfloat16"),
+    "long_chunks": (1, 700, 2, 1, 64, 200, "bfloat16"),
+    "attention": (1, 300, 2, 1, 128, 1, "bfloat16"),
+    "one_token": (3, 1, 2, 1, 128, 16, "bfloat16"),
+    "many_summaries": (1, 4160, 2, 1, 128, 2, "bfloat16"),
+}
+BLOCKS = [(128, 2, 1, True), (128, 2, 1, False), (64, 2, 2, False)]  # fields of `mosaic_gpu_attention.Blocks`
+LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}
+
+
+def shape_of(sizes, **changes) -> RatShape:
+    return RatShape(**dict(zip(FIELDS, sizes, strict=True), rope_base=10_000.0, segmented=False) | changes)
+
+
+FIELDS = ("batch", "tokens", "num_heads", "num_groups", "head_dim", "chunk_size", "dtype")
+
+
+def inputs(p: RatShape, seed: int = 0) -> dict[str, jax.Array]:
+    """Random arrays; slots that no chunk completes are NaN."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    heads, summaries = (p.batch, p.tokens, p.num_heads, p.head_dim), (p.batch, p.num_chunks, p.num_heads, p.head_dim)
+    rows = (p.batch, p.num_heads, p.tokens)
+    draw = functools.partial(jax.random.normal, dtype=jnp.dtype(p.dtype))
+    query = draw(next(keys), (p.batch, p.tokens, p.num_groups, p.head_dim))
+    complete = (jnp.arange(p.num_chunks) < p.tokens // p.chunk_size)[:, None, None]
+    return {
+        "projected": draw(next(keys), (p.batch, p.tokens, p.projected_width)),
+        "running_values": draw(next(keys), heads),
+        "current_scores": jax.random.normal(next(keys), rows),
+        "rotated_queries": (query * (2 * p.score_scale)).astype(p.dtype),
+        "summary_keys": jnp.where(complete, draw(next(keys), summaries), jnp.nan),
+        "summary_values": jnp.where(complete, draw(next(keys), summaries), jnp.nan),
+        "d_heads": draw(next(keys), heads),
+    }
+
+
+def run_forward(p, x):
+    names = ("projected", "running_values", "current_scores", "rotated_queries", "summary_keys", "summary_values")
+    return mosaic_gpu_attention.forward(p, *(x[name] for name in names))
+
+
+def run_backward(p, x, delta, lse):
+    names = ("rotated_queries", "summary_keys", "summary_values", "current_scores")
+    return mosaic_gpu_attention_backward.backward(p, x["d_heads"], delta, lse, *(x[name] for name in names))
+
+
+def truth(p: RatShape, x: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Everything in float64 NumPy, head by head."""
+    x = {name: np.asarray(value.astype(jnp.float32), np.float64) for name, value in x.items()}
+    done = p.tokens // p.chunk_size
+    seen = np.arange(done)[None, :] < (np.arange(p.tokens) // p.chunk_size)[:, None]
+    names = ("heads", "lse", "delta", "current_weights", "d_current_scores")
+    found = {name: np.zeros((p.batch, p.num_heads, p.tokens)) for name in names[1:]}
+    found["out"] = np.zeros((p.batch, p.tokens, p.num_heads, p.head_dim))
+    found["d_rotated_queries"] = np.zeros(x["rotated_queries"].shape)
+    found["d_summary_keys"] = np.zeros((p.batch, p.num_chunks, p.num_heads, p.head_dim))
+    found["d_summary_values"] = np.zeros((p.batch, p.num_chunks, p.num_heads, p.head_dim))
+    gates = x["projected"][..., : p.width].reshape(found["out"].shape)
+    for b in range(p.batch):
+        for n in range(p.num_heads):
+            q, do = x["rotated_queries"][b, :, n % p.num_groups], x["d_heads"][b, :, n]
+            k, v = x["summary_keys"][b, :done, n], x["summary_values"][b, :done, n]
+            own, value = x["current_scores"][b, n], x["running_values"][b, :, n]
+            scores = np.where(seen, q @ k.T, -np.inf)
+            lse = np.log2(np.exp2(scores).sum(1) + np.exp2(own))
+            weights, current_weight = np.exp2(scores - lse[:, None]), np.exp2(own - lse)
+            o = weights @ v + current_weight[:, None] * value
+            delta = (do * o).sum(1)
+            d_scores = weights * (do @ v.T - delta[:, None])
+            found["out"][b, :, n] = o / (1 + np.exp(-gates[b, :, n]))
+            found["lse"][b, n], found["delta"][b, n], found["current_weights"][b, n] = lse, delta, current_weight
+            found["d_current_scores"][b, n] = -d_scores.sum(1) / math.sqrt(p.head_dim)
+            found["d_rotated_queries"][b, :, n % p.num_groups] += d_scores @ k / math.sqrt(p.head_dim)
+            found["d_summary_keys"][b, :done, n] = d_scores.T @ q * math.log(2)
+            found["d_summary_values"][b, :done, n] = weights.T @ do
+    return found
+
+
+def lowered(function, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_lower_for_cuda(name):
+    p = shape_of(SHAPES[name])
+    x = jax.eval_shape(lambda: inputs(p))
+    rows = jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32)
+    forward = lowered(functools.partial(run_forward, p), x)
+    backward = lowered(functools.partial(run_backward, p), x, rows, rows)
+    assert all(kernel in forward for kernel in FORWARD_KERNELS)
+    assert all(kernel in backward for kernel in BACKWARD_KERNELS)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_have_the_shapes_of_the_call(name):
+    p = shape_of(SHAPES[name])
+    x = jax.eval_shape(lambda: inputs(p))
+    rows = jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32)
+    out, lse = jax.eval_shape(functools.partial(run_forward, p), x)
+    assert (out.shape, out.dtype) == ((p.batch, p.tokens, p.width), jnp.dtype(p.dtype))
+    assert (lse.shape, lse.dtype) == (rows.shape, jnp.float32)
+    gradients = jax.eval_shape(functools.partial(run_backward, p), x, rows, rows)
+    summaries = (p.batch, p.num_chunks, p.num_heads, p.head_dim)
+    queries = (p.batch, p.tokens, p.num_groups, p.head_dim)
+    assert [g.shape for g in gradients] == [queries, rows.shape, rows.shape, summaries, summaries]
+    assert all(g.dtype == jnp.float32 for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32"}, "bfloat16, float16"),
+        ({"head_dim": 96}, "head_dim 96 .* nearest is (64|128)"),
+        ({"head_dim": 256}, "nearest is 128"),
+        ({"segmented": True}, "implementation 'triton' does"),
+        ({"continued": True}, "implementation 'triton' does"),
+        ({"capability": (8, 0)}, r"compute capability 9\.0, this one has 8\.0"),
+        ({"batch": 1 << 30}, "too many programs"),
+    ],
+)
+def test_unsupported_calls_say_why(changes, reason):
+    assert mosaic_gpu_tiling.unsupported_reason(shape_of(SHAPES["plain"])) is None
+    assert re.search(reason, mosaic_gpu_tiling.unsupported_reason(shape_of(SHAPES["plain"], **changes)))
+
+
+def check_values(p, forward, backward):
+    x = inputs(p)
+    want = truth(p, x)
+    out, lse = forward(p, x)
+    gradients = backward(p, x, *(jnp.asarray(want[row], jnp.float32) for row in ("delta", "lse")))
+    names = ("d_rotated_queries", "d_current_scores", "current_weights", "d_summary_keys", "d_summary_values")
+    got = {"out": out.reshape(want["out"].shape), "lse": lse} | dict(zip(names, gradients, strict=True))
+    for result, value in got.items():
+        error = np.linalg.norm(np.asarray(value, np.float64) - want[result])
+        size = np.linalg.norm(want[result])
+        assert error <= LIMITS[p.dtype] * size, (result, error, size)  # false for NaN too
+
+
+def check_blocks(p, blocks):
+    x = inputs(p)
+    shape = (p.batch, p.tokens, -1, p.head_dim)
+    arguments = (x["current_scores"], x["rotated_queries"], x["summary_keys"], x["summary_values"])
+    out, lse = mosaic_gpu_attention.attend(
+        p, x["projected"].reshape(shape), x["running_values"], *arguments, mosaic_gpu_attention.Blocks(*blocks)
+    )
+    want = truth(p, x)
+    assert np.linalg.norm(np.asarray(out, np.float64) - want["out"]) <= 4e-3 * np.linalg.norm(want["out"])
+    np.testing.assert_allclose(lse, want["lse"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ragged", "long_chunks"])
+def test_emulated_values_are_those_of_float64(name, monkeypatch):
+    mosaic_emulator.install(monkeypatch, seed=0)
+    check_values(shape_of(SHAPES[name]), run_forward, run_backward)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_choice_of_blocks_gives_the_same_emulated(blocks, monkeypatch):
+    mosaic_emulator.install(monkeypatch, seed=0)
+    check_blocks(shape_of((1, 768, 2, 1, 64, 2, "bfloat16")), blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_values_are_those_of_float64(hopper, name):
+    check_values(shape_of(SHAPES[name]), *(jax.jit(run, static_argnums=0) for run in (run_forward, run_backward)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_choice_of_blocks_gives_the_same(hopper, blocks):
+    check_blocks(shape_of((1, 2048, 2, 1, 128, 8, "bfloat16")), blocks)

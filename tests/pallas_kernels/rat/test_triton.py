@@ -1,0 +1,179 @@
+"""The Triton kernels of the RAT op: interpreted, compiled ahead of time, traced through jax-triton, and on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("triton", reason="triton is installed on Linux only")
+pytest.importorskip("torch", reason="triton's interpreter works on torch tensors")
+
+from pallas_kernels.rat import (
+    select,
+    triton,
+    triton_attention,
+    triton_attention_backward,
+    triton_decode,
+    triton_recurrence,
+    triton_recurrence_backward,
+    triton_tiling,
+)
+from pallas_kernels.rat.state import State
+from tests.pallas_kernels import triton_compile, triton_interpreter
+from tests.pallas_kernels.rat import triton_twin
+
+LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    """Errors of every case, from one process in which triton interprets kernels."""
+    return triton_interpreter.errors_of("tests.pallas_kernels.rat.triton_twin")
+
+
+@pytest.mark.parametrize("name", triton_twin.CASES)
+def test_values_and_gradients_are_those_of_float64(interpreted, name):
+    found = interpreted[name]
+    assert set(found) == {"out", "d_bias", "d_z", "d_v", "d_g", "d_q", "d_k"}
+    limit = LIMITS[triton_twin.CASES[name].shape.dtype]
+    assert all(error < limit for error in found.values()), found  # false for NaN too
+
+
+@pytest.mark.parametrize("name", triton_twin.DECODE_CASES)
+def test_decoding_is_the_forward_pass(interpreted, name):
+    assert interpreted[name]["out"] < LIMITS["float32"]
+
+
+@pytest.mark.parametrize("name", triton_twin.EXTEND_CASES)
+def test_reading_in_parts_is_the_forward_pass(interpreted, name):
+    assert interpreted[name]["out"] < LIMITS["float32"]
+
+
+LAUNCHES = {
+    triton_recurrence.forward_launch: "d f f f i i f f i",
+    triton_attention.forward_launch: "d d f d d d i i i i i",
+    triton_attention_backward.output_launch: "d d d",
+    triton_attention_backward.queries_launch: "d f f d d d i i i i i f",
+    triton_attention_backward.summaries_launch: "d f f d d d i i i i",
+    triton_recurrence_backward.backward_launch: "d f f f i i f f d f f f d",
+}
+
+
+@pytest.mark.parametrize(("capability", "segmented"), [(80, True), (90, False)])
+def test_kernels_compile_for_gpus(capability, segmented):
+    small = triton_twin.shape_of(1, 64, 4, 2, 32, 2, "bfloat16", segmented=segmented)
+    for make, inputs in LAUNCHES.items():
+        dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in inputs.split())
+        found = triton_compile.compile_launch(make(small), dtypes, capability)
+        assert make(small).name in found.text
+        assert found.shared_bytes <= 99 * 1024
+
+
+def test_decode_kernels_compile_for_gpus():
+    small = triton_twin.shape_of(1, 1, 4, 2, 32, 2, "bfloat16")
+    bf16, f32, i32 = "bfloat16", "float32", "int32"
+    step = (bf16, f32, f32, f32, i32, i32, i32, f32, f32, f32, f32, f32, bf16, bf16)
+    assert "rat_decode_step" in triton_compile.compile_launch(triton_decode.step_launch(small, 8, 2), step, 90).text
+    attend = (bf16, f32, f32, i32, i32, bf16, bf16)
+    assert (
+        "rat_decode_attend" in triton_compile.compile_launch(triton_decode.attend_launch(small, 8, 2), attend, 90).text
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        triton_attention.forward_launch,
+        triton_attention_backward.queries_launch,
+        triton_attention_backward.summaries_launch,
+    ],
+)
+def test_long_rows_fit_cards_with_little_shared_memory(make):
+    long = triton_twin.shape_of(1, 65536, 16, 2, 128, 16, "bfloat16")
+    dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in LAUNCHES[make].split())
+    ada = dataclasses.replace(long, capability=(8, 9))
+    assert triton_compile.compile_launch(make(ada), dtypes, 89).shared_bytes <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"dtype": "float64"}, "float64"), ({"head_dim": 512}, "above 256"), ({"batch": 70000}, "65535")],
+)
+def test_unsupported_calls_say_why(change, reason):
+    sizes = {"batch": 2, "tokens": 8, "heads": 4, "groups": 2, "head_dim": 16, "chunk": 4}
+    assert triton_tiling.unsupported_reason(triton_twin.shape_of(**sizes)) is None
+    assert reason in triton_tiling.unsupported_reason(triton_twin.shape_of(**(sizes | change)))
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    found = {"triton": object(), "jax_triton": None}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name])
+    sizes = triton_twin.shape_of(2, 64, 4, 2, 64, 4, "bfloat16")
+    assert "it needs jax_triton, not installed here" in triton_tiling.unsupported_reason(sizes)
+    for implementation in ("mosaic_gpu", "cudnn"):
+        reason = select.unsupported_reason(implementation, sizes)
+        assert "its recurrence is Triton's, which cannot run this call: it needs jax_triton" in reason
+
+
+def test_calls_are_traced_under_the_kernels_names():
+    import_jax_triton()
+    shape = triton_twin.shape_of(2, 10, 4, 2, 16, 4, "bfloat16")
+    projected, bias = jnp.zeros((2, 10, shape.projected_width), jnp.bfloat16), jnp.zeros(64)
+
+    def both(projected, bias, d_out):
+        out, residuals = triton.rat_forward(shape, projected, bias)
+        return out, triton.rat_backward(shape, residuals, projected, bias, d_out)
+
+    d_out = jnp.zeros((2, 10, 64), jnp.bfloat16)
+    text = str(jax.make_jaxpr(both)(projected, bias, d_out))
+    for make in LAUNCHES:
+        assert make(shape).name in text
+    out, (d_projected, d_bias) = jax.eval_shape(both, projected, bias, d_out)
+    assert (out.shape, out.dtype) == ((2, 10, 64), jnp.bfloat16)
+    assert (d_projected.shape, d_projected.dtype) == (projected.shape, jnp.bfloat16)
+    assert (d_bias.shape, d_bias.dtype) == ((64,), jnp.float32)
+
+
+def test_a_decode_step_is_traced_with_its_state():
+    import_jax_triton()
+    shape = triton_twin.shape_of(2, 1, 4, 2, 16, 4, "bfloat16")
+    running, summaries = jnp.zeros((2, 4, 16)), jnp.zeros((2, 300, 4, 16), jnp.bfloat16)
+    places = jnp.zeros((2, 300), jnp.int32), jnp.zeros(2, jnp.int32)
+    state = State(running, running, summaries, summaries, *places)
+    arrays = (jnp.zeros((2, 1, shape.projected_width), jnp.bfloat16), jnp.zeros(64), state)
+    arrays += (jnp.ones((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32))
+    out, after = jax.eval_shape(lambda *arrays: triton_decode.rat_decode(shape, *arrays), *arrays)
+    assert out.shape == (2, 1, 64)
+    assert [(x.shape, x.dtype) for x in after] == [(x.shape, x.dtype) for x in state]
+
+
+def import_jax_triton():
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", triton_twin.CASES)
+def test_on_the_gpu(name):
+    found = triton_twin.errors(triton_twin.CASES[name], device="cuda")
+    limit = LIMITS[triton_twin.CASES[name].shape.dtype]
+    assert all(error < limit for error in found.values()), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_bfloat16_on_the_gpu(head_dim, segmented):
+    lengths = ((130, -7, 63), (200,)) if segmented else ()
+    case = triton_twin.Case(triton_twin.shape_of(2, 200, 4, 2, head_dim, 16, "bfloat16", segmented=segmented), lengths)
+    found = triton_twin.errors(case, device="cuda")
+    assert all(error < LIMITS["bfloat16"] for error in found.values()), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", triton_twin.DECODE_CASES)
+def test_decoding_on_the_gpu(name):
+    assert triton_twin.decode_error(*triton_twin.DECODE_CASES[name], device="cuda") < LIMITS["float32"]

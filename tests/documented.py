@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -12,12 +13,13 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE_COMMAND = re.compile(r"`((?:python|pip|make|pytest)\s[^`]*)`")
 # Programs become functions that write down their arguments, so that variables, loops and quotes are the shell's own;
-# with an empty PATH any other program is an error.
+# with an empty PATH any other program is an error. `python -c` is short and runs, since its output may be a command's.
 _RECORD = r"""
 set -euo pipefail
 PATH=/nonexistent
 record() { printf '%s\0' "$#" "$@" >> "$COMMANDS"; }
-for name in python pip make pytest; do eval "$name() { record $name \"\$@\"; }"; done
+for name in pip make pytest; do eval "$name() { record $name \"\$@\"; }"; done
+python() { if [ "$1" = -c ]; then "$PYTHON" "$@" || record failed "$@"; else record python "$@"; fi; }
 srun() { while [ "$1" != python ]; do shift; done; record "$@"; }
 """
 
@@ -59,7 +61,7 @@ def shell_commands(script: str) -> list[list[str]]:
         done = subprocess.run(
             ["bash", "-c", _RECORD + script],
             cwd=folder,
-            env=os.environ | {"COMMANDS": str(record)},
+            env=os.environ | {"COMMANDS": str(record), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=60,
@@ -72,4 +74,6 @@ def shell_commands(script: str) -> list[list[str]]:
         count = int(words.pop(0))
         found.append(words[:count])
         del words[:count]
+    if any(command[0] == "failed" for command in found):
+        raise ValueError(f"{script}\n{done.stderr}")
     return found

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.caches import at_position, bytes_read, random_contents
+from benchmarks.caches import random_contents
 from benchmarks.timing import time_once
 from rat_jax.config import ModelConfig
+from rat_jax.decoder import DecoderModule, ModelCache
 from rat_jax.layers import INITIAL_STD
-from rat_jax.model import Decoder, LanguageModel, ModelCache
+from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Int
 
 STEPS_PER_CALL = 16  # as many as `rat_jax.sampling.generation` takes before the host looks at them
@@ -28,8 +29,8 @@ class DecodeRow(NamedTuple):
 def random_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A decoder of random matrices and of norms and gate biases of 1, made leaf by leaf in the decoder's dtypes."""
 
-    def make() -> Decoder:
-        return Decoder(LanguageModel(config, rngs=nnx.Rngs(0)))
+    def make() -> DecoderModule:
+        return DecoderModule(LanguageModel(config, rngs=nnx.Rngs(0)))
 
     graphdef, shapes = nnx.split(nnx.eval_shape(make))
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
@@ -41,14 +42,11 @@ def _random_weights(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
     return INITIAL_STD * jax.random.normal(key, shape, dtype) if len(shape) >= 2 else jnp.ones(shape, dtype)
 
 
-def measure(
-    config: ModelConfig, graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, first: int, last: int, steps: int
-) -> DecodeRow:
+def measure(graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, first: int, last: int, steps: int) -> DecodeRow:
     """Times `steps` steps, in calls of STEPS_PER_CALL that are spread evenly over the positions first .. last."""
     calls = max(1, steps // STEPS_PER_CALL)
     room = last - STEPS_PER_CALL - first
     starts = [first + room * (2 * i + 1) // (2 * calls) for i in range(calls)]
-    chunk_size = config.rat.chunk_size
 
     def new_cache() -> ModelCache:
         return nnx.merge(graphdef, params).init_cache(batch_size, last)
@@ -56,23 +54,23 @@ def measure(
     shapes = jax.eval_shape(new_cache)
     tokens = jnp.zeros((batch_size,), jnp.int32)
     start = jnp.int32(first)
-    compiled = _steps.lower(graphdef, chunk_size, params, tokens, shapes, start).compile()
+    compiled = _steps.lower(graphdef, params, tokens, shapes, start).compile()
     cache = random_contents(shapes)
     seconds = []
     for start in [starts[0], *starts]:
         took, (tokens, cache) = time_once(compiled, (params, tokens, cache, jnp.int32(start)), jax.block_until_ready)
         seconds.append(took)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    decoder = nnx.merge(graphdef, params)
     middle = [start + STEPS_PER_CALL // 2 for start in starts]
-    read = weights + sum(bytes_read(shapes, position, chunk_size) for position in middle) / len(middle)
+    read = weights + sum(decoder.step_bytes(shapes, position) for position in middle) / len(middle)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     return DecodeRow(1e3 * sum(seconds[1:]) / (calls * STEPS_PER_CALL), held / 1e9, read / 1e9)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk_size"), donate_argnames=("tokens", "cache"))
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("tokens", "cache"))
 def _steps(
     graphdef: nnx.GraphDef,
-    chunk_size: int,
     params: nnx.State,
     tokens: Int[Array, " B"],
     cache: ModelCache,
@@ -83,7 +81,7 @@ def _steps(
     def step(_, carry):
         tokens, cache = carry
         decoder = nnx.merge(graphdef, params)
-        hidden, cache = decoder.extend(tokens[:, None], cache)
+        hidden, cache = decoder.hidden(tokens[:, None], cache)
         return jnp.argmax(decoder.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), cache
 
-    return jax.lax.fori_loop(0, STEPS_PER_CALL, step, (tokens, at_position(cache, start, chunk_size)))
+    return jax.lax.fori_loop(0, STEPS_PER_CALL, step, (tokens, nnx.merge(graphdef, params).cache_at(cache, start)))

@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import caches, card, layers, timing
 
-LAYERS = ["attention", "local_attention", "rnn", "rat"]
-BODIES = ["rat:xla", "rat:triton", "rat:mosaic_gpu", "rat:cudnn"]
+BASELINE = layers.NAMES[0]  # what the others are compared with
+ROPE_BASE = 10_000.0  # of every layer that rotates
 DECODE_STEPS = 16  # in one call
 COMPILERS = 4  # at a time; each may try matrix products on the device
 
@@ -55,10 +55,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=2, help="of RAT's queries and keys")
     parser.add_argument("--chunk_size", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--layers", nargs="*", default=LAYERS + BODIES, help="`rat` alone is the library's own choice")
+    parser.add_argument(
+        "--layers", nargs="*", default=layers.NAMES, help="kinds, with settings: rat:implementation=xla"
+    )
     parser.add_argument("--torch_layers", nargs="*", default=["attention", "rat"])
     parser.add_argument("--torch_lengths", type=int, nargs="*", default=[4096, 16384, 131072])
-    parser.add_argument("--decode_layers", nargs="*", default=[*LAYERS, "rat:xla"])
+    parser.add_argument("--decode_layers", nargs="*", default=layers.NAMES)
     parser.add_argument("--decode_rows", type=int, default=512)
     parser.add_argument("--decode_positions", type=int, nargs="*", default=[4096, 16384])
     parser.add_argument("--longest_ms", type=float, default=1500, help="slower layers are left out at longer T")
@@ -99,7 +101,7 @@ def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
 class Started(NamedTuple):
     """A layer's two programs while they are compiled, or why there are none."""
 
-    params: dict[str, jax.Array]
+    params: Any
     programs: dict[str, concurrent.futures.Future[jax.stages.Compiled]]
     error: str | None
 
@@ -107,9 +109,8 @@ class Started(NamedTuple):
 def start_passes(kind: str, sizes: layers.Sizes, x: jax.Array, pool: concurrent.futures.Executor) -> Started:
     """Lowers train and prefill of one layer here and has them compiled in the background."""
     try:
-        layer = layers.make_layer(kind, sizes)
-        params = layers.make_params(layer.channels, sizes.width)
-        train, prefill = functools.partial(layers.train_layer, layer), functools.partial(layers.apply_layer, layer)
+        graphdef, params = layers.make_layer(kind, sizes)
+        train, prefill = (functools.partial(run, graphdef) for run in (layers.train_layer, layers.apply_layer))
         lowered = {"train": jax.jit(train).lower(params, x, x), "prefill": jax.jit(prefill).lower(params, x)}
     except (RuntimeError, ValueError, ImportError) as error:  # the table says so and goes on
         return Started({}, {}, card.reason(error))
@@ -136,8 +137,8 @@ def pass_row(kind: str, started: Started, x: jax.Array, d_out: jax.Array, repeat
 def pass_floors(kind: str, tokens: int, sizes: layers.Sizes, count: int, ceilings: card.Ceilings) -> dict[str, float]:
     """The least milliseconds of both passes and of the forward pass."""
     layer = layers.make_layer(kind.removeprefix("torch:"), sizes)
-    projections, scores = layers.product_operations(layer, sizes.width, count // tokens, tokens)
-    forward_bytes, both_bytes = layers.least_bytes(layer, sizes.width, count)
+    projections, scores = layers.product_operations(*layer, count // tokens, tokens)
+    forward_bytes, both_bytes = layers.min_bytes(*layer, count)
     return {
         "train_floor_ms": ceilings.product_ms(3 * projections + 3.5 * scores) + ceilings.copy_ms(both_bytes),
         "prefill_floor_ms": ceilings.product_ms(projections + scores) + ceilings.copy_ms(forward_bytes),
@@ -148,11 +149,10 @@ def decode_row(kind: str, position: int, sizes: layers.Sizes, flags: argparse.Na
     """One decode step of one layer, or why not."""
     row: dict[str, Any] = {"position": position, "rows": flags.decode_rows, "layer": kind}
     try:
-        layer = layers.make_layer(kind, sizes)
-        params = layers.make_params(layer.channels, sizes.width)
+        graphdef, params = layers.make_layer(kind, sizes)
         x = jax.random.normal(jax.random.key(2), (flags.decode_rows, 1, sizes.width), layers.DTYPE)
-        run = jax.jit(functools.partial(layers.decode, layer, sizes, DECODE_STEPS), donate_argnums=2)
-        abstract_cache = jax.eval_shape(lambda: layer.new_cache(flags.decode_rows, position))
+        run = jax.jit(functools.partial(layers.decode, graphdef, DECODE_STEPS), donate_argnums=2)
+        abstract_cache = jax.eval_shape(lambda: layers.init_memory(graphdef, params, flags.decode_rows, position))
         row["cache_gb"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache)) / 1e9
         compiled = run.lower(params, x, abstract_cache, jnp.int32(position)).compile()
         row["gb"] = card.held_gb(compiled)
@@ -173,7 +173,7 @@ def decode_row(kind: str, position: int, sizes: layers.Sizes, flags: argparse.Na
 def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ceilings) -> list[dict[str, Any]]:
     """Prints and returns the first table."""
     print(
-        f"\n{'T':>7} {'layer':<16} {'train ms':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} "
+        f"\n{'T':>7} {'layer':<24} {'train ms':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} "
         f"{'prefill':>9} {'+-':>6} {'vs att':>7} {'vs torch':>8} {'floor':>7} {'GB':>6}"
     )
     rows: list[dict[str, Any]] = []
@@ -195,7 +195,7 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
                 row = next(row for row in others if row["layer"] == kind)
             rows.append(row)
             if "error" in row:
-                print(f"{tokens:>7} {kind:<16} {row['error']}", flush=True)
+                print(f"{tokens:>7} {kind:<24} {row['error']}", flush=True)
                 continue
             if row["train_ms"] > flags.longest_ms:
                 slow[kind] = row["train_ms"]
@@ -203,11 +203,11 @@ def run_passes(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
             row |= pass_floors(kind, tokens, sizes, flags.tokens, ceilings)
             parts = [
                 f"{row[f'{name}_ms']:>9.2f} {row[f'{name}_spread_ms']:>6.2f} "
-                f"{_ratio(known.get('attention'), row, f'{name}_ms'):>7} "
+                f"{_ratio(known.get(BASELINE), row, f'{name}_ms'):>7} "
                 f"{_ratio(known.get('torch:rat'), row, f'{name}_ms'):>8} {row[f'{name}_floor_ms']:>7.1f}"
                 for name in ("train", "prefill")
             ]
-            print(f"{tokens:>7} {kind:<16} {' '.join(parts)} {row['train_gb']:>6.1f}", flush=True)
+            print(f"{tokens:>7} {kind:<24} {' '.join(parts)} {row['train_gb']:>6.1f}", flush=True)
     return rows
 
 
@@ -215,7 +215,7 @@ def run_decode(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
     """Prints and returns the second table."""
     print(f"\ndecode step of {flags.decode_rows} rows")
     print(
-        f"{'position':>8} {'layer':<16} {'ms':>9} {'+-':>7} {'vs att':>7} {'floor':>7} {'cache GB':>9} {'peak GB':>8}"
+        f"{'position':>8} {'layer':<24} {'ms':>9} {'+-':>7} {'vs att':>7} {'floor':>7} {'cache GB':>9} {'peak GB':>8}"
     )
     rows: list[dict[str, Any]] = []
     for position in flags.decode_positions:
@@ -224,13 +224,13 @@ def run_decode(sizes: layers.Sizes, flags: argparse.Namespace, ceilings: card.Ce
             row = decode_row(kind, position, sizes, flags)
             rows.append(row)
             if "error" in row:
-                print(f"{position:>8} {kind:<16} {row['error']}", flush=True)
+                print(f"{position:>8} {kind:<24} {row['error']}", flush=True)
                 continue
-            layer = layers.make_layer(kind, sizes)
-            row["floor_ms"] = ceilings.copy_ms(layers.step_bytes(layer, sizes, flags.decode_rows, position))
-            baseline = row if kind == "attention" else baseline
+            min_bytes = layers.step_bytes(*layers.make_layer(kind, sizes), flags.decode_rows, position)
+            row["floor_ms"] = ceilings.copy_ms(min_bytes)
+            baseline = row if kind == BASELINE else baseline
             print(
-                f"{position:>8} {kind:<16} {row['ms']:>9.3f} {row['spread_ms']:>7.3f} {_ratio(baseline, row, 'ms'):>7} "
+                f"{position:>8} {kind:<24} {row['ms']:>9.3f} {row['spread_ms']:>7.3f} {_ratio(baseline, row, 'ms'):>7} "
                 f"{row['floor_ms']:>7.3f} {row['cache_gb']:>9.2f} {row['gb']:>8.2f}",
                 flush=True,
             )
@@ -277,14 +277,20 @@ def main() -> None:
     flags, start = arguments(), time.perf_counter()
     card.share_memory()
     key_heads = flags.heads if flags.key_heads is None else flags.key_heads
-    sizes = layers.Sizes(flags.width, flags.heads, key_heads, flags.groups, flags.chunk_size, flags.window)
+    settings = {
+        "num_groups": flags.groups,
+        "chunk_size": flags.chunk_size,
+        "window": flags.window,
+        "rope_base": ROPE_BASE,
+    }
+    sizes = layers.Sizes(flags.width, flags.heads, key_heads, settings)
     flags.torch_rows = torch_rows(flags)  # first: JAX does not give back memory that it has taken
     ceilings = card.measure_ceilings(flags.repeats)
     description = card.describe()
     print(description)
     print(
-        f"D {sizes.width}, {sizes.heads} heads, K {sizes.key_heads}, G {sizes.groups}, L {sizes.chunk_size}, "
-        f"window {sizes.window}, bf16, {flags.tokens} tokens; copy {ceilings.copy_gb_per_s:.0f} GB/s, "
+        f"D {flags.width}, {flags.heads} heads, K {key_heads}, G {flags.groups}, L {flags.chunk_size}, "
+        f"window {flags.window}, bf16, {flags.tokens} tokens; copy {ceilings.copy_gb_per_s:.0f} GB/s, "
         f"products {ceilings.tflop_per_s:.0f} TFLOP/s"
     )
     passes = run_passes(sizes, flags, ceilings)

@@ -4,9 +4,9 @@
   python benchmarks/model_throughput.py --config configs/rat_1b.py --decode
 
 Training steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row
-for each batch size (sequences on one device at a time); a batch that does not fit says so. MFU counts 6 N operations a
-token. `--profile` traces one more step of each batch size and says what its time goes to; the program then runs without
-CUDA graphs, whose kernels cannot be told apart.
+for each batch size (sequences on one device at a time); a batch that does not fit says so. MFU is that of
+`rat_jax.flops`. `--profile` traces one more step of each batch size and says what its time goes to; the program then
+runs without CUDA graphs, whose kernels cannot be told apart.
 
 Decoding takes greedy steps of random weights with caches of random numbers, spread over the positions
 `--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth.
@@ -31,7 +31,7 @@ from benchmarks import card, decode_throughput, step_profile
 from benchmarks.timing import time_once
 from rat_jax.config import Config, config_from_dict
 from rat_jax.data.pipeline import Batch
-from rat_jax.flops import peak_flops
+from rat_jax.flops import mfu
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding, make_mesh
 from rat_jax.training.step import initial_state, train_step
@@ -88,8 +88,8 @@ def train_table(flags: argparse.Namespace) -> None:
             print(f"{batch_size:>6} {config.model.remat:>6} {card.reason(error)}", flush=True)
             continue
         rate = batch_size * config.data.seq_len / seconds
-        peak = peak_flops(jax.devices()[0])
-        share = "" if peak is None else f"{6 * parameters * rate / peak / jax.device_count():>7.1%}"
+        used = mfu(config.model, parameters, config.data.seq_len, rate / jax.device_count(), jax.devices()[0])
+        share = "" if used is None else f"{used:>7.1%}"
         row = (
             f"{batch_size:>6} {config.model.remat:>6} {1e3 * seconds:>10.1f} {rate:>10.0f} {share:>7} {memory_gb:>6.1f}"
         )
@@ -107,7 +107,7 @@ def decode_table(flags: argparse.Namespace, bandwidth: float) -> None:
     for batch_size in flags.batch_sizes or DECODE_BATCH_SIZES:
         try:
             row = decode_throughput.measure(
-                config, graphdef, params, batch_size, flags.decode_first, flags.decode_last, flags.decode_steps
+                graphdef, params, batch_size, flags.decode_first, flags.decode_last, flags.decode_steps
             )
         except jax.errors.JaxRuntimeError as error:
             print(f"{batch_size:>6} {card.reason(error)}", flush=True)

@@ -36,6 +36,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model.pattern = ("attention",)
     config.model.local_attention.window = 1024
     config.model.rnn.max_timescale = 4096
+    config.model.rattention.window = 512
     config.model.dtype = "bfloat16"
     config.model.remat = "block"
 

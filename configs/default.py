@@ -1,13 +1,31 @@
 """RAT-SWA of about one million parameters on the bytes of Python's standard library: a few minutes on a laptop.
 
-Every field that a config can have stands here with its value for this run; `rat_jax/config.py` has the meanings. Other
-configs start from this one and change lines.
+Every field that a config can have is set here for this run; `rat_jax/config.py` has the meanings, `rat_jax/mixers`
+those of the groups of mixers. Other configs start from this one and change lines.
 
   python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out data/python-stdlib-bytes
   python train.py --config=configs/default.py --workdir=runs/default
 """
 
+import dataclasses
+
 from ml_collections import config_dict
+
+from rat_jax.mixers import MIXERS
+
+# Fields whose value here is not the default of `rat_jax.config` or `rat_jax.mixers`, and why.
+DEVIATIONS = {
+    "model.mlp_width": "said, as the width is",
+    "model.remat": "less memory to fill is quicker on a CPU, too",
+    "model.local_attention.window": "sequences are short",
+    "model.rnn.max_timescale": "the sequence length, as in the release",
+    "model.rattention.window": "sequences are short",
+    "optimizer.learning_rate": "a small model takes larger steps",
+    "optimizer.min_learning_rate": "in proportion",
+    "training.validate_every_steps": "a short run",
+    "training.validation_batches": "a small model validates soon",
+    "training.checkpoint_every_steps": "a short run",
+}
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -28,31 +46,12 @@ def get_config() -> config_dict.ConfigDict:
     config.model.remat = "block"  # less memory to fill is quicker here, too
     config.model.scan_unroll = 1  # repeats of the pattern without a loop: more compile longer, and copy less
 
-    config.model.attention = config_dict.ConfigDict()
-    config.model.attention.rope = True
-    config.model.attention.rope_base = 10_000.0
-
-    config.model.local_attention = config_dict.ConfigDict()
+    # Every kind has its group with its defaults, so that `--config.model.pattern` may name any of them.
+    for kind, mixer in MIXERS.items():
+        config.model[kind] = config_dict.ConfigDict(dataclasses.asdict(mixer.Config()))
     config.model.local_attention.window = 32  # tokens
-    config.model.local_attention.rope = True
-    config.model.local_attention.rope_base = 10_000.0
-
-    config.model.rnn = config_dict.ConfigDict()
     config.model.rnn.max_timescale = 256  # tokens; the sequence length, as in the release
-
-    config.model.rat = config_dict.ConfigDict()
-    config.model.rat.chunk_size = 16  # tokens
-    config.model.rat.num_groups = 2
-    config.model.rat.rope = True
-    config.model.rat.rope_base = 10_000.0
-
-    config.model.rattention = config_dict.ConfigDict()
     config.model.rattention.window = 32  # tokens
-    config.model.rattention.rope = True
-    config.model.rattention.rope_base = 500_000.0
-    config.model.rattention.feature_map = "softmax"
-    config.model.rattention.meta_tokens = 0  # 128 is the paper's choice where the state starts from learned tokens
-    config.model.rattention.learned_scales = False
 
     config.data = config_dict.ConfigDict()
     config.data.path = "data/python-stdlib-bytes"

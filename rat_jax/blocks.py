@@ -1,6 +1,8 @@
 """The residual block: a mixer moves information between tokens, an MLP works on each token."""
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ from flax import nnx
 
 from rat_jax.config import ModelConfig
 from rat_jax.layers import RmsNorm, projection
-from rat_jax.mixers import MixerCache, make_mixer
+from rat_jax.mixers import MIXERS, kind_of
+from rat_jax.mixers.base import MixerCache
+from rat_jax.parameters import VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float
 
@@ -19,12 +23,17 @@ class Mlp(nnx.Module):
     The GELU is the exact (erf) one. One projection gives W_1 x and W_3 x in this order.
     """
 
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
+        "up.kernel": ParameterSpec(("width", "mlp"), matmul=True),
+        "down.kernel": ParameterSpec(("mlp", "width"), matmul=True),
+    }
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.kind = config.mlp_kind
         gates = 1 if self.kind == "gelu" else 2
-        self.up = projection(config.width, gates * config.mlp_width, dtype, rngs)
-        self.down = projection(config.mlp_width, config.width, dtype, rngs)
+        self.up = projection(config.width, gates * config.mlp_hidden, dtype, rngs)
+        self.down = projection(config.mlp_hidden, config.width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
@@ -49,19 +58,23 @@ def _gelu(x: Array) -> Array:
 class ResidualBlock(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+    NORMS: ClassVar[Mapping[str, ParameterSpec]] = {"mixer_norm.scale": VECTOR, "mlp_norm.scale": VECTOR}
+
+    def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes the block of a layer whose mixer has a name in `config.pattern`."""
+        settings = config.mixers[name]
         self.mixer_norm = RmsNorm(config.width)
-        self.mixer = make_mixer(kind, config, rngs)
+        self.mixer = MIXERS[kind_of(settings)].from_config(settings, config, rngs=rngs)
         self.mlp_norm = RmsNorm(config.width)
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: MixerCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None
     ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
-        """The block's output and, where a cache was given, the new one."""
+        """The block's output and, where the mixer's memory was given, the new one."""
         with jax.named_scope("mixer"):
-            mixed, cache = self.mixer(self.mixer_norm(x), segments, cache)
+            mixed, memory = self.mixer.mix(self.mixer_norm(x), segments, memory)
             x = x + mixed
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.mlp_norm(x))
-        return x, cache
+        return x, memory

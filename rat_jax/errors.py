@@ -7,3 +7,9 @@ class RatJaxError(Exception):
 
 class ConfigError(RatJaxError, ValueError):
     """A value or a combination of values that no run, model or mixer can have; the message names the field."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises a `ConfigError` with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

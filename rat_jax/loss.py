@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rat_jax.mesh import replicate, rows_per_device
 from rat_jax.shapes import Array, Float, Float32, Int
-from rat_jax.sharding import replicate, rows_per_device
 
 # Logits that a device holds at a time. Large enough that products over a vocabulary of 32,000 run at full speed
 # (2,048 tokens), small enough that their float32 copies (256 MiB each) fit beside a model.

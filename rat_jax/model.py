@@ -1,47 +1,39 @@
 """The language model: embedding, residual blocks in a repeating pattern of mixers, norm, logits."""
 
-import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.blocks import ResidualBlock
+from rat_jax.blocks import Mlp, ResidualBlock
 from rat_jax.config import ModelConfig
+from rat_jax.decoder import Decoder, DecoderModule, ModelCache, tied_logits
 from rat_jax.layers import INITIAL_STD, RmsNorm
-from rat_jax.mixers import MixerCache
+from rat_jax.mixers import MIXERS
 from rat_jax.ops.remat import saving_named
-from rat_jax.segments import SegmentInfo, StreamState, from_segments, whole_rows
+from rat_jax.parameters import VECTOR, ParameterSpec
+from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Float32, Int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModelCache:
-    """What a model remembers of the rows it has read."""
-
-    layers: tuple[MixerCache, ...]  # one for each layer, not stacked: a scan would copy them all at every step
-    end: StreamState
 
 
 class LanguageModel(nnx.Module):
     """Decoder-only language model whose layers repeat `config.pattern`.
 
-    The layers that share a place in the pattern are one `ResidualBlock` whose parameters have a leading axis over the
+    The layers of one element of the pattern are one `ResidualBlock` whose parameters have a leading axis over the
     repetitions; `lax.scan` runs over it, so that the time to compile does not grow with depth. Parameters are float32.
     The module is a container: split it once (`nnx.split`), use plain JAX transforms, merge inside.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.num_repeats = config.num_layers // len(config.pattern)
         self.embedding = nnx.Param(
             INITIAL_STD * jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
         )
         self.blocks = nnx.Dict(
             {
-                block_name(place, kind): _stacked(kind, config, jax.random.split(rngs.params(), self.num_repeats))
-                for place, kind in enumerate(config.pattern)
+                block_name(index, kind): _stacked(name, config, jax.random.split(rngs.params(), config.num_repeats))
+                for index, (name, kind) in enumerate(zip(config.pattern, config.kinds, strict=True))
             }
         )
         self.final_norm = RmsNorm(config.width)
@@ -60,43 +52,42 @@ class LanguageModel(nnx.Module):
 
     def hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """The final norm's output for each token, from which `logits` predicts the next."""
-        segments = whole_rows(*tokens.shape) if segment_ids is None else from_segments(segment_ids)[0]
+        segments = as_segments(segment_ids, tokens.shape)
         return self.final_norm(self._scan_layers(self._embed(tokens), segments))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """hidden E^T with the embedding E; products in the compute dtype, sums in float32."""
-        return _logits(hidden, self.embedding)
+        return tied_logits(hidden, self.embedding[...])
+
+    def decoder(self) -> Decoder:
+        """The model laid out to read tokens into caches, compiled; a copy of the parameters as they are now."""
+        return Decoder(DecoderModule(self))
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """An empty cache for rows of at most `capacity` tokens."""
-        return Decoder(self).init_cache(batch_size, capacity)
+        return DecoderModule(self).init_cache(batch_size, capacity)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float32[Array, "B T V"], ModelCache]:
-        """Reads tokens that follow those in the cache: a prompt, a part of one, or a single step.
-
-        For many calls make a `Decoder` once: this makes one each time.
-
-        Args:
-          segment_ids: as in `__call__`; a row goes on with the document it stood in if the id is the same. Rows of
-            different lengths are padded with 0, which changes no cache. None: all are tokens of document 1.
-
-        Returns:
-          The logits after each token (of no meaning at padding), and the cache with these tokens read.
-        """
-        hidden, cache = Decoder(self).extend(tokens, cache, segment_ids)
+        """As `Decoder.extend`, for use inside a compiled function; it lays the model out anew each time."""
+        hidden, cache = DecoderModule(self).hidden(tokens, cache, segment_ids)
         return self.logits(hidden), cache
 
     def _embed(self, tokens: Array) -> Array:
-        return _embed(tokens, self.embedding, self.config)
+        return self.embedding[...][tokens].astype(self.config.dtype)
 
-    def layer(self, index: int) -> ResidualBlock:
-        """Layer `index` by itself."""
-        place = index % len(self.config.pattern)
-        block = self.blocks[block_name(place, self.config.pattern[place])]
-        graphdef, state = nnx.split(block)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index // len(self.config.pattern)], state))
+    def decoding_layer(self, index: int) -> ResidualBlock:
+        """Layer `index` by itself, operands of matrix products in the compute dtype."""
+        repeat, place = divmod(index, len(self.config.pattern))
+        name = block_name(place, self.config.kinds[place])
+        graphdef, state = nnx.split(self.blocks[name])
+        flat = []
+        for path, param in nnx.to_flat_state(state):
+            spec = parameter_spec(".".join(("blocks", name, *path)))
+            value = param[...][repeat]
+            flat.append((path, param.replace(value.astype(self.config.dtype) if spec.matmul else value)))
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     def _scan_layers(self, x: Array, segments: SegmentInfo) -> Array:
         parts = [nnx.split(block) for _, block in sorted(self.blocks.items())]
@@ -110,70 +101,50 @@ class LanguageModel(nnx.Module):
                 x = run(state, x)
             return x, None
 
-        return jax.lax.scan(run_pattern, x, states, unroll=min(self.config.scan_unroll, self.num_repeats))[0]
+        return jax.lax.scan(run_pattern, x, states, unroll=min(self.config.scan_unroll, self.config.num_repeats))[0]
 
 
-class Decoder(nnx.Module):
-    """A `LanguageModel` laid out to read tokens into a cache: one block a layer, matrices in the compute dtype.
+def block_name(index: int, kind: str) -> str:
+    """Name of the stacked block of an element of the pattern, in `LanguageModel.blocks` and in checkpoints."""
+    return f"{index:02d}_{kind}"
 
-    Stacked float32 parameters would be cut and cast again at every step. Results are those of the model: its matrix
-    products take place in the compute dtype too, and vectors (norm scales, gate biases) stay float32.
+
+_BLOCK_NAME = re.compile(r"(?:^|\.)blocks\.\d+_(?P<kind>\w+)\.(?P<name>.+)$")
+_OWN_PARAMETERS = {"embedding": ParameterSpec(("vocab", "width"), matmul=True), "final_norm.scale": VECTOR}
+
+
+def parameter_spec(name: str) -> ParameterSpec:
+    """What a parameter says of itself, the axis of stacked layers left out.
+
+    Args:
+      name: as in checkpoints, `blocks.00_rat.mixer.in_proj.kernel` say; an optimizer's state may put more in front.
+
+    Raises:
+      ValueError: if no part of the model has such a parameter.
     """
-
-    def __init__(self, model: LanguageModel):
-        def cast(x: Array) -> Array:
-            return x.astype(model.config.dtype) if x.ndim >= 2 else x
-
-        self.config = model.config
-        self.embedding = nnx.Param(cast(model.embedding[...]))
-        parts = [nnx.split(model.layer(i)) for i in range(model.config.num_layers)]
-        self.layers = nnx.List([nnx.merge(graphdef, jax.tree.map(cast, state)) for graphdef, state in parts])
-        self.final_norm = model.final_norm
-
-    def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
-        """An empty cache for rows of at most `capacity` tokens."""
-        return ModelCache(
-            layers=tuple(layer.mixer.init_cache(batch_size, capacity) for layer in self.layers),
-            end=StreamState.empty(batch_size),
-        )
-
-    def extend(
-        self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], ModelCache]:
-        """As `LanguageModel.extend`, but with the final norm's output, of which `logits` may take a part."""
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        segments, end = from_segments(segment_ids, cache.end)
-        x = _embed(tokens, self.embedding, self.config)
-        layer_caches = []
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = layer(x, segments, layer_cache)
-            layer_caches.append(layer_cache)
-        return self.final_norm(x), ModelCache(layers=tuple(layer_caches), end=end)
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
-        """As `LanguageModel.logits`."""
-        return _logits(hidden, self.embedding)
+    in_block = _BLOCK_NAME.search(name)
+    if in_block is None:
+        table, own = _OWN_PARAMETERS, next((own for own in _OWN_PARAMETERS if f".{name}".endswith(f".{own}")), name)
+    else:
+        kind, own = in_block["kind"], in_block["name"]
+        part, _, inner = own.partition(".")
+        match part:
+            case "mixer" if kind in MIXERS:
+                table, own = MIXERS[kind].PARAMETERS, inner
+            case "mlp":
+                table, own = Mlp.PARAMETERS, inner
+            case _:
+                table = ResidualBlock.NORMS
+    if own not in table:
+        raise ValueError(f"{name} is a parameter that no PARAMETERS table of the model's parts names")
+    return table[own]
 
 
-def _embed(tokens: Array, embedding: nnx.Param, config: ModelConfig) -> Array:
-    return embedding[...][tokens].astype(config.dtype)
-
-
-def _logits(hidden: Array, embedding: nnx.Param) -> Array:
-    return jnp.einsum("btd,vd->btv", hidden, embedding[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def block_name(place: int, kind: str) -> str:
-    """Name of the stacked block at a place of the pattern, in `LanguageModel.blocks` and in checkpoints."""
-    return f"{place:02d}_{kind}"
-
-
-def _stacked(kind: str, config: ModelConfig, keys: Array) -> ResidualBlock:
+def _stacked(name: str, config: ModelConfig, keys: Array) -> ResidualBlock:
     """One block a key, their parameters stacked along a leading axis."""
 
     def make(key):
-        return ResidualBlock(kind, config, rngs=nnx.Rngs(key))
+        return ResidualBlock(name, config, rngs=nnx.Rngs(key))
 
     graphdef = nnx.graphdef(nnx.eval_shape(make, keys[0]))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))

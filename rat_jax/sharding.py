@@ -1,33 +1,30 @@
-"""Which device holds what: the mesh, and one table for all parameters.
+"""Which device holds what: the mesh, and one table that maps the axes of parameters to its axes.
 
 The mesh has two axes. `data` repeats the model; `fsdp` cuts parameters and optimizer state into parts, which are
 gathered where they are used. Batches are cut along both.
 """
 
-import re
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rat_jax.config import Config, ConfigError, MeshConfig
-from rat_jax.shapes import Array
+from rat_jax.config import Config, MeshConfig
+from rat_jax.errors import ConfigError
+from rat_jax.mesh import BATCH_AXES
+from rat_jax.model import LanguageModel, parameter_spec
 
-BATCH_AXES = ("data", "fsdp")
-
-# Names of parameters, as in checkpoints, and how they are cut: along `width`, or along all key heads, so that these
-# two must divide by the fsdp axis. Layers are stacked along the first axis, which stays whole: a scan runs over it.
-_PARAMETER_SPECS: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embedding", PartitionSpec(None, "fsdp")),  # [V, D]
-    (r"blocks\.[^.]+\.(mixer\.in_proj|mlp\.up)\.kernel", PartitionSpec(None, "fsdp", None)),  # [layer, D, any]
-    (r"blocks\.[^.]+\.(mixer\.out_proj|mlp\.down)\.kernel", PartitionSpec(None, None, "fsdp")),  # [layer, any, D]
-    (r"blocks\.[^.]+\.mixer\.meta_(key|value)", PartitionSpec(None, None, "fsdp")),  # [layer, token, K H]
-    (r"blocks\.[^.]+\.mixer\.(gate_bias|query_scale|key_scale)", PartitionSpec()),
-    (r"blocks\.[^.]+\.mixer\.(query|key|local|linear)_norm\.scale", PartitionSpec()),
-    (r"blocks\.[^.]+\.(mixer|mlp)_norm\.scale", PartitionSpec()),
-    (r"final_norm\.scale", PartitionSpec()),
-)
+# What each logical axis of a parameter (`rat_jax.parameters`) is cut along. Layers are stacked along the first axis,
+# which stays whole: a scan runs over it.
+MESH_AXES: dict[str, str | None] = {
+    "vocab": None,
+    "width": "fsdp",
+    "projected": None,
+    "mlp": None,
+    "kv_channels": "fsdp",  # K H, of what has no axis along the width
+}
 _LARGEST_REPLICATED = 1 << 20  # elements of a parameter that may stay whole on every device of the fsdp axis
 
 
@@ -63,16 +60,15 @@ def check_divides(config: Config, mesh: Mesh) -> None:
             f"config.data.global_batch_size {config.data.global_batch_size} over config.optimizer.accumulation_steps "
             f"{parts} is {rows} sequences at a time, which do not divide among {mesh.size} devices"
         )
-    if config.model.width % mesh.shape["fsdp"]:
-        raise ConfigError(
-            f"config.model.width {config.model.width} does not divide by the fsdp axis of {mesh.shape['fsdp']} devices"
-        )
-    kv_width = config.model.kv_heads * config.model.head_dim
-    if "rattention" in config.model.pattern and config.model.rattention.meta_tokens and kv_width % mesh.shape["fsdp"]:
-        raise ConfigError(
-            f"the {kv_width} channels of config.model's {config.model.kv_heads} key heads do not divide by the fsdp "
-            f"axis of {mesh.shape['fsdp']} devices, among which the tokens of rattention.meta_tokens are cut"
-        )
+    params = jax.eval_shape(lambda: nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0))))
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        for axis, size in zip(_logical_axes(name, leaf.ndim), leaf.shape, strict=True):
+            mesh_axis = None if axis is None else MESH_AXES[axis]
+            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+                raise ConfigError(
+                    f"config.model has a parameter, {name}, whose axis {axis} of {size} does not divide by the "
+                    f"{mesh_axis} axis of {mesh.shape[mesh_axis]} devices"
+                )
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -86,7 +82,7 @@ def partition_specs(tree: Any) -> Any:
     Scalars are replicated.
 
     Raises:
-      ValueError: if a leaf is none of the table, or is of several lines of it.
+      ValueError: if no part of the model names a leaf.
     """
     leaves, treedef = jax.tree.flatten(tree)
     specs = [_spec(name, leaf.ndim) for name, leaf in zip(leaf_names(tree), leaves, strict=True)]
@@ -124,26 +120,6 @@ def constrain(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, partition_specs(tree))
 
 
-def constrain_rows(tree: Any, axis: int = 0) -> Any:
-    """Inside jit, keeps arrays cut along the axis of batch rows; nothing outside of a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return tree
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(*[None] * axis, BATCH_AXES))
-
-
-def replicate(x: Array) -> Array:
-    """Inside jit, gathers an array on every device; nothing outside of a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
-def rows_per_device(batch_size: int) -> int:
-    """Rows of a batch that one device of the mesh in use holds, rounded up."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return -(-batch_size // (1 if mesh.empty else mesh.size))
-
-
 def global_batch(tree: Any, mesh: Mesh) -> Any:
     """Arrays of all hosts' rows on the mesh, from the rows of this host."""
     sharding = batch_sharding(mesh)
@@ -158,14 +134,20 @@ def _shortest(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+def _logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Axes of a parameter; that of stacked layers, which comes first, has no name."""
+    axes = parameter_spec(name).axes
+    if ndim not in (len(axes), len(axes) + 1):
+        raise ValueError(f"{name} has {ndim} axes, its PARAMETERS table names {axes}")
+    return (None,) * (ndim - len(axes)) + axes
+
+
 def _spec(name: str, ndim: int) -> PartitionSpec:
     if ndim == 0:
         return PartitionSpec()
-    found = [spec for pattern, spec in _PARAMETER_SPECS if re.search(rf"(^|\.){pattern}$", name)]
-    if len(found) != 1:
-        raise ValueError(f"{name}: {len(found)} lines of the table in rat_jax/sharding.py match; exactly one must")
-    check_spec(name, found[0], ndim)
-    return found[0]
+    spec = PartitionSpec(*(None if axis is None else MESH_AXES[axis] for axis in _logical_axes(name, ndim)))
+    check_spec(name, spec, ndim)
+    return spec
 
 
 def check_spec(name: str, spec: PartitionSpec, ndim: int) -> None:

@@ -6,27 +6,34 @@ from flax import nnx
 
 from configs import default
 from rat_jax.config import Config, ModelConfig, config_from_dict
+from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel
 
-PATTERNS = [("attention",), ("local_attention",), ("rnn",), ("rat",), ("rat", "local_attention")]
+# Every kind of mixer alone, and the hybrid.
+PATTERNS = [*((kind,) for kind in MIXERS), ("rat", "local_attention")]
+
+# Windows and chunks are short enough to be crossed many times.
+SETTINGS = {
+    "local_attention": {"window": 5},
+    "rnn": {"max_timescale": 20},
+    "rat": {"chunk_size": 4},
+    "rattention": {"window": 2, "meta_tokens": 3, "learned_scales": True},
+}
 
 
-def small_config() -> Config:
-    """`configs/default.py` with every size cut down; window and chunks are short enough to be crossed many times."""
-    values = default.get_config()
-    values.model.update(
-        {"vocab_size": 31, "width": 16, "num_layers": 2, "num_heads": 4, "mlp_width": 32, "remat": "none"}
-    )
-    values.model.local_attention.window = 5
-    values.model.rnn.max_timescale = 20
-    values.model.rat.chunk_size = 4
-    values.model.rattention.update({"window": 2, "meta_tokens": 3, "learned_scales": True})
+def small_config(pattern: tuple[str, ...] = ("rat", "local_attention")) -> Config:
+    """`configs/default.py` with every size cut down."""
+    values = default.get_config().to_dict()
+    values["model"] |= {"vocab_size": 31, "width": 16, "num_layers": 2, "num_heads": 4, "mlp_width": 32}
+    values["model"] |= {"remat": "none", "pattern": pattern}
+    for kind, settings in SETTINGS.items():
+        values["model"][kind] = values["model"].get(kind, {}) | settings
     return config_from_dict(values)
 
 
 def small_model_config(pattern: tuple[str, ...], **changes) -> ModelConfig:
     """The model of `small_config` with another pattern and other fields."""
-    return dataclasses.replace(small_config().model, pattern=pattern, **changes)
+    return dataclasses.replace(small_config(pattern).model, **changes)
 
 
 def small_model(pattern: tuple[str, ...], seed: int = 0, **changes) -> LanguageModel:

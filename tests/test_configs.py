@@ -48,7 +48,11 @@ def test_round_trip():
     [
         ("model.num_heads", 3, "config.model.width must be a multiple of num_heads, got width 128 and num_heads 3"),
         ("model.num_layers", 3, "config.model.num_layers must be a multiple of the length of pattern"),
-        ("model.rat.num_groups", 3, "num_heads must be a multiple of rat.num_groups, got num_heads 4"),
+        (
+            "model.rat.num_groups",
+            3,
+            "config.model.rat.num_groups must divide num_heads, got num_groups 3 and num_heads",
+        ),
         ("model.num_kv_heads", 3, "num_heads must be a multiple of num_kv_heads, got num_heads 4 and num_kv_heads 3"),
         ("model.mlp_kind", "relu", "config.model.mlp_kind must be one of 'gelu', 'geglu', 'swiglu'"),
         ("model.rattention.meta_tokens", -1, "config.model.rattention.meta_tokens must be 0 or more, got -1"),

@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec
 from rat_jax import sharding
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import ConfigError, MeshConfig, config_from_dict
+from rat_jax.mixers import MIXERS
 from rat_jax.sharding import check_divides, check_spec, leaf_names, make_mesh, partition_specs, shardings
+from tests.small import small_model_config
 from tests.tiny_run import tiny_config
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -51,18 +53,22 @@ class TestTable:
         for name in ("meta_key", "meta_value"):
             assert by_name[f"blocks.00_rattention.mixer.{name}"] == PartitionSpec(None, None, "fsdp")
         with pytest.raises(
-            ConfigError, match=r"the 8 channels of config\.model's 1 key heads do not divide by the fsdp"
+            ConfigError, match=r"mixer\.meta_key, whose axis kv_channels of 8 does not divide by the fsdp axis of 16"
         ):
             check_divides(config, mesh_of(1, 16))
 
-    def test_a_parameter_that_no_line_names(self):
-        with pytest.raises(ValueError, match=r"blocks\.00_rat\.surprise: 0 lines"):
+    def test_a_parameter_that_no_table_names(self):
+        with pytest.raises(ValueError, match=r"blocks\.00_rat\.surprise is a parameter that no PARAMETERS table"):
             partition_specs({"blocks": {"00_rat": {"surprise": jnp.zeros((2, 2))}}})
 
-    def test_a_parameter_that_two_lines_name(self, monkeypatch):
-        monkeypatch.setattr(sharding, "_PARAMETER_SPECS", sharding._PARAMETER_SPECS * 2)
-        with pytest.raises(ValueError, match="embedding: 2 lines"):
-            partition_specs({"embedding": jnp.zeros((2, 2))})
+    def test_a_parameter_with_other_axes_than_its_table_says(self):
+        with pytest.raises(ValueError, match=r"blocks\.00_rat\.mixer\.gate_bias has 3 axes"):
+            partition_specs({"blocks": {"00_rat": {"mixer": {"gate_bias": jnp.zeros((2, 2, 2))}}}})
+
+    @pytest.mark.parametrize("kind", MIXERS)
+    def test_tables_name_every_parameter_of_every_mixer(self, kind):
+        specs = partition_specs(abstract_model(small_model_config((kind,)))[1])
+        assert all(isinstance(x, PartitionSpec) for x in jax.tree.leaves(specs, is_leaf=lambda x: x is not None))
 
     def test_double_use_of_an_axis(self):
         with pytest.raises(ValueError, match=r"w: .* uses an axis of the mesh twice"):
@@ -73,8 +79,7 @@ class TestTable:
             check_spec("w", PartitionSpec(None, "fsdp"), 1)
 
     def test_a_large_parameter_may_not_stay_whole(self, monkeypatch):
-        table = ((r"embedding", PartitionSpec()),)
-        monkeypatch.setattr(sharding, "_PARAMETER_SPECS", table)
+        monkeypatch.setitem(sharding.MESH_AXES, "width", None)
         params = {"embedding": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)}
         with pytest.raises(ValueError, match=r"embedding \(2048, 1024\) would be whole on all 2 devices"):
             shardings(params, mesh_of(1, 2))
@@ -103,7 +108,9 @@ class TestMesh:
             check_divides(config, mesh_of(2, 2))
 
     def test_width(self):
-        with pytest.raises(ConfigError, match=r"width 12 .* 8 devices"):
+        with pytest.raises(
+            ConfigError, match=r"embedding, whose axis width of 12 does not divide by the fsdp axis of 8"
+        ):
             check_divides(tiny_config("data", model__width=12), mesh_of(1, 8))
 
 

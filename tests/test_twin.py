@@ -1,6 +1,5 @@
 """The models against their PyTorch twin on shapes drawn at random: logits, and the gradient of every parameter."""
 
-import dataclasses
 import functools
 import random
 
@@ -11,8 +10,9 @@ import pytest
 from flax import nnx
 
 from rat_jax.checkpoints.store import abstract_model
+from rat_jax.config import ModelConfig
+from rat_jax.mixers import MIXERS, AttentionConfig, LocalAttentionConfig, RatConfig, RnnConfig
 from rat_jax.release.weights import release_state_dict
-from tests.small import small_model_config
 
 torch = pytest.importorskip("torch")
 twin = pytest.importorskip("tests.torch_twin")
@@ -30,34 +30,35 @@ def random_config(pattern, seed):
     num_groups = draw.choice([1, 2, 3])
     num_heads, head_dim, tokens = num_groups * draw.choice([1, 2]), draw.choice([4, 6]), draw.choice([13, 19, 23])
     chunk_size = [draw.choice([3, 4]), draw.choice([5, 8]), 1, tokens][seed]
-    base = small_model_config(pattern)
-    config = dataclasses.replace(
-        base,
+    settings = {
+        "attention": {"rope": seed % 2 == 0},
+        "local_attention": {"window": draw.choice([0, 4, 7]), "rope": seed % 2 == 0},
+        "rnn": {"max_timescale": 20},
+        "rat": {"chunk_size": chunk_size, "num_groups": num_groups, "rope": seed % 2 == 0},
+    }
+    config = ModelConfig(
         vocab_size=draw.choice([17, 29]),
         width=num_heads * head_dim,
         num_heads=num_heads,
         mlp_width=draw.choice([20, 28]),
         num_layers=len(pattern) * 2,
-        attention=dataclasses.replace(base.attention, rope=seed % 2 == 0),
-        local_attention=dataclasses.replace(base.local_attention, window=draw.choice([0, 4, 7]), rope=seed % 2 == 0),
-        rat=dataclasses.replace(base.rat, chunk_size=chunk_size, num_groups=num_groups, rope=seed % 2 == 0),
+        pattern=pattern,
+        mixers={kind: MIXERS[kind].Config(**settings[kind]) for kind in pattern},
     )
     return config, tokens
 
 
 def make_twin(config):
-    def mixer(kind):
-        match kind:
-            case "attention":
-                return twin.Attention(config.width, config.num_heads, rope=config.attention.rope)
-            case "local_attention":
-                local = config.local_attention
-                return twin.Attention(config.width, config.num_heads, local.window, local.rope)
-            case "rnn":
+    def mixer(name):
+        match config.mixers[name]:
+            case AttentionConfig(rope=rope):
+                return twin.Attention(config.width, config.num_heads, rope=rope)
+            case LocalAttentionConfig(window=window, rope=rope):
+                return twin.Attention(config.width, config.num_heads, window, rope)
+            case RnnConfig():
                 return twin.Rnn(config.width)
-            case "rat":
-                rat = config.rat
-                return twin.Rat(config.width, config.num_heads, rat.num_groups, rat.chunk_size, rat.rope)
+            case RatConfig(chunk_size=chunk_size, num_groups=num_groups, rope=rope):
+                return twin.Rat(config.width, config.num_heads, num_groups, chunk_size, rope)
 
     mixers = [mixer(config.pattern[i % len(config.pattern)]) for i in range(config.num_layers)]
     return twin.Model(config.vocab_size, config.width, config.mlp_width, mixers).double()

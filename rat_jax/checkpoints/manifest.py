@@ -10,21 +10,10 @@ from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
 from rat_jax.files import write_json
 
-FORMAT_VERSION = 2
-_ADDED = {  # fields of `config.model` that version 1 did not have, with what its models were
-    "num_kv_heads": None,
-    "qk_norm": False,
-    "mlp_kind": "gelu",
-    "scan_unroll": 1,
-    "rattention": {
-        "window": 32,
-        "rope": True,
-        "rope_base": 500_000.0,
-        "feature_map": "softmax",
-        "meta_tokens": 0,
-        "learned_scales": False,
-    },
-}
+FORMAT_VERSION = 3
+# 1, 2: the config holds the settings of every mixer there was, whether the model has it or not; 1 lacks later fields.
+# Both are read as they are: what is not there has its default, and what the model does not have is dropped.
+_READ_VERSIONS = (1, 2, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
 
 
@@ -49,11 +38,9 @@ class Manifest:
         file = path / MANIFEST_FILE
         try:
             values = json.loads(file.read_text())
-            if (version := values.pop("format_version")) not in (1, FORMAT_VERSION):
-                raise CheckpointError(f"{file} has format version {version}; this code reads {FORMAT_VERSION} and 1")
-            if version == 1:
-                values["config"]["model"] |= _ADDED
-                values["config"]["data"]["first_target_id"] = 0
+            if (version := values.pop("format_version")) not in _READ_VERSIONS:
+                known = ", ".join(map(str, _READ_VERSIONS))
+                raise CheckpointError(f"{file} has format version {version}; this code reads {known}")
             return cls(**values | {"config": config_from_dict(values["config"])})
         except FileNotFoundError:
             raise CheckpointError(f"{path} was not finished: it has no {MANIFEST_FILE}") from None

@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any
 
-from rat_jax.config import MIXER_KINDS, Config, config_to_dict
+from rat_jax.config import Config, config_to_dict
 from rat_jax.errors import RatJaxError
 from rat_jax.files import write_json
 
@@ -138,13 +138,10 @@ def _refuse(differences: list[str], path: pathlib.Path, problem: str) -> None:
 
 def _differences(saved: Config, current: Config, free: tuple[str, ...]) -> list[str]:
     there, here = _flatten(config_to_dict(saved), ""), _flatten(config_to_dict(current), "")
-    # A mixer that neither model has decides nothing, whatever its fields say.
-    kinds = set(saved.model.pattern + current.model.pattern)
-    absent = tuple(f"model.{kind}." for kind in MIXER_KINDS if kind not in kinds)
     return [
-        f"config.{name} is {there[name]!r} there, {here[name]!r} now"
-        for name in here
-        if there[name] != here[name] and name not in free and not name.startswith(absent)
+        f"config.{name} is {there.get(name, 'not set')!r} there, {here.get(name, 'not set')!r} now"
+        for name in {**here, **there}
+        if there.get(name) != here.get(name) and name not in free
     ]
 
 

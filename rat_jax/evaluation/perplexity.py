@@ -20,9 +20,10 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.errors import RatJaxError
+from rat_jax.mesh import constrain_rows, replicate, rows_per_device
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32
-from rat_jax.sharding import constrain_rows, global_batch, replicate, rows_per_device
+from rat_jax.sharding import global_batch
 
 _BLOCK_LOGITS = 1 << 26  # logits that a device holds at a time
 _FIRST_BUCKET = 16  # positions

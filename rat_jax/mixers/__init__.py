@@ -1,36 +1,50 @@
 """Token mixers: the parts of a layer that move information between tokens.
 
-One contract for all: `mixer(x, segments, cache=None) -> (y, cache)` with x and y [B, T, D]. Without a cache the tokens
-start their rows (training, scoring); with one they follow those the cache has seen (prefill, chunked prefill, steps),
-and the new cache comes back. `mixer.init_cache(batch_size, capacity)` makes an empty one.
+  layer = Rat(width=512, num_heads=8, chunk_size=16, rngs=nnx.Rngs(0))
+  y = layer(x)                                    # [B, T, D] -> [B, T, D], each row one document
+  y = layer(x, segment_ids=segment_ids)           # packed documents and padding
+  cache = layer.init_cache(batch_size=2, capacity=1024)
+  y, cache = layer.extend(x, cache)               # prefill, chunked prefill, single steps
+
+`rat_jax.mixers.base` has the contract, which models use too. All that is peculiar to a kind of mixer is in its file; a
+new kind is a new file and a line of `MIXERS`.
 """
 
-from flax import nnx
+from rat_jax.mixers.attention import Attention, AttentionConfig
+from rat_jax.mixers.base import LayerCache, Mixer, MixerConfig, ModelShape
+from rat_jax.mixers.local_attention import LocalAttention, LocalAttentionConfig
+from rat_jax.mixers.rat import Rat, RatConfig
+from rat_jax.mixers.rattention import Rattention, RattentionConfig
+from rat_jax.mixers.rnn import Rnn, RnnConfig
 
-from rat_jax.config import ModelConfig
-from rat_jax.mixers.attention import Attention, AttentionCache
-from rat_jax.mixers.local_attention import LocalAttention, LocalAttentionCache
-from rat_jax.mixers.rat import Rat
-from rat_jax.mixers.rattention import Rattention, RattentionCache
-from rat_jax.mixers.rnn import Rnn, RnnCache
-from rat_jax.ops.rat_types import RatState
+__all__ = [
+    "MIXERS",
+    "Attention",
+    "AttentionConfig",
+    "LayerCache",
+    "LocalAttention",
+    "LocalAttentionConfig",
+    "Mixer",
+    "MixerConfig",
+    "ModelShape",
+    "Rat",
+    "RatConfig",
+    "Rattention",
+    "RattentionConfig",
+    "Rnn",
+    "RnnConfig",
+    "kind_of",
+]
 
-Mixer = Attention | LocalAttention | Rnn | Rat | Rattention
-MixerCache = AttentionCache | LocalAttentionCache | RnnCache | RatState | RattentionCache
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "local_attention": LocalAttention,
+    "rnn": Rnn,
+    "rat": Rat,
+    "rattention": Rattention,
+}
 
 
-def make_mixer(kind: str, config: ModelConfig, rngs: nnx.Rngs) -> Mixer:
-    """A new mixer of one of the kinds of `config.pattern`."""
-    match kind:
-        case "attention":
-            return Attention(config, rngs=rngs)
-        case "local_attention":
-            return LocalAttention(config, rngs=rngs)
-        case "rnn":
-            return Rnn(config, rngs=rngs)
-        case "rat":
-            return Rat(config, rngs=rngs)
-        case "rattention":
-            return Rattention(config, rngs=rngs)
-        case _:
-            raise ValueError(f"no mixer is called {kind!r}")
+def kind_of(config: MixerConfig) -> str:
+    """The kind of mixer that a config is of."""
+    return next(kind for kind, mixer in MIXERS.items() if mixer.Config is type(config))

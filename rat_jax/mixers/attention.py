@@ -1,17 +1,46 @@
 """Causal softmax attention over all earlier tokens."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.config import ModelConfig
+from rat_jax.errors import require
 from rat_jax.layers import RmsNorm, projection
+from rat_jax.mixers.base import (
+    Mixer,
+    MixerConfig,
+    ModelShape,
+    ReleaseCell,
+    bytes_of,
+    filled,
+    require_even_heads,
+)
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rope import rotate
+from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Causal softmax attention over all earlier tokens."""
+
+    rope: bool = True  # rotate queries and keys by their position; False is NoPE
+    rope_base: float = 10_000.0  # arXiv 2104.09864; the longest wavelength of the rotation is 2 pi rope_base tokens
+
+    def __post_init__(self):
+        require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
+
+    def check(self, shape: ModelShape) -> None:
+        require_even_heads(self.rope, shape)
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        return (seq_len + 1) / 2
 
 
 @jax.tree_util.register_dataclass
@@ -24,63 +53,115 @@ class AttentionCache:
     segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
 
 
-class Attention(nnx.Module):
-    """y = W_o softmax(q k^T / sqrt(H)) v with q, k rotated by position; one projection gives v, q, k in this order.
+class HeadProjections(Mixer):
+    """What `Attention` and `LocalAttention` share: one projection that gives v, q, k in this order, and the output's.
 
-    With fewer key than query heads, neighbouring query heads share one (arXiv 2305.13245); with `qk_norm` q and k are
-    normalised before they are rotated (arXiv 2302.05442, with RMS norms).
+    With fewer key than query heads, neighbouring query heads share one; with `qk_norm` q and k are normalised before
+    they are rotated.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype = jnp.dtype(config.dtype)
-        self.in_proj = projection(config.width, config.width + 2 * config.kv_heads * config.head_dim, dtype, rngs)
-        self.out_proj = projection(config.width, config.width, dtype, rngs)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
+        "in_proj.kernel": MATRIX_IN,
+        "out_proj.kernel": MATRIX_OUT,
+        "query_norm.scale": VECTOR,
+        "key_norm.scale": VECTOR,
+    }
 
-    def init_cache(self, batch_size: int, capacity: int) -> AttentionCache:
-        """An empty cache with room for `capacity` tokens a row; tokens past that are not remembered."""
-        shape = (batch_size, capacity, self.config.kv_heads, self.config.head_dim)
-        zeros = jnp.zeros(shape, self.config.dtype)
+    def __init__(self, shape: ModelShape, config: MixerConfig, rngs: nnx.Rngs):
+        config.check(shape)
+        self.shape, self.config = shape, config
+        kv_width = shape.kv_heads * shape.head_dim
+        self.in_proj = projection(shape.width, shape.width + 2 * kv_width, jnp.dtype(shape.dtype), rngs)
+        self.out_proj = projection(shape.width, shape.width, jnp.dtype(shape.dtype), rngs)
+        if shape.qk_norm:
+            self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
+
+    def _heads(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values."""
+        kv_width = self.shape.kv_heads * self.shape.head_dim
+        parts = jnp.split(self.in_proj(x), [kv_width, kv_width + self.shape.width], axis=-1)
+        value, query, key = (part.reshape(*part.shape[:2], -1, self.shape.head_dim) for part in parts)
+        if self.shape.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.config.rope:
+            query, key = (rotate(heads, segments.positions, self.config.rope_base) for heads in (query, key))
+        return query, key, value
+
+
+class Attention(HeadProjections):
+    """y = W_o softmax(q k^T / sqrt(H)) v with q, k rotated by position, over all earlier tokens of the document."""
+
+    Config = AttentionConfig
+    RELEASE = ReleaseCell("attention", fields={}, has_heads=True, rotation="rope")
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rope: bool = AttentionConfig.rope,
+        rope_base: float = AttentionConfig.rope_base,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes parameters from `rngs`; the arguments are those of `AttentionConfig` and `ModelShape`.
+
+        Raises:
+          ConfigError: naming the argument that does not fit.
+        """
+        shape = ModelShape(
+            width=width, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, dtype=jnp.dtype(dtype).name
+        )
+        super().__init__(shape, AttentionConfig(rope, rope_base), rngs)
+
+    @classmethod
+    def from_config(cls, config: AttentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Attention":
+        return cls(
+            shape.width,
+            shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            qk_norm=shape.qk_norm,
+            dtype=shape.dtype,
+            **dataclasses.asdict(config),
+            rngs=rngs,
+        )
+
+    def mix(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: AttentionCache | None = None
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
+        query, key, value = self._heads(x, segments)
+        info = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
+        key_info = info
+        if memory is not None:
+            memory = _append(memory, key, value, segments)
+            key, value = memory.key, memory.value
+            slots = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+            key_info = KeyInfo(memory.segment_ids, jnp.broadcast_to(slots, memory.segment_ids.shape))
+        mixed = attention(query, key, value, query_info=info, key_info=key_info)
+        return self.out_proj(mixed.out.reshape(x.shape)), memory
+
+    def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
+        shape = (batch_size, capacity, self.shape.kv_heads, self.shape.head_dim)
+        zeros = jnp.zeros(shape, self.shape.dtype)
         return AttentionCache(zeros, zeros, jnp.zeros(shape[:2], jnp.int32))
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: AttentionCache | None = None
-    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        """Mixes tokens; see `rat_jax.mixers` for the contract."""
-        query, key, value = split_heads(self.in_proj(x), self.config)
-        if self.config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.config.attention.rope:
-            base = self.config.attention.rope_base
-            query, key = rotate(query, segments.positions, base), rotate(key, segments.positions, base)
-        place = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
-        key_info = place
-        if cache is not None:
-            cache = _append(cache, key, value, segments)
-            key, value = cache.key, cache.value
-            slots = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-            key_info = KeyInfo(cache.segment_ids, jnp.broadcast_to(slots, cache.segment_ids.shape))
-        mixed = attention(query, key, value, query_info=place, key_info=key_info)
-        return self.out_proj(mixed.out.reshape(x.shape)), cache
+    def memory_at(self, memory: AttentionCache, position: Int[Array, ""]) -> AttentionCache:
+        batch_size, capacity = memory.segment_ids.shape
+        return dataclasses.replace(memory, segment_ids=filled(capacity, position, batch_size))
+
+    def step_bytes(self, memory: AttentionCache, position: int) -> int:
+        return 2 * bytes_of(memory.key, position)
 
 
-def split_heads(
-    projected: Float[Array, "B T D+2*K*H"], config: ModelConfig
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values of a projection that holds v, q, k."""
-    kv_width = config.kv_heads * config.head_dim
-    parts = jnp.split(projected, [kv_width, kv_width + config.width], axis=-1)
-    value, query, key = (x.reshape(*x.shape[:2], -1, config.head_dim) for x in parts)
-    return query, key, value
-
-
-def _append(cache: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> AttentionCache:
-    slots = jnp.where(segments.is_token, segments.token_index, cache.key.shape[1])
+def _append(memory: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> AttentionCache:
+    slots = jnp.where(segments.is_token, segments.token_index, memory.key.shape[1])
     rows = jnp.arange(slots.shape[0])[:, None]
     return AttentionCache(
-        key=cache.key.at[rows, slots].set(key, mode="drop"),
-        value=cache.value.at[rows, slots].set(value, mode="drop"),
-        segment_ids=cache.segment_ids.at[rows, slots].set(segments.segment_ids, mode="drop"),
+        key=memory.key.at[rows, slots].set(key, mode="drop"),
+        value=memory.value.at[rows, slots].set(value, mode="drop"),
+        segment_ids=memory.segment_ids.at[rows, slots].set(segments.segment_ids, mode="drop"),
     )

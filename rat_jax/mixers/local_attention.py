@@ -6,19 +6,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.config import ModelConfig
-from rat_jax.layers import RmsNorm, projection
-from rat_jax.mixers.attention import split_heads
+from rat_jax.errors import require
+from rat_jax.mixers.attention import HeadProjections
+from rat_jax.mixers.base import MixerConfig, ModelShape, ReleaseCell, bytes_of, require_even_heads
 from rat_jax.ops.attention import KeyInfo, attention
-from rat_jax.ops.rope import rotate
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalAttentionConfig(MixerConfig):
+    """Causal softmax attention within a sliding window."""
+
+    window: int = 1024  # W, earlier tokens that a token sees beside itself; arXiv 2507.04416, the hybrids' 1024
+    rope: bool = True  # rotate queries and keys by their position; False is NoPE
+    rope_base: float = 10_000.0  # arXiv 2104.09864
+
+    def __post_init__(self):
+        require(self.window >= 0, f"window must be 0 or more, got {self.window}")
+        require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
+
+    def check(self, shape: ModelShape) -> None:
+        require_even_heads(self.rope, shape)
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        return mean_keys_in_window(self.window, seq_len)
+
+
+def mean_keys_in_window(window: int, seq_len: int) -> float:
+    """Keys that a token sees on average, itself and at most `window` before it."""
+    largest = min(window + 1, seq_len)
+    return largest - largest * (largest - 1) / (2 * seq_len)  # the first `largest` tokens see 1, 2, ..., largest
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LocalAttentionCache:
-    """A ring of the last W + 1 tokens: token s of the row (padding not counted) stands in slot s mod (W + 1)."""
+    """A ring of the last W + 1 tokens: token s of the row (padding not counted) is in slot s mod (W + 1)."""
 
     key: Float[Array, "B W+1 K H"]  # rotated
     value: Float[Array, "B W+1 K H"]
@@ -26,10 +50,10 @@ class LocalAttentionCache:
     token_index: Int[Array, "B W+1"]  # which token of the row a slot holds
 
     @classmethod
-    def empty(cls, batch_size: int, capacity: int, window: int, config: ModelConfig) -> "LocalAttentionCache":
+    def empty(cls, batch_size: int, capacity: int, window: int, shape: ModelShape) -> "LocalAttentionCache":
         """The ring before the first token; its size does not grow with `capacity` once that exceeds the window."""
-        shape = (batch_size, min(window + 1, capacity), config.kv_heads, config.head_dim)
-        zeros, none = jnp.zeros(shape, config.dtype), jnp.zeros(shape[:2], jnp.int32)
+        ring = (batch_size, min(window + 1, capacity), shape.kv_heads, shape.head_dim)
+        zeros, none = jnp.zeros(ring, shape.dtype), jnp.zeros(ring[:2], jnp.int32)
         return cls(zeros, zeros, segment_ids=none, token_index=none)
 
     def extend(self, new: "LocalAttentionCache") -> tuple["LocalAttentionCache", "LocalAttentionCache"]:
@@ -39,34 +63,75 @@ class LocalAttentionCache:
             return written, written
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, new), written
 
+    def at(self, position: Int[Array, ""]) -> "LocalAttentionCache":
+        """The ring after `position` tokens of one document, its keys and values as they are."""
+        size = self.token_index.shape[1]
+        slots = jnp.arange(size)
+        index = position - 1 - (position - 1 - slots) % size  # the last token before `position` of each slot
+        index = jnp.broadcast_to(index[None], self.token_index.shape).astype(jnp.int32)
+        return dataclasses.replace(self, segment_ids=(index >= 0).astype(jnp.int32), token_index=index)
 
-class LocalAttention(nnx.Module):
-    """Attention in which a token sees itself and the `window` tokens before it; projections as in `Attention`."""
+    def bytes_read(self, position: int) -> int:
+        """Bytes that a step at `position` reads of keys and values."""
+        return 2 * bytes_of(self.key, position)
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype = jnp.dtype(config.dtype)
-        self.in_proj = projection(config.width, config.width + 2 * config.kv_heads * config.head_dim, dtype, rngs)
-        self.out_proj = projection(config.width, config.width, dtype, rngs)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
 
-    def init_cache(self, batch_size: int, capacity: int) -> LocalAttentionCache:
-        """An empty cache; its size does not grow with `capacity` once that exceeds the window."""
-        return LocalAttentionCache.empty(batch_size, capacity, self.config.local_attention.window, self.config)
+class LocalAttention(HeadProjections):
+    """y = W_o softmax(q k^T / sqrt(H)) v as in `Attention`, over a token itself and the `window` tokens before it."""
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: LocalAttentionCache | None = None
+    Config = LocalAttentionConfig
+    RELEASE = ReleaseCell("local_attention", fields={"window_size": "window"}, has_heads=True, rotation="rope")
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        window: int = LocalAttentionConfig.window,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rope: bool = LocalAttentionConfig.rope,
+        rope_base: float = LocalAttentionConfig.rope_base,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes parameters from `rngs`; the arguments are those of `LocalAttentionConfig` and `ModelShape`.
+
+        Raises:
+          ConfigError: naming the argument that does not fit.
+        """
+        shape = ModelShape(
+            width=width, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, dtype=jnp.dtype(dtype).name
+        )
+        super().__init__(shape, LocalAttentionConfig(window, rope, rope_base), rngs)
+
+    @classmethod
+    def from_config(cls, config: LocalAttentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "LocalAttention":
+        return cls(
+            shape.width,
+            shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            qk_norm=shape.qk_norm,
+            dtype=shape.dtype,
+            **dataclasses.asdict(config),
+            rngs=rngs,
+        )
+
+    def mix(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: LocalAttentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], LocalAttentionCache | None]:
-        """Mixes tokens; see `rat_jax.mixers` for the contract."""
-        query, key, value = split_heads(self.in_proj(x), self.config)
-        if self.config.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.config.local_attention.rope:
-            base = self.config.local_attention.rope_base
-            query, key = rotate(query, segments.positions, base), rotate(key, segments.positions, base)
-        mixed, cache = attend_in_window(query, key, value, segments, cache, self.config.local_attention.window)
-        return self.out_proj(mixed.reshape(x.shape)), cache
+        query, key, value = self._heads(x, segments)
+        mixed, memory = attend_in_window(query, key, value, segments, memory, self.config.window)
+        return self.out_proj(mixed.reshape(x.shape)), memory
+
+    def init_memory(self, batch_size: int, capacity: int) -> LocalAttentionCache:
+        return LocalAttentionCache.empty(batch_size, capacity, self.config.window, self.shape)
+
+    def memory_at(self, memory: LocalAttentionCache, position: Int[Array, ""]) -> LocalAttentionCache:
+        return memory.at(position)
+
+    def step_bytes(self, memory: LocalAttentionCache, position: int) -> int:
+        return memory.bytes_read(position)
 
 
 def attend_in_window(
@@ -74,14 +139,14 @@ def attend_in_window(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     segments: SegmentInfo,
-    cache: LocalAttentionCache | None,
+    memory: LocalAttentionCache | None,
     window: int,
 ) -> tuple[Float[Array, "B T N H"], LocalAttentionCache | None]:
     """Attention of new tokens to themselves and to `window` earlier ones, and the ring after them if there was one."""
     seen = LocalAttentionCache(key, value, segments.segment_ids, segments.token_index)
-    aligned = cache is None
-    if cache is not None:
-        seen, cache = cache.extend(seen)
+    aligned = memory is None
+    if memory is not None:
+        seen, memory = memory.extend(seen)
     attended = attention(
         query,
         seen.key,
@@ -91,14 +156,14 @@ def attend_in_window(
         window=window,
         aligned=aligned,
     )
-    return attended.out, cache
+    return attended.out, memory
 
 
-def _write(cache: LocalAttentionCache, new: LocalAttentionCache) -> LocalAttentionCache:
+def _write(ring: LocalAttentionCache, new: LocalAttentionCache) -> LocalAttentionCache:
     """The ring after new tokens; of those that would share a slot only the last is written."""
-    size = cache.token_index.shape[1]
+    size = ring.token_index.shape[1]
     is_token = new.segment_ids != 0
     last = jnp.max(jnp.where(is_token, new.token_index, -1), axis=1, keepdims=True)
     slots = jnp.where(is_token & (new.token_index > last - size), new.token_index % size, size)
     rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda old, added: old.at[rows, slots].set(added, mode="drop"), cache, new)
+    return jax.tree.map(lambda old, added: old.at[rows, slots].set(added, mode="drop"), ring, new)

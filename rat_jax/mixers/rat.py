@@ -1,50 +1,135 @@
 """RAT: gated recurrence inside chunks, softmax attention across chunk summaries (arXiv 2507.04416)."""
 
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.config import ModelConfig
+from rat_jax.errors import require
 from rat_jax.layers import chrono_gate_bias, projection
-from rat_jax.ops.rat import rat_mix
+from rat_jax.mixers.base import (
+    Mixer,
+    MixerConfig,
+    ModelShape,
+    ReleaseCell,
+    bytes_of,
+    filled,
+    require_even_heads,
+)
+from rat_jax.ops.rat import RatImplementation, rat_mix
 from rat_jax.ops.rat_types import RatState
+from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float
+from rat_jax.shapes import Array, Float, Int
 
 
-class Rat(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class RatConfig(MixerConfig):
+    """Gated linear recurrence inside chunks, softmax attention across chunk summaries; defaults of arXiv 2507.04416."""
+
+    chunk_size: int = 16  # L, tokens; 1 is gated attention over all tokens, the sequence length is a gated RNN
+    num_groups: int = 2  # G, query and key projections; head n uses group n mod G
+    rope: bool = True  # rotate by the chunk's position; False is NoPE
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        require(self.chunk_size >= 1, f"chunk_size must be 1 or more, got {self.chunk_size}")
+        require(self.num_groups >= 1, f"num_groups must be 1 or more, got {self.num_groups}")
+        require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
+
+    def check(self, shape: ModelShape) -> None:
+        require(
+            shape.num_heads % self.num_groups == 0,
+            f"num_groups must divide num_heads, got num_groups {self.num_groups} and num_heads {shape.num_heads}",
+        )
+        require_even_heads(self.rope, shape)
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        return (seq_len / min(self.chunk_size, seq_len) - 1) / 2 + 1
+
+
+class Rat(Mixer):
     """y = W_o rat_mix(W_i x); one projection gives z, v, g, q, k in this order. See `rat_jax.ops.rat` for the op."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype = jnp.dtype(config.dtype)
-        grouped = config.rat.num_groups * config.head_dim
-        self.in_proj = projection(config.width, 3 * config.width + 2 * grouped, dtype, rngs)
-        self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), config.width, config.rat.chunk_size))
+    Config = RatConfig
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
+        "in_proj.kernel": MATRIX_IN,
+        "out_proj.kernel": MATRIX_OUT,
+        "gate_bias": VECTOR,
+    }
+    IMPLEMENTATIONS = typing.get_args(RatImplementation)
+    RELEASE = ReleaseCell(
+        "rat",
+        fields={"ngroups": "num_groups", "chunk_size": "chunk_size"},
+        has_heads=True,
+        rotation="interrope",
+        parameters={"gate_bias": ("gate_bias",)},
+    )
 
-    def init_cache(self, batch_size: int, capacity: int) -> RatState:
-        """An empty cache with room for `capacity` tokens a row: one pair of vectors for every full chunk."""
-        return RatState.empty(
-            batch_size,
-            capacity,
-            self.config.num_heads,
-            self.config.head_dim,
-            self.config.rat.chunk_size,
-            jnp.dtype(self.config.dtype),
-        )
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        chunk_size: int = RatConfig.chunk_size,
+        num_groups: int = RatConfig.num_groups,
+        rope: bool = RatConfig.rope,
+        rope_base: float = RatConfig.rope_base,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: RatImplementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes parameters from `rngs`; the arguments are those of `RatConfig` and `ModelShape`.
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RatState | None = None
+        Raises:
+          ConfigError: naming the argument that does not fit.
+        """
+        self.shape = ModelShape(width=width, num_heads=num_heads, dtype=jnp.dtype(dtype).name)
+        self.config = RatConfig(chunk_size, num_groups, rope, rope_base)
+        self.config.check(self.shape)
+        self.implementation = implementation
+        grouped = num_groups * self.shape.head_dim
+        self.in_proj = projection(width, 3 * width + 2 * grouped, jnp.dtype(dtype), rngs)
+        self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
+        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, chunk_size))
+
+    @classmethod
+    def from_config(cls, config: RatConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rat":
+        return cls(shape.width, shape.num_heads, dtype=shape.dtype, **dataclasses.asdict(config), rngs=rngs)
+
+    def mix(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RatState | None = None
     ) -> tuple[Float[Array, "B T D"], RatState | None]:
-        """Mixes tokens; see `rat_jax.mixers` for the contract."""
         mixed = rat_mix(
             self.in_proj(x),
             self.gate_bias[...],
             segments,
-            num_heads=self.config.num_heads,
-            num_groups=self.config.rat.num_groups,
-            chunk_size=self.config.rat.chunk_size,
-            rope_base=self.config.rat.rope_base if self.config.rat.rope else None,
-            state=cache,
+            num_heads=self.shape.num_heads,
+            num_groups=self.config.num_groups,
+            chunk_size=self.config.chunk_size,
+            rope_base=self.config.rope_base if self.config.rope else None,
+            state=memory,
+            implementation=self.implementation,
         )
         return self.out_proj(mixed.out), mixed.state
+
+    def init_memory(self, batch_size: int, capacity: int) -> RatState:
+        shape, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        return RatState.empty(batch_size, capacity, shape.num_heads, shape.head_dim, self.config.chunk_size, dtype)
+
+    def memory_at(self, memory: RatState, position: Int[Array, ""]) -> RatState:
+        batch_size, num_slots = memory.summary_segment_ids.shape
+        count = position // self.config.chunk_size
+        return dataclasses.replace(
+            memory,
+            summary_segment_ids=filled(num_slots, count, batch_size),
+            num_summaries=count * jnp.ones_like(memory.num_summaries),
+        )
+
+    def step_bytes(self, memory: RatState, position: int) -> int:
+        summaries = 2 * bytes_of(memory.summary_key, position // self.config.chunk_size)
+        return summaries + 2 * bytes_of(memory.key)

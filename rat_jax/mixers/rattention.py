@@ -1,23 +1,56 @@
 """RAttention: a sliding window, and residual linear attention over all that has left it (arXiv 2506.15545)."""
 
 import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.config import ModelConfig
+from rat_jax.errors import require
 from rat_jax.layers import INITIAL_STD, PerHeadRmsNorm, RmsNorm, projection
-from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window
-from rat_jax.ops.linear_attention import linear_attention
+from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_even_heads
+from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window, mean_keys_in_window
+from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.linear_attention_xla import features, lagged
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate
+from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32
+from rat_jax.shapes import Array, Float, Float32, Int
 
 _BRANCH_NORM_EPSILON = 1e-8
+_META = ParameterSpec((None, "kv_channels"), matmul=True)  # [meta_tokens, K H]
+
+
+@dataclasses.dataclass(frozen=True)
+class RattentionConfig(MixerConfig):
+    """Softmax attention within a sliding window, linear attention over what has left it; defaults of the paper."""
+
+    window: int = 512  # W, earlier tokens that the window's attention sees beside a token itself
+    rope: bool = True  # of the window's attention; False is NoPE
+    rope_base: float = 500_000.0
+    feature_map: Literal["softmax", "relu"] = "softmax"  # of the linear branch: [m(x), m(-x)] over a head's channels
+    meta_tokens: int = 0  # learned pairs of key and value that the linear state starts from (the paper's option: 128)
+    learned_scales: bool = False  # multiply the linear branch's queries and keys by learned vectors before the features
+
+    def __post_init__(self):
+        require(self.window >= 0, f"window must be 0 or more, got {self.window}")
+        require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
+        require(self.meta_tokens >= 0, f"meta_tokens must be 0 or more, got {self.meta_tokens}")
+        known = ("softmax", "relu")
+        require(self.feature_map in known, f"feature_map must be one of {known}, got {self.feature_map!r}")
+
+    def check(self, shape: ModelShape) -> None:
+        require_even_heads(self.rope, shape)
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        # The state of 2 H by H is written once for each key head and read once for each query head.
+        state = shape.head_dim * (1 + shape.kv_heads / shape.num_heads)
+        return mean_keys_in_window(self.window, seq_len) + state
 
 
 @jax.tree_util.register_dataclass
@@ -29,117 +62,172 @@ class RattentionCache:
     state: Float32[Array, "B K 2*H H"]  # of the last document, without the learned initial state
 
 
-class Rattention(nnx.Module):
-    """y = W_o (RMS_a(local) + RMS_b(linear)), two branches that read each past token once between them.
+class Rattention(Mixer):
+    """y = W_o (RMS_a(local) + RMS_b(linear)): together the two branches read each past token exactly once.
 
     One projection gives q, k, v in this order; with `qk_norm` q and k are normalised. The local branch is attention to
     the token itself and the `window` tokens before it, with q and k rotated; the linear branch is
     `residual_linear_attention` of the same q, k and v before the rotation. Each branch is normalised head by head.
 
     Options: `meta_tokens` M > 0 lets the linear branch's state start from sum_m phi(k_m)^T v_m over M learned pairs;
-    `learned_scales` multiplies its queries and keys by learned vectors.
+    `learned_scales` multiplies its queries and keys by learned vectors. `implementation` is that of the linear branch
+    where there is no cache.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype, options = jnp.dtype(config.dtype), config.rattention
-        kv_width = config.kv_heads * config.head_dim
-        self.in_proj = projection(config.width, config.width + 2 * kv_width, dtype, rngs)
-        self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.local_norm = PerHeadRmsNorm(config.width, _BRANCH_NORM_EPSILON)
-        self.linear_norm = PerHeadRmsNorm(config.width, _BRANCH_NORM_EPSILON)
-        if config.qk_norm:
-            self.query_norm, self.key_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
-        if options.learned_scales:
-            self.query_scale = nnx.Param(jnp.ones((config.width,), jnp.float32))
+    Config = RattentionConfig
+    IMPLEMENTATIONS = typing.get_args(LinearImplementation)
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
+        "in_proj.kernel": MATRIX_IN,
+        "out_proj.kernel": MATRIX_OUT,
+        "query_norm.scale": VECTOR,
+        "key_norm.scale": VECTOR,
+        "local_norm.scale": VECTOR,
+        "linear_norm.scale": VECTOR,
+        "query_scale": VECTOR,
+        "key_scale": VECTOR,
+        "meta_key": _META,
+        "meta_value": _META,
+    }
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        window: int = RattentionConfig.window,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        rope: bool = RattentionConfig.rope,
+        rope_base: float = RattentionConfig.rope_base,
+        feature_map: Literal["softmax", "relu"] = RattentionConfig.feature_map,
+        meta_tokens: int = RattentionConfig.meta_tokens,
+        learned_scales: bool = RattentionConfig.learned_scales,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: LinearImplementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes parameters from `rngs`; the arguments are those of `RattentionConfig` and `ModelShape`.
+
+        Raises:
+          ConfigError: naming the argument that does not fit.
+        """
+        self.shape = shape = ModelShape(
+            width=width, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, dtype=jnp.dtype(dtype).name
+        )
+        self.config = RattentionConfig(window, rope, rope_base, feature_map, meta_tokens, learned_scales)
+        self.config.check(shape)
+        self.implementation = implementation
+        kv_width = shape.kv_heads * shape.head_dim
+        self.in_proj = projection(width, width + 2 * kv_width, jnp.dtype(dtype), rngs)
+        self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
+        self.local_norm = PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON)
+        self.linear_norm = PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON)
+        if qk_norm:
+            self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
+        if learned_scales:
+            self.query_scale = nnx.Param(jnp.ones((width,), jnp.float32))
             self.key_scale = nnx.Param(jnp.ones((kv_width,), jnp.float32))
-        if options.meta_tokens:
+        if meta_tokens:
             self.meta_key, self.meta_value = (
-                nnx.Param(INITIAL_STD * jax.random.normal(rngs.params(), (options.meta_tokens, kv_width), jnp.float32))
+                nnx.Param(INITIAL_STD * jax.random.normal(rngs.params(), (meta_tokens, kv_width), jnp.float32))
                 for _ in range(2)
             )
 
-    def init_cache(self, batch_size: int, capacity: int) -> RattentionCache:
-        """An empty cache; its size does not grow with `capacity` once that exceeds the window."""
-        config = self.config
-        return RattentionCache(
-            ring=LocalAttentionCache.empty(batch_size, capacity, config.rattention.window, config),
-            state=jnp.zeros((batch_size, config.kv_heads, 2 * config.head_dim, config.head_dim), jnp.float32),
+    @classmethod
+    def from_config(cls, config: RattentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rattention":
+        return cls(
+            shape.width,
+            shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            qk_norm=shape.qk_norm,
+            dtype=shape.dtype,
+            **dataclasses.asdict(config),
+            rngs=rngs,
         )
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RattentionCache | None = None
-    ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
-        """Mixes tokens; see `rat_jax.mixers` for the contract."""
-        mixed, cache = self.mix(self.in_proj(x), segments, cache)
-        return self.out_proj(mixed), cache
-
     def mix(
-        self, projected: Float[Array, "B T X"], segments: SegmentInfo, cache: RattentionCache | None = None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RattentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
-        """Everything between the two projections: q, k and v of all heads side by side, to the sum of both branches."""
-        config, options = self.config, self.config.rattention
-        query, key, value = self._split(projected)
-        if config.qk_norm:
+        query, key, value = self._split(self.in_proj(x))
+        if self.shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         with jax.named_scope("linear_branch"):
-            if cache is None:
-                state = None
-                linear = residual_linear_attention(
-                    self._scaled(query, "query_scale"),
-                    self._scaled(key, "key_scale"),
-                    value,
-                    window=options.window,
-                    feature_map=options.feature_map,
-                    initial_state=self._initial_state(),
-                    segment_ids=None if segments.contiguous else segments.segment_ids,
-                ).out
-            else:
-                linear, state = self._extend(query, key, value, segments, cache)
+            linear, state = self._linear_branch(query, key, value, segments, memory)
         with jax.named_scope("local_branch"):
-            if options.rope:
-                query, key = (rotate(x, segments.positions, options.rope_base) for x in (query, key))
-            ring = None if cache is None else cache.ring
-            local, ring = attend_in_window(query, key, value, segments, ring, options.window)
-        mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(projected.dtype)
-        return mixed.reshape(*mixed.shape[:2], -1), None if cache is None else RattentionCache(ring, state)
+            if self.config.rope:
+                query, key = (rotate(heads, segments.positions, self.config.rope_base) for heads in (query, key))
+            ring = None if memory is None else memory.ring
+            local, ring = attend_in_window(query, key, value, segments, ring, self.config.window)
+        mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(x.dtype)
+        return self.out_proj(mixed.reshape(x.shape)), None if memory is None else RattentionCache(ring, state)
+
+    def init_memory(self, batch_size: int, capacity: int) -> RattentionCache:
+        shape = self.shape
+        return RattentionCache(
+            ring=LocalAttentionCache.empty(batch_size, capacity, self.config.window, shape),
+            state=jnp.zeros((batch_size, shape.kv_heads, 2 * shape.head_dim, shape.head_dim), jnp.float32),
+        )
+
+    def memory_at(self, memory: RattentionCache, position: Int[Array, ""]) -> RattentionCache:
+        return dataclasses.replace(memory, ring=memory.ring.at(position))
+
+    def step_bytes(self, memory: RattentionCache, position: int) -> int:
+        return memory.ring.bytes_read(position) + bytes_of(memory.state)
+
+    def _linear_branch(
+        self, query: Array, key: Array, value: Array, segments: SegmentInfo, memory: RattentionCache | None
+    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K 2*H H"] | None]:
+        """What has left the window, and the sum over it if there is a memory."""
+        if memory is not None:
+            return self._extend(query, key, value, segments, memory)
+        linear = residual_linear_attention(
+            self._scaled(query, "query_scale"),
+            self._scaled(key, "key_scale"),
+            value,
+            window=self.config.window,
+            feature_map=self.config.feature_map,
+            initial_state=self._initial_state(),
+            segment_ids=None if segments.contiguous else segments.segment_ids,
+            implementation=self.implementation,
+        )
+        return linear.out, None
 
     def _split(self, projected: Array) -> tuple[Array, Array, Array]:
-        config = self.config
-        edges = [config.width, config.width + config.kv_heads * config.head_dim]
-        parts = jnp.split(projected, edges, axis=-1)
-        return tuple(x.reshape(*x.shape[:2], -1, config.head_dim) for x in parts)
+        width, head_dim = self.shape.width, self.shape.head_dim
+        parts = jnp.split(projected, [width, width + self.shape.kv_heads * head_dim], axis=-1)
+        return tuple(x.reshape(*x.shape[:2], -1, head_dim) for x in parts)
 
-    def _scaled(self, x: Float[Array, "*n h H"], name: str) -> Float[Array, "*n h H"]:
-        if not self.config.rattention.learned_scales:
+    def _scaled(self, x: Float[Array, "*n h H"], name: Literal["query_scale", "key_scale"]) -> Float[Array, "*n h H"]:
+        if not self.config.learned_scales:
             return x
-        scale = getattr(self, name)[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
+        scale = self.query_scale if name == "query_scale" else self.key_scale
+        scale = scale[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
         return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
     def _initial_state(self) -> Float32[Array, "1 K 2*H H"] | None:
-        if not self.config.rattention.meta_tokens:
+        if not self.config.meta_tokens:
             return None
         key, value = (
-            x[...].astype(self.config.dtype).reshape(-1, self.config.kv_heads, self.config.head_dim)
+            x[...].astype(self.shape.dtype).reshape(-1, self.shape.kv_heads, self.shape.head_dim)
             for x in (self.meta_key, self.meta_value)
         )
-        key = features(self._scaled(key, "key_scale"), self.config.rattention.feature_map)
+        key = features(self._scaled(key, "key_scale"), self.config.feature_map)
         return jnp.einsum("mkf,mkh->kfh", key, value.astype(jnp.float32))[None]
 
     def _extend(
-        self, query: Array, key: Array, value: Array, segments: SegmentInfo, cache: RattentionCache
+        self, query: Array, key: Array, value: Array, segments: SegmentInfo, memory: RattentionCache
     ) -> LinearAttentionOutput:
-        """The linear branch of tokens that follow those in the cache.
+        """The linear branch of tokens that follow those in the memory.
 
         With each new token t the token t - W - 1 leaves the window, and enters the state if it is of the same document.
-        It stands in the ring or, W + 1 places earlier, among the new tokens; the ring's keys are rotated back.
+        It is in the ring or, W + 1 columns earlier, among the new tokens; the ring's keys are rotated back.
         """
-        options, ring = self.config.rattention, cache.ring
+        options, ring = self.config, memory.ring
         rows = jnp.arange(query.shape[0])[:, None]
         reach = options.window + 1
-        order = segments.token_index - reach
-        slots = order % ring.token_index.shape[1]
-        from_ring = (ring.token_index[rows, slots] == order) & (ring.segment_ids[rows, slots] == segments.segment_ids)
+        index = segments.token_index - reach
+        slots = index % ring.token_index.shape[1]
+        from_ring = (ring.token_index[rows, slots] == index) & (ring.segment_ids[rows, slots] == segments.segment_ids)
         left_key, left_value = ring.key[rows, slots], ring.value[rows, slots]
         if options.rope:
             left_key = rotate(left_key, reach - segments.positions, options.rope_base)
@@ -156,5 +244,5 @@ class Rattention(nnx.Module):
             feature_map=options.feature_map,
             initial_state=self._initial_state(),
             documents=jnp.cumsum(segments.starts(), axis=1, dtype=jnp.int32),
-            state=cache.state,
+            state=memory.state,
         )

@@ -1,16 +1,35 @@
 """Gated linear recurrence over the whole sequence: the RNN that RAT is compared with."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.config import ModelConfig
+from rat_jax.errors import require
 from rat_jax.layers import chrono_gate_bias, projection
+from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of
 from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32
+from rat_jax.shapes import Array, Float, Float32, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RnnConfig(MixerConfig):
+    """Gated linear recurrence over the whole sequence."""
+
+    # Tokens; forget gates start with memory lengths spread over 1 .. max_timescale. arXiv 2507.04416 takes the length
+    # of its sequences.
+    max_timescale: int = 4096
+
+    def __post_init__(self):
+        require(self.max_timescale >= 3, f"max_timescale must be 3 tokens or more, got {self.max_timescale}")
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        return 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -21,35 +40,72 @@ class RnnCache:
     state: Float32[Array, "B D"]
 
 
-class Rnn(nnx.Module):
+class Rnn(Mixer):
     """y = W_o (sigmoid(z) * v~) with v~_t = f_t v~_{t-1} + (1 - f_t) v_t, f = sigmoid(g + gate_bias).
 
     One projection gives z, v, g in this order (arXiv 2507.04416, the RNN baseline).
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype = jnp.dtype(config.dtype)
-        self.in_proj = projection(config.width, 3 * config.width, dtype, rngs)
-        self.out_proj = projection(config.width, config.width, dtype, rngs)
-        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), config.width, config.rnn.max_timescale))
+    Config = RnnConfig
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
+        "in_proj.kernel": MATRIX_IN,
+        "out_proj.kernel": MATRIX_OUT,
+        "gate_bias": VECTOR,
+    }
+    RELEASE = ReleaseCell(
+        "rnn",
+        fields={"seq_len": "max_timescale"},
+        has_heads=False,
+        rotation=None,
+        parameters={"gate_bias": ("gate_bias",)},
+    )
 
-    def init_cache(self, batch_size: int, capacity: int) -> RnnCache:
-        """An empty cache; its size does not depend on `capacity`."""
-        del capacity
-        return RnnCache(jnp.zeros((batch_size, self.config.width), jnp.float32))
+    def __init__(
+        self,
+        width: int,
+        num_heads: int = 1,
+        *,
+        max_timescale: int = RnnConfig.max_timescale,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes parameters from `rngs`; the arguments are those of `RnnConfig` and `ModelShape`.
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, cache: RnnCache | None = None
+        Heads make no difference to a recurrence that takes each channel by itself.
+
+        Raises:
+          ConfigError: naming the argument that does not fit.
+        """
+        self.shape = ModelShape(width=width, num_heads=num_heads, dtype=jnp.dtype(dtype).name)
+        self.config = RnnConfig(max_timescale)
+        self.in_proj = projection(width, 3 * width, jnp.dtype(dtype), rngs)
+        self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
+        self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, max_timescale))
+
+    @classmethod
+    def from_config(cls, config: RnnConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rnn":
+        return cls(shape.width, shape.num_heads, dtype=shape.dtype, **dataclasses.asdict(config), rngs=rngs)
+
+    def mix(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RnnCache | None = None
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:
-        """Mixes tokens; see `rat_jax.mixers` for the contract."""
         z, value, gate = jnp.split(self.in_proj(x), 3, axis=-1)
         states = gated_recurrence(
             gate.astype(jnp.float32) + self.gate_bias[...].reshape(1, 1, -1),
             value,
             starts=segments.starts(),
             is_token=segments.is_token,
-            initial_state=None if cache is None else cache.state,
+            initial_state=None if memory is None else memory.state,
         )
         mixed = (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(x.dtype)
-        return self.out_proj(mixed), None if cache is None else RnnCache(states[:, -1])
+        return self.out_proj(mixed), None if memory is None else RnnCache(states[:, -1])
+
+    def init_memory(self, batch_size: int, capacity: int) -> RnnCache:
+        del capacity  # the state has one size
+        return RnnCache(jnp.zeros((batch_size, self.shape.width), jnp.float32))
+
+    def memory_at(self, memory: RnnCache, position: Int[Array, ""]) -> RnnCache:
+        return memory
+
+    def step_bytes(self, memory: RnnCache, position: int) -> int:
+        return bytes_of(memory.state)

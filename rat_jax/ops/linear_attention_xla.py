@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rat_jax.mesh import rows_per_device
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.shapes import Array, Float, Float32, Int
-from rat_jax.sharding import rows_per_device
 
 _BLOCK = 128  # tokens between which scores are made; the state is brought up to date once a block
 _STEP_TOKENS = 8192  # of all rows of a device, worked on side by side: what bounds the memory beside inputs and results

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from rat_jax.sharding import BATCH_AXES
+from rat_jax.mesh import BATCH_AXES
 
 
 def expected_platform() -> str:

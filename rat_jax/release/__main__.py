@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rat_jax.checkpoints.store import load_model, save_model
-from rat_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from rat_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from rat_jax.data.tokenizer import read_tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.release.file import ReleaseFile, read_release_file, write_release_file
@@ -25,37 +25,10 @@ from rat_jax.release.weights import model_from_release, release_state_dict
 def _recipe(model: ModelConfig, seq_len: int) -> Config:
     """The paper's recipe around a model: a file of the release is not relied on for more than its model."""
     return Config(
-        seed=0,
         model=model,
-        data=DataConfig(
-            path="data/fineweb-edu",
-            seq_len=seq_len,
-            global_batch_size=512,
-            segment_documents=False,
-            first_target_id=0,
-            num_workers=4,
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=8e-4,
-            min_learning_rate=1e-6,
-            warmup_fraction=0.05,
-            beta1=0.9,
-            beta2=0.95,
-            epsilon=1e-8,
-            weight_decay=0.1,
-            clip_norm=1.0,
-            accumulation_steps=16,
-        ),
-        training=TrainingConfig(
-            num_steps=52_452,
-            log_every_steps=10,
-            validate_every_steps=1000,
-            validation_batches=4,
-            checkpoint_every_steps=1000,
-            checkpoints_to_keep=2,
-            wandb_project=None,
-        ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        data=DataConfig(path="data/fineweb-edu", seq_len=seq_len, global_batch_size=512, num_workers=4),
+        optimizer=OptimizerConfig(accumulation_steps=16),
+        training=TrainingConfig(num_steps=52_452),
     )
 
 

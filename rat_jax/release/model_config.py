@@ -1,25 +1,16 @@
 """The `model` configuration of the PyTorch release of RAT (arXiv 2507.04416), read and written."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-from rat_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    LocalAttentionConfig,
-    ModelConfig,
-    RatConfig,
-    RattentionConfig,
-    RnnConfig,
-)
-from rat_jax.errors import RatJaxError
+from rat_jax.config import ModelConfig
+from rat_jax.errors import ConfigError, RatJaxError
+from rat_jax.mixers import MIXERS, MixerConfig, kind_of
+from rat_jax.mixers.base import ReleaseCell
 
 _HEAD_DIM = 128  # of all released models; an RNN's configuration does not tell
 _ROPE_BASE = 10_000  # likewise
-_RATTENTION = RattentionConfig(  # which no released model has
-    window=512, rope=True, rope_base=500_000.0, feature_map="softmax", meta_tokens=0, learned_scales=False
-)
 _INIT = {"_name_": "fixed", "initializer_range": 0.02}
 
 
@@ -30,11 +21,10 @@ class ReleaseError(RatJaxError, ValueError):
 def model_config_from_release(model_config: Mapping[str, Any], dtype: str = "float32") -> ModelConfig:
     """The model that a release's `model` configuration describes.
 
-    Mixers: attention, local_attention, rnn, rat, alone or in turns (`seq_cell1` in even layers, `seq_cell` in odd
-    ones); with the release's positions for them or with none. Initialisers are not read, as the weights come from the
-    file; dropout is not read either, because it does nothing outside training, and training here has none. Kinds of
-    mixers that the model does not have get the paper's values, and an RNN its 128 channels a head, which it does not
-    use.
+    Mixers: those of `MIXERS` that have a `RELEASE` cell, alone or in turns (`seq_cell1` in even layers, `seq_cell` in
+    odd ones); with the release's positions for them or with none. Initialisers are not read, as the weights come from
+    the file; dropout is not read either, because it does nothing outside training, and training here has none. An RNN,
+    whose cell says nothing of heads, gets 128 channels a head, which it does not use.
 
     Args:
       model_config: nested mappings with the release's names.
@@ -52,41 +42,26 @@ def model_config_from_release(model_config: Mapping[str, Any], dtype: str = "flo
     embedding.only("_name_", "vocab_size", "seq_len", "d_model", "dropout", "init", "pe")
     embedding.expect("_name_", "lm")
     embedding.expect("d_model", width)
-    vocab_size, seq_len = embedding.integer("vocab_size"), embedding.integer("seq_len")
+    vocab_size = embedding.integer("vocab_size")
+    embedding.integer("seq_len")
     head.only("_name_", "vocab_size", "d_model", "init")
     head.expect("_name_", "lm")
     head.expect("d_model", width)
     head.expect("vocab_size", vocab_size)
+    pattern, mixers = _named(mixers)
     rope, rope_base = _positions(embedding.section("pe"), mixers, width // num_heads)
-
-    def rotation(kind):
-        return {"rope": rope if kind in mixers else True, "rope_base": rope_base}
-
-    absent = {
-        "attention": {},
-        "local_attention": {"window": 1024},
-        "rnn": {"max_timescale": max(seq_len, 3)},
-        "rat": {"chunk_size": 16, "num_groups": 2},
-    }
-    values = absent | mixers
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,
         num_layers=backbone.integer("num_layers"),
         num_heads=num_heads,
-        num_kv_heads=None,
-        qk_norm=False,
         mlp_width=_mlp_width(backbone.section("hidden_cell"), width),
-        mlp_kind="gelu",
-        pattern=tuple(cell.text("_name_") for cell in cells),
-        attention=AttentionConfig(**values["attention"], **rotation("attention")),
-        local_attention=LocalAttentionConfig(**values["local_attention"], **rotation("local_attention")),
-        rnn=RnnConfig(**values["rnn"]),
-        rat=RatConfig(**values["rat"], **rotation("rat")),
-        rattention=_RATTENTION,
+        pattern=pattern,
+        mixers={
+            name: dataclasses.replace(mixer, rope=rope, rope_base=rope_base) if _rotation(mixer) else mixer
+            for name, mixer in mixers.items()
+        },
         dtype=dtype,
-        remat="none",
-        scan_unroll=1,
     )
 
 
@@ -105,46 +80,56 @@ def release_model_config(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     }
     for name in (name for name, is_unknown in unknown.items() if is_unknown):
         raise ReleaseError(f"the release has no models with model.{name} {getattr(config, name)!r}")
-    rotating = [kind for kind in dict.fromkeys(config.pattern) if kind != "rnn"]
-    rotations = {(getattr(config, kind).rope, getattr(config, kind).rope_base) for kind in rotating}
+    mixers = [config.mixers[name] for name in config.pattern]
+    rotating = [mixer for mixer in mixers if _cell(mixer).rotation is not None]
+    rotations = {(mixer.rope, mixer.rope_base) for mixer in rotating}
     if len(rotations) > 1:
-        raise ReleaseError(f"the release has one rope and rope_base for all mixers, not one each for {rotating}")
+        names = list(dict.fromkeys(_cell(mixer).name for mixer in rotating))
+        raise ReleaseError(f"the release has one rope and rope_base for all mixers, not one each for {names}")
     rope, rope_base = rotations.pop() if rotations else (False, _ROPE_BASE)
     common = {"d_model": config.width, "bias": False, "ln": "rmsnorm", "init": _INIT}
-    cells = [common | _cell(kind, config) for kind in config.pattern]
+    cells = [common | _cell_values(mixer, config) for mixer in mixers]
     backbone = common | {
         "_name_": "sequence" if len(cells) == 1 else "sequence_interleave",
         "num_layers": config.num_layers,
         "dropout": 0.0,
         "seq_cell": cells[-1],
-        "hidden_cell": common | {"_name_": "ffn", "d_ffn": config.mlp_width, "act_fn": "gelu", "dropout": 0.0},
+        "hidden_cell": common | {"_name_": "ffn", "d_ffn": config.mlp_hidden, "act_fn": "gelu", "dropout": 0.0},
     }
     if len(cells) == 2:
         backbone |= {"seq_cell1": cells[0], "interleave_step": 2}
     ends = {"_name_": "lm", "vocab_size": config.vocab_size, "d_model": config.width, "init": _INIT}
-    pe = {"_name_": _position_name(set(config.pattern) if rope else set())}
+    pe = {"_name_": _position_name(mixers if rope else [])}
     if pe["_name_"] != "empty":
         pe |= {"dim": config.head_dim, "base": int(rope_base) if rope_base == int(rope_base) else rope_base}
-        if set(rotating) - {"rat"}:
+        if any(_rotation(mixer) == "rope" for mixer in mixers):
             pe |= {"max_seq_len": seq_len}
-        if "rat" in rotating:
-            pe |= {"chunk_size": config.rat.chunk_size, "max_num_chunk": -(-seq_len // config.rat.chunk_size)}
+        for chunk_size in _chunk_sizes(mixers):
+            pe |= {"chunk_size": chunk_size, "max_num_chunk": -(-seq_len // chunk_size)}
     return {"backbone": backbone, "head": ends, "embedding": ends | {"seq_len": seq_len, "dropout": 0.0, "pe": pe}}
 
 
-def _cell(kind: str, config: ModelConfig) -> dict[str, Any]:
+def _cell(mixer: MixerConfig) -> ReleaseCell:
+    cell = MIXERS[kind_of(mixer)].RELEASE
+    if cell is None:
+        raise ReleaseError(f"the release has no mixer {kind_of(mixer)!r}")
+    return cell
+
+
+def _rotation(mixer: MixerConfig) -> Literal["rope", "interrope"] | None:
+    return _cell(mixer).rotation
+
+
+def _chunk_sizes(mixers: Iterable[MixerConfig]) -> set[int]:
+    """Of the mixers that are rotated by chunks."""
+    return {mixer.chunk_size for mixer in mixers if _rotation(mixer) == "interrope"}
+
+
+def _cell_values(mixer: MixerConfig, config: ModelConfig) -> dict[str, Any]:
+    cell, settings = _cell(mixer), dataclasses.asdict(mixer)
     heads = {"d_head": config.head_dim, "num_head": config.num_heads, "k_channel": config.head_dim}
-    match kind:
-        case "attention":
-            return {"_name_": kind} | heads
-        case "local_attention":
-            return {"_name_": kind} | heads | {"window_size": config.local_attention.window}
-        case "rnn":
-            return {"_name_": kind, "seq_len": config.rnn.max_timescale}
-        case "rat":
-            return {"_name_": kind} | heads | {"ngroups": config.rat.num_groups, "chunk_size": config.rat.chunk_size}
-        case _:
-            raise ReleaseError(f"the release has no mixer {kind!r}")
+    own = {name: settings[field] for name, field in cell.fields.items()}
+    return {"_name_": cell.name} | (heads if cell.has_heads else {}) | own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +155,10 @@ class _Section:
             raise ConfigError(f"{self.path}.{name} must be a group of fields, got {value!r}")
         return _Section(value, f"{self.path}.{name}")
 
-    def integer(self, name: str, least: int = 1) -> int:
+    def integer(self, name: str, minimum: int = 1) -> int:
         value = self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{self.path}.{name} must be a whole number of {least} or more, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{self.path}.{name} must be a whole number of {minimum} or more, got {value!r}")
         return value
 
     def text(self, name: str) -> str:
@@ -202,13 +187,12 @@ def _cells(backbone: _Section) -> list[_Section]:
     return [backbone.section("seq_cell1"), backbone.section("seq_cell")]
 
 
-def _mixers(cells: list[_Section], width: int) -> tuple[dict[str, dict[str, int]], int]:
-    """For each kind of mixer the fields of its config other than rope; and the number of heads."""
-    mixers, num_heads = {}, None
+def _mixers(cells: list[_Section], width: int) -> tuple[list[MixerConfig], int]:
+    """The mixer of each cell, its rotation left as it is by default; and the number of heads."""
+    mixers, num_heads = [], None
     for cell in cells:
-        kind, mixer, cell_heads = _mixer(cell, width)
-        if mixers.setdefault(kind, mixer) != mixer:
-            raise ConfigError(f"{cell.path} differs from the other {kind!r} cell; a model here has one setting a kind")
+        mixer, cell_heads = _mixer(cell, width)
+        mixers.append(mixer)
         if cell_heads is not None and num_heads not in (None, cell_heads):
             raise ConfigError(f"{cell.path}.num_head must be that of the other cell, {num_heads}, got {cell_heads}")
         num_heads = cell_heads if num_heads is None else num_heads
@@ -217,32 +201,38 @@ def _mixers(cells: list[_Section], width: int) -> tuple[dict[str, dict[str, int]
     return mixers, num_heads
 
 
-def _mixer(cell: _Section, width: int) -> tuple[str, dict[str, int], int | None]:
-    cell.expect("_name_", "attention", "local_attention", "rnn", "rat")
-    kind = cell.text("_name_")
-    cell.expect("d_model", width)
-    cell.expect("bias", False)
-    cell.expect("ln", "rmsnorm")
-    common = ("_name_", "d_model", "bias", "ln", "init")
-    if kind == "rnn":
-        cell.only(*common, "seq_len")
-        return kind, {"max_timescale": cell.integer("seq_len")}, None
-    common = (*common, "d_head", "num_head", "k_channel")
-    head_dim, num_heads = cell.integer("d_head"), cell.integer("num_head")
-    if head_dim * num_heads != width:
-        raise ConfigError(f"{cell.path}: d_head {head_dim} times num_head {num_heads} must be d_model {width}")
-    cell.expect("k_channel", head_dim)
-    match kind:
-        case "attention":
-            cell.only(*common)
-            return kind, {}, num_heads
-        case "local_attention":
-            cell.only(*common, "window_size")
-            return kind, {"window": cell.integer("window_size", least=0)}, num_heads
-        case "rat":
-            cell.only(*common, "ngroups", "chunk_size")
-            mixer = {"chunk_size": cell.integer("chunk_size"), "num_groups": cell.integer("ngroups")}
-            return kind, mixer, num_heads
+def _mixer(section: _Section, width: int) -> tuple[MixerConfig, int | None]:
+    known = {mixer.RELEASE.name: mixer for mixer in MIXERS.values() if mixer.RELEASE is not None}
+    section.expect("_name_", *known)
+    mixer = known[section.text("_name_")]
+    cell, num_heads = mixer.RELEASE, None
+    section.expect("d_model", width)
+    section.expect("bias", False)
+    section.expect("ln", "rmsnorm")
+    heads = ("d_head", "num_head", "k_channel") if cell.has_heads else ()
+    section.only("_name_", "d_model", "bias", "ln", "init", *heads, *cell.fields)
+    if cell.has_heads:
+        head_dim, num_heads = section.integer("d_head"), section.integer("num_head")
+        if head_dim * num_heads != width:
+            raise ConfigError(f"{section.path}: d_head {head_dim} times num_head {num_heads} must be d_model {width}")
+        section.expect("k_channel", head_dim)
+    settings = {field: section.integer(name, minimum=0) for name, field in cell.fields.items()}
+    try:
+        return mixer.Config(**settings), num_heads
+    except ConfigError as error:
+        raise ConfigError(f"{section.path}: {error}") from None
+
+
+def _named(mixers: list[MixerConfig]) -> tuple[tuple[str, ...], dict[str, MixerConfig]]:
+    """Names for a pattern: the kind, and another one for a second setting of it."""
+    named: dict[str, MixerConfig] = {}
+    pattern = []
+    for mixer in mixers:
+        kind = kind_of(mixer)
+        name = kind if named.setdefault(kind, mixer) == mixer else f"{kind}_2"
+        named[name] = mixer
+        pattern.append(name)
+    return tuple(pattern), named
 
 
 def _mlp_width(cell: _Section, width: int) -> int:
@@ -255,9 +245,10 @@ def _mlp_width(cell: _Section, width: int) -> int:
     return cell.integer("d_ffn")
 
 
-def _position_name(kinds: set[str]) -> str:
-    """The release's name of the rotations that these kinds of mixers need: by token, by chunk, both or none."""
-    match bool(kinds & {"attention", "local_attention"}), "rat" in kinds:
+def _position_name(mixers: Iterable[MixerConfig]) -> str:
+    """The release's name of the rotations that mixers need: by token, by chunk, both or none."""
+    rotations = {_rotation(mixer) for mixer in mixers}
+    match "rope" in rotations, "interrope" in rotations:
         case True, True:
             return "rope_interrope"
         case True, False:
@@ -268,16 +259,16 @@ def _position_name(kinds: set[str]) -> str:
             return "empty"
 
 
-def _positions(pe: _Section, mixers: Mapping[str, Mapping[str, int]], head_dim: int) -> tuple[bool, float]:
+def _positions(pe: _Section, mixers: Mapping[str, MixerConfig], head_dim: int) -> tuple[bool, float]:
     """Whether the mixers rotate by position, and the base of the rotation."""
-    pe.expect("_name_", *dict.fromkeys((_position_name(set(mixers)), "empty")))
+    pe.expect("_name_", *dict.fromkeys((_position_name(mixers.values()), "empty")))
     if pe.text("_name_") == "empty":
         pe.only("_name_")
         return False, float(_ROPE_BASE)
     pe.only("_name_", "dim", "base", "max_seq_len", "max_num_chunk", "chunk_size")
     pe.expect("dim", head_dim)
-    if "rat" in mixers:
-        pe.expect("chunk_size", mixers["rat"]["chunk_size"])
+    for chunk_size in _chunk_sizes(mixers.values()):
+        pe.expect("chunk_size", chunk_size)
     base = pe.get("base")
     if not isinstance(base, (int, float)) or isinstance(base, bool):
         raise ConfigError(f"{pe.path}.base must be a number, got {base!r}")

@@ -10,15 +10,15 @@ from flax import nnx
 
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import ModelConfig
+from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel, block_name
 from rat_jax.release.model_config import ReleaseError, model_config_from_release
 
 _COMPILE_PREFIX = "_orig_mod."  # which torch.compile puts before the names of what it wraps
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"  # one tied matrix under two names
 
-# What a layer's parameters are called: in the release, and in a `ResidualBlock`.
+# What a layer's parameters are called: in the release, and in a `ResidualBlock`; its mixer may have more.
 _LAYER_PATHS = {
-    "seq_layer.gate_bias": ("mixer", "gate_bias"),
     "seq_layer.in_proj.weight": ("mixer", "in_proj", "kernel"),
     "seq_layer.input_norm.weight": ("mixer_norm", "scale"),
     "seq_layer.out_proj.weight": ("mixer", "out_proj", "kernel"),
@@ -26,7 +26,6 @@ _LAYER_PATHS = {
     "hidden_layer.fc2.weight": ("mlp", "down", "kernel"),
     "hidden_layer.ln.weight": ("mlp_norm", "scale"),
 }
-_GATED_KINDS = ("rnn", "rat")
 
 
 def model_from_release(
@@ -49,7 +48,13 @@ def model_from_release(
 
 
 def release_state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
-    """The model's float32 parameters by the release's names; `model_from_release` reads them back unchanged."""
+    """The model's float32 parameters by the release's names; `model_from_release` reads them back unchanged.
+
+    Raises:
+      ReleaseError: if the release has no such model.
+    """
+    if unknown := [kind for kind in model.config.kinds if MIXERS[kind].RELEASE is None]:
+        raise ReleaseError(f"the release has no mixer {unknown[0]!r}")
     arrays = {path: np.asarray(param[...]) for path, param in nnx.to_flat_state(nnx.state(model))}
     state_dict = {}
     for name, slot in _slots(model.config).items():
@@ -76,11 +81,11 @@ def _slots(config: ModelConfig) -> dict[str, _Slot]:
     slots = {_EMBEDDING: _Slot(("embedding",), None, transposed=False)}
     for layer in range(config.num_layers):
         repeat, place = divmod(layer, len(config.pattern))
-        kind = config.pattern[place]
-        for name, path in _LAYER_PATHS.items():
-            if name != "seq_layer.gate_bias" or kind in _GATED_KINDS:
-                path = ("blocks", block_name(place, kind), *path)
-                slots[f"backbone.layers.{layer}.{name}"] = _Slot(path, repeat, transposed=path[-1] == "kernel")
+        kind = config.kinds[place]
+        own = {f"seq_layer.{name}": ("mixer", *path) for name, path in MIXERS[kind].RELEASE.parameters.items()}
+        for name, path in (own | _LAYER_PATHS).items():
+            path = ("blocks", block_name(place, kind), *path)
+            slots[f"backbone.layers.{layer}.{name}"] = _Slot(path, repeat, transposed=path[-1] == "kernel")
     slots["backbone.ln.weight"] = _Slot(("final_norm", "scale"), None, transposed=False)
     slots[_HEAD] = slots[_EMBEDDING]
     return slots

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rat_jax.decoder import Decoder, DecoderModule, ModelCache
 from rat_jax.errors import RatJaxError
-from rat_jax.model import Decoder, LanguageModel, ModelCache
+from rat_jax.model import LanguageModel
 from rat_jax.sampling.prefill import cache_capacity, prefill
 from rat_jax.sampling.sampling_params import SamplingParams, choose_tokens
 from rat_jax.shapes import Array, Bool, Float, Int
@@ -79,7 +80,7 @@ def generate(
     _require(batch_size is None or batch_size >= 1, f"batch_size must be 1 or more, got {batch_size}")
     if not prompts:
         return []
-    decoder, keys = Decoder(model), _row_keys(prompts, seed)
+    decoder, keys = model.decoder(), _row_keys(prompts, seed)
     results: list[list[int]] = []
     while len(results) < len(prompts):
         first = len(results)
@@ -187,7 +188,7 @@ def _token_blocks(
     eos_id: int | None,
 ) -> Iterator[np.ndarray]:
     """New tokens of all rows, [B, up to STEPS_PER_CALL] at a time; the device computes one block ahead of the host."""
-    graphdef, params = nnx.split(decoder)
+    graphdef, params = decoder.graphdef, decoder.params
     eos_id = jnp.int32(_FINISHED if eos_id is None else eos_id)
     capacity = cache_capacity(max(map(len, prompts)) + max_new_tokens - 1)  # the last token is never read
     hidden, cache = prefill(graphdef, params, prompts, capacity)
@@ -248,7 +249,7 @@ def _next_tokens(
         decoder = nnx.merge(graphdef, params)
         active = (rows.token >= 0)[:, None]
         read = jnp.where(active, rows.token[:, None], 0)
-        hidden, cache = decoder.extend(read, rows.cache, active.astype(jnp.int32))
+        hidden, cache = decoder.hidden(read, rows.cache, active.astype(jnp.int32))
         rows = _choose(decoder, rule, hidden[:, 0], dataclasses.replace(rows, cache=cache), eos_id)
         return step + 1, rows, tokens.at[:, step].set(rows.token)
 
@@ -257,7 +258,7 @@ def _next_tokens(
     return rows, tokens
 
 
-def _choose(decoder: Decoder, rule: SamplingParams, hidden: Array, rows: _Rows, eos_id: Array) -> _Rows:
+def _choose(decoder: DecoderModule, rule: SamplingParams, hidden: Array, rows: _Rows, eos_id: Array) -> _Rows:
     """The rows after one more token each, which follows from the last token's hidden state [B, D]."""
     logits = decoder.logits(hidden[:, None])[:, 0]
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rows.keys, rows.num_new)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rat_jax.model import ModelCache
+from rat_jax.decoder import ModelCache
 from rat_jax.shapes import Array, Float, Int
 
 PREFILL_TOKENS = 1 << 14  # of all rows together, read in one call: what bounds the memory of long prompts
@@ -22,7 +22,7 @@ def prefill(
     """The hidden state of each prompt's last token, and the cache after it; prompts of at least one token.
 
     Args:
-      graphdef: of a `Decoder`.
+      graphdef: of a `DecoderModule`.
       params: of the decoder.
       prompts: lengths may differ.
       capacity: of the cache, tokens a row.
@@ -79,7 +79,7 @@ def _read_chunk(
     """Reads one chunk of prompts of which `num_left` tokens were left; `hidden` changes where a prompt ends in it."""
     indices = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     is_token = (indices < num_left[:, None]).astype(jnp.int32)
-    new, cache = nnx.merge(graphdef, params).extend(tokens, cache, is_token)
+    new, cache = nnx.merge(graphdef, params).hidden(tokens, cache, is_token)
     last = num_left - 1
     ends_here = (last >= 0) & (last < tokens.shape[1])
     at_last = jnp.take_along_axis(new, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]

@@ -12,9 +12,10 @@ from flax import nnx
 from rat_jax.config import Config, OptimizerConfig
 from rat_jax.data.pipeline import Batch
 from rat_jax.loss import LossSums, next_token_loss
+from rat_jax.mesh import constrain_rows
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32, Int
-from rat_jax.sharding import batch_sharding, constrain, constrain_rows, shardings
+from rat_jax.sharding import batch_sharding, constrain, shardings
 from rat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 

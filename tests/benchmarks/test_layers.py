@@ -4,39 +4,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks.layers import DTYPE, Sizes, decode, make_layer, make_params, step_bytes
+from benchmarks.layers import (
+    DTYPE,
+    Sizes,
+    apply_layer,
+    decode,
+    init_memory,
+    make_layer,
+    min_bytes,
+    product_operations,
+    step_bytes,
+)
+from rat_jax.mixers import MIXERS
 
-SIZES = Sizes(width=32, heads=4, key_heads=2, groups=2, chunk_size=4, window=5)
+SIZES = Sizes(width=32, heads=4, key_heads=2, settings={"chunk_size": 4, "window": 5, "num_groups": 2})
 
 
-@pytest.mark.parametrize("kind", ["rnn", "rat", "rat:xla", "rattention", "rattention:2"])
-def test_steps_are_the_pass(kind):
-    layer = make_layer(kind, SIZES)
-    projected = jax.random.normal(jax.random.key(0), (2, 11, layer.channels), DTYPE)
-    gate_bias = jax.random.normal(jax.random.key(1), (SIZES.width,))
-    want = layer.mix(projected, gate_bias)
-    step = jax.jit(layer.step)
-    cache, out = layer.new_cache(2, 12), []
-    for t in range(projected.shape[1]):
-        mixed, cache = step(projected[:, t : t + 1], gate_bias, jnp.int32(t), cache)
+@pytest.mark.parametrize("name", [*MIXERS, "rat:implementation=xla", "rattention:window=2"])
+def test_steps_are_the_pass(name):
+    graphdef, params = make_layer(name, SIZES)
+    x = jax.random.normal(jax.random.key(0), (2, 11, SIZES.width), DTYPE)
+    want = apply_layer(graphdef, params, x)
+    memory, out = init_memory(graphdef, params, 2, 12), []
+
+    @jax.jit
+    def step(params, x, memory, t):
+        return nnx.merge(graphdef, params).step(x, t, memory)
+
+    for t in range(x.shape[1]):
+        mixed, memory = step(params, x[:, t : t + 1], memory, jnp.int32(t))
         out.append(mixed)
     got, want = (np.asarray(x, np.float32) for x in (jnp.concatenate(out, axis=1), want))
     np.testing.assert_allclose(got, want, atol=2e-2)
 
 
-def test_a_decode_loop_keeps_its_cache_in_place():
-    layer = make_layer("rat", SIZES)
-    cache = layer.new_cache(3, 16)
-    x = jnp.ones((3, 1, SIZES.width), jnp.bfloat16)
-    run = jax.jit(lambda *inputs: decode(layer, SIZES, 4, *inputs))
-    out, after = run(make_params(layer.channels, SIZES.width), x, cache, jnp.int32(16))
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_decode_loop_runs_and_its_floors_are_counted(name):
+    graphdef, params = make_layer(name, SIZES)
+    x = jnp.ones((3, 1, SIZES.width), DTYPE)
+    run = jax.jit(lambda *inputs: decode(graphdef, 4, *inputs))
+    out, _ = run(params, x, init_memory(graphdef, params, 3, 16), jnp.int32(16))
     assert out.shape == x.shape and bool(jnp.isfinite(out).all())
+    assert step_bytes(graphdef, params, 3, 16) >= step_bytes(graphdef, params, 3, 3) > 0
+    assert all(count >= 0 for count in product_operations(graphdef, params, 2, 16))
+    forward, both = min_bytes(graphdef, params, 16)
+    assert 0 < forward < both
+
+
+def test_summaries_are_counted_from_the_position():
+    graphdef, params = make_layer("rat", SIZES)
+    run = jax.jit(lambda *inputs: decode(graphdef, 4, *inputs))
+    _, after = run(params, jnp.ones((3, 1, 32), DTYPE), init_memory(graphdef, params, 3, 16), jnp.int32(16))
     assert after.num_summaries.tolist() == [4, 4, 4]
-    assert step_bytes(layer, SIZES, 3, 16) > step_bytes(layer, SIZES, 3, 8)
 
 
-@pytest.mark.parametrize("kind", ["rat:other", "rat:xla:other", "other", "rattention:other", "local_attention:other"])
-def test_unknown_layers_are_refused(kind):
-    with pytest.raises(ValueError, match="other"):
-        make_layer(kind, SIZES)
+@pytest.mark.parametrize("name", ["other", "rat:other", "rat:implementation=other", "rnn:window=3"])
+def test_unknown_layers_are_refused(name):
+    with pytest.raises(ValueError, match=name.split(":")[-1]):
+        make_layer(name, SIZES)

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.mixers import make_mixer
-from rat_jax.segments import whole_rows
+from rat_jax.mixers import MIXERS
 from tests import reference
 from tests.small import small_model_config
 
@@ -15,7 +14,7 @@ from tests.small import small_model_config
 @pytest.mark.parametrize("kind", ["attention", "local_attention"])
 def test_grouped_heads_and_normed_queries_and_keys(kind):
     config = small_model_config((kind,), num_kv_heads=2, qk_norm=True)
-    graphdef, params = nnx.split(make_mixer(kind, config, nnx.Rngs(0)))
+    graphdef, params = nnx.split(MIXERS[kind].from_config(config.mixers[kind], config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: jnp.float32(0.5 * rng.standard_normal(x.shape) + 0.3), params)
     p = {"/".join(path): np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(params)}
@@ -26,5 +25,5 @@ def test_grouped_heads_and_normed_queries_and_keys(kind):
     k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
     mixed = reference.attention(q, k, v, 5 if kind == "local_attention" else None, rope_base=10_000.0)
     want = mixed.reshape(2, 13, 16) @ p["out_proj/kernel"]
-    out, _ = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, whole_rows(2, 13)))(params, jnp.float32(x))
+    out = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, jnp.float32(x))
     np.testing.assert_allclose(out, want, atol=1e-5 * np.abs(want).max())

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.mixers import make_mixer
-from rat_jax.segments import whole_rows
+from rat_jax.mixers import Rattention
 from tests import reference
 from tests.small import small_model_config
 
@@ -18,16 +17,15 @@ TOKENS, WIDTH, HEADS, HEAD_DIM = 13, 16, 4, 4
 
 def new_mixer(options, **changes):
     config = small_model_config(("rattention",), **changes)
-    config = dataclasses.replace(config, rattention=dataclasses.replace(config.rattention, **options))
-    mixer = make_mixer("rattention", config, nnx.Rngs(0))
-    graphdef, params = nnx.split(mixer)
+    settings = dataclasses.replace(config.mixers["rattention"], **options)
+    graphdef, params = nnx.split(Rattention.from_config(settings, config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)  # uneven norms and scales, large weights
     return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.float32(0.5 * rng.standard_normal(x.shape) + 0.3), params))
 
 
 def expected(mixer, x):
     p = {"/".join(path): np.asarray(value[...], np.float64) for path, value in nnx.to_flat_state(nnx.state(mixer))}
-    config, options = mixer.config, mixer.config.rattention
+    config, options = mixer.shape, mixer.config
     kv_width = config.kv_heads * HEAD_DIM
     shared = HEADS // config.kv_heads
     q, k, v = np.split(x @ p["in_proj/kernel"], [WIDTH, WIDTH + kv_width], axis=-1)
@@ -73,7 +71,7 @@ def test_equals_the_loops(options, changes):
     mixer = new_mixer(options, **changes)
     x = np.random.default_rng(2).standard_normal((2, TOKENS, WIDTH))
     graphdef, params = nnx.split(mixer)
-    mix = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, whole_rows(2, TOKENS))[0])
+    mix = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
     want = expected(mixer, x)
     np.testing.assert_allclose(mix(params, jnp.float32(x)), want, atol=1e-5 * np.abs(want).max())
 
@@ -81,7 +79,7 @@ def test_equals_the_loops(options, changes):
 def test_cache_holds_the_window_and_a_state_whatever_the_length():
     mixer = new_mixer({"window": 4}, num_kv_heads=2)
     sizes = [
-        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda n=n: mixer.init_cache(3, n))))
+        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda n=n: mixer.init_memory(3, n))))
         for n in (5, 1 << 10, 1 << 20)
     ]
     assert sizes == [3 * (5 * (2 * 2 * HEAD_DIM + 2) + 2 * 2 * HEAD_DIM * HEAD_DIM)] * 3

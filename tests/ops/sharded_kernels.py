@@ -9,10 +9,11 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
+from rat_jax.mesh import BATCH_AXES
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.segments import from_segments
-from rat_jax.sharding import BATCH_AXES, make_mesh
+from rat_jax.sharding import make_mesh
 
 MESHES = {"1x1": (1, 1), "4x1": (4, 1), "2x2": (2, 2)}
 SIZES = {"num_heads": 2, "num_groups": 1, "chunk_size": 4, "rope_base": 10_000.0}

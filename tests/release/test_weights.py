@@ -169,20 +169,21 @@ def test_configuration_there_and_back(name):
         }[name]
     )
     if name == "rnn":
-        assert config.rnn.max_timescale == 64
+        assert config.mixers["rnn"].max_timescale == 64
     else:
         assert config.num_heads == 4
     if "swa" in name:
-        assert config.local_attention.window == 15
+        assert config.mixers["local_attention"].window == 15
     if "rat" in name:
-        assert (config.rat.chunk_size, config.rat.num_groups) == (8, 2)
+        rat = config.mixers["rat"]
+        assert (rat.chunk_size, rat.num_groups) == (8, 2)
 
 
 @pytest.mark.parametrize("name", ["attention", "rat_swa"])
 def test_configuration_without_positions(name):
     model_config = changed(recording(name)[1], "embedding.pe", {"_name_": "empty"})
     config = model_config_from_release(model_config, "bfloat16")
-    assert not any(getattr(config, kind).rope for kind in config.pattern)
+    assert not any(mixer.rope for mixer in config.mixers.values())
     assert config.dtype == "bfloat16"
     assert release_model_config(config, seq_len=64) == model_config
 
@@ -233,20 +234,22 @@ def test_configuration_that_is_refused_by_name(path, value):
     assert f"model.{path.removesuffix('.d_head')}" in str(error.value)
 
 
-def test_cells_of_one_kind_with_two_settings_are_refused():
+def test_cells_of_one_kind_may_have_two_settings():
     local = recording("rat_swa")[1]["backbone"]["seq_cell"]
     model_config = changed(recording("rat_swa")[1], "backbone.seq_cell1", local | {"window_size": 7})
-    with pytest.raises(ConfigError, match=r"model\.backbone\.seq_cell differs from the other 'local_attention' cell"):
-        model_config_from_release(model_config)
+    model_config = changed(model_config, "embedding.pe", {"_name_": "empty"})
+    config = model_config_from_release(model_config)
+    assert [config.mixers[name].window for name in config.pattern] == [7, 15]
+    assert release_model_config(config, seq_len=64) == model_config
 
 
 def test_models_that_the_release_does_not_have_are_not_exported():
     config = model_config_from_release(recording("rat_swa")[1])
     with pytest.raises(ReleaseError, match=r"model\.pattern"):
         release_model_config(dataclasses.replace(config, num_layers=3, pattern=("rat", "rat", "attention")), 64)
-    without = dataclasses.replace(config.rat, rope=False)
+    without = dict(config.mixers) | {"rat": dataclasses.replace(config.mixers["rat"], rope=False)}
     with pytest.raises(ReleaseError, match="rope"):
-        release_model_config(dataclasses.replace(config, rat=without), 64)
+        release_model_config(dataclasses.replace(config, mixers=without), 64)
     for option, value in (("num_kv_heads", 1), ("qk_norm", True), ("mlp_kind", "swiglu")):
         with pytest.raises(ReleaseError, match=f"the release has no models with model.{option}"):
             release_model_config(dataclasses.replace(config, **{option: value}), 64)

@@ -1,0 +1,134 @@
+"""A language model laid out to read tokens into a cache."""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rat_jax.mixers.base import MixerCache, next_segments
+from rat_jax.segments import StreamState
+from rat_jax.shapes import Array, Float, Float32, Int
+
+if TYPE_CHECKING:
+    from rat_jax.model import LanguageModel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+    """What a model remembers of the rows it has read."""
+
+    layers: tuple[MixerCache, ...]  # one for each layer, not stacked: a scan would copy them all at every step
+    stream: StreamState
+    capacity: int = dataclasses.field(metadata={"static": True})  # tokens a row
+
+
+class DecoderModule(nnx.Module):
+    """One block a layer, matrices in the compute dtype: stacked float32 ones would be cut and cast at every step.
+
+    Results are those of the model: its matrix products take place in the compute dtype too, and all other parameters
+    (norm scales, gate biases) stay float32. A container: split it once, merge it inside compiled functions.
+    """
+
+    def __init__(self, model: "LanguageModel"):
+        self.config = model.config
+        self.embedding = nnx.Param(model.embedding[...].astype(model.config.dtype))
+        self.layers = nnx.List([model.decoding_layer(index) for index in range(model.config.num_layers)])
+        self.final_norm = model.final_norm
+
+    def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
+        """An empty cache for rows of at most `capacity` tokens."""
+        return ModelCache(
+            layers=tuple(layer.mixer.init_memory(batch_size, capacity) for layer in self.layers),
+            stream=StreamState.empty(batch_size),
+            capacity=capacity,
+        )
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], ModelCache]:
+        """As `Decoder.extend`, but with the final norm's output, of which `logits` may take a part."""
+        segments, stream = next_segments(segment_ids, cache.stream, tokens.shape, cache.capacity)
+        x = self.embedding[...][tokens].astype(self.config.dtype)
+        memories = []
+        for layer, memory in zip(self.layers, cache.layers, strict=True):
+            x, memory = layer(x, segments, memory)
+            memories.append(memory)
+        return self.final_norm(x), ModelCache(tuple(memories), stream, cache.capacity)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
+        """As `LanguageModel.logits`."""
+        return tied_logits(hidden, self.embedding[...])
+
+    def cache_at(self, cache: ModelCache, position: Int[Array, ""]) -> ModelCache:
+        """The cache of rows that have read `position` tokens of one document, its numbers as they are."""
+        ones = jnp.ones_like(cache.stream.position)
+        stream = StreamState(segment_id=ones, num_documents=ones, position=position * ones, num_tokens=position * ones)
+        memories = (
+            layer.mixer.memory_at(memory, position) for layer, memory in zip(self.layers, cache.layers, strict=True)
+        )
+        return ModelCache(tuple(memories), stream, cache.capacity)
+
+    def step_bytes(self, cache: ModelCache, position: int) -> int:
+        """Bytes that a step at `position` reads at least of a cache (arrays or their shapes)."""
+        return sum(
+            layer.mixer.step_bytes(memory, position) for layer, memory in zip(self.layers, cache.layers, strict=True)
+        )
+
+
+class Decoder:
+    """A model that reads tokens into a cache, compiled: once for every shape of the tokens and of the cache.
+
+    `LanguageModel.decoder` makes it, with one copy of the matrices in the compute dtype.
+    """
+
+    def __init__(self, module: DecoderModule):
+        self.config = module.config
+        self.graphdef, self.params = nnx.split(module)
+
+    def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
+        """An empty cache for rows of at most `capacity` tokens."""
+        return _init_cache(self.graphdef, self.params, batch_size, capacity)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float32[Array, "B T V"], ModelCache]:
+        """Reads tokens that follow those in the cache: a prompt, a part of one, or a single step.
+
+        Args:
+          tokens: ids in [0, V); others are not checked here.
+          cache: from `init_cache` or an earlier call; it stays valid.
+          segment_ids: 0 is padding, neighbours of the same other value are one document; a row continues its document
+            if the id is the same. Rows of different lengths are padded with 0, which changes no cache. None: all are
+            tokens of document 1.
+
+        Returns:
+          The logits after each token (of no meaning at padding), and the cache with these tokens read.
+
+        Raises:
+          ValueError: if the call alone has more tokens than the cache has room for. Calls that fill it together beyond
+            that are not noticed: what does not fit is not remembered.
+        """
+        return _extend(self.graphdef, self.params, tokens, cache, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch_size", "capacity"))
+def _init_cache(graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, capacity: int) -> ModelCache:
+    return nnx.merge(graphdef, params).init_cache(batch_size, capacity)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _extend(
+    graphdef: nnx.GraphDef, params: nnx.State, tokens: Array, cache: ModelCache, segment_ids: Array | None
+) -> tuple[Array, ModelCache]:
+    module = nnx.merge(graphdef, params)
+    hidden, cache = module.hidden(tokens, cache, segment_ids)
+    return module.logits(hidden), cache
+
+
+def tied_logits(hidden: Float[Array, "B T D"], embedding: Float[Array, "V D"]) -> Float32[Array, "B T V"]:
+    """hidden E^T; products in the dtype of `hidden`, sums in float32."""
+    return jnp.einsum("btd,vd->btv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)

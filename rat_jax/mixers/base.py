@@ -1,0 +1,205 @@
+"""The contract that every mixer keeps: its config, its module, its cache, and the facts that others ask it for."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rat_jax.errors import require
+from rat_jax.parameters import ParameterSpec
+from rat_jax.segments import SegmentInfo, StreamState, as_segments, from_segments
+from rat_jax.shapes import Array, Float, Int
+
+MixerCache = Any  # a dataclass of arrays that the mixer defines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a model has in common with all its mixers."""
+
+    width: int  # D, channels of the residual stream
+    num_heads: int  # N; a head has H = width / num_heads channels
+    num_kv_heads: int | None = None  # K, key heads that N / K query heads share each (arXiv 2305.13245); None: N
+    qk_norm: bool = False  # RMS norm of each head's queries and keys before they are rotated (arXiv 2302.05442)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters are float32
+
+    def __post_init__(self):
+        for name, value in (("width", self.width), ("num_heads", self.num_heads)):
+            require(value >= 1, f"{name} must be 1 or more, got {value}")
+        require(
+            self.width % self.num_heads == 0,
+            f"width must be a multiple of num_heads, got width {self.width} and num_heads {self.num_heads}",
+        )
+        require(
+            self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0,
+            f"num_heads must be a multiple of num_kv_heads, got num_heads {self.num_heads} and num_kv_heads "
+            f"{self.num_kv_heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """The settings of one kind of mixer; subclasses have defaults, which are the only ones in the project."""
+
+    def check(self, shape: ModelShape) -> None:
+        """Checks that a model of this shape can have the mixer.
+
+        Raises:
+          ConfigError: naming the field.
+        """
+
+    def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
+        """Keys that a token of a row of `seq_len` tokens meets on average, for the count of operations.
+
+        A mixer whose state is a matrix counts what is written to and read from it in keys of H channels.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseCell:
+    """How the PyTorch release of RAT (arXiv 2507.04416) describes a mixer in its `model` configuration and weights."""
+
+    name: str  # `_name_` of its `seq_cell`
+    fields: Mapping[str, str]  # whole numbers of the cell, and the fields of the mixer's config that they are
+    has_heads: bool  # whether the cell says d_head, num_head and k_channel
+    rotation: Literal["rope", "interrope"] | None  # positions that it needs: by token, by chunk or none
+    parameters: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Beside `in_proj`, `out_proj` and the norm, which all have: names under `seq_layer`, and their paths here."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What a mixer that stands alone remembers of the rows it has read."""
+
+    memory: MixerCache
+    stream: StreamState
+    capacity: int = dataclasses.field(metadata={"static": True})  # tokens a row
+
+
+class Mixer(nnx.Module):
+    """Moves information between tokens, [B, T, D] to [B, T, D]; see `rat_jax.mixers` for its use.
+
+    A subclass takes plain arguments and holds them as `shape` and `config`; it defines `from_config`, `mix`,
+    `init_memory`, `memory_at` and `step_bytes`. Parameters are float32.
+    """
+
+    Config: ClassVar[type[MixerConfig]]
+    PARAMETERS: ClassVar[Mapping[str, ParameterSpec]]  # by name within the mixer
+    RELEASE: ClassVar[ReleaseCell | None] = None  # None: the release has no such mixer
+
+    IMPLEMENTATIONS: ClassVar[tuple[str, ...]] = ()  # names that `implementation` may have
+
+    shape: ModelShape
+    config: MixerConfig
+    implementation: str | None = None  # of the mixer's op; None: the fastest on the platform that takes the call
+
+    @classmethod
+    def from_config(cls, config: MixerConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Mixer":
+        """The mixer of a model's layer."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | SegmentInfo | None = None
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens that start their rows.
+
+        Args:
+          x: of the dtype that the mixer computes in.
+          segment_ids: 0 is padding, neighbours of the same other value are one document, across whose ends nothing
+            is seen; None: each row is one document.
+        """
+        return self.mix(x, as_segments(segment_ids, x.shape[:2]))[0]
+
+    def init_cache(self, batch_size: int, capacity: int) -> LayerCache:
+        """An empty cache for rows of at most `capacity` tokens; `extend` reads tokens into it."""
+        return LayerCache(self.init_memory(batch_size, capacity), StreamState.empty(batch_size), capacity)
+
+    def extend(
+        self, x: Float[Array, "B T D"], cache: LayerCache, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Mixes tokens that follow those in the cache: a prompt, a part of one, or a single step.
+
+        Args:
+          x: of the dtype that the mixer computes in.
+          cache: from `init_cache` or an earlier call.
+          segment_ids: as in `__call__`; a row continues its document if the id is the same. None: no padding.
+
+        Raises:
+          ValueError: if the call alone has more tokens than the cache has room for. Calls that fill it together beyond
+            that are not noticed: what does not fit is not remembered.
+        """
+        segments, stream = next_segments(segment_ids, cache.stream, x.shape[:2], cache.capacity)
+        y, memory = self.mix(x, segments, cache.memory)
+        return y, LayerCache(memory, stream, cache.capacity)
+
+    def mix(
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
+        """What `__call__` (memory None) and `extend` share: the mixed tokens, and the memory after them if any."""
+        raise NotImplementedError
+
+    def init_memory(self, batch_size: int, capacity: int) -> MixerCache:
+        """What is remembered before the first token, with room for `capacity` tokens a row."""
+        raise NotImplementedError
+
+    def memory_at(self, memory: MixerCache, position: Int[Array, ""]) -> MixerCache:
+        """The memory of rows that have read `position` tokens of one document, its numbers as they are.
+
+        Measurements start in the middle of a row by it, without reading the tokens before.
+        """
+        raise NotImplementedError
+
+    def step_bytes(self, memory: MixerCache, position: int) -> int:
+        """Bytes that a step at `position` reads at least of a memory (arrays or their shapes)."""
+        raise NotImplementedError
+
+
+def next_segments(
+    segment_ids: Int[Array, "B T"] | None, stream: StreamState, shape: tuple[int, int], capacity: int
+) -> tuple[SegmentInfo, StreamState]:
+    """The segments of [B, T] tokens that continue rows, and where the rows end then; see `Mixer.extend`."""
+    if segment_ids is None:
+        if shape[1] > capacity:
+            raise ValueError(
+                f"{shape[1]} tokens do not fit a cache of capacity {capacity}: make it with init_cache(batch_size, "
+                f"capacity={shape[1]}) or more"
+            )
+        segment_ids = jnp.ones(shape, jnp.int32)
+    if segment_ids.shape != tuple(shape):
+        raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segment_ids.shape}")
+    return from_segments(segment_ids, stream)
+
+
+def filled(num_slots: int, count: Int[Array, ""], batch_size: int) -> Int[Array, "B S"]:
+    """Segment ids of slots of which the first `count` hold tokens of document 1."""
+    ids = (jnp.arange(num_slots, dtype=jnp.int32) < count).astype(jnp.int32)
+    return jnp.broadcast_to(ids[None], (batch_size, num_slots))
+
+
+def bytes_of(x: Float[Array, "B S *n"], num_slots: int | None = None) -> int:
+    """Bytes of an array, or of its first slots along axis 1."""
+    share = 1 if num_slots is None else min(num_slots, x.shape[1]) / x.shape[1]
+    return round(x.dtype.itemsize * x.size * share)
+
+
+def require_even_heads(rope: bool, shape: ModelShape) -> None:
+    """Rotation turns pairs of channels."""
+    require(
+        not rope or shape.head_dim % 2 == 0,
+        f"rope needs an even number of channels a head, got width / num_heads = {shape.head_dim}",
+    )

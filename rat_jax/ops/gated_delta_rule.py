@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rat_jax.mesh import rows_per_device
 from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
-from rat_jax.sharding import rows_per_device
 
 _GROUP_TOKENS = 8192  # of all rows of a device, whose chunks are prepared side by side: bounds the memory
 _LEAST_LOG_DECAY = -1e3  # exp of it is 0 in float32, and sums of it are finite where those of -inf are not numbers

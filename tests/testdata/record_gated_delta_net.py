@@ -78,7 +78,7 @@ def layer() -> dict[str, torch.Tensor]:
         linear_key_head_dim=KEY_DIM,
         linear_value_head_dim=VALUE_DIM,
         linear_conv_kernel_dim=4,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=1e-6,
         num_hidden_layers=1,
         layer_types=["linear_attention"],
     )

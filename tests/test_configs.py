@@ -1,15 +1,20 @@
 """Every shipped config builds, and has the parameters that the papers' models have."""
 
+import dataclasses
 import importlib.util
+import json
 import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from configs import default
-from rat_jax.config import ConfigError, config_from_dict, config_to_dict
+from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict
+from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -84,3 +89,73 @@ def test_unknown_and_missing_keys_are_named():
     del values["model"]["widht"], values["data"]["path"]
     with pytest.raises(ConfigError, match=r"config\.data\.path is missing"):
         config_from_dict(values)
+
+
+def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
+    """`configs/default.py` says a reason for every other value, and for no value that is none."""
+    config, differing = config_from_dict(default.get_config()), set()
+    for group in (config.model, config.data, config.optimizer, config.training, config.mesh):
+        name = next(field.name for field in dataclasses.fields(config) if getattr(config, field.name) is group)
+        for field in dataclasses.fields(group):
+            if field.default is not dataclasses.MISSING and getattr(group, field.name) != field.default:
+                differing.add(f"{name}.{field.name}")
+    values = default.get_config().to_dict()["model"]
+    for kind, mixer in MIXERS.items():
+        defaults = dataclasses.asdict(mixer.Config())
+        assert values[kind].keys() == defaults.keys()
+        differing |= {f"model.{kind}.{name}" for name in defaults if values[kind][name] != defaults[name]}
+    assert differing == set(default.DEVIATIONS)
+
+
+def test_a_config_file_may_hold_every_kind_and_the_config_what_its_pattern_names():
+    values = default.get_config().to_dict()
+    values["model"]["pattern"] = ("rat",)
+    config = config_from_dict(values)
+    assert set(config.model.mixers) == {"rat"}
+    assert not (set(config_to_dict(config)["model"]) & set(MIXERS)) - {"rat"}
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_two_settings_of_one_kind():
+    values = default.get_config().to_dict()
+    values["model"] |= {"pattern": ("local_attention", "wide"), "wide": {"kind": "local_attention", "window": 64}}
+    config = config_from_dict(values)
+    assert [config.model.mixers[name].window for name in config.model.pattern] == [32, 64]
+    assert config.model.kinds == ("local_attention", "local_attention")
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    model = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+    assert [model.blocks[f"{i:02d}_local_attention"].mixer.config.window for i in range(2)] == [32, 64]
+    with pytest.raises(ConfigError, match=r"pattern\[1\] must be one of .*; got 'wide'"):
+        dataclasses.replace(config.model, mixers={})
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"window": 64}, r"config\.model\.wide is not a field of ModelConfig"),
+        ({"kind": "local", "window": 64}, r"config\.model\.wide\.kind must be one of 'attention', 'local_attention'"),
+        (
+            {"kind": "local_attention", "windw": 64},
+            r"config\.model\.wide\.windw is not a field of LocalAttentionConfig",
+        ),
+        ({"kind": "local_attention", "window": -1}, r"config\.model\.wide\.window must be 0 or more, got -1"),
+    ],
+)
+def test_settings_that_are_none_are_named(group, message):
+    values = default.get_config().to_dict()
+    values["model"] |= {"pattern": ("local_attention", "wide"), "wide": group}
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+
+
+def test_a_model_in_python_alone():
+    config = ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, pattern=("rat", "local_attention"))
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    decoder, tokens = model.decoder(), jnp.arange(10)[None]
+    cache, logits = decoder.init_cache(batch_size=1, capacity=16), []
+    for t in range(10):
+        step, cache = decoder.extend(tokens[:, t : t + 1], cache)
+        logits.append(step)
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), model(tokens), atol=1e-5)
+    with pytest.raises(ValueError, match="17 tokens do not fit a cache of capacity 16"):
+        decoder.extend(jnp.ones((1, 17), jnp.int32), decoder.init_cache(1, 16))

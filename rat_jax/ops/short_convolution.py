@@ -11,31 +11,31 @@ from rat_jax.shapes import Array, Float, Float32
 class ShortConvolutionOutput(NamedTuple):
     """The convolved tokens, and the inputs that the next tokens of each row will need."""
 
-    out: Float32[Array, "B T C"]
-    last_inputs: Float[Array, "B W-1 C"] | None
+    out: Float32[Array, "B T c"]
+    last_inputs: Float[Array, "B earlier c"] | None
 
 
 def short_convolution(
-    x: Float[Array, "B T C"],
-    kernel: Float32[Array, "W C"],
+    x: Float[Array, "B T c"],
+    kernel: Float32[Array, "taps c"],
     segments: SegmentInfo,
-    last_inputs: Float[Array, "B W-1 C"] | None = None,
+    last_inputs: Float[Array, "B earlier c"] | None = None,
 ) -> ShortConvolutionOutput:
-    """out_t = sum_{i < W} kernel_{W-1-i} x_{t-i} over the tokens t - i of the same document; in float32.
+    """out_t = sum_{i < taps} kernel_{taps-1-i} x_{t-i} over the tokens t - i of the same document; in float32.
 
     The last row of `kernel` is that of the token itself, as in a depthwise `Conv1d` of PyTorch. What padding reads is
     finite and means nothing.
 
     Args:
-      last_inputs: of each row the last W - 1 tokens of earlier calls, padding not counted, the latest last; zeros where
-        there were fewer. None: the tokens start their rows, and none are returned.
+      last_inputs: of each row the last taps - 1 tokens of earlier calls, padding not counted, the latest last; zeros
+        where there were fewer. None: the tokens start their rows, and none are returned.
 
     Raises:
       ValueError: if the kernel has other channels than x, or `last_inputs` another shape than it must have.
     """
     batch, tokens, channels = x.shape
     if kernel.ndim != 2 or kernel.shape[1] != channels:
-        raise ValueError(f"kernel must be [W, {channels}] for x of {x.shape}, got {kernel.shape}")
+        raise ValueError(f"kernel must be [taps, {channels}] for x of {x.shape}, got {kernel.shape}")
     reach = kernel.shape[0] - 1
     if last_inputs is None:
         inputs = jnp.pad(x, [(0, 0), (reach, 0), (0, 0)])
@@ -54,7 +54,7 @@ def short_convolution(
 
 
 def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> tuple[Array, Array]:
-    """W - 1 columns and then x, with the last inputs right before each row's first token; and the new last inputs."""
+    """taps - 1 columns and x, with the last inputs right before each row's first token; and the new last inputs."""
     batch, reach, _ = last_inputs.shape
     is_token = segments.is_token
     first = jnp.argmax(is_token, axis=1)  # 0 where there is none

@@ -68,7 +68,7 @@ def test_single_tokens():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"kernel must be \[W, 3\] for x of \(2, 13, 3\), got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"kernel must be \[taps, 3\] for x of \(2, 13, 3\), got \(4, 2\)"):
         short_convolution(X, KERNEL[:, :2], whole_rows(2, 13))
     with pytest.raises(ValueError, match=r"last_inputs must be \(2, 3, 3\), got \(2, 4, 3\)"):
         short_convolution(X, KERNEL, whole_rows(2, 13), X[:, :4])

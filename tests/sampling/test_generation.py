@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.model import Decoder
+from rat_jax.decoder import DecoderModule
 from rat_jax.sampling import generation, prefill
 from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, generate
 from rat_jax.sampling.sampling_params import SamplingParams
@@ -116,7 +116,7 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
 
 def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
     prompts = make_prompts([15, 16, 17, 33, 47])
-    graphdef, params = nnx.split(Decoder(rat_model))
+    graphdef, params = nnx.split(DecoderModule(rat_model))
     assert prefill.prefill_chunks(47, len(prompts)) == [64]
     expected, _ = prefill.prefill(graphdef, params, prompts, 48)
     monkeypatch.setattr(prefill, "MAX_PREFILL_CHUNK", 16)
@@ -127,7 +127,7 @@ def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
 
 def test_steps_copy_no_parameters_and_no_keys_or_values(rat_model):
     """What a step copies is small: the largest arrays are written in place and read as they are."""
-    graphdef, params = nnx.split(Decoder(rat_model))
+    graphdef, params = nnx.split(DecoderModule(rat_model))
     rule, keys = SamplingParams(None, None, None, None), generation._row_keys(PROMPTS, seed=0)
     hidden, cache = prefill.prefill(graphdef, params, PROMPTS, 64)
     rows = generation._first_tokens(graphdef, params, rule, hidden, cache, keys, None, jnp.int32(-1))

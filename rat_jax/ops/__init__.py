@@ -13,6 +13,7 @@ from rat_jax.ops.residual_linear_attention import ResidualLinearAttentionOutput,
 
 __all__ = [
     "AttentionOutput",
+    "GatedDeltaRuleOutput",
     "KeyInfo",
     "LinearAttentionOutput",
     "RatOutput",

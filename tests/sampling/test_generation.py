@@ -168,13 +168,13 @@ def test_the_decoder_is_the_model_in_its_compute_dtype():
     model = small_model(("rat", "local_attention"), dtype="bfloat16")
     tokens = jnp.array(make_prompts([8, 8]))
     graphdef, params = nnx.split(model)
-    decoder = Decoder(model)
-    decoder_graphdef, decoder_params = nnx.split(decoder)
+    decoder = model.decoder()
+    decoder_graphdef, decoder_params = decoder.graphdef, decoder.params
 
     @jax.jit
     def both(params, decoder_params):
         model, decoder = nnx.merge(graphdef, params), nnx.merge(decoder_graphdef, decoder_params)
-        hidden, _ = decoder.extend(tokens, decoder.init_cache(2, 8))
+        hidden, _ = decoder.hidden(tokens, decoder.init_cache(2, 8))
         return model.extend(tokens, model.init_cache(2, 8))[0], decoder.logits(hidden)
 
     np.testing.assert_array_equal(*both(params, decoder_params))

@@ -8,10 +8,12 @@ those of the groups of mixers. Other configs start from this one and change line
 """
 
 import dataclasses
+import typing
+from typing import Any
 
 from ml_collections import config_dict
 
-from rat_jax.mixers import MIXERS
+from rat_jax.mixers import MIXERS, MixerConfig
 
 # Fields whose value here is not the default of `rat_jax.config` or `rat_jax.mixers`, and why.
 DEVIATIONS = {
@@ -48,7 +50,7 @@ def get_config() -> config_dict.ConfigDict:
 
     # Every kind has its group with its defaults, so that `--config.model.pattern` may name any of them.
     for kind, mixer in MIXERS.items():
-        config.model[kind] = config_dict.ConfigDict(dataclasses.asdict(mixer.Config()))
+        config.model[kind] = config_dict.ConfigDict(_settings(mixer.Config))
     config.model.local_attention.window = 32  # tokens
     config.model.rnn.max_timescale = 256  # tokens; the sequence length, as in the release
     config.model.rattention.window = 32  # tokens
@@ -85,3 +87,12 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh.data = 1
     config.mesh.fsdp = -1
     return config
+
+
+def _settings(mixer_config: type[MixerConfig]) -> dict[str, Any]:
+    """The defaults of a kind of mixer; where one is None, a place whose type the command line can read."""
+    hints = typing.get_type_hints(mixer_config)
+    return {
+        name: config_dict.placeholder(typing.get_args(hints[name])[0]) if value is None else value
+        for name, value in dataclasses.asdict(mixer_config()).items()
+    }

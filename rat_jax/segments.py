@@ -70,9 +70,7 @@ def as_segments(segment_ids: "Int[Array, 'B T'] | SegmentInfo | None", shape: tu
         return whole_rows(*shape)
     segments = segment_ids if isinstance(segment_ids, SegmentInfo) else from_segments(segment_ids)[0]
     if segments.segment_ids.shape != tuple(shape):
-        raise ValueError(
-            f"segment_ids must have the shape of the tokens, {tuple(shape)}, got {segments.segment_ids.shape}"
-        )
+        raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segments.segment_ids.shape}")
     return segments
 
 

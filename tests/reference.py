@@ -139,6 +139,27 @@ def residual_linear_attention(q, k, v, initial_state, window, feature_map="softm
     return out, state
 
 
+def gated_delta_rule(query, key, value, log_decay, write_strength, initial_state=None):
+    """The outputs [B, T, N, Hv] and the final state [B, N, Hk, Hv] of arXiv 2412.06464's rule.
+
+    S_t = a S_{t-1} + b k (v - a S_{t-1}^T k)^T with a = exp(log_decay), b = write_strength; out_t = S_t^T q, unscaled.
+    """
+    query, key, value, log_decay, write_strength = (
+        np.asarray(x, np.float64) for x in (query, key, value, log_decay, write_strength)
+    )
+    batch, tokens, heads, key_dim = key.shape
+    state = np.zeros((batch, heads, key_dim, value.shape[-1])) if initial_state is None else initial_state
+    out, state = np.empty_like(value), np.array(state, np.float64)
+    for b in range(batch):
+        for n in range(heads):
+            for t in range(tokens):
+                state[b, n] *= np.exp(log_decay[b, t, n])
+                wrong = value[b, t, n] - key[b, t, n] @ state[b, n]
+                state[b, n] += write_strength[b, t, n] * np.outer(key[b, t, n], wrong)
+                out[b, t, n] = query[b, t, n] @ state[b, n]
+    return out, state
+
+
 def language_model(parameters, tokens, pattern, *, num_heads, num_groups, chunk_size, window, rope_base=10_000.0):
     """Logits [B, T, V] of a whole model from parameters by the names of the PyTorch release (matrices transposed).
 

@@ -12,6 +12,7 @@ new kind is a new file and a line of `MIXERS`.
 
 from rat_jax.mixers.attention import Attention, AttentionConfig
 from rat_jax.mixers.base import LayerCache, Mixer, MixerConfig, ModelShape
+from rat_jax.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from rat_jax.mixers.local_attention import LocalAttention, LocalAttentionConfig
 from rat_jax.mixers.rat import Rat, RatConfig
 from rat_jax.mixers.rattention import Rattention, RattentionConfig
@@ -21,6 +22,8 @@ __all__ = [
     "MIXERS",
     "Attention",
     "AttentionConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "LayerCache",
     "LocalAttention",
     "LocalAttentionConfig",
@@ -42,6 +45,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "rnn": Rnn,
     "rat": Rat,
     "rattention": Rattention,
+    "gated_deltanet": GatedDeltaNet,
 }
 
 

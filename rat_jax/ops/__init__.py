@@ -3,6 +3,7 @@
 from rat_jax.ops.attention import attention
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.ops.dispatch import UnsupportedError
+from rat_jax.ops.gated_delta_rule import GatedDeltaRuleOutput, gated_delta_rule
 from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.rat import rat_mix
@@ -12,6 +13,7 @@ from rat_jax.ops.residual_linear_attention import ResidualLinearAttentionOutput,
 
 __all__ = [
     "AttentionOutput",
+    "GatedDeltaRuleOutput",
     "KeyInfo",
     "LinearAttentionOutput",
     "RatOutput",
@@ -19,6 +21,7 @@ __all__ = [
     "ResidualLinearAttentionOutput",
     "UnsupportedError",
     "attention",
+    "gated_delta_rule",
     "gated_recurrence",
     "linear_attention",
     "rat_mix",

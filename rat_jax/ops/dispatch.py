@@ -149,7 +149,7 @@ def _forward_pass(kernel: Kernel, fall_back: bool, arguments: tuple[Any, ...]) -
         return kernel.plain(*arguments), empty
 
     settled = _by_platform(kernel, kernel.forward, plain if fall_back else None)
-    found = on_each_device(settled, replicated=kernel.replicated, summed=())(*arguments)
+    found = _on_each_device(settled, num_results=2, replicated=kernel.replicated, summed=())(*arguments)
     return save_named(found) if kernel.num_differentiated else found
 
 
@@ -179,7 +179,9 @@ def _backward(kernel: Kernel, fall_back: bool, kept, d_results: tuple[Any, ...])
     if unwanted:
         return ((*plain(*operands), *[None] * (given - count)),)
     settled = _by_platform(kernel, by_kernel, plain if fall_back else None)
-    gradients = on_each_device(settled, replicated=kernel.replicated, summed=kernel.replicated)(*operands)
+    gradients = _on_each_device(settled, num_results=count, replicated=kernel.replicated, summed=kernel.replicated)(
+        *operands
+    )
     return ((*gradients, *[None] * (given - count)),)
 
 
@@ -209,11 +211,14 @@ def _by_platform(kernel: Kernel, run: Callable[..., Any], plain: Callable[..., A
     return lambda *arguments: jax.lax.platform_dependent(*arguments, default=plain, **platforms)
 
 
-def on_each_device(function: Callable[..., Any], *, replicated: tuple[int, ...], summed: tuple[int, ...]) -> Any:
+def _on_each_device(
+    function: Callable[..., Any], *, num_results: int, replicated: tuple[int, ...], summed: tuple[int, ...]
+) -> Callable[..., Any]:
     """Without a mesh returns `function`; otherwise wraps it in `shard_map` over the batch axis.
 
     Args:
       function: takes pytrees of arrays and returns a tuple of them, all with batch rows along their first axis.
+      num_results: length of that tuple.
       replicated: arguments without batch rows, whole on every device.
       summed: results without batch rows, summed over the devices.
     """
@@ -228,7 +233,6 @@ def on_each_device(function: Callable[..., Any], *, replicated: tuple[int, ...],
     def run(*arguments):
         rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
         in_specs = tuple(whole if i in replicated else rows for i in range(len(arguments)))
-        num_results = len(jax.eval_shape(function, *arguments))
         out_specs = tuple(whole if i in summed else rows for i in range(num_results))
         # Kernels do not say over which axes their results vary, so that this cannot be checked.
         return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arguments)

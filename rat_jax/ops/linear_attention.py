@@ -61,9 +61,8 @@ def linear_attention(
     segments = as_segments(segment_ids, query.shape[:2])
     if state is not None and key_lag:
         raise ValueError(f"a key_lag ({key_lag}) is not taken together with a state; shift keys and values instead")
-    continues = state is not None and segment_ids is None  # the row's document is under way, whatever its positions
     documents = None
-    if not (segments.contiguous or continues):
+    if not segments.contiguous or (state is not None and segment_ids is not None):  # some tokens may not see the state
         enters = segments.is_token
         if key_lag:
             key, value, ids = (lagged(x, key_lag) for x in (key, value, segments.segment_ids))

@@ -220,7 +220,7 @@ def _mixer(section: _Section, width: int) -> tuple[MixerConfig, int | None]:
     try:
         return mixer.Config(**settings), num_heads
     except ConfigError as error:
-        raise ConfigError(f"{section.path}: {error}") from None
+        raise ConfigError(f"{section.path}.{error}") from None
 
 
 def _named(mixers: list[MixerConfig]) -> tuple[tuple[str, ...], dict[str, MixerConfig]]:

@@ -13,7 +13,6 @@ from rat_jax.mixers.local_attention import LocalAttention
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.segments import SegmentInfo, from_segments, whole_rows
 from tests import reference
-from tests.small import small_model_config
 
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward(")
 
@@ -152,17 +151,16 @@ def test_cudnn_by_name_runs_or_says_why_not(changes, layout, reason):
 
 @pytest.mark.parametrize("mixer", [Attention, LocalAttention])
 def test_mixers_run_cudnn_on_whole_rows_without_a_cache(mixer, traced_for_a_gpu):
-    config = small_model_config(("attention",), width=32, dtype="bfloat16")
-    module = mixer(config, rngs=nnx.Rngs(0))
+    module = mixer(width=32, num_heads=4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = jnp.zeros((2, 12, 32), jnp.bfloat16)
 
-    def mix(x, layout: SegmentInfo, cache):
-        return module(x, layout, cache)[0]
+    def mix(x, segments: SegmentInfo, memory):
+        return module.mix(x, segments, memory)[0]
 
     packed = from_segments(jnp.ones((2, 12), jnp.int32))[0]
     assert lowered_for_cuda(mix, x, whole_rows(2, 12), None) == [True, False]
     assert lowered_for_cuda(mix, x, packed, None) == [False, False]
-    assert lowered_for_cuda(mix, x, whole_rows(2, 12), module.init_cache(2, 20)) == [False, False]
+    assert lowered_for_cuda(mix, x, whole_rows(2, 12), module.init_memory(2, 20)) == [False, False]
 
 
 @pytest.mark.gpu

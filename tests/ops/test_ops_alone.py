@@ -43,13 +43,11 @@ def close(found, expected):
 @pytest.mark.parametrize("name", OPS)
 def test_rows_are_one_document_each_without_ids(name):
     close(run(name), run(name, segment_ids=jnp.ones((2, 16), jnp.int32)))
-    close(run(name), run(name, segment_ids=whole_rows(2, 16)))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_packed_document_is_what_it_is_alone(name, monkeypatch):
     packed = run(name, segment_ids=jnp.asarray(IDS))
-    close(packed, run(name, segment_ids=from_segments(jnp.asarray(IDS))[0]))
     whole = {name: globals()[name] for name in ("QUERY", "KEY", "VALUE", "PROJECTED")}
     for row, start, end in ((0, 0, 5), (0, 5, 14), (1, 3, 16)):
         for array, x in whole.items():
@@ -83,19 +81,33 @@ def test_attention_of_a_cache_reads_what_its_infos_say():
 @pytest.mark.parametrize("cuts", [(1, 1, 5, 1, 8), (16,), (7, 9)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_linear_attention_continues_from_its_state(cuts, packed):
-    whole = ops.linear_attention(QUERY, KEY, VALUE, segment_ids=jnp.asarray(IDS) if packed else None)
-    state, out, start, end = None, [], 0, None
-    for size in cuts:
-        part = slice(start, start + size)
-        segments = None
-        if packed:
-            segments, end = from_segments(jnp.asarray(IDS[:, part]), end)
-        read = ops.linear_attention(QUERY[:, part], KEY[:, part], VALUE[:, part], segment_ids=segments, state=state)
-        out.append(read.out)
-        state, start = read.state, start + size
+    @jax.jit
+    def read():
+        state, out, start, end = None, [], 0, None
+        for size in cuts:
+            part = slice(start, start + size)
+            segments = None
+            if packed:
+                segments, end = from_segments(jnp.asarray(IDS[:, part]), end)
+            arrays = QUERY[:, part], KEY[:, part], VALUE[:, part]
+            mixed = ops.linear_attention(*arrays, segment_ids=segments, state=state)
+            out.append(mixed.out)
+            state, start = mixed.state, start + size
+        return jnp.concatenate(out, axis=1), state
+
+    ids = jnp.asarray(IDS) if packed else None
+    whole = jax.jit(lambda: ops.linear_attention(QUERY, KEY, VALUE, segment_ids=ids))()
     is_token = (IDS != 0)[:, :, None, None] if packed else True
-    close(jnp.concatenate(out, axis=1) * is_token, whole.out * is_token)
+    out, state = read()
+    close(out * is_token, whole.out * is_token)
     close(state, whole.state)
+
+
+def test_a_new_document_does_not_read_the_state_of_linear_attention():
+    state = jnp.ones((2, 2, 16, 8))
+    attend = jax.jit(lambda **options: ops.linear_attention(QUERY, KEY, VALUE, **options))
+    for found, expected in zip(attend(segment_ids=whole_rows(2, 16), state=state), attend(), strict=True):
+        close(found, expected)
 
 
 def test_padding_adds_nothing_to_the_state_of_linear_attention():
@@ -119,21 +131,22 @@ def test_what_linear_attention_cannot_compute_is_refused():
 
 def test_rat_continues_from_its_state():
     sizes = {"num_heads": 2, "chunk_size": 4}
-    whole = ops.rat_mix(PROJECTED, GATE_BIAS, **sizes).out
-    state, out, end = ops.RatState.empty(2, 16, 2, 8, 4, jnp.float32), [], None
-    for part in (slice(0, 6), slice(6, 7), slice(7, 16)):
-        segments, end = from_segments(jnp.ones_like(PROJECTED[:, part, 0], jnp.int32), end)
-        mixed = ops.rat_mix(PROJECTED[:, part], GATE_BIAS, segments, state=state, **sizes)
-        out.append(mixed.out)
-        state = mixed.state
-    close(jnp.concatenate(out, axis=1), whole)
+
+    @jax.jit
+    def read(projected):
+        state, out, end = ops.RatState.empty(2, 16, 2, 8, 4, jnp.float32), [], None
+        for part in (slice(0, 6), slice(6, 7), slice(7, 16)):
+            segments, end = from_segments(jnp.ones_like(projected[:, part, 0], jnp.int32), end)
+            mixed = ops.rat_mix(projected[:, part], GATE_BIAS, segments, state=state, **sizes)
+            out.append(mixed.out)
+            state = mixed.state
+        return jnp.concatenate(out, axis=1)
+
+    close(read(PROJECTED), run("rat_mix"))
 
 
 def test_groups_and_rotation_have_defaults():
-    sizes = {"num_heads": 2, "chunk_size": 4}
-    close(
-        ops.rat_mix(PROJECTED, GATE_BIAS, **sizes).out,
-        ops.rat_mix(PROJECTED, GATE_BIAS, num_groups=2, rope_base=1e4, **sizes).out,
-    )
+    sizes = {"num_heads": 2, "chunk_size": 4, "num_groups": 2, "rope_base": 1e4}
+    close(run("rat_mix"), jax.jit(lambda: ops.rat_mix(PROJECTED, GATE_BIAS, **sizes).out)())
     with pytest.raises(ValueError, match="the 16 channels of gate_bias must be a multiple of num_heads, got 3"):
         ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=3, chunk_size=4)

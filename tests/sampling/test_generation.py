@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.model import Decoder
+from rat_jax.decoder import DecoderModule
 from rat_jax.sampling import generation, prefill
 from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, generate
 from rat_jax.sampling.sampling_params import SamplingParams
@@ -116,7 +116,7 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
 
 def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
     prompts = make_prompts([15, 16, 17, 33, 47])
-    graphdef, params = nnx.split(Decoder(rat_model))
+    graphdef, params = nnx.split(DecoderModule(rat_model))
     assert prefill.prefill_chunks(47, len(prompts)) == [64]
     expected, _ = prefill.prefill(graphdef, params, prompts, 48)
     monkeypatch.setattr(prefill, "MAX_PREFILL_CHUNK", 16)
@@ -127,7 +127,7 @@ def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
 
 def test_steps_copy_no_parameters_and_no_keys_or_values(rat_model):
     """What a step copies is small: the largest arrays are written in place and read as they are."""
-    graphdef, params = nnx.split(Decoder(rat_model))
+    graphdef, params = nnx.split(DecoderModule(rat_model))
     rule, keys = SamplingParams(None, None, None, None), generation._row_keys(PROMPTS, seed=0)
     hidden, cache = prefill.prefill(graphdef, params, PROMPTS, 64)
     rows = generation._first_tokens(graphdef, params, rule, hidden, cache, keys, None, jnp.int32(-1))
@@ -168,13 +168,13 @@ def test_the_decoder_is_the_model_in_its_compute_dtype():
     model = small_model(("rat", "local_attention"), dtype="bfloat16")
     tokens = jnp.array(make_prompts([8, 8]))
     graphdef, params = nnx.split(model)
-    decoder = Decoder(model)
-    decoder_graphdef, decoder_params = nnx.split(decoder)
+    decoder = model.decoder()
+    decoder_graphdef, decoder_params = decoder.graphdef, decoder.params
 
     @jax.jit
     def both(params, decoder_params):
         model, decoder = nnx.merge(graphdef, params), nnx.merge(decoder_graphdef, decoder_params)
-        hidden, _ = decoder.extend(tokens, decoder.init_cache(2, 8))
+        hidden, _ = decoder.hidden(tokens, decoder.init_cache(2, 8))
         return model.extend(tokens, model.init_cache(2, 8))[0], decoder.logits(hidden)
 
     np.testing.assert_array_equal(*both(params, decoder_params))

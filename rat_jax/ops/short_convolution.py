@@ -1,0 +1,64 @@
+"""A causal convolution over a few tokens, each channel by itself, within documents."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rat_jax.segments import SegmentInfo
+from rat_jax.shapes import Array, Float, Float32
+
+
+class ShortConvolutionOutput(NamedTuple):
+    """The convolved tokens, and the inputs that the next tokens of each row will need."""
+
+    out: Float32[Array, "B T c"]
+    last_inputs: Float[Array, "B earlier c"] | None
+
+
+def short_convolution(
+    x: Float[Array, "B T c"],
+    kernel: Float32[Array, "taps c"],
+    segments: SegmentInfo,
+    last_inputs: Float[Array, "B earlier c"] | None = None,
+) -> ShortConvolutionOutput:
+    """out_t = sum_{i < taps} kernel_{taps-1-i} x_{t-i} over the tokens t - i of the same document; in float32.
+
+    The last row of `kernel` is that of the token itself, as in a depthwise `Conv1d` of PyTorch. What padding reads is
+    finite and means nothing.
+
+    Args:
+      last_inputs: of each row the last taps - 1 tokens of earlier calls, padding not counted, the latest last; zeros
+        where there were fewer. None: the tokens start their rows, and none are returned.
+
+    Raises:
+      ValueError: if the kernel has other channels than x, or `last_inputs` another shape than it must have.
+    """
+    batch, tokens, channels = x.shape
+    if kernel.ndim != 2 or kernel.shape[1] != channels:
+        raise ValueError(f"kernel must be [taps, {channels}] for x of {x.shape}, got {kernel.shape}")
+    reach = kernel.shape[0] - 1
+    if last_inputs is None:
+        inputs = jnp.pad(x, [(0, 0), (reach, 0), (0, 0)])
+    else:
+        if last_inputs.shape != (batch, reach, channels):
+            raise ValueError(f"last_inputs must be {(batch, reach, channels)}, got {last_inputs.shape}")
+        inputs, last_inputs = _join(last_inputs.astype(x.dtype), x, segments)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for i in range(reach + 1):
+        earlier = inputs[:, reach - i : reach - i + tokens].astype(jnp.float32)
+        if i and not (segments.contiguous and last_inputs is None):
+            # Tokens of a document are neighbours: its token i places ago is i columns ago, or was not there.
+            earlier = jnp.where((segments.positions >= i)[..., None], earlier, 0.0)
+        out += earlier * kernel[reach - i][None, None]
+    return ShortConvolutionOutput(out, last_inputs)
+
+
+def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> tuple[Array, Array]:
+    """taps - 1 columns and x, with the last inputs right before each row's first token; and the new last inputs."""
+    batch, reach, _ = last_inputs.shape
+    is_token = segments.is_token
+    first = jnp.argmax(is_token, axis=1)  # 0 where there is none
+    last = jnp.max(jnp.where(is_token, jnp.arange(x.shape[1])[None], -1), axis=1)
+    rows, slots = jnp.arange(batch)[:, None], jnp.arange(reach)[None]
+    inputs = jnp.pad(x, [(0, 0), (reach, 0), (0, 0)]).at[rows, first[:, None] + slots].set(last_inputs)
+    return inputs, inputs[rows, last[:, None] + 1 + slots]

@@ -67,6 +67,7 @@ def test_single_tokens():
         np.testing.assert_allclose(out[is_token, 0], want[is_token, t], atol=1e-6)
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"kernel must be \[taps, 3\] for x of \(2, 13, 3\), got \(4, 2\)"):
         short_convolution(X, KERNEL[:, :2], whole_rows(2, 13))

@@ -25,11 +25,11 @@ TYPES = {name for name in dir(jaxtyping) if name.startswith(("Bool", "Float", "I
 
 
 def axes_of(file: pathlib.Path) -> set[str]:
-    """Names in the annotations of arrays in a file; sizes that are numbers or expressions have none."""
+    """Names in the annotations of arrays in a file, "#" (broadcast) left out; numbers and expressions have none."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in TYPES:
-            axes = node.slice.elts[1].value.split()
+            axes = node.slice.elts[1].value.replace("#", "").split()
             found |= {axis for axis in axes if re.fullmatch(r"\*?[A-Za-z_]\w*", axis)}
     return found
 

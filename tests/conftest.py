@@ -1,13 +1,31 @@
-"""Settings of every test: the CPU unless told otherwise, quick compilation, no silent change of rank."""
+"""Settings of every test: the CPU unless told otherwise, quick compilation, checked annotations, no change of rank."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # The suite compiles hundreds of small programs and runs each for milliseconds: optimising them doubles its time.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if os.environ["JAX_PLATFORMS"] == "cpu":
+if ON_CPU:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
 
 import jax  # noqa: E402 (the settings above come first)
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# An environment for an accelerator may lack beartype; the suite of the CPU does not pass without it.
+if (ON_CPU or importlib.util.find_spec("beartype") is not None) and os.environ.get("NOHOOK") is None:
+    import tests.annotations  # noqa: F401 (the hook looks it up by name)
+
+    jaxtyping.install_import_hook(["rat_jax"], "tests.annotations.checked")
+
+
+@pytest.fixture
+def annotations_unchecked():
+    """For tests of what the code itself says to arguments of other shapes than it names."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # An environment for an accelerator may lack beartype; the suite of the CPU does not pass without it.
-if (ON_CPU or importlib.util.find_spec("beartype") is not None) and os.environ.get("NOHOOK") is None:
+if ON_CPU or importlib.util.find_spec("beartype") is not None:
     import tests.annotations  # noqa: F401 (the hook looks it up by name)
 
     jaxtyping.install_import_hook(["rat_jax"], "tests.annotations.checked")

@@ -68,9 +68,8 @@ def test_equal_logits_stay_or_go_together():
 
 def test_greedy_takes_the_largest_logit():
     keys = jax.random.split(jax.random.key(0), 4)
-    np.testing.assert_array_equal(
-        choose_tokens(jnp.asarray(LOGITS), None, keys, rule(temperature=None)), LOGITS.argmax(axis=-1)
-    )
+    tokens = choose_tokens(jnp.asarray(LOGITS), None, keys, rule(temperature=None))
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
 
 
 def test_draws_follow_the_distribution():

@@ -41,6 +41,7 @@ def test_errors_are_one_line(workdir, tmp_path, capsys):
     assert (done.returncode, done.stderr) == (2, f"error: there is no workdir {tmp_path / 'missing'}\n")
 
     other = make_corpus(tmp_path, vocab_size=30)
+    capsys.readouterr()
     assert call_script("eval.py", "--workdir", workdir, "--data_path", other) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {other} was made by another tokenizer")

@@ -57,7 +57,7 @@ def test_a_packed_document_is_what_it_is_alone(name, monkeypatch):
 
 @pytest.mark.parametrize("name", OPS)
 def test_ids_of_another_shape_are_refused(name):
-    with pytest.raises(ValueError, match=r"segment_ids must have the shape of the tokens, \(2, 16\), got \(2, 15\)"):
+    with pytest.raises(ValueError, match=r"tokens' shape \(2, 16\), got \(2, 15\)"):
         OPS[name](segment_ids=jnp.ones((2, 15), jnp.int32))
 
 

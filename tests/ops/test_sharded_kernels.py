@@ -25,7 +25,6 @@ def results():
 def test_four_devices_give_what_one_does(results, op):
     """Values and gradients, with those of parameters that all rows share summed over devices."""
     found = results[op]
-    assert [found[mesh]["devices"] for mesh in ("1x1", "4x1", "2x2")] == [1, 4, 4]
-    for mesh in ("4x1", "2x2"):
-        for a, b in zip(found[mesh]["results"], found["1x1"]["results"], strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert [found[mesh]["devices"] for mesh in ("1x1", "2x2")] == [1, 4]
+    for a, b in zip(found["2x2"]["results"], found["1x1"]["results"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -11,9 +11,11 @@ CORPUS := data/python-stdlib-bytes
 TPU_VENV ?= .venv-tpu
 
 # The suite compiles quickly (tests/conftest.py); these run at XLA's default level too, which is what users compile at.
-OPTIMIZED := tests/ops/test_ops_alone.py tests/ops/test_recurrence.py tests/test_loss.py \
-  tests/ops/test_rat.py::test_values_and_gradients tests/ops/test_gated_delta_rule.py::test_equals_the_loop \
-  tests/ops/test_residual_linear_attention.py::test_equals_the_loop tests/training/test_run.py::TestTrainStep
+OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
+  'tests/ops/test_residual_linear_attention.py::test_equals_the_loop[7-softmax-sizes2]' \
+  tests/ops/test_recurrence.py::test_documents_forget_and_padding_keeps \
+  tests/ops/test_gated_delta_rule.py::test_one_key_written_again_and_again_loses_no_digits \
+  tests/training/test_run.py::TestTrainStep::test_loss_is_the_mean_over_targets
 
 .PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu clean
 
@@ -30,7 +32,7 @@ test-cpu: # workers that have nothing left take tests from the other, so that bo
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu"
 
 test-optimized:
-	DEFAULT_COMPILATION=1 $(BIN)/python -m pytest -m "not slow and not gpu and not tpu" -k "not pallas_tpu" $(OPTIMIZED)
+	DEFAULT_COMPILATION=1 $(BIN)/python -m pytest $(OPTIMIZED)
 
 lint: $(VENV)/ready-for-tests
 	$(BIN)/ruff check .

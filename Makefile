@@ -10,7 +10,14 @@ CORPUS := data/python-stdlib-bytes
 # Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
 TPU_VENV ?= .venv-tpu
 
-.PHONY: train test lint test-cpu test-slow test-gpu test-tpu clean
+# The suite compiles quickly (tests/conftest.py); these run at XLA's default level too, which is what users compile at.
+OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
+  'tests/ops/test_residual_linear_attention.py::test_equals_the_loop[7-softmax-sizes2]' \
+  tests/ops/test_recurrence.py::test_documents_forget_and_padding_keeps \
+  tests/ops/test_gated_delta_rule.py::test_one_key_written_again_and_again_loses_no_digits \
+  tests/training/test_run.py::TestTrainStep::test_loss_is_the_mean_over_targets
+
+.PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out $(CORPUS)
@@ -18,11 +25,14 @@ train: $(VENV)/ready
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
 	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "def " --max_new_tokens 300 --temperature 0.7
 
-test: lint $(TPU_VENV)/ready
-	$(MAKE) --jobs=2 test-cpu test-tpu
+test: lint # the environment of the TPU compiles is made while other tests run
+	$(MAKE) --jobs=2 test-cpu test-tpu test-optimized
 
-test-cpu:
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
+test-cpu: # workers that have nothing left take tests from the other, so that both end together
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu"
+
+test-optimized:
+	DEFAULT_COMPILATION=1 $(BIN)/python -m pytest $(OPTIMIZED)
 
 lint: $(VENV)/ready-for-tests
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from flax import nnx
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.corpus import Corpus
 from rat_jax.model import LanguageModel
-from tests.commands import run_script
+from tests.commands import call_script, run_script
 from tests.tiny_run import make_corpus, tiny_config
 
 
@@ -36,11 +36,13 @@ def test_it_prints_and_writes_the_losses(workdir):
         assert evaluation["loss_by_position"][0]["first"] == 0
 
 
-def test_errors_are_one_line(workdir, tmp_path):
+def test_errors_are_one_line(workdir, tmp_path, capsys):
     done = run_script("eval.py", "--workdir", tmp_path / "missing")
     assert (done.returncode, done.stderr) == (2, f"error: there is no workdir {tmp_path / 'missing'}\n")
 
     other = make_corpus(tmp_path, vocab_size=30)
-    done = run_script("eval.py", "--workdir", workdir, "--data_path", other)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {other} was made by another tokenizer")
+    capsys.readouterr()
+    assert call_script("eval.py", "--workdir", workdir, "--data_path", other) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {other} was made by another tokenizer")
+    assert error.count("\n") == 1

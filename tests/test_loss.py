@@ -46,11 +46,18 @@ def block_tokens(request, monkeypatch):
 def test_value_and_gradients(block_tokens, dtype, tolerance):
     arrays = inputs(dtype)
     expected, d_hidden, d_embedding = dense(*arrays)
-    value, gradients = jax.value_and_grad(lambda h, e: 0.5 * next_token_loss(h, e, *arrays[2:]).loss, argnums=(0, 1))(
-        *arrays[:2]
-    )
+
+    @jax.jit
+    def run(hidden, embedding):
+        def half(hidden, embedding):
+            return 0.5 * next_token_loss(hidden, embedding, *arrays[2:]).loss
+
+        value, gradients = jax.value_and_grad(half, argnums=(0, 1))(hidden, embedding)
+        return next_token_loss(hidden, embedding, *arrays[2:]).loss, value, gradients
+
+    alone, value, gradients = run(*arrays[:2])
     np.testing.assert_allclose(value, 0.5 * expected, rtol=tolerance)
-    np.testing.assert_allclose(next_token_loss(*arrays).loss, expected, rtol=tolerance)
+    np.testing.assert_allclose(alone, expected, rtol=tolerance)
     for gradient, reference in zip(gradients, (d_hidden, d_embedding), strict=True):
         np.testing.assert_allclose(
             np.asarray(gradient, np.float64), 0.5 * reference, atol=tolerance * np.abs(reference).max()
@@ -62,7 +69,8 @@ def test_value_and_gradients(block_tokens, dtype, tolerance):
 def test_losses_by_position(block_tokens):
     hidden, embedding, targets, weights = inputs()
     expected = [dense(hidden, embedding, targets, weights * (np.arange(T) == t)[None])[0] for t in range(T)]
-    np.testing.assert_allclose(position_losses(hidden, embedding, targets, weights), expected, rtol=1e-5)
+    losses = jax.jit(lambda *arrays: position_losses(*arrays))  # traced anew for each size of a block
+    np.testing.assert_allclose(losses(hidden, embedding, targets, weights), expected, rtol=1e-5)
 
 
 def test_weight_is_the_sum_of_weights():
@@ -76,14 +84,15 @@ def test_no_targets_make_no_loss_and_no_gradient():
     def mean(hidden, embedding):
         return next_token_loss(hidden, embedding, targets, jnp.zeros_like(weights)).mean()
 
-    value, gradients = jax.value_and_grad(mean, argnums=(0, 1))(hidden, embedding)
+    value, gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(hidden, embedding)
     assert value == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
 def test_extreme_logits_stay_finite():
     hidden, embedding, targets, weights = inputs()
-    value, gradient = jax.value_and_grad(lambda h: next_token_loss(h, embedding, targets, weights).loss)(1e4 * hidden)
+    both = jax.jit(jax.value_and_grad(lambda h: next_token_loss(h, embedding, targets, weights).loss))
+    value, gradient = both(1e4 * hidden)
     assert jnp.isfinite(value)
     assert jnp.isfinite(gradient).all()
 

@@ -42,20 +42,27 @@ def random_tokens(rows: int, tokens: int = TOKENS, seed: int = 0) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (rows, tokens), 0, 31)
 
 
+# Tokens read by one call: below, at and above the chunk and the window, a number each of every remainder by the chunk.
+LENGTHS = (4, 6, 7, 9, TOKENS)
+
+
 def test_one_pass_equals_prefill_and_steps_at_every_split(functions):
+    """Calls of several lengths that start at every token, and steps after each that go on to the end."""
     tokens = random_tokens(2)
     whole = functions.forward(tokens)
-    cache = functions.model.init_cache(2, TOKENS)
-    for t in range(TOKENS):  # `cache` holds the first t tokens, read one by one
-        rest, _ = functions.extend(tokens[:, t:], cache)
-        np.testing.assert_allclose(rest, whole[:, t:], atol=ATOL, rtol=0)
-        step, cache = functions.extend(tokens[:, t : t + 1], cache)
+    read = functions.model.init_cache(2, TOKENS)
+    for t in range(TOKENS):  # `read` holds the first t tokens, read one by one
+        for length in LENGTHS:
+            end = t + length
+            if end > TOKENS:
+                continue
+            part, cache = functions.extend(tokens[:, t:end], read)
+            np.testing.assert_allclose(part, whole[:, t:end], atol=ATOL, rtol=0)
+            for later in range(end, TOKENS):
+                step, cache = functions.extend(tokens[:, later : later + 1], cache)
+                np.testing.assert_allclose(step[:, 0], whole[:, later], atol=ATOL, rtol=0)
+        step, read = functions.extend(tokens[:, t : t + 1], read)
         np.testing.assert_allclose(step[:, 0], whole[:, t], atol=ATOL, rtol=0)
-    for split in range(1, TOKENS):
-        _, cache = functions.extend(tokens[:, :split], functions.model.init_cache(2, TOKENS))
-        for t in range(split, TOKENS):
-            step, cache = functions.extend(tokens[:, t : t + 1], cache)
-            np.testing.assert_allclose(step[:, 0], whole[:, t], atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["padded-right", "padded-left"])
@@ -167,8 +174,8 @@ def test_how_layers_run_changes_no_gradient(changes):
 def test_bfloat16_stays_near_float32():
     tokens = random_tokens(2)
     pattern = ("rat", "local_attention")
-    exact = small_model(pattern)(tokens)
-    rounded = small_model(pattern, dtype="bfloat16")(tokens)
+    exact = Functions(small_model(pattern)).forward(tokens)
+    rounded = Functions(small_model(pattern, dtype="bfloat16")).forward(tokens)
     assert rounded.dtype == jnp.float32
     assert np.sqrt(np.mean((rounded - exact) ** 2)) < 0.05 * np.std(exact)
 

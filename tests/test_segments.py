@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rat_jax.segments import from_segments, whole_rows
+from rat_jax import segments as segments_module
+from rat_jax.segments import whole_rows
+
+from_segments = jax.jit(segments_module.from_segments)
 
 
 def test_packed_row_with_padding_everywhere():
@@ -21,10 +24,9 @@ def test_packed_row_with_padding_everywhere():
 def test_rows_cut_anywhere_continue():
     segments = jnp.array([[1, 1, 2, 2, 2, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0], [0] * 8])
     whole, whole_end = from_segments(segments)
-    layout_of = jax.jit(from_segments)
     for cut in (1, 2, 3, 5, 6, 7):
-        first, end = layout_of(segments[:, :cut])
-        second, end = layout_of(segments[:, cut:], end)
+        first, end = from_segments(segments[:, :cut])
+        second, end = from_segments(segments[:, cut:], end)
         is_token = np.array(whole.is_token)
         for name in ("segment_ids", "positions", "token_index"):
             parts = np.concatenate([getattr(first, name), getattr(second, name)], axis=1)

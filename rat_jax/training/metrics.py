@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import tensorboardX
-
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, ConfigError, config_to_dict
 from rat_jax.files import write_text
@@ -37,6 +35,8 @@ class MetricLog:
 
     def __init__(self, workdir: Workdir, config: Config, start_step: int):
         """Opens the files; figures of steps after `start_step`, which will be done again, are dropped."""
+        import tensorboardX  # here, since it imports PyTorch where that is installed, which takes seconds
+
         self._workdir = workdir
         self._records = [record for record in read_log(workdir.log_file) if record["step"] <= start_step]
         write_text(workdir.log_file, "".join(json.dumps(record) + "\n" for record in self._records))

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.ops.recurrence import gated_recurrence, linear_recurrence
+from rat_jax.ops import recurrence
 from rat_jax.segments import from_segments
 from tests import reference
+
+gated_recurrence = jax.jit(recurrence.gated_recurrence, static_argnames=("chunk_size", "block_size"))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
@@ -67,10 +69,10 @@ def test_gradients_of_decay_update_and_initial_state():
         return jnp.sum(jnp.moveaxis(jax.lax.scan(step, initial, moved)[1], 0, 1) * weights)
 
     def by_scan(decay, update, initial):
-        return jnp.sum(linear_recurrence(decay, update, initial, 4) * weights)
+        return jnp.sum(recurrence.linear_recurrence(decay, update, initial, 4) * weights)
 
-    expected = jax.grad(by_steps, (0, 1, 2))(decay, update, initial)
-    for a, b in zip(jax.grad(by_scan, (0, 1, 2))(decay, update, initial), expected, strict=True):
+    found, expected = (jax.jit(jax.grad(f, (0, 1, 2)))(decay, update, initial) for f in (by_scan, by_steps))
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

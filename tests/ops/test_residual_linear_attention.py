@@ -82,10 +82,17 @@ def test_equals_the_recordings(feature_map, implementation):
         close(found, arrays[name], 1e-4)
 
 
-@pytest.mark.parametrize("feature_map", ["softmax", "relu"])
 @pytest.mark.parametrize(
-    "implementation",
-    ["pallas_tpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "mosaic_gpu"))],
+    ("implementation", "feature_map"),
+    [
+        ("pallas_tpu", "softmax"),
+        pytest.param("pallas_tpu", "relu", marks=pytest.mark.slow),  # in tests/pallas_kernels/linear_attention too
+        *(
+            pytest.param(name, feature_map, marks=pytest.mark.gpu)
+            for name in ("triton", "mosaic_gpu")
+            for feature_map in ("softmax", "relu")
+        ),
+    ],
 )
 def test_kernels_in_bfloat16_err_at_most_twice_as_much_as_plain_xla(implementation, feature_map):
     head_dim = 64 if implementation == "mosaic_gpu" else 32
@@ -196,7 +203,7 @@ def test_equals_the_loop(window, feature_map, sizes, blocks):
     query, key, value = inputs(**sizes)
     heads, head_dim = query.shape[2:]
     state = initial(2, heads, head_dim)
-    attended = residual_linear_attention(query, key, value, window=window, feature_map=feature_map, initial_state=state)
+    attended = attend(query, key, value, window=window, feature_map=feature_map, initial_state=state)
     out, final = reference.residual_linear_attention(query, key, value, state, window, feature_map)
     close(attended.out, out)
     close(attended.final_state, final)

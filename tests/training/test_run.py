@@ -1,5 +1,6 @@
 """The training loop: resume equals the uninterrupted run, bad input is refused, bad figures stop it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -29,9 +30,11 @@ from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
 from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 from rat_jax.training.step import batch_loss, initial_state, train_step
+from tests.commands import call_script, run_script
 from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
+DEFAULT_CONFIG = f"--config={REPOSITORY / 'configs/default.py'}"
 EXACT_FIGURES = ("loss", "grad_norm", "param_norm", "learning_rate", "num_targets", "validation_loss")
 
 
@@ -68,9 +71,12 @@ def figures(workdir):
     return [(r["step"], name, r[name]) for r in records for name in EXACT_FIGURES if name in r]
 
 
+load_once = functools.cache(load_model)  # of the run that all others are compared with
+
+
 def assert_same_run(workdir, other):
     assert figures(workdir) == figures(other)
-    models = [load_model(folder) for folder in (workdir, other)]
+    models = load_model(workdir), load_once(other)
     assert models[0].step == models[1].step == NUM_STEPS
     for a, b in zip(*(jax.tree.leaves(nnx.state(loaded.model)) for loaded in models), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -366,23 +372,18 @@ class TestTrainStep:
 class TestCommand:
     """train.py."""
 
-    def run(self, *arguments):
-        command = [sys.executable, "train.py", *arguments]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (("--config.model.wdth=3",), 'Did you mean "width" instead of "wdth"'),
-            (("--config.data.path=nowhere",), "nowhere is not a prepared corpus"),
-        ],
-    )
-    def test_errors_have_no_traceback_and_exit_with_2(self, tmp_path, arguments, message):
-        done = self.run("--config=configs/default.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    def test_an_error_has_no_traceback_and_exits_with_2(self, tmp_path):
+        done = run_script("train.py", DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", "--config.model.wdth=3")
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
-        assert message in done.stderr
+        assert 'Did you mean "width" instead of "wdth"' in done.stderr
         assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+    def test_data_that_is_not_there_is_such_an_error(self, tmp_path, capsys):
+        arguments = [DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere"]
+        assert call_script("train.py", *arguments) == 2
+        assert capsys.readouterr().err.startswith("error: nowhere is not a prepared corpus")
         assert not (tmp_path / "run").exists()
 
 

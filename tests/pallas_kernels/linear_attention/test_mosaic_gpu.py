@@ -105,7 +105,11 @@ def check_values(case, want, values):
         assert error <= LIMITS[case[5]] * size, (result, error, size)  # false for NaN too
 
 
-@pytest.mark.parametrize("name", CASES)
+# Lowering takes seconds a case; what is left out is the code of others: plain that of any_delay and segments, short
+# that of whole_rows.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("plain", "short"))) for name in CASES]
+)
 def test_kernels_lower_for_cuda(name):
     arrays = jax.eval_shape(lambda: inputs(CASES[name]))
     traced = jax.jit(functools.partial(both, CASES[name])).trace(*arrays)
@@ -142,25 +146,29 @@ def emulate(monkeypatch, *, seed, processors):
 
 @pytest.mark.parametrize("name", EMULATED)
 def test_emulated_values_are_those_of_float64(name, monkeypatch):
+    """Errors are small, and of three cases at most twice those of plain XLA."""
     case = EMULATED[name]
     arrays = inputs(case)
     want = truth(case, *arrays)
+    plain = plain_xla(case, *arrays) if name in ("any_delay", "relu", "whole_tiles") else None
     for seed, processors in enumerate((2, 132)):  # several blocks a program, and one
         emulate(monkeypatch, seed=seed, processors=processors)
-        check_values(case, want, both(case, *arrays))
+        values = both(case, *arrays)
+        check_values(case, want, values)
+        for result, value, other in zip(NAMES, values, plain or values, strict=True):
+            errors = [np.linalg.norm(np.asarray(x, np.float64) - want[result]) for x in (value, other)]
+            assert errors[0] <= 2 * errors[1], (result, errors)
 
 
-@pytest.mark.parametrize("name", ["any_delay", "relu", "whole_tiles"])
-def test_emulated_kernels_err_at_most_twice_as_much_as_plain_xla(name, monkeypatch):
-    case = EMULATED[name]
-    *arrays, d_out, d_final = inputs(case)
-    want = truth(case, *arrays, d_out, d_final)
-    attended, pull = jax.vjp(functools.partial(linear_attention_xla.attend, *case[-2:]), *arrays)
-    plain = (*attended, *pull(attended._replace(out=d_out, state=d_final)))
-    emulate(monkeypatch, seed=0, processors=2)
-    for result, value, other in zip(NAMES, both(case, *arrays, d_out, d_final), plain, strict=True):
-        errors = [np.linalg.norm(np.asarray(x, np.float64) - want[result]) for x in (value, other)]
-        assert errors[0] <= 2 * errors[1], (result, errors)
+def plain_xla(case, query, key, value, d_out, d_final):
+    """What the op without kernels gives in the same dtype."""
+
+    @jax.jit
+    def run(arrays, d_out, d_final):
+        attended, pull = jax.vjp(functools.partial(linear_attention_xla.attend, *case[-2:]), *arrays)
+        return *attended, *pull(attended._replace(out=d_out, state=d_final))
+
+    return run((query, key, value), d_out, d_final)
 
 
 def unchecked_wait(ring, step):

@@ -74,7 +74,10 @@ def test_long_rows_compile_for_hopper(change, spilled):
     ("capability", "change"),
     [
         (80, {"head_dim": 96, "feature_map": "relu"}),
-        (80, {"head_dim": 32, "segmented": True, "initial_rows": 1, "initial_heads": 4}),
+        # Documents and initial states compile for Hopper above, and for these cards where there is time.
+        pytest.param(
+            80, {"head_dim": 32, "segmented": True, "initial_rows": 1, "initial_heads": 4}, marks=pytest.mark.slow
+        ),
         (90, {"head_dim": 48, "dtype": "float32"}),
     ],
 )

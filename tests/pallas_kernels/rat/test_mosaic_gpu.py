@@ -101,30 +101,20 @@ def truth(p: RatShape, x: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     return found
 
 
-def lowered(function, *arguments) -> str:
-    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernels_lower_for_cuda(name):
+def test_kernels_lower_for_cuda_with_the_shapes_of_the_call(name):
     p = shape_of(SHAPES[name])
     x = jax.eval_shape(lambda: inputs(p))
     rows = jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32)
-    forward = lowered(functools.partial(run_forward, p), x)
-    backward = lowered(functools.partial(run_backward, p), x, rows, rows)
-    assert all(kernel in forward for kernel in FORWARD_KERNELS)
-    assert all(kernel in backward for kernel in BACKWARD_KERNELS)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_outputs_have_the_shapes_of_the_call(name):
-    p = shape_of(SHAPES[name])
-    x = jax.eval_shape(lambda: inputs(p))
-    rows = jax.ShapeDtypeStruct((p.batch, p.num_heads, p.tokens), jnp.float32)
-    out, lse = jax.eval_shape(functools.partial(run_forward, p), x)
+    forward = jax.jit(functools.partial(run_forward, p)).trace(x)
+    backward = jax.jit(functools.partial(run_backward, p)).trace(x, rows, rows)
+    for traced, kernels in ((forward, FORWARD_KERNELS), (backward, BACKWARD_KERNELS)):
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert all(kernel in text for kernel in kernels)
+    out, lse = forward.out_info
     assert (out.shape, out.dtype) == ((p.batch, p.tokens, p.width), jnp.dtype(p.dtype))
     assert (lse.shape, lse.dtype) == (rows.shape, jnp.float32)
-    gradients = jax.eval_shape(functools.partial(run_backward, p), x, rows, rows)
+    gradients = backward.out_info
     summaries = (p.batch, p.num_chunks, p.num_heads, p.head_dim)
     queries = (p.batch, p.tokens, p.num_groups, p.head_dim)
     assert [g.shape for g in gradients] == [queries, rows.shape, rows.shape, summaries, summaries]

@@ -109,7 +109,8 @@ def check(case, results, d_out, tolerance):
         assert error <= tolerance * max(1.0, np.abs(true).max()), f"{name}: error {error:.2e}"
 
 
-@pytest.mark.parametrize("name", CASES)
+# The longest takes the tiles of "chunks of one", many of them as "several tiles" do.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "long")) for name in CASES])
 def test_values_and_gradients(name):
     *shape, tiles, packed = CASES[name]
     case = make_case(*shape, packed)

@@ -6,17 +6,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/default
-CORPUS := data/python-stdlib-bytes
+CORPUS := data/python-stdlib-bpe2048
 # Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
 TPU_VENV ?= .venv-tpu
 
 .PHONY: train test lint test-cpu test-slow test-gpu test-tpu clean
 
 train: $(VENV)/ready
-	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out $(CORPUS)
+	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out $(CORPUS)
 	$(BIN)/python train.py --config=configs/default.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
-	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "def " --max_new_tokens 300 --temperature 0.7
+	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "$$(printf 'class Reader:\n    def __init__(self,')" \
+	  --max_new_tokens 240 --temperature 0.6 --top_p 0.9
 
 test: lint $(TPU_VENV)/ready
 	$(MAKE) --jobs=2 test-cpu test-tpu

@@ -155,20 +155,16 @@ def test_emulated_values_are_those_of_float64(name, monkeypatch):
         emulate(monkeypatch, seed=seed, processors=processors)
         values = both(case, *arrays)
         check_values(case, want, values)
-        for result, value, other in zip(NAMES, values, plain or values, strict=True):
-            errors = [np.linalg.norm(np.asarray(x, np.float64) - want[result]) for x in (value, other)]
-            assert errors[0] <= 2 * errors[1], (result, errors)
+        if plain is not None and seed == 0:
+            for result, value, other in zip(NAMES, values, plain, strict=True):
+                errors = [np.linalg.norm(np.asarray(x, np.float64) - want[result]) for x in (value, other)]
+                assert errors[0] <= 2 * errors[1], (result, errors)
 
 
 def plain_xla(case, query, key, value, d_out, d_final):
     """What the op without kernels gives in the same dtype."""
-
-    @jax.jit
-    def run(arrays, d_out, d_final):
-        attended, pull = jax.vjp(functools.partial(linear_attention_xla.attend, *case[-2:]), *arrays)
-        return *attended, *pull(attended._replace(out=d_out, state=d_final))
-
-    return run((query, key, value), d_out, d_final)
+    attended, pull = jax.vjp(functools.partial(linear_attention_xla.attend, *case[-2:]), query, key, value)
+    return *attended, *pull(attended._replace(out=d_out, state=d_final))
 
 
 def unchecked_wait(ring, step):

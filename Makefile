@@ -70,5 +70,5 @@ $(VENV)/ready-for-tests: requirements.txt requirements-test.txt
 
 $(TPU_VENV)/ready: requirements-tpu.txt
 	$(call new-venv,$(TPU_VENV))
-	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt beartype pytest pytest-timeout
+	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt jaxtyping beartype pytest pytest-timeout
 	@touch $@

@@ -159,3 +159,52 @@ def test_a_model_in_python_alone():
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), model(tokens), atol=1e-5)
     with pytest.raises(ValueError, match="17 tokens do not fit a cache of capacity 16"):
         decoder.extend(jnp.ones((1, 17), jnp.int32), decoder.init_cache(1, 16))
+
+
+# Options that no shipped config sets to another value than the default, and the file that tests other values.
+OPTIONS = {
+    "data.segment_documents": "tests/data/test_pipeline.py",
+    "mesh.data": "tests/test_sharding.py",
+    "mesh.fsdp": "tests/test_sharding.py",
+    "model.gated_deltanet.conv_size": "tests/mixers/test_gated_deltanet.py",
+    "model.gated_deltanet.expand_v": "tests/mixers/test_gated_deltanet.py",
+    "model.local_attention.rope": "tests/test_twin.py",
+    "model.rat.num_groups": "tests/test_twin.py",
+    "model.rat.rope": "tests/test_twin.py",
+    "model.rat.rope_base": "tests/ops/test_rat.py",
+    "model.rattention.feature_map": "tests/mixers/test_rattention.py",
+    "model.rattention.meta_tokens": "tests/mixers/test_rattention.py",
+    "model.rattention.rope": "tests/mixers/test_rattention.py",
+    "model.rattention.rope_base": "tests/mixers/test_rattention.py",
+    "model.scan_unroll": "tests/test_model.py",
+    "optimizer.beta1": "tests/training/test_optimizer.py",
+    "optimizer.beta2": "tests/training/test_optimizer.py",
+    "optimizer.clip_norm": "tests/training/test_optimizer.py",
+    "optimizer.epsilon": "tests/training/test_optimizer.py",
+    "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
+    "optimizer.weight_decay": "tests/training/test_optimizer.py",
+    "training.checkpoints_to_keep": "tests/checkpoints/test_store.py",
+    "training.wandb_project": "tests/training/test_run.py",
+}
+
+
+def test_every_field_is_set_by_a_config_or_is_an_option_with_a_test():
+    """A field that nothing sets and nothing tests has no business in a config."""
+    groups, everything, used = ("model", "data", "optimizer", "training", "mesh"), set(), set()
+    for file in FILES:
+        values = importlib.import_module(f"configs.{file.stem}").get_config().to_dict()
+        config = config_from_dict(values)
+        found = {
+            f"{group}.{field.name}": (field.default, getattr(getattr(config, group), field.name))
+            for group in groups
+            for field in dataclasses.fields(getattr(config, group))
+            if field.name != "mixers"
+        }
+        for kind, mixer in MIXERS.items():
+            for field in dataclasses.fields(mixer.Config):
+                found[f"model.{kind}.{field.name}"] = (field.default, values["model"][kind][field.name])
+        everything |= found.keys()
+        used |= {name for name, (default, value) in found.items() if default is dataclasses.MISSING or value != default}
+    assert everything - used == set(OPTIONS)
+    for name, file in OPTIONS.items():
+        assert name.split(".")[-1] in (FILES[0].parents[1] / file).read_text(), f"{file} does not test {name}"

@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/default
-CORPUS := data/python-stdlib-bytes
+CORPUS := data/python-stdlib-bpe2048
 # Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
 TPU_VENV ?= .venv-tpu
 
@@ -20,10 +20,11 @@ OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
 .PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu clean
 
 train: $(VENV)/ready
-	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out $(CORPUS)
+	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out $(CORPUS)
 	$(BIN)/python train.py --config=configs/default.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR)
-	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "def " --max_new_tokens 300 --temperature 0.7
+	$(BIN)/python generate.py --workdir=$(WORKDIR) --prompt "$$(printf 'class Reader:\n    def __init__(self,')" \
+	  --max_new_tokens 240 --temperature 0.6 --top_p 0.9
 
 test: lint # the environment of the TPU compiles is made while other tests run
 	$(MAKE) --jobs=2 test-cpu test-tpu test-optimized
@@ -69,5 +70,5 @@ $(VENV)/ready-for-tests: requirements.txt requirements-test.txt
 
 $(TPU_VENV)/ready: requirements-tpu.txt
 	$(call new-venv,$(TPU_VENV))
-	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt pytest pytest-timeout
+	$(TPU_VENV)/bin/python -m pip install --quiet -r requirements-tpu.txt beartype pytest pytest-timeout
 	@touch $@

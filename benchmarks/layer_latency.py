@@ -1,4 +1,4 @@
-r"""Latency and memory of one layer, for every mixer and every body of the RAT op, in one run.
+r"""Latency and memory of one layer, for every mixer and every implementation of its op, in one run.
 
 A layer is norm, input projection, mixing, output projection and residual, in bfloat16. Each row of the first table is
 one length T at the same number of tokens, so that the batch is tokens / T: `train` is forward and backward with the
@@ -14,10 +14,11 @@ mixing at the measured copy bandwidth; for a decode step it is the bytes of cach
 
 RAttention beside attention in longer windows, with 4 key heads, and its step from position 1K to 1M:
 
-  windows="local_attention:512 local_attention:2048 local_attention:4096"
+  layers="cudnn_attention rattention:window=512"
+  for window in 512 2048 4096; do layers="$layers cudnn_local_attention:window=$window"; done
   python benchmarks/layer_latency.py --key_heads 4 --lengths 8192 131072 --torch_lengths \
-    --layers attention $windows rattention:512 --decode_layers attention $windows rattention:512 \
-    --decode_rows 16 --decode_positions 1024 32768 1048576 --out docs/rattention_latency.png
+    --layers $layers --decode_layers $layers --decode_rows 16 \
+    --decode_positions 1024 32768 1048576 --out docs/rattention_latency.png
 """
 
 import argparse
@@ -56,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk_size", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument(
-        "--layers", nargs="*", default=layers.NAMES, help="kinds, with settings: rat:implementation=xla"
+        "--layers", nargs="*", default=layers.NAMES + layers.IMPLEMENTATIONS, help="rattention:window=512, say"
     )
     parser.add_argument("--torch_layers", nargs="*", default=["attention", "rat"])
     parser.add_argument("--torch_lengths", type=int, nargs="*", default=[4096, 16384, 131072])

@@ -19,6 +19,7 @@ from rat_jax.shapes import Array, Float, Int
 
 DTYPE = jnp.bfloat16
 NAMES = [*BASELINES, *MIXERS]
+IMPLEMENTATIONS = [f"{kind}:implementation={x}" for kind, mixer in MIXERS.items() for x in mixer.IMPLEMENTATIONS]
 
 
 class Sizes(NamedTuple):

@@ -1,10 +1,13 @@
-"""RAT-SWA of about one million parameters on the bytes of Python's standard library: a few minutes on a laptop.
+"""RAT-SWA of 1.1 million parameters on Python's standard library: a few minutes on a laptop.
 
 Every field that a config can have is set here for this run; `rat_jax/config.py` has the meanings, `rat_jax/mixers`
 those of the groups of mixers. Other configs start from this one and change lines.
 
-  python -m rat_jax.data.prepare --source python-stdlib --tokenizer bytes --out data/python-stdlib-bytes
+  python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out data/python-stdlib-bpe2048
   python train.py --config=configs/default.py --workdir=runs/default
+
+Expected (the library of Python 3.11): 4.0 nats a token on the whole validation split, 1.27 a byte, after some 500
+seconds of CPU time. As many tokens in batches of 8 reach 1.29, and as much time on bytes (257 ids) 1.62.
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ DEVIATIONS = {
     "model.rattention.window": "sequences are short",
     "optimizer.learning_rate": "a small model takes larger steps",
     "optimizer.min_learning_rate": "in proportion",
+    "training.log_every_steps": "a short run",
     "training.validate_every_steps": "a short run",
     "training.validation_batches": "a small model validates soon",
     "training.checkpoint_every_steps": "a short run",
@@ -35,7 +39,7 @@ def get_config() -> config_dict.ConfigDict:
     config.seed = 0
 
     config.model = config_dict.ConfigDict()
-    config.model.vocab_size = 257  # 256 bytes and the end of a document
+    config.model.vocab_size = 2048  # the end of a document, 256 bytes and the most frequent pieces of text: bpe:2048
     config.model.width = 128
     config.model.num_layers = 4
     config.model.num_heads = 4
@@ -56,9 +60,9 @@ def get_config() -> config_dict.ConfigDict:
     config.model.rattention.window = 32  # tokens
 
     config.data = config_dict.ConfigDict()
-    config.data.path = "data/python-stdlib-bytes"
+    config.data.path = "data/python-stdlib-bpe2048"
     config.data.seq_len = 256  # tokens
-    config.data.global_batch_size = 8  # sequences
+    config.data.global_batch_size = 4  # sequences
     config.data.segment_documents = False
     config.data.first_target_id = 0
     config.data.num_workers = 0
@@ -75,11 +79,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.accumulation_steps = 1
 
     config.training = config_dict.ConfigDict()
-    config.training.num_steps = 750
-    config.training.log_every_steps = 10
-    config.training.validate_every_steps = 250
+    config.training.num_steps = 1500
+    config.training.log_every_steps = 20
+    config.training.validate_every_steps = 500
     config.training.validation_batches = 32
-    config.training.checkpoint_every_steps = 250
+    config.training.checkpoint_every_steps = 500
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
 

@@ -29,7 +29,7 @@ class RmsNorm(nnx.Module):
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         """Normalises every vector of D channels."""
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
@@ -46,7 +46,7 @@ class PerHeadRmsNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*n N H"]) -> Float32[Array, "*n N H"]:
+    def __call__(self, x: Float[Array, "*axes N H"]) -> Float32[Array, "*axes N H"]:
         """Normalises every head; the result is float32."""
         x = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)

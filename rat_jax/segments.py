@@ -58,7 +58,7 @@ class StreamState:
         return cls(segment_id=zeros, num_documents=zeros, position=zeros, num_tokens=zeros)
 
 
-def as_segments(segment_ids: "Int[Array, 'B T'] | SegmentInfo | None", shape: tuple[int, int]) -> SegmentInfo:
+def as_segments(segment_ids: Int[Array, "B T"] | SegmentInfo | None, shape: tuple[int, int]) -> SegmentInfo:
     """What segment ids say of [B, T] tokens that start their rows; None: each row is one document without padding.
 
     A `SegmentInfo` comes back as it is, so that a model works one out once for all its layers.

@@ -1,16 +1,35 @@
-"""Settings of every test: the CPU unless told otherwise, quick compilation, no silent change of rank."""
+"""Settings of every test: the CPU unless told otherwise, quick compilation, checked annotations, no change of rank."""
 
+import importlib.metadata
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # The suite compiles thousands of small programs and runs each for milliseconds: its time is that of compiling them.
 # `make test-optimized` sets DEFAULT_COMPILATION and runs a part of them compiled as users' programs are.
-QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-if os.environ["JAX_PLATFORMS"] == "cpu" and "DEFAULT_COMPILATION" not in os.environ:
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know this flag
+    QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+if ON_CPU and "DEFAULT_COMPILATION" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}"
 
 import jax  # noqa: E402 (the settings above come first)
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# An environment for an accelerator may lack beartype; the suite of the CPU does not pass without it.
+if ON_CPU or importlib.util.find_spec("beartype") is not None:
+    import tests.annotations  # noqa: F401 (the hook looks it up by name)
+
+    jaxtyping.install_import_hook(["rat_jax"], "tests.annotations.checked")
+
+
+@pytest.fixture
+def annotations_unchecked():
+    """For tests of what the code itself says to arguments of other shapes than it names."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -70,3 +70,22 @@ def test_installed_it_is_imported_from_any_folder(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(site), rat_jax.__version__, rat_jax.__version__]
+
+
+def test_the_constraints_fit_the_requirements():
+    """Every pinned version is one that the requirements allow for the Python that the pins are for."""
+
+    def lines(name):
+        return [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+
+    pins = {pin.name: pin for pin in map(Requirement, filter(None, lines("constraints-jax-0.11.txt")))}
+    names = ("requirements.txt", "requirements-gpu.txt", "requirements-test.txt")
+    requirements = [Requirement(line) for name in names for line in lines(name) if line and not line.startswith("-r")]
+    environment = {"python_version": "3.12", "sys_platform": "linux"}
+    checked = set()
+    for requirement in requirements:
+        if requirement.name in pins and (requirement.marker is None or requirement.marker.evaluate(environment)):
+            (pin,) = pins[requirement.name].specifier
+            assert pin.operator == "==" and requirement.specifier.contains(pin.version), f"{requirement} and {pin}"
+            checked.add(requirement.name)
+    assert checked == set(pins) - {"jaxlib"}

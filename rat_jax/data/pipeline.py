@@ -18,7 +18,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
@@ -30,14 +30,14 @@ _BATCHES_AHEAD = 2  # that a reading thread or process may be ahead of what was 
 
 
 class Batch(NamedTuple):
-    """The rows of a global batch that belong to this host."""
+    """Rows of tokens and what to learn from them: NumPy arrays of this host's, or JAX arrays of all hosts' rows."""
 
-    tokens: Int32[np.ndarray, "B T"]
-    targets: Int32[np.ndarray, "B T"]  # the token after each one
-    loss_weights: Float32[
-        np.ndarray, "B T"
-    ]  # 1; 0 where the input ends a document, for targets that do not count, on padding
-    segment_ids: Int32[np.ndarray, "B T"] | None  # 1, 2, ... per document of the row, 0 on padding; None: not asked for
+    tokens: Int32[np.ndarray | Array, "B T"]
+    targets: Int32[np.ndarray | Array, "B T"]  # the token after each one
+    loss_weights: Float32[np.ndarray | Array, "B T"]
+    """1; 0 where the input ends a document, for targets that do not count, on padding."""
+    segment_ids: Int32[np.ndarray | Array, "B T"] | None
+    """1, 2, ... per document of the row, 0 on padding; None: not asked for."""
 
 
 @dataclasses.dataclass(frozen=True)

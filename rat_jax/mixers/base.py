@@ -11,7 +11,7 @@ from flax import nnx
 from rat_jax.errors import require
 from rat_jax.parameters import ParameterSpec
 from rat_jax.segments import SegmentInfo, StreamState, as_segments, from_segments
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.shapes import Array, Float, Int, Shaped
 
 MixerCache = Any  # a dataclass of arrays that the mixer defines
 
@@ -191,7 +191,7 @@ def filled(num_slots: int, count: Int[Array, ""], batch_size: int) -> Int[Array,
     return jnp.broadcast_to(ids[None], (batch_size, num_slots))
 
 
-def bytes_of(x: Float[Array, "B S *n"], num_slots: int | None = None) -> int:
+def bytes_of(x: Shaped[Array | jax.ShapeDtypeStruct, "B S *axes"], num_slots: int | None = None) -> int:
     """Bytes of an array, or of its first slots along axis 1."""
     share = 1 if num_slots is None else min(num_slots, x.shape[1]) / x.shape[1]
     return round(x.dtype.itemsize * x.size * share)

@@ -194,7 +194,7 @@ def _per_head(parameter: nnx.Param) -> Float32[Array, "1 1 N"]:
     return parameter[...].reshape(1, 1, -1)
 
 
-def _unit_length(x: Float[Array, "*n H"]) -> Float32[Array, "*n H"]:
+def _unit_length(x: Float[Array, "*axes H"]) -> Float32[Array, "*axes H"]:
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _LENGTH_EPSILON)
 

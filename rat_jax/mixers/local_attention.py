@@ -44,10 +44,10 @@ def mean_keys_in_window(window: int, seq_len: int) -> float:
 class LocalAttentionCache:
     """A ring of the last W + 1 tokens: token s of the row (padding not counted) is in slot s mod (W + 1)."""
 
-    key: Float[Array, "B W+1 K H"]  # rotated
-    value: Float[Array, "B W+1 K H"]
-    segment_ids: Int[Array, "B W+1"]  # 0 where nothing has been written
-    token_index: Int[Array, "B W+1"]  # which token of the row a slot holds
+    key: Float[Array, "B S K H"]  # rotated; S = W + 1, or the capacity where it is less
+    value: Float[Array, "B S K H"]
+    segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
+    token_index: Int[Array, "B S"]  # which token of the row a slot holds
 
     @classmethod
     def empty(cls, batch_size: int, capacity: int, window: int, shape: ModelShape) -> "LocalAttentionCache":
@@ -58,7 +58,7 @@ class LocalAttentionCache:
 
     def extend(self, new: "LocalAttentionCache") -> tuple["LocalAttentionCache", "LocalAttentionCache"]:
         """What new tokens may attend to, and the ring after them; `new` has a slot for each of them, in their order."""
-        written = _write(self, new)
+        written = self._write(new)
         if new.token_index.shape[1] == 1:  # the slot that the new token takes holds one that has just left the window
             return written, written
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, new), written
@@ -74,6 +74,15 @@ class LocalAttentionCache:
     def bytes_read(self, position: int) -> int:
         """Bytes that a step at `position` reads of keys and values."""
         return 2 * bytes_of(self.key, position)
+
+    def _write(self, new: "LocalAttentionCache") -> "LocalAttentionCache":
+        """The ring after new tokens; of those that would share a slot only the last is written."""
+        size = self.token_index.shape[1]
+        is_token = new.segment_ids != 0
+        last = jnp.max(jnp.where(is_token, new.token_index, -1), axis=1, keepdims=True)
+        slots = jnp.where(is_token & (new.token_index > last - size), new.token_index % size, size)
+        rows = jnp.arange(slots.shape[0])[:, None]
+        return jax.tree.map(lambda old, added: old.at[rows, slots].set(added, mode="drop"), self, new)
 
 
 class LocalAttention(HeadProjections):
@@ -157,13 +166,3 @@ def attend_in_window(
         aligned=aligned,
     )
     return attended.out, memory
-
-
-def _write(ring: LocalAttentionCache, new: LocalAttentionCache) -> LocalAttentionCache:
-    """The ring after new tokens; of those that would share a slot only the last is written."""
-    size = ring.token_index.shape[1]
-    is_token = new.segment_ids != 0
-    last = jnp.max(jnp.where(is_token, new.token_index, -1), axis=1, keepdims=True)
-    slots = jnp.where(is_token & (new.token_index > last - size), new.token_index % size, size)
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda old, added: old.at[rows, slots].set(added, mode="drop"), ring, new)

@@ -59,7 +59,7 @@ class RattentionCache:
     """The window's tokens, and the sum over those of the last document that have left it: nothing that grows."""
 
     ring: LocalAttentionCache
-    state: Float32[Array, "B K 2*H H"]  # of the last document, without the learned initial state
+    state: Float32[Array, "B K E H"]  # of the last document, without the learned initial state
 
 
 class Rattention(Mixer):
@@ -176,7 +176,7 @@ class Rattention(Mixer):
 
     def _linear_branch(
         self, query: Array, key: Array, value: Array, segments: SegmentInfo, memory: RattentionCache | None
-    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K 2*H H"] | None]:
+    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B K E H"] | None]:
         """What has left the window, and the sum over it if there is a memory."""
         if memory is not None:
             return self._extend(query, key, value, segments, memory)
@@ -197,14 +197,16 @@ class Rattention(Mixer):
         parts = jnp.split(projected, [width, width + self.shape.kv_heads * head_dim], axis=-1)
         return tuple(x.reshape(*x.shape[:2], -1, head_dim) for x in parts)
 
-    def _scaled(self, x: Float[Array, "*n h H"], name: Literal["query_scale", "key_scale"]) -> Float[Array, "*n h H"]:
+    def _scaled(
+        self, x: Float[Array, "*axes n H"], name: Literal["query_scale", "key_scale"]
+    ) -> Float[Array, "*axes n H"]:
         if not self.config.learned_scales:
             return x
         scale = self.query_scale if name == "query_scale" else self.key_scale
         scale = scale[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
         return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
-    def _initial_state(self) -> Float32[Array, "1 K 2*H H"] | None:
+    def _initial_state(self) -> Float32[Array, "1 K E H"] | None:
         if not self.config.meta_tokens:
             return None
         key, value = (
@@ -212,7 +214,7 @@ class Rattention(Mixer):
             for x in (self.meta_key, self.meta_value)
         )
         key = features(self._scaled(key, "key_scale"), self.config.feature_map)
-        return jnp.einsum("mkf,mkh->kfh", key, value.astype(jnp.float32))[None]
+        return jnp.einsum("mke,mkh->keh", key, value.astype(jnp.float32))[None]
 
     def _extend(
         self, query: Array, key: Array, value: Array, segments: SegmentInfo, memory: RattentionCache

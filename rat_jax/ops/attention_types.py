@@ -14,8 +14,8 @@ from rat_jax.shapes import Array, Float, Float32, Int
 class KeyInfo:
     """Of queries or keys: their document (0 sees nothing and is not seen) and their index within the row."""
 
-    segment_ids: Int[Array, "B X"]
-    token_index: Int[Array, "B X"]
+    segment_ids: Int[Array, "B _"]  # T of queries, S of keys
+    token_index: Int[Array, "B _"]
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     """Static: each row is one unpadded document from token 0; enables the fast paths."""
 

@@ -79,7 +79,7 @@ def _attend(query: Array, key: Array, value: Array, visible: Array) -> Attention
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     grouped = query.reshape(batch, tokens, key_heads, heads // key_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btkrh,bskh->bkrts", grouped, key, preferred_element_type=jnp.float32)
     visible = visible[:, None, None]
     scores = jnp.where(visible, scores * head_dim**-0.5, _MASKED)
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -87,6 +87,6 @@ def _attend(query: Array, key: Array, value: Array, visible: Array) -> Attention
     total = weights.sum(axis=-1, keepdims=True)
     total = jnp.where(total == 0.0, 1.0, total)
     probabilities = (weights / total).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probabilities, value).reshape(batch, tokens, heads, head_dim)
+    out = jnp.einsum("bkrts,bskh->btkrh", probabilities, value).reshape(batch, tokens, heads, head_dim)
     log_sum_exp = (top + jnp.log(total))[..., 0]
     return AttentionOutput(out, jnp.moveaxis(log_sum_exp, -1, 1).reshape(batch, tokens, heads))

@@ -108,7 +108,7 @@ class _Chunks(NamedTuple):
     value: Array
     log_decay: Array
     write_strength: Array
-    starts: Bool[Array, "*n"] | None
+    starts: Bool[Array, "*axes"] | None
 
 
 def _all_chunks(rows: _Chunks, state: Float32[Array, "B N Hk Hv"], chunk_size: int) -> GatedDeltaRuleOutput:
@@ -130,7 +130,7 @@ def _all_chunks(rows: _Chunks, state: Float32[Array, "B N Hk Hv"], chunk_size: i
     return GatedDeltaRuleOutput(out, state)
 
 
-def _group(state: Float32[Array, "B N Hk Hv"], rows: _Chunks) -> tuple[Array, Float[Array, "c B N L Hv"]]:
+def _group(state: Float32[Array, "B N Hk Hv"], rows: _Chunks) -> tuple[Array, Float[Array, "C B N L Hv"]]:
     """The chunks of a group; `state` is that before the first and, returned, that after the last.
 
     With G the running sum of log decays from the start of a chunk and S the state before it, the corrections
@@ -164,8 +164,8 @@ def _group(state: Float32[Array, "B N Hk Hv"], rows: _Chunks) -> tuple[Array, Fl
 
 
 def _decays(
-    log_decay: Float32[Array, "*n B N L"], starts: Bool[Array, "*n B L"] | None
-) -> tuple[Float32[Array, "*n B N L L"], Float32[Array, "*n B N L"], Float32[Array, "*n B N L"]]:
+    log_decay: Float32[Array, "*axes B N L"], starts: Bool[Array, "*axes B L"] | None
+) -> tuple[Float32[Array, "*axes B N L L"], Float32[Array, "*axes B N L"], Float32[Array, "*axes B N L"]]:
     """What token l keeps of what token m <= l wrote, what it keeps of the state before the chunk, and what the last
     token keeps of each; nothing across the start of a document.
 
@@ -191,7 +191,7 @@ def _decays(
 
 
 @jax.custom_jvp
-def _unit_lower_inverse(strictly_lower: Float32[Array, "*n L L"]) -> Float32[Array, "*n L L"]:
+def _unit_lower_inverse(strictly_lower: Float32[Array, "*axes L L"]) -> Float32[Array, "*axes L L"]:
     """(I + A)^-1 of a strictly lower triangular A.
 
     Blocks along the diagonal double in size: with both halves X and Z of a block inverted, its lower left quarter is
@@ -216,7 +216,7 @@ def _unit_lower_inverse_slope(primals, tangents):
     return inverse, -_exact(_exact(inverse, tangents[0]), inverse)
 
 
-def _exact(left: Float32[Array, "*n L L"], right: Float32[Array, "*n L L"]) -> Float32[Array, "*n L L"]:
+def _exact(left: Float32[Array, "*axes L L"], right: Float32[Array, "*axes L L"]) -> Float32[Array, "*axes L L"]:
     return jnp.matmul(left, right, precision="highest")
 
 

@@ -28,8 +28,8 @@ def linear_attention(
     feature_map: FeatureMap = "softmax",
     key_lag: int = 0,
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
-    initial_state: Float[Array, "b n 2*H H"] | None = None,
-    state: Float32[Array, "B K 2*H H"] | None = None,
+    initial_state: Float[Array, "b n E H"] | None = None,
+    state: Float32[Array, "B K E H"] | None = None,
     implementation: LinearImplementation | None = None,
 ) -> LinearAttentionOutput:
     """out_t = phi(q_t) (S_0 + sum_{s <= t - key_lag} phi(k_s)^T v_s), over the s of the same document; no normaliser.

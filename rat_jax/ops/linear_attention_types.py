@@ -12,4 +12,4 @@ class LinearAttentionOutput(NamedTuple):
     """What the queries read, and what the keys and values of the last document have summed up to."""
 
     out: Float[Array, "B T N H"]
-    state: Float32[Array, "B K 2*H H"]
+    state: Float32[Array, "B K E H"]

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from rat_jax.mesh import rows_per_device
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32, Int, Shaped
 
 _BLOCK = 128  # tokens between which scores are made; the state is brought up to date once a block
 _STEP_TOKENS = 8192  # of all rows of a device, worked on in parallel: what bounds the memory besides inputs and results
 _STEP_BLOCKS = 16  # of a row, in parallel; the sum over pairs of them is no part of the cost yet
 
 
-def features(x: Float[Array, "*n H"], feature_map: FeatureMap) -> Float32[Array, "*n 2*H"]:
+def features(x: Float[Array, "*axes H"], feature_map: FeatureMap) -> Float32[Array, "*axes E"]:
     """phi(x) = [m(x), m(-x)] where m is the softmax over the channels, or the positive part; in float32."""
     x = x.astype(jnp.float32)
     match feature_map:
@@ -27,7 +27,7 @@ def features(x: Float[Array, "*n H"], feature_map: FeatureMap) -> Float32[Array,
     return jnp.concatenate(parts, axis=-1)
 
 
-def lagged(x: Float[Array, "B T *n"], key_lag: int) -> Float[Array, "B T *n"]:
+def lagged(x: Shaped[Array, "B T *axes"], key_lag: int) -> Shaped[Array, "B T *axes"]:
     """Row t holds what was in row t - key_lag; the first rows are zeros."""
     kept = max(0, x.shape[1] - key_lag)
     return jnp.pad(x[:, :kept], [(0, 0), (x.shape[1] - kept, 0)] + [(0, 0)] * (x.ndim - 2))
@@ -39,9 +39,9 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    initial_state: Float[Array, "b n 2*H H"] | None = None,
+    initial_state: Float[Array, "b n E H"] | None = None,
     documents: Int[Array, "B T"] | None = None,
-    state: Float32[Array, "B K 2*H H"] | None = None,
+    state: Float32[Array, "B K E H"] | None = None,
 ) -> LinearAttentionOutput:
     """See `rat_jax.ops.linear_attention.linear_attention`.
 
@@ -76,12 +76,12 @@ def attend(
 
 
 class _Rows(NamedTuple):
-    """Some blocks of a row, in parallel: axes c of blocks, l of tokens in one; or of them all, with steps in front."""
+    """Blocks of a row, which are its chunks: those that a step works on in parallel, or all, with steps in front."""
 
-    query: Float[Array, "*steps B c K R l H"]
-    key: Float[Array, "*steps B c K l H"]
-    value: Float[Array, "*steps B c K l H"]
-    documents: Int[Array, "*steps B c l"] | None
+    query: Float[Array, "*axes B C K R L H"]
+    key: Float[Array, "*axes B C K L H"]
+    value: Float[Array, "*axes B C K L H"]
+    documents: Int[Array, "*axes B C L"] | None
 
 
 def _cut(rows: int, tokens: int) -> tuple[int, int, int]:
@@ -94,11 +94,11 @@ def _cut(rows: int, tokens: int) -> tuple[int, int, int]:
 
 def _attend_step(
     rows: _Rows,
-    state: Float32[Array, "B K F H"],
+    state: Float32[Array, "B K E H"],
     document: Int[Array, " B"],
     initial_state: Array | None,
     feature_map: FeatureMap,
-) -> tuple[tuple[Array, Array], Float[Array, "B c K R l H"]]:
+) -> tuple[tuple[Array, Array], Float[Array, "B C K R L H"]]:
     """The blocks of a step; `state` and `document` are those before the first and, returned, after the last."""
     value, documents = rows.value, rows.documents
     dtype, shape = value.dtype, rows.query.shape
@@ -116,16 +116,16 @@ def _attend_step(
         before = jnp.concatenate([document[:, None], last[:, :-1]], axis=1)
         added_value = jnp.where((documents == last[..., None])[:, :, None, :, None], value, 0)
     with jax.named_scope("within_blocks"):
-        scores = _product("bckxf,bckmf->bckxm", query, key).reshape(*shape[:-1], block)
+        scores = _product("bckxe,bckme->bckxm", query, key).reshape(*shape[:-1], block)
         scores = jnp.where(visible, scores, 0.0).astype(dtype).reshape(*query.shape[:-1], block)
         out = _product("bckxm,bckmh->bckxh", scores, value).reshape(shape)
     with jax.named_scope("between_blocks"):
-        added = _product("bckmf,bckmh->bckfh", key, added_value)
+        added = _product("bckme,bckmh->bckeh", key, added_value)
         added = jnp.concatenate([state[:, None], added], axis=1)
         ends = jnp.concatenate([document[:, None], last], axis=1)
         reaches = jnp.tril(jnp.ones((blocks + 1, blocks + 1), bool))[None] & (ends[:, None, :] == ends[:, :, None])
-        states = jnp.einsum("bcj,bjkfh->bckfh", reaches.astype(jnp.float32), added, precision="highest")
-        carried = _product("bckxf,bckfh->bckxh", query, states[:, :-1].astype(dtype)).reshape(shape)
+        states = jnp.einsum("bcj,bjkeh->bckeh", reaches.astype(jnp.float32), added, precision="highest")
+        carried = _product("bckxe,bckeh->bckxh", query, states[:, :-1].astype(dtype)).reshape(shape)
         if documents is not None:
             carried = jnp.where((documents == before[..., None])[:, :, None, None, :, None], carried, 0.0)
         out += carried
@@ -133,7 +133,7 @@ def _attend_step(
         count = initial_state.shape[1]
         initial = jnp.broadcast_to(initial_state[:, None].astype(dtype), (batch, blocks, *initial_state.shape[1:]))
         query = query.reshape(batch, blocks, count, -1, query.shape[-1])
-        out += _product("bckxf,bckfh->bckxh", query, initial).reshape(shape)
+        out += _product("bckxe,bckeh->bckxh", query, initial).reshape(shape)
     return (states[:, -1], last[:, -1]), out.astype(dtype)
 
 
@@ -146,7 +146,7 @@ def _one_token(
     key: Float[Array, "B 1 K H"],
     value: Float[Array, "B 1 K H"],
     documents: Int[Array, "B 1"] | None,
-    state: Float32[Array, "B K F H"],
+    state: Float32[Array, "B K E H"],
     initial_state: Array | None,
     feature_map: FeatureMap,
 ) -> LinearAttentionOutput:
@@ -158,11 +158,11 @@ def _one_token(
     added = features(key[:, 0], feature_map)[..., None] * value[:, 0, :, None].astype(jnp.float32)
     state += added
     read = features(query.reshape(batch, key_heads, heads // key_heads, head_dim), feature_map)
-    out = jnp.einsum("bkrf,bkfh->bkrh", read, state)
+    out = jnp.einsum("bkre,bkeh->bkrh", read, state)
     if initial_state is not None:
         row = "b" if initial_state.shape[0] > 1 else ""
         each = "r" if initial_state.shape[1] > key_heads else ""
         sizes = ((batch,) if row else ()) + ((key_heads, heads // key_heads) if each else (key_heads,))
         initial = initial_state.astype(jnp.float32).reshape(*sizes, 2 * head_dim, head_dim)
-        out += jnp.einsum(f"bkrf,{row}k{each}fh->bkrh", read, initial)
+        out += jnp.einsum(f"bkre,{row}k{each}eh->bkrh", read, initial)
     return LinearAttentionOutput(out.reshape(query.shape).astype(value.dtype), state)

@@ -16,7 +16,7 @@ _FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
 
 
 def rat_mix(
-    projected: Float[Array, "B T 3*D+2*G*H"],
+    projected: Float[Array, "B T c"],  # c = 3 D + 2 G H
     gate_bias: Float32[Array, " D"],
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     *,

@@ -19,9 +19,9 @@ class RatState:
 
     key: Float32[Array, "B N H"]  # running k~, not rotated
     value: Float32[Array, "B N H"]  # running v~
-    summary_key: Float[Array, "B C N H"]  # rotated by the chunk's position in its document
-    summary_value: Float[Array, "B C N H"]
-    summary_segment_ids: Int[Array, "B C"]  # 0 where no summary has been written
+    summary_key: Float[Array, "B S N H"]  # rotated by the chunk's position in its document
+    summary_value: Float[Array, "B S N H"]
+    summary_segment_ids: Int[Array, "B S"]  # 0 where no summary has been written
     num_summaries: Int[Array, " B"]
 
     @classmethod

@@ -16,7 +16,7 @@ from rat_jax.shapes import Array, Float, Float32, Int
 
 def mix(
     shape: RatShape,
-    projected: Float[Array, "B T 3*D+2*G*H"],
+    projected: Float[Array, "B T c"],  # c = 3 D + 2 G H
     gate_bias: Float32[Array, " D"],
     segments: SegmentInfo,
     state: RatState | None = None,

@@ -10,8 +10,8 @@ from rat_jax.shapes import Array, Float, Float32, Int
 
 
 def gated_recurrence(
-    gate: Float[Array, "B T *c"],
-    value: Float[Array, "B T *c"],
+    gate: Float[Array, "B T *#c"],
+    value: Float[Array, "B T *#c"],
     *,
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     chunk_size: int | None = None,

@@ -16,7 +16,7 @@ class ResidualLinearAttentionOutput(NamedTuple):
     """What each token read, and the state that the last one read."""
 
     out: Float[Array, "B T N H"]
-    final_state: Float32[Array, "B n 2*H H"]  # n is N where the initial state is one for every query head, else K
+    final_state: Float32[Array, "B n E H"]  # n is N where the initial state is one for every query head, else K
 
 
 def residual_linear_attention(
@@ -26,7 +26,7 @@ def residual_linear_attention(
     *,
     window: int,
     feature_map: FeatureMap = "softmax",
-    initial_state: Float[Array, "b n 2*H H"] | None = None,
+    initial_state: Float[Array, "b n E H"] | None = None,
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     implementation: LinearImplementation | None = None,
 ) -> ResidualLinearAttentionOutput:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
-def rotate(x: Float[Array, "B T *n H"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T *n H"]:
+def rotate(x: Float[Array, "B T *axes H"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T *axes H"]:
     """Rotates the channel pairs (i, i + H/2) of `x` by the angles positions * base**(-2 i / H).
 
     Angles and products are float32; the result has the dtype of `x`. H must be even.
@@ -20,7 +20,7 @@ def rotate(x: Float[Array, "B T *n H"], positions: Int[Array, "B T"], base: floa
 
 def angles(
     positions: Int[Array, "B T"], head_dim: int, base: float
-) -> tuple[Float32[Array, "B T H/2"], Float32[Array, "B T H/2"]]:
+) -> tuple[Float32[Array, "B T {head_dim}//2"], Float32[Array, "B T {head_dim}//2"]]:
     """Cosine and sine of every rotation angle."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     phases = positions[..., None].astype(jnp.float32) * frequencies[None, None]

@@ -237,7 +237,7 @@ def _next_tokens(
     rows: _Rows,
     num_steps: Int[Array, ""],
     eos_id: Int[Array, ""],
-) -> tuple[_Rows, Int[Array, "B steps"]]:
+) -> tuple[_Rows, Int[Array, "B T"]]:
     """Up to `num_steps` steps, fewer if all rows finish; what is left of STEPS_PER_CALL is marked finished."""
 
     def goes_on(carry):

@@ -12,6 +12,7 @@ import tqdm
 from rat_jax.config import Config
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.errors import RatJaxError
+from rat_jax.flops import mfu
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
 
@@ -26,18 +27,18 @@ class TrainMonitor:
     Hosts other than the first only check figures.
     """
 
-    def __init__(self, config: Config, log: MetricLog | None, start_step: int, least_step_secs: float | None):
+    def __init__(self, config: Config, log: MetricLog | None, start_step: int, num_parameters: int):
         """Starts the bar.
 
         Args:
           config: of the run.
           log: where figures go; None on hosts other than the first.
           start_step: steps done already.
-          least_step_secs: what a step would take at the peak of all devices, for the MFU; None if not known.
+          num_parameters: of the model, for the MFU.
         """
         self._config = config
         self._log = log
-        self._least_step_secs = least_step_secs
+        self._num_parameters = num_parameters
         self._pending: tuple[int, StepMetrics] | None = None
         self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
         self._speed_text = ""
@@ -100,8 +101,11 @@ class TrainMonitor:
             secs_per_step = (now - self._clock_secs) / steps
             record["tokens_per_sec"] = tokens_per_step / secs_per_step
             self._speed_text = f", {record['tokens_per_sec']:,.0f} tokens/s"
-            if self._least_step_secs is not None:
-                record["mfu"] = self._least_step_secs / secs_per_step
+            per_device = record["tokens_per_sec"] / jax.device_count()
+            model, seq_len = self._config.model, self._config.data.seq_len
+            used = mfu(model, self._num_parameters, seq_len, per_device, jax.devices()[0])
+            if used is not None:
+                record["mfu"] = used
                 self._speed_text += f", MFU {record['mfu']:.1%}"
         self._clock_step, self._clock_secs = done, now
         if self._log is not None:

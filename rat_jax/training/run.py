@@ -12,7 +12,6 @@ from rat_jax.checkpoints.workdir import Workdir, check_same_model, check_same_ru
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
-from rat_jax.flops import flops_per_token, peak_flops
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.metrics import MetricLog, check_wandb, read_log
 from rat_jax.training.monitor import TrainMonitor
@@ -92,7 +91,7 @@ class _Run:
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         _say(_summary(self.config, self.mesh, num_parameters, start))
         log = MetricLog(self.workdir, self.config, start) if is_first_host else None
-        progress = TrainMonitor(self.config, log, start, self._least_step_secs(num_parameters))
+        progress = TrainMonitor(self.config, log, start, num_parameters)
         try:
             with Preemption() as preemption:
                 result = self._loop(state, start, progress, preemption)
@@ -170,15 +169,6 @@ class _Run:
             loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
         progress.validation(done, loss, self.validation.fraction)
         return loss
-
-    def _least_step_secs(self, num_parameters: int) -> float | None:
-        """Seconds of a step at the devices' peak; None where that is not known."""
-        peak = peak_flops(self.mesh.devices.flat[0])
-        if peak is None:
-            return None
-        tokens = self.config.data.global_batch_size * self.config.data.seq_len
-        flops = flops_per_token(self.config.model, num_parameters, self.config.data.seq_len)
-        return tokens * flops / (peak * self.mesh.size)
 
     def _report(self, loss: float) -> None:
         """Compares the last validation loss with the entropy of single bytes."""

@@ -69,6 +69,7 @@ def test_more_tokens_than_a_cache_has_room_for(layer):
     jax.eval_shape(layer.extend, inputs(), cache, padded)
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_segment_ids_of_another_shape(layer):
     with pytest.raises(ValueError, match=r"tokens' shape \(2, 11\), got \(2, 5\)"):
         layer(inputs(), segment_ids=jnp.ones((2, 5), jnp.int32))

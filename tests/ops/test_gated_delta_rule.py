@@ -360,6 +360,7 @@ def test_memory_grows_with_the_number_of_tokens():
     assert large - small < (1 << 15) * 2 * (32 * 64 * 4) / 8
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -379,6 +380,7 @@ def test_what_cannot_be_computed_is_refused(changes, message):
         gated_delta_rule(**(inputs() | changes))
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_segments_of_another_shape_are_refused():
     arrays = inputs()
     del arrays["initial_state"]

@@ -55,6 +55,7 @@ def test_a_packed_document_is_what_it_is_alone(name, monkeypatch):
         close(packed[row, start:end], run(name)[0])
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 @pytest.mark.parametrize("name", OPS)
 def test_ids_of_another_shape_are_refused(name):
     with pytest.raises(ValueError, match=r"tokens' shape \(2, 16\), got \(2, 15\)"):
@@ -118,6 +119,7 @@ def test_padding_adds_nothing_to_the_state_of_linear_attention():
     close(found.state, jnp.concatenate([x.state for x in alone]))
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_what_linear_attention_cannot_compute_is_refused():
     state = jnp.zeros((2, 2, 16, 8))
     with pytest.raises(ValueError, match=r"a key_lag \(2\) is not taken together with a state"):

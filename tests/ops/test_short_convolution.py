@@ -27,19 +27,19 @@ def loop(x, kernel, segment_ids):
 @jax.jit
 def go_on(x, segment_ids, end, last_inputs):
     segments, end = from_segments(segment_ids, end)
-    return short_convolution(x, KERNEL, segments, last_inputs), end
+    return short_convolution(x, jnp.asarray(KERNEL), segments, last_inputs), end
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_whole_rows(size):
-    out, last_inputs = short_convolution(X, KERNEL[:size], whole_rows(2, 13))
+    out, last_inputs = short_convolution(jnp.asarray(X), jnp.asarray(KERNEL[:size]), whole_rows(2, 13))
     np.testing.assert_allclose(out, loop(X, KERNEL[:size], np.ones((2, 13))), atol=1e-6)
     assert last_inputs is None
 
 
 def test_documents_and_padding():
     segments = from_segments(jnp.asarray(SEGMENTS))[0]
-    out = short_convolution(X, KERNEL, segments).out
+    out = short_convolution(jnp.asarray(X), jnp.asarray(KERNEL), segments).out
     is_token = SEGMENTS != 0
     np.testing.assert_allclose(out[is_token], loop(X, KERNEL, SEGMENTS)[is_token], atol=1e-6)
 
@@ -67,6 +67,7 @@ def test_single_tokens():
         np.testing.assert_allclose(out[is_token, 0], want[is_token, t], atol=1e-6)
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"kernel must be \[taps, 3\] for x of \(2, 13, 3\), got \(4, 2\)"):
         short_convolution(X, KERNEL[:, :2], whole_rows(2, 13))

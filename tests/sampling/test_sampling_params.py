@@ -52,7 +52,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_adjusted_logits_equal_the_definition(rule):
-    adjusted = np.asarray(adjust_logits(LOGITS, SEEN, rule))
+    adjusted = np.asarray(adjust_logits(jnp.asarray(LOGITS), jnp.asarray(SEEN), rule))
     expected = np.array([defined(*row, rule) for row in zip(LOGITS, SEEN, strict=True)])
     np.testing.assert_array_equal(np.isfinite(adjusted), np.isfinite(expected))
     np.testing.assert_allclose(adjusted, expected, rtol=1e-5)
@@ -68,7 +68,8 @@ def test_equal_logits_stay_or_go_together():
 
 def test_greedy_takes_the_largest_logit():
     keys = jax.random.split(jax.random.key(0), 4)
-    np.testing.assert_array_equal(choose_tokens(LOGITS, None, keys, rule(temperature=None)), LOGITS.argmax(axis=-1))
+    tokens = choose_tokens(jnp.asarray(LOGITS), None, keys, rule(temperature=None))
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
 
 
 def test_draws_follow_the_distribution():

@@ -384,5 +384,5 @@ def test_what_cannot_be_computed_is_refused(changes, message):
 def test_segments_of_another_shape_are_refused():
     arrays = inputs()
     del arrays["initial_state"]
-    with pytest.raises(ValueError, match=r"segment_ids must have the shape of the tokens, \(2, 37\), got \(2, 36\)"):
+    with pytest.raises(ValueError, match=r"tokens' shape \(2, 37\), got \(2, 36\)"):
         gated_delta_rule(**arrays, segment_ids=jnp.ones((2, 36), jnp.int32))

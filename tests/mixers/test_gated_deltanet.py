@@ -167,7 +167,7 @@ def test_gates_and_norms_stay_float32_in_bfloat16():
     exact = GatedDeltaNet(16, 2, rngs=nnx.Rngs(0))
     assert all(param.dtype == jnp.float32 for param in flat(mixer).values())
     assert not any(spec.matmul for name, spec in mixer.PARAMETERS.items() if not name.endswith("proj.kernel"))
-    x = np.random.default_rng(3).standard_normal((2, 30, 16)).astype(np.float32)
+    x = jnp.float32(np.random.default_rng(3).standard_normal((2, 30, 16)))
     want, found = exact(x), mixer(jnp.bfloat16(x))
     assert found.dtype == jnp.bfloat16
     assert np.linalg.norm(np.float32(found) - want) < 2e-2 * np.linalg.norm(want)

@@ -190,7 +190,7 @@ def test_padding_is_the_identity_whatever_it_holds(small_groups):
     is_token[1, :9] = False
 
     def loss(arrays):
-        results = gated_delta_rule(**arrays, segment_ids=from_segments(jnp.asarray(is_token), ended())[0], chunk_size=8)
+        results = gated_delta_rule(**arrays, segment_ids=from_segments(jnp.int32(is_token), ended())[0], chunk_size=8)
         return jnp.sum(results.out**2 * is_token[..., None, None]), results
 
     def ended():  # rows stopped within document 1, 5 tokens ago

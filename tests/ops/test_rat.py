@@ -284,7 +284,7 @@ def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(monke
 def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():
     case = case_of(20, chunk=20)
     out = run(case, "xla", jnp.zeros((2, 20, 32)))[0]
-    z, value, gate = np.split(case.projected[:, :, :96], 3, axis=-1)
+    z, value, gate = jnp.split(jnp.asarray(case.projected[:, :, :96]), 3, axis=-1)
     states = gated_recurrence(gate + case.gate_bias[None, None], value)
     np.testing.assert_allclose(out, jax.nn.sigmoid(z) * states, atol=1e-6)
 

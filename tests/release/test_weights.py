@@ -88,12 +88,13 @@ def test_loss_and_every_gradient(name):
     arrays, model_config, state_dict = recording(name)
     graphdef, params = nnx.split(model_from_release(state_dict, model_config))
     targets, weights = targets_and_weights(arrays["labels"])
+    tokens = jnp.asarray(arrays["input_ids"])
 
     @jit
     @jax.value_and_grad
     def loss_and_gradients(params):
         model = nnx.merge(graphdef, params)
-        sums = next_token_loss(model.hidden(arrays["input_ids"]), model.embedding[...], targets, weights)
+        sums = next_token_loss(model.hidden(tokens), model.embedding[...], targets, weights)
         return sums.loss / sums.weight
 
     loss, gradients = loss_and_gradients(params)

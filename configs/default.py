@@ -79,11 +79,11 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.accumulation_steps = 1
 
     config.training = config_dict.ConfigDict()
-    config.training.num_steps = 1500
+    config.training.num_steps = 1400
     config.training.log_every_steps = 20
-    config.training.validate_every_steps = 500
+    config.training.validate_every_steps = 350
     config.training.validation_batches = 32
-    config.training.checkpoint_every_steps = 500
+    config.training.checkpoint_every_steps = 350
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
 

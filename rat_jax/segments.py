@@ -19,7 +19,7 @@ class SegmentInfo:
     """Documents, positions and indices of the tokens of one call, shape [B, T] each.
 
     A document is a run of tokens with one non-zero segment id; the next document has another. Padding (segment 0) may
-    stand before, after or between documents, not inside one.
+    come before, after or between documents, not inside one.
     """
 
     segment_ids: Int[Array, "B T"]  # documents of the row are numbered 1, 2, ..., so that no number comes again
@@ -69,9 +69,14 @@ def as_segments(segment_ids: Int[Array, "B T"] | SegmentInfo | None, shape: tupl
     if segment_ids is None:
         return whole_rows(*shape)
     segments = segment_ids if isinstance(segment_ids, SegmentInfo) else from_segments(segment_ids)[0]
-    if segments.segment_ids.shape != tuple(shape):
-        raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segments.segment_ids.shape}")
+    check_shape(segments.segment_ids, shape)
     return segments
+
+
+def check_shape(segment_ids: Array, shape: tuple[int, int]) -> None:
+    """Raises ValueError if segment ids are not those of [B, T] tokens."""
+    if segment_ids.shape != tuple(shape):
+        raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segment_ids.shape}")
 
 
 def whole_rows(batch_size: int, num_tokens: int) -> SegmentInfo:

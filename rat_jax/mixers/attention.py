@@ -118,18 +118,6 @@ class Attention(HeadProjections):
         )
         super().__init__(shape, AttentionConfig(rope, rope_base), rngs)
 
-    @classmethod
-    def from_config(cls, config: AttentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Attention":
-        return cls(
-            shape.width,
-            shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            qk_norm=shape.qk_norm,
-            dtype=shape.dtype,
-            **dataclasses.asdict(config),
-            rngs=rngs,
-        )
-
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:

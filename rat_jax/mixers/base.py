@@ -1,6 +1,7 @@
 """The contract that every mixer keeps: its config, its module, its cache, and the facts that others ask it for."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.parameters import ParameterSpec
-from rat_jax.segments import SegmentInfo, StreamState, as_segments, from_segments
+from rat_jax.segments import SegmentInfo, StreamState, as_segments, check_shape, from_segments
 from rat_jax.shapes import Array, Float, Int, Shaped
 
 MixerCache = Any  # a dataclass of arrays that the mixer defines
@@ -78,13 +79,13 @@ class ReleaseCell:
     has_heads: bool  # whether the cell says d_head, num_head and k_channel
     rotation: Literal["rope", "interrope"] | None  # positions that it needs: by token, by chunk or none
     parameters: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Beside `in_proj`, `out_proj` and the norm, which all have: names under `seq_layer`, and their paths here."""
+    """Besides `in_proj`, `out_proj` and the norm, which all have: names under `seq_layer`, and their paths here."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What a mixer that stands alone remembers of the rows it has read."""
+    """What a layer on its own remembers of the rows it has read."""
 
     memory: MixerCache
     stream: StreamState
@@ -94,8 +95,8 @@ class LayerCache:
 class Mixer(nnx.Module):
     """Moves information between tokens, [B, T, D] to [B, T, D]; see `rat_jax.mixers` for its use.
 
-    A subclass takes plain arguments and holds them as `shape` and `config`; it defines `from_config`, `mix`,
-    `init_memory`, `memory_at` and `step_bytes`. Parameters are float32.
+    A subclass takes plain arguments, fields of `ModelShape` and of its config, and holds them as `shape` and `config`;
+    it defines `mix`, `init_memory`, `memory_at` and `step_bytes`. Parameters are float32.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -110,8 +111,10 @@ class Mixer(nnx.Module):
 
     @classmethod
     def from_config(cls, config: MixerConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Mixer":
-        """The mixer of a model's layer."""
-        raise NotImplementedError
+        """The mixer of a model's layer: its arguments are the fields of both that it takes."""
+        arguments = vars(shape) | vars(config)
+        known = inspect.signature(cls.__init__).parameters
+        return cls(**{name: value for name, value in arguments.items() if name in known}, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | SegmentInfo | None = None
@@ -180,8 +183,7 @@ def next_segments(
                 f"capacity={shape[1]}) or more"
             )
         segment_ids = jnp.ones(shape, jnp.int32)
-    if segment_ids.shape != tuple(shape):
-        raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segment_ids.shape}")
+    check_shape(segment_ids, shape)
     return from_segments(segment_ids, stream)
 
 

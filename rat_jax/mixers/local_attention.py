@@ -18,7 +18,7 @@ from rat_jax.shapes import Array, Float, Int
 class LocalAttentionConfig(MixerConfig):
     """Causal softmax attention within a sliding window."""
 
-    window: int = 1024  # W, earlier tokens that a token sees beside itself; arXiv 2507.04416, the hybrids' 1024
+    window: int = 1024  # W, earlier tokens that a token sees besides itself; arXiv 2507.04416, the hybrids' 1024
     rope: bool = True  # rotate queries and keys by their position; False is NoPE
     rope_base: float = 10_000.0  # arXiv 2104.09864
 
@@ -113,18 +113,6 @@ class LocalAttention(HeadProjections):
             width=width, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, dtype=jnp.dtype(dtype).name
         )
         super().__init__(shape, LocalAttentionConfig(window, rope, rope_base), rngs)
-
-    @classmethod
-    def from_config(cls, config: LocalAttentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "LocalAttention":
-        return cls(
-            shape.width,
-            shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            qk_norm=shape.qk_norm,
-            dtype=shape.dtype,
-            **dataclasses.asdict(config),
-            rngs=rngs,
-        )
 
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: LocalAttentionCache | None = None

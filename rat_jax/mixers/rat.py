@@ -97,10 +97,6 @@ class Rat(Mixer):
         self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
         self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, chunk_size))
 
-    @classmethod
-    def from_config(cls, config: RatConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rat":
-        return cls(shape.width, shape.num_heads, dtype=shape.dtype, **dataclasses.asdict(config), rngs=rngs)
-
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RatState | None = None
     ) -> tuple[Float[Array, "B T D"], RatState | None]:

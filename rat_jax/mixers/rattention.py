@@ -30,7 +30,7 @@ _META = ParameterSpec((None, "kv_channels"), matmul=True)  # [meta_tokens, K H]
 class RattentionConfig(MixerConfig):
     """Softmax attention within a sliding window, linear attention over what has left it; defaults of the paper."""
 
-    window: int = 512  # W, earlier tokens that the window's attention sees beside a token itself
+    window: int = 512  # W, earlier tokens that the window's attention sees besides the token itself
     rope: bool = True  # of the window's attention; False is NoPE
     rope_base: float = 500_000.0
     feature_map: Literal["softmax", "relu"] = "softmax"  # of the linear branch: [m(x), m(-x)] over a head's channels
@@ -132,18 +132,6 @@ class Rattention(Mixer):
                 nnx.Param(INITIAL_STD * jax.random.normal(rngs.params(), (meta_tokens, kv_width), jnp.float32))
                 for _ in range(2)
             )
-
-    @classmethod
-    def from_config(cls, config: RattentionConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rattention":
-        return cls(
-            shape.width,
-            shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            qk_norm=shape.qk_norm,
-            dtype=shape.dtype,
-            **dataclasses.asdict(config),
-            rngs=rngs,
-        )
 
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RattentionCache | None = None

@@ -82,10 +82,6 @@ class Rnn(Mixer):
         self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
         self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, max_timescale))
 
-    @classmethod
-    def from_config(cls, config: RnnConfig, shape: ModelShape, *, rngs: nnx.Rngs) -> "Rnn":
-        return cls(shape.width, shape.num_heads, dtype=shape.dtype, **dataclasses.asdict(config), rngs=rngs)
-
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RnnCache | None = None
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:

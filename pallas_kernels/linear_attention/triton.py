@@ -80,44 +80,46 @@ def linear_attention_backward(
     `linear_attention_forward`, which gave `residuals` and takes the other arguments.
     """
     tiling = Tiling(shape)
-    initial, documents = _or_placeholders(tiling, initial_state, segment_ids)
+    initial, segment_ids = _or_placeholders(tiling, initial_state, segment_ids)
     d_out, d_final_state = d_out.astype(query.dtype), d_final_state.astype(jnp.float32)
-    arrays = residuals.states, query, key, value, d_out, d_final_state, initial, documents
+    arrays = residuals.states, query, key, value, d_out, d_final_state, initial, segment_ids
     *of_tokens, d_initial = backward(launcher.run, tiling, *arrays)
     return *of_tokens, None if initial_state is None else d_initial.astype(initial_state.dtype)
 
 
-def forward(run: launcher.Run, tiling: Tiling, query, key, value, initial, documents) -> tuple[Any, Any, Any]:
+def forward(run: launcher.Run, tiling: Tiling, query, key, value, initial, segment_ids) -> tuple[Any, Any, Any]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with: out, final, states.
 
-    `initial` has the dtype of `value`; it and `documents` are placeholders of one element where there is none.
+    `initial` has the dtype of `value`; it and `segment_ids` are placeholders of one element where there is none.
     """
-    states, final_state = _states(run, tiling, key, value, documents, initial, tiling.shape.key_heads, reverse=False)
-    (out,) = run(outputs_launch(tiling), query, key, value, states, initial, documents)
+    states, final_state = _states(run, tiling, key, value, segment_ids, initial, tiling.shape.key_heads, reverse=False)
+    (out,) = run(outputs_launch(tiling), query, key, value, states, initial, segment_ids)
     return out, final_state, states
 
 
-def backward(run: launcher.Run, tiling: Tiling, states, query, key, value, d_out, d_final_state, initial, documents):
+def backward(run: launcher.Run, tiling: Tiling, states, query, key, value, d_out, d_final_state, initial, segment_ids):
     """The backward kernels through `run`: gradients of query, key, value and initial state (None: there is none)."""
-    d_states, _ = _states(run, tiling, query, d_out, documents, d_final_state, tiling.shape.num_heads, reverse=True)
-    d_key, d_value = run(triton_backward.keys_launch(tiling), query, key, value, d_out, d_states, documents)
-    (d_query,) = run(triton_backward.queries_launch(tiling), query, key, value, d_out, states, initial, documents)
-    d_initial = _d_initial(run, tiling, query, d_out, documents) if tiling.shape.initial_heads else None
+    d_states, _ = _states(run, tiling, query, d_out, segment_ids, d_final_state, tiling.shape.num_heads, reverse=True)
+    d_key, d_value = run(triton_backward.keys_launch(tiling), query, key, value, d_out, d_states, segment_ids)
+    (d_query,) = run(triton_backward.queries_launch(tiling), query, key, value, d_out, states, initial, segment_ids)
+    d_initial = _d_initial(run, tiling, query, d_out, segment_ids) if tiling.shape.initial_heads else None
     return d_query, d_key, d_value, d_initial
 
 
-def _states(run: launcher.Run, tiling: Tiling, x, y, documents, entering, heads: int, reverse: bool) -> tuple[Any, Any]:
+def _states(
+    run: launcher.Run, tiling: Tiling, x, y, segment_ids, entering, heads: int, reverse: bool
+) -> tuple[Any, Any]:
     if tiling.segments == 1:
-        return run(states_launch(tiling, heads, reverse), x, y, entering, documents)
-    (totals,) = run(totals_launch(tiling, heads, reverse), x, y, documents)
-    starts, final = run(scan_launch(tiling, reverse), totals, entering, documents)
-    return run(states_launch(tiling, heads, reverse), x, y, starts, documents)[0], final
+        return run(states_launch(tiling, heads, reverse), x, y, entering, segment_ids)
+    (totals,) = run(totals_launch(tiling, heads, reverse), x, y, segment_ids)
+    starts, final = run(scan_launch(tiling, reverse), totals, entering, segment_ids)
+    return run(states_launch(tiling, heads, reverse), x, y, starts, segment_ids)[0], final
 
 
-def _d_initial(run: launcher.Run, tiling: Tiling, query, d_out, documents):
+def _d_initial(run: launcher.Run, tiling: Tiling, query, d_out, segment_ids):
     """phi(q)^T d_out over all tokens, of whatever document."""
     whole = tiling.without_documents(tiling.shape.initial_heads)
-    (totals,) = run(totals_launch(whole, tiling.shape.num_heads, reverse=False), query, d_out, documents)
+    (totals,) = run(totals_launch(whole, tiling.shape.num_heads, reverse=False), query, d_out, segment_ids)
     total = totals.sum(axis=2)[..., : tiling.shape.head_dim, : tiling.shape.head_dim]
     if tiling.shape.initial_rows == 1:
         total = total.sum(axis=0)[None]

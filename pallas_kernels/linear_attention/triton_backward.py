@@ -29,7 +29,7 @@ def linear_attention_keys(
     value,  # [B, T, K, H]
     d_out,  # [B, T, N, H]
     d_states,  # [B, K, C, 2, P, P]: the reverse sum that enters each block
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     d_key,  # [B, T, K, H]
     d_value,  # [B, T, K, H]
@@ -54,7 +54,7 @@ def linear_attention_keys(
     k = tl.program_id(0) // PARTS % K
     block = tl.program_id(0) // (PARTS * K)
     row = tl.program_id(1).to(tl.int64)
-    in_row, _, first, seen, _, is_read = block_tokens(documents, row, block, tokens, BLOCK, 1, SEGMENTED)
+    in_row, _, first, seen, _, is_read = block_tokens(segment_ids, row, block, tokens, BLOCK, 1, SEGMENTED)
     seen = tl.trans(seen)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     v = load_rows(value, first, in_row, k, 0, K, H, COLUMNS)
@@ -112,7 +112,7 @@ def linear_attention_queries(
     d_out,  # [B, T, N, H]
     states,  # [B, K, C, 2, P, P]: the forward sum that enters each block
     initial,  # [1 or B, K or N, 2 H, H]; read only if INITIAL_HEADS
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     d_query,  # [B, T, N, H]
     N: tl.constexpr,
@@ -135,7 +135,7 @@ def linear_attention_queries(
     k = tl.program_id(0) % K
     block = tl.program_id(0) // K
     row = tl.program_id(1).to(tl.int64)
-    in_row, _, first, seen, reads, _ = block_tokens(documents, row, block, tokens, BLOCK, 1, SEGMENTED)
+    in_row, _, first, seen, reads, _ = block_tokens(segment_ids, row, block, tokens, BLOCK, 1, SEGMENTED)
     state = states + ((row * K + k) * tl.cdiv(tokens, BLOCK) + block) * (2 * P * P)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     key_plus = half_features(raw, H, P, SOFTMAX).to(states.dtype.element_ty)

@@ -23,7 +23,7 @@ def linear_attention_outputs(
     value,  # [B, T, K, H]
     states,  # [B, K, C, 2, P, P]: what enters each block
     initial,  # [1 or B, K or N, 2 H, H]; read only if INITIAL_HEADS
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     out,  # [B, T, N, H]
     N: tl.constexpr,
@@ -49,7 +49,7 @@ def linear_attention_outputs(
     k = tl.program_id(0) // PARTS % K
     block = tl.program_id(0) // (PARTS * K)
     row = tl.program_id(1).to(tl.int64)
-    in_row, in_tile, first, seen, reads, _ = block_tokens(documents, row, block, tokens, BLOCK, HEADS, SEGMENTED)
+    in_row, in_tile, first, seen, reads, _ = block_tokens(segment_ids, row, block, tokens, BLOCK, HEADS, SEGMENTED)
     raw = load_rows(key, first, in_row, k, 0, K, H, P).to(tl.float32)
     v = load_rows(value, first, in_row, k, column, K, H, COLUMNS)
     key_plus = half_features(raw, H, P, SOFTMAX).to(v.dtype)
@@ -79,7 +79,7 @@ def linear_attention_outputs(
 
 
 @triton.jit
-def block_tokens(documents, row, block, tokens, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENTED: tl.constexpr):
+def block_tokens(segment_ids, row, block, tokens, BLOCK: tl.constexpr, HEADS: tl.constexpr, SEGMENTED: tl.constexpr):
     """Which keys of a block, and which rows of its queries, are in the row of the batch; and the block's place there.
 
     Then which queries see which keys, which read S_c, and which keys G_c is of.
@@ -92,11 +92,11 @@ def block_tokens(documents, row, block, tokens, BLOCK: tl.constexpr, HEADS: tl.c
     reads = in_tile
     is_read = in_row
     if SEGMENTED:
-        document = tl.load(documents + row * tokens + token, mask=in_row, other=0)
-        reader = tl.load(documents + row * tokens + of_tile, mask=in_tile, other=0)
+        document = tl.load(segment_ids + row * tokens + token, mask=in_row, other=0)
+        reader = tl.load(segment_ids + row * tokens + of_tile, mask=in_tile, other=0)
         seen = seen & (reader[:, None] == document[None, :])
-        reads = in_tile & (reader == document_before(documents, row, block, tokens, BLOCK))
-        is_read = in_row & (document == document_before(documents, row, block + 1, tokens, BLOCK))
+        reads = in_tile & (reader == document_before(segment_ids, row, block, tokens, BLOCK))
+        is_read = in_row & (document == document_before(segment_ids, row, block + 1, tokens, BLOCK))
     return in_row, in_tile, row * tokens + block * BLOCK, seen, reads, is_read
 
 

@@ -25,7 +25,7 @@ _SCAN_ELEMENTS = 512
 def linear_attention_totals(
     x,  # [B, T, N, H], whose features are taken
     y,  # [B, T, N, H]
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     span,  # blocks of a segment
     totals,  # [B, K, segments, 2, P, P] float32
@@ -51,7 +51,7 @@ def linear_attention_totals(
     for i in range((last - first + 1) * STEPS):
         block = last - i // STEPS if REVERSE else first + i // STEPS
         state = _add_head(
-            state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
+            state, block, i % STEPS, x, y, segment_ids, row, k, half, column, tokens,
             N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
         )  # fmt: skip
     at = (row * K + k) * tl.cdiv(blocks, span) + segment
@@ -62,7 +62,7 @@ def linear_attention_totals(
 def linear_attention_scan(
     totals,  # [B, K, segments, 2, P, P] float32
     entering,  # [B, K, 2 H, H] float32: what comes before all tokens in this direction; read only if REVERSE
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     span,
     starts,  # [B, K, segments, 2, P, P] float32: the sum that enters each segment
@@ -93,8 +93,8 @@ def linear_attention_scan(
         segment = segments - 1 - i if REVERSE else i
         tl.store(starts + at + segment * (2 * P * P), state)
         if SEGMENTED:
-            before = document_before(documents, row, segment * span, tokens, BLOCK)
-            after = document_before(documents, row, (segment + 1) * span, tokens, BLOCK)
+            before = document_before(segment_ids, row, segment * span, tokens, BLOCK)
+            after = document_before(segment_ids, row, (segment + 1) * span, tokens, BLOCK)
             state = tl.where(before == after, state, 0.0)
         state += tl.load(totals + at + segment * (2 * P * P))
     tl.store(final + at_real, state, mask=real)
@@ -105,7 +105,7 @@ def linear_attention_states(
     x,  # [B, T, N, H]
     y,  # [B, T, N, H]
     starts,  # [B, K, segments, 2, P, P] float32; if WHOLE what the scan takes as entering
-    documents,  # [B, T] int32; read only if SEGMENTED
+    segment_ids,  # [B, T] int32; read only if SEGMENTED
     tokens,  # T
     span,
     states,  # [B, K, C, 2, P, P]: the sum that enters each block
@@ -148,7 +148,7 @@ def linear_attention_states(
             at = ((row * K + k) * blocks + block) * (2 * P * P)
             tl.store(states + at + matrix, state.to(states.dtype.element_ty))
         state = _add_head(
-            state, block, i % STEPS, x, y, documents, row, k, half, column, tokens,
+            state, block, i % STEPS, x, y, segment_ids, row, k, half, column, tokens,
             N, K, H, P, BLOCK, COLUMNS, SOFTMAX, SEGMENTED, PRECISION, REVERSE,
         )  # fmt: skip
     if WHOLE:
@@ -170,7 +170,7 @@ def _matrix(half, column, P: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _add_head(
-    state, block, step, x, y, documents, row, k, half, column, tokens,
+    state, block, step, x, y, segment_ids, row, k, half, column, tokens,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     SOFTMAX: tl.constexpr, SEGMENTED: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -178,9 +178,9 @@ def _add_head(
     token = tokens_of(block, BLOCK)
     rows = token < tokens
     if SEGMENTED:
-        before = document_before(documents, row, block, tokens, BLOCK)
-        after = document_before(documents, row, block + 1, tokens, BLOCK)
-        document = tl.load(documents + row * tokens + token, mask=rows, other=0)
+        before = document_before(segment_ids, row, block, tokens, BLOCK)
+        after = document_before(segment_ids, row, block + 1, tokens, BLOCK)
+        document = tl.load(segment_ids + row * tokens + token, mask=rows, other=0)
         rows = rows & (document == (before if REVERSE else after))
         state = tl.where((before == after) | (step > 0), state, 0.0)
     at_block = row * tokens + block * BLOCK
@@ -192,9 +192,9 @@ def _add_head(
 
 
 @triton.jit
-def document_before(documents, row, block, tokens, BLOCK: tl.constexpr):
+def document_before(segment_ids, row, block, tokens, BLOCK: tl.constexpr):
     """The document of the boundary before a block."""
-    return tl.load(documents + row * tokens + tl.maximum(tl.minimum(block * BLOCK, tokens) - 1, 0))
+    return tl.load(segment_ids + row * tokens + tl.maximum(tl.minimum(block * BLOCK, tokens) - 1, 0))
 
 
 def totals_launch(tiling: Tiling, heads: int, reverse: bool) -> Launch:

@@ -1,4 +1,4 @@
-"""Trains a model, or goes on with a run that was interrupted: the same command does both.
+"""Trains a model, or resumes a run that was interrupted: the same command does both.
 
   python train.py --config=configs/default.py --workdir=runs/default
   python train.py --config=configs/default.py --workdir=runs/wide --config.model.width=256

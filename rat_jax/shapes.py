@@ -26,7 +26,7 @@
 | *axes   | any number of axes                                                      |
 | _       | one axis, of a size of its own wherever its type is used                |
 
-The same letters stand in type annotations and docstrings, in lower case in einsum strings (there beside others of the
+The same letters are used in type annotations and docstrings, in lower case in einsum strings (next to others of that
 line alone), and as the suffix of a variable (`hidden_BTD`) where a function has several cuts of one array. The test
 suite checks annotations at every call.
 """

@@ -64,7 +64,7 @@ class Checkpoints:
     def latest(self) -> tuple[pathlib.Path, Manifest] | None:
         """The newest checkpoint whose files are all as they were written, or None.
 
-        What stands newer is reported and set aside, so that its step can be saved again: removed if it was never
+        What is newer is reported and set aside, so that its step can be saved again: removed if it was never
         finished, else moved to `damaged-STEP`.
         """
         self._remove_partial()

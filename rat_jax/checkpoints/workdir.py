@@ -1,4 +1,4 @@
-"""The folder of a run: where its files lie, and whether a config may go on in it.
+"""The folder of a run: where its files lie, and whether a config may resume in it.
 
 run.json              marks the folder as a run's, and shows the config of its latest start
 tokenizer/            of the data
@@ -22,7 +22,7 @@ from rat_jax.files import write_json
 FORMAT_VERSION = 1
 _FORMAT_KEY = "rat_jax_format_version"
 
-# Fields that decide what is reported, kept or where it runs, not what is computed: a run may go on with others.
+# Fields that decide what is reported, kept or where it runs, not what is computed: a run may resume with others.
 _FREE_FIELDS = (
     "training.log_every_steps",
     "training.validate_every_steps",
@@ -87,7 +87,7 @@ class Workdir:
         return False
 
     def require_run(self) -> None:
-        """Checks that a run, or an imported model, stands here.
+        """Checks that a run, or an imported model, is here.
 
         Raises:
           CheckpointError: if not.
@@ -113,7 +113,7 @@ class Workdir:
 
 
 def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
-    """Refuses to go on from a checkpoint with a config that computes something else.
+    """Refuses to resume from a checkpoint with a config that computes something else.
 
     Raises:
       CheckpointError: naming the fields that differ, with both values.

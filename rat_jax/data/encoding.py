@@ -52,7 +52,7 @@ class Encoder:
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
-    """The split of a document, by its content alone: equal texts never stand in both splits."""
+    """The split of a document, by its content alone: equal texts are never in both splits."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
 

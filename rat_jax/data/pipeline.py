@@ -180,7 +180,7 @@ class TrainData(Iterator[Batch]):
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator stands, as values that JSON can hold: equal on all hosts."""
+        """The iterator's position, as values that JSON can hold: equal on all hosts."""
         return {"next_batch": self._next_batch, "fingerprint": self.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ A document is 81 ids:
     4 queries    of the other keys
     the end      0
 
-The queries right after the pairs ask for what stands at most 14 ids before them; the later ones for what stands at
+The queries right after the pairs ask for what is at most 14 ids before them; the later ones for what is at
 least 65 ids before them, which two layers that see 32 earlier tokens each do not reach together.
 """
 

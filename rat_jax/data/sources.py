@@ -34,7 +34,7 @@ class ReadOptions:
 
     field: str  # that holds the text: a key of JSON lines, a column of Parquet and of data sets
     document_separator: str | None  # ends a document inside a text file; None: a text file is one document
-    invalid_utf8: Literal["refuse", "replace"]  # replace writes U+FFFD and goes on
+    invalid_utf8: Literal["refuse", "replace"]  # replace writes U+FFFD and continues
 
 
 class Source(abc.ABC):
@@ -300,5 +300,5 @@ def _decode(content: bytes, name: str, options: ReadOptions) -> str:
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return (
         f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
-        f"--invalid_utf8 replace would write U+FFFD there and go on"
+        f"--invalid_utf8 replace would write U+FFFD there and continue"
     )

@@ -1,7 +1,7 @@
 """Tokenizers: text to token ids and back.
 
 A tokenizer travels with the tokens it made: `save` writes it into their folder, `load_tokenizer` reads it from there,
-and its `hash` stands in the header of every token file. The two model formats are read by the packages `tokenizers` and
+and its `hash` is in the header of every token file. The two model formats are read by the packages `tokenizers` and
 `sentencepiece`, imported where they are used, so that bytes need neither.
 """
 

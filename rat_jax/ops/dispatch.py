@@ -92,7 +92,7 @@ def rows_of_device(batch_size: int) -> int:
 
 
 class Kernel(abc.ABC):
-    """One implementation of an op for static sizes, on one device, and what stands in for it on other platforms.
+    """One implementation of an op for static sizes, on one device, and what replaces it on other platforms.
 
     A frozen dataclass, so that it is compared by its sizes. Arguments and results are pytrees of arrays with batch rows
     along their first axis.
@@ -113,7 +113,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, *arguments: Any) -> tuple[tuple[Any, ...], Any]:
-        """The results, and what `backward` needs beside the arguments and `saved_results`."""
+        """The results, and what `backward` needs besides the arguments and `saved_results`."""
 
     @abc.abstractmethod
     def plain(self, *arguments: Any) -> tuple[Any, ...]:

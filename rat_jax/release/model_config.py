@@ -134,7 +134,7 @@ def _cell_values(mixer: MixerConfig, config: ModelConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Section:
-    """A group of fields of a release's configuration, and where it stands there."""
+    """A group of fields of a release's configuration, and its place there."""
 
     values: Mapping[str, Any]
     path: str

@@ -65,7 +65,7 @@ def release_state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Where a parameter of the release stands in a `LanguageModel`."""
+    """Where a parameter of the release is found in a `LanguageModel`."""
 
     path: tuple[str, ...]
     index: int | None  # of the layer in a stack

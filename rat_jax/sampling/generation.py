@@ -45,7 +45,7 @@ def generate(
     """Continues every prompt.
 
     A prompt's result does not depend on the others: with `temperature` above 0 its random numbers follow from `seed`,
-    the prompt itself, and how many equal prompts stand before it in `prompts` (so that n equal prompts give n samples).
+    the prompt itself, and how many equal prompts precede it in `prompts` (so that n equal prompts give n samples).
     Hence n different prompts give one by one what they give together, up to rounding of the logits.
 
     Args:

@@ -22,15 +22,15 @@ from rat_jax.training.step import TrainState, abstract_state, batch_loss, initia
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands."""
+    """How far a run has come."""
 
     step: int  # optimizer steps done
-    finished: bool  # False: a signal ended it before the last step; the same command goes on
+    finished: bool  # False: a signal ended it before the last step; the same command resumes
     validation_loss: float | None  # after the last step, on `training.validation_batches`; None if not finished
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
-    """Trains, or goes on training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
+    """Trains, or resumes training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
 
     Raises:
       ConfigError, CheckpointError, DataError: if something does not fit, before anything is written.
@@ -109,7 +109,7 @@ class _Run:
         return result
 
     def _restore(self) -> tuple[TrainState, int]:
-        """The state to go on from, and the steps it has done."""
+        """The state to resume from, and the steps it has done."""
         found = None if self.workdir.is_new() else self.checkpoints.latest()
         if found is None:
             return initial_state(self.config, self.mesh), 0
@@ -143,7 +143,7 @@ class _Run:
                 if done > saved:
                     self._save(done, state, progress)
                 self.checkpoints.wait()
-                progress.say(f"interrupted after step {done}; the same command goes on from there")
+                progress.say(f"interrupted after step {done}; the same command resumes there")
                 return TrainResult(done, False, None)
             batch = global_batch(next(self.data), self.mesh)
             with progress.calling("training step"):

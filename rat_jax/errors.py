@@ -5,6 +5,10 @@ class RatJaxError(Exception):
     """Base of the errors that this package raises for its inputs: configs, files, data, prompts, diverging runs."""
 
 
+class RunStopped(RatJaxError):
+    """What had begun could not go on; the message says what was kept. A program ends with 1, else with 2."""
+
+
 class ConfigError(RatJaxError, ValueError):
     """A value or a combination of values that no run, model or mixer can have; the message names the field."""
 

@@ -1,0 +1,67 @@
+"""What the programs share: flags, errors as one line, exit codes.
+
+0   done
+1   what had begun could not go on (`RunStopped`), or the system refused a file on the way
+2   flags, config, data or files do not fit, and nothing was changed
+75  a signal ended it, and nothing is lost: the same command continues (EX_TEMPFAIL of sysexits.h, for schedulers)
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.files import explain
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 75
+
+
+class FlagError(RatJaxError, ValueError):
+    """A command line that cannot be understood; the message names the flag."""
+
+
+def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None:
+    """Reads the flags of absl, runs a program and ends the process.
+
+    Args:
+      body: the program; returns its exit code, None for 0.
+      required: flags that must be given. They are checked after `--help`.
+    """
+    logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
+    app.define_help_flags()
+    sys.exit(exit_code(lambda: _parse_and_run(body, required)))
+
+
+def exit_code(body: Callable[[], int | None]) -> int:
+    """The exit code of a program; whatever a user can mend is printed as one line, `error: ...`."""
+    try:
+        return body() or 0
+    except RunStopped as error:
+        return _failed(error, FAILED)
+    except RatJaxError as error:
+        return _failed(error, REFUSED)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _failed(f"{where}{explain(error)}", FAILED)
+    except KeyboardInterrupt:
+        print("interrupted before anything was changed; the same command starts again", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _failed(error: Exception | str, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parse_and_run(body: Callable[[], int | None], required: Sequence[str]) -> int | None:
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        raise FlagError(" ".join(str(error).split())) from None
+    if len(rest) > 1:
+        raise FlagError(f"{rest[1]!r} is no flag; put a value with spaces in quotes")
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            raise FlagError(f"--{name} is missing; {rest[0]} --help lists the flags")
+    return body()

@@ -17,7 +17,7 @@ OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
   tests/ops/test_gated_delta_rule.py::test_one_key_written_again_and_again_loses_no_digits \
   tests/training/test_run.py::TestTrainStep::test_loss_is_the_mean_over_targets
 
-.PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu clean
+.PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu faults clean
 
 train: $(VENV)/ready
 	$(BIN)/python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out $(CORPUS)
@@ -47,6 +47,10 @@ test-gpu: # in the environment at hand, where jax sees a GPU
 
 test-tpu: $(TPU_VENV)/ready
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m tpu tests/pallas_kernels/test_tpu_compile.py
+
+faults: $(VENV)/ready-for-tests # hundreds of faults, 20,000 damaged inputs: within an hour on 2 cores
+	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults.fuzz --count 1250
 
 clean:
 	rm -rf $(VENV) $(TPU_VENV)

@@ -50,7 +50,7 @@ def exit_code(body: Callable[[], int | None]) -> int:
 
 
 def _failed(error: Exception | str, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 
 

@@ -1,0 +1,110 @@
+"""What faults are tried on: a small corpus, a run that was stopped half way, and the same run never stopped."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+
+from rat_jax.checkpoints.store import load_model
+from rat_jax.config import Config
+from rat_jax.training import run as training
+from tests.tiny_run import make_corpus, tiny_config
+
+NUM_STEPS, STOPPED_AT = 6, 4
+EXACT_FIGURES = ("loss", "grad_norm", "param_norm", "learning_rate", "num_targets", "validation_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Folders that faults get copies of."""
+
+    path: pathlib.Path
+
+    @property
+    def corpus(self) -> pathlib.Path:
+        return self.path / "data/corpus"
+
+    @property
+    def stopped(self) -> pathlib.Path:
+        return self.path / "stopped"
+
+    @property
+    def whole(self) -> pathlib.Path:
+        return self.path / "whole"
+
+    def config(self, corpus: pathlib.Path) -> Config:
+        return tiny_config(corpus, model__pattern=("rnn", "local_attention"), training__num_steps=NUM_STEPS)
+
+    @classmethod
+    def make(cls, path: pathlib.Path) -> "Base":
+        """Prepares and trains; a folder that is there already is used as it is."""
+        base = cls(path)
+        if not (path / "ready").is_file():
+            make_corpus(path / "data")
+            training.train(base.config(base.corpus), base.whole)
+            stop_after(base.config(base.corpus), base.stopped, STOPPED_AT)
+            (path / "ready").touch()
+        return base
+
+
+class Stopped(BaseException):
+    """A kill in this process: nothing catches it."""
+
+
+def stop_after(config: Config, workdir: pathlib.Path, step: int) -> None:
+    """Trains as far as `step`, and ends there as a kill would."""
+    original = training.train_step
+
+    def step_or_stop(graphdef, *arguments):
+        if any(int(state.step) == step for state in arguments if hasattr(state, "step")):
+            raise Stopped
+        return original(graphdef, *arguments)
+
+    training.train_step = step_or_stop
+    try:
+        training.train(config, workdir)
+    except Stopped:
+        return
+    finally:
+        training.train_step = original
+    raise AssertionError("the run was not stopped")
+
+
+def differences(workdir: pathlib.Path, other: pathlib.Path) -> str | None:
+    """How the end of a run differs from another's, bit for bit, logged figures included; None: it does not."""
+    if (left := figures(workdir)) != (right := figures(other)):
+        return f"the log has {sorted(left.items() ^ right.items())[:3]}"
+    models = load_model(workdir, report=lambda line: None), load_model(other, report=lambda line: None)
+    if models[0].step != models[1].step:
+        return f"the last checkpoint is of step {models[0].step}, not {models[1].step}"
+    leaves = [jax.tree.leaves_with_path(jax.tree.map(np.asarray, dict(_flat(model.model)))) for model in models]
+    for (name, a), (_, b) in zip(*leaves, strict=True):
+        if not np.array_equal(a, b):
+            return f"{name} has other values"
+    return None
+
+
+def figures(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+    """All logged figures that two runs must share, by step and name."""
+    found = {}
+    for line in (workdir / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found |= {(record["step"], name): record[name] for name in EXACT_FIGURES if name in record}
+    return found
+
+
+def _flat(model):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(model)).items()
+
+
+def copy(base: Base, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A corpus and a stopped run to damage."""
+    corpus, workdir = folder / "corpus", folder / "run"
+    shutil.copytree(base.corpus, corpus)
+    shutil.copytree(base.stopped, workdir)
+    return corpus, workdir

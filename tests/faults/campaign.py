@@ -1,0 +1,76 @@
+"""Runs faults and judges what came of them."""
+
+import collections
+import dataclasses
+import pathlib
+import random
+import shutil
+import tempfile
+import time
+import traceback
+
+from rat_jax.errors import RatJaxError
+from rat_jax.training import run as training
+from tests.faults.base import Base, copy, differences
+from tests.faults.damage import Case, Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came of one fault."""
+
+    kind: str
+    seed: int
+    done: str  # what the fault was
+    outcome: str  # "continued", "refused"; else what is wrong
+    detail: str
+    secs: float
+    live: bool = False
+
+    @property
+    def is_right(self) -> bool:
+        return self.outcome in ("continued", "refused", "finished")
+
+
+def judge(base: Base, kind: Kind, seed: int) -> Verdict:
+    """Damages copies, starts the run again, and compares."""
+    rng, start = random.Random(f"{kind.name} {seed}"), time.monotonic()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fault-"))
+    try:
+        corpus, workdir = copy(base, folder)
+        done = kind.inject(Case(corpus, workdir, rng))
+        outcome, detail = _start_again(base, corpus, workdir)
+        if outcome in ("continued", "refused") and outcome not in kind.outcomes:
+            detail, outcome = f"{outcome}: {detail}", f"wrongly {outcome}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Verdict(kind.name, seed, done.replace(str(folder), ""), outcome, detail, time.monotonic() - start)
+
+
+def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path) -> tuple[str, str]:
+    try:
+        training.train(base.config(corpus), workdir)
+    except RatJaxError as error:
+        return "refused", str(error)
+    except Exception:
+        return "traceback", traceback.format_exc()
+    wrong = differences(workdir, base.whole)
+    return ("continued", "") if wrong is None else ("diverged", wrong)
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """One line a kind: how often, with what outcomes."""
+    lines = [f"{'fault':<62} {'times':>5}  outcomes"]
+    by_kind: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        by_kind.setdefault(verdict.kind, []).append(verdict)
+    for name, some in by_kind.items():
+        counts = collections.Counter(verdict.outcome for verdict in some)
+        mark = "live: " if some[0].live else ""
+        outcomes = ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common())
+        lines.append(f"{mark + name:<62} {len(some):>5}  {outcomes}")
+    live, wrong = sum(verdict.live for verdict in verdicts), [verdict for verdict in verdicts if not verdict.is_right]
+    lines.append(f"{len(verdicts)} faults of {len(by_kind)} kinds, {live} on live runs: {len(wrong)} wrong")
+    for verdict in wrong[:40]:
+        lines.append(f"\n{verdict.kind}, seed {verdict.seed}: {verdict.outcome}\n  {verdict.done}\n  {verdict.detail}")
+    return "\n".join(lines)

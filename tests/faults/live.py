@@ -1,0 +1,381 @@
+"""Faults that meet a training run while it goes, in processes of its own, at a moment drawn from a seed.
+
+Each run is started, met by its fault, judged by how it ends, started again until it is finished, and then compared with
+a run that nothing befell.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import psutil
+
+from tests.faults.base import differences
+from tests.faults.campaign import Verdict
+from tests.tiny_run import make_corpus
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+NUM_STEPS = 600
+LIMIT_SECS = 120  # for whatever a run is waited for
+
+
+class Wrong(Exception):
+    """What a run did that it must not; the first argument is the outcome for the table."""
+
+
+@dataclasses.dataclass
+class LiveRun:
+    """A run under way."""
+
+    corpus: pathlib.Path
+    workdir: pathlib.Path
+    rng: random.Random
+    num_workers: int = 0
+    process: subprocess.Popen | None = None
+    said: str = ""  # on standard error by all starts that have ended
+    repair: Callable[[], object] = lambda: None  # what the user does before the next start
+    may_lose: int = 0  # steps: where the fault itself takes the newest checkpoint away
+
+    def start(self) -> None:
+        """Starts the command in a process group of its own."""
+        self._stderr = tempfile.TemporaryFile("w+")
+        command = [sys.executable, REPOSITORY / "train.py", f"--config={pathlib.Path(__file__).parent / 'config.py'}"]
+        command += [f"--workdir={self.workdir}", f"--config.data.path={self.corpus}"]
+        command += [f"--config.data.num_workers={self.num_workers}"]
+        self.process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            start_new_session=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Waits for the process; its exit code, and what it said.
+
+        Raises:
+          Wrong: if it does not end, shows a traceback or leaves processes behind.
+        """
+        children = self.children()
+        try:
+            code = self.process.wait(LIMIT_SECS)
+        except subprocess.TimeoutExpired:
+            raise Wrong("hung", f"no end in {LIMIT_SECS} s") from None
+        finally:
+            self.kill_group()
+            self._stderr.seek(0)
+            said = self._stderr.read()
+            self._stderr.close()
+            self.said += said
+        if "Traceback" in said:
+            raise Wrong("traceback", said[said.index("Traceback") :][-1500:])
+        _, alive = psutil.wait_procs(children, timeout=10)
+        if alive:
+            for child in alive:
+                child.kill()
+            raise Wrong("processes left", ", ".join(child.name() for child in alive))
+        return code, said
+
+    def kill_group(self) -> None:
+        """Ends what the command started, if the command itself has ended or does not."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        start = time.monotonic()
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() - start > LIMIT_SECS:
+                raise Wrong("fault not injected", f"the run ended, or went on too long, before {what}")
+            time.sleep(0.002)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: self.logged_step() >= step, f"step {step}")
+
+    def wait_somewhere(self) -> int:
+        """Waits for a step drawn at random; returns it."""
+        step = self.rng.randrange(5, NUM_STEPS - 40)
+        self.wait_for_step(step)
+        time.sleep(self.rng.random() * 0.05)
+        return step
+
+    def logged_step(self) -> int:
+        try:
+            lines = (self.workdir / "log.jsonl").read_bytes().split(b"\n")
+            return json.loads(lines[-2])["step"]
+        except (OSError, IndexError, ValueError, KeyError, TypeError):
+            return -1
+
+    def saved_step(self) -> int:
+        """Of the newest finished checkpoint; 0: there is none."""
+        folder = self.workdir / "checkpoints"
+        names = [path.parent.name for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def signal(self, number: int, *, group: bool = False) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.process.pid, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveKind:
+    """A kind of fault: what it does to a run under way, and the exit codes that it may then have."""
+
+    name: str
+    inject: Callable[[LiveRun], str]
+    times: int
+    exit_codes: frozenset[int]
+    num_workers: int = 0
+
+
+LIVE_KINDS: list[LiveKind] = []
+
+
+def live(times: int, *exit_codes: int, num_workers: int = 0):
+    """Enters a function into `LIVE_KINDS`. It starts the run, and leaves it to end."""
+
+    def enter(inject: Callable[[LiveRun], str]) -> Callable[[LiveRun], str]:
+        name = inject.__name__.replace("_", " ")
+        LIVE_KINDS.append(LiveKind(name, inject, times, frozenset(exit_codes), num_workers))
+        return inject
+
+    return enter
+
+
+@live(12, -signal.SIGKILL)
+def killed_at_any_step(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    run.signal(signal.SIGKILL)
+    return f"after step {step}"
+
+
+@live(8, -signal.SIGKILL)
+def killed_while_it_saves(run: LiveRun) -> str:
+    run.start()
+    after = run.rng.randrange(0, NUM_STEPS - 60, 30)
+    run.wait_for_step(after)
+    folder = run.workdir / "checkpoints"
+    run.wait_until(
+        lambda: folder.is_dir() and any(not (path / "manifest.json").exists() for path in folder.iterdir()), "a save"
+    )
+    time.sleep(run.rng.random() * 0.02)
+    run.signal(signal.SIGKILL)
+    return f"in the save after step {after}"
+
+
+@live(6, -signal.SIGKILL)
+def killed_while_it_starts(run: LiveRun) -> str:
+    run.start()
+    secs = run.rng.random() * 6
+    time.sleep(secs)
+    run.signal(signal.SIGKILL)
+    return f"after {secs:.2f} s"
+
+
+@live(6, 75)
+def terminated_at_any_step(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    run.signal(signal.SIGTERM)
+    return f"after step {step}"
+
+
+@live(6, 75)
+def interrupted_with_its_group(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    run.signal(signal.SIGINT, group=True)
+    return f"after step {step}"
+
+
+@live(6, 75)
+def two_signals_at_once(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    first, second = (run.rng.choice([signal.SIGINT, signal.SIGTERM]) for _ in range(2))
+    run.signal(first)
+    time.sleep(0.05)
+    run.signal(second)
+    return f"after step {step}: {first.name}, {second.name}"
+
+
+@live(8, 75, 130, 143, -signal.SIGTERM, -signal.SIGINT)
+def signal_while_it_starts(run: LiveRun) -> str:
+    """Before Python has come to this project's code the system ends the process; nothing is there to lose."""
+    run.start()
+    secs = run.rng.random() * 7
+    time.sleep(secs)
+    number = run.rng.choice([signal.SIGINT, signal.SIGTERM])
+    run.signal(number, group=run.rng.random() < 0.5)
+    return f"{number.name} after {secs:.2f} s"
+
+
+@live(6, 75, num_workers=2)
+def signal_to_a_run_with_readers_and_its_group(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    number = run.rng.choice([signal.SIGINT, signal.SIGTERM])
+    run.signal(number, group=True)
+    return f"{number.name} after step {step}"
+
+
+@live(4, -signal.SIGKILL, num_workers=2)
+def killed_with_readers(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    run.signal(signal.SIGKILL)
+    return f"after step {step}"
+
+
+@live(5, 1, num_workers=2)
+def a_reader_killed(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    readers = [child for child in run.children() if "spawn_main" in " ".join(child.cmdline())]
+    if not readers:
+        raise Wrong("fault not injected", "no reader process was found")
+    run.rng.choice(readers).kill()
+    return f"after step {step}"
+
+
+@live(6, 0)
+def started_a_second_time(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    second = dataclasses.replace(run, said="")
+    run.signal(signal.SIGSTOP)  # so that it is not finished before the second one has started
+    before = run.saved_step()
+    second.start()
+    code, said = second.end()
+    run.signal(signal.SIGCONT)
+    if code != 2 or "error:" not in said:
+        raise Wrong("two owners", f"the second start ended with {code}: {said[-500:]}")
+    if run.saved_step() < before:
+        raise Wrong("lost", "a checkpoint was removed by the second start")
+    return f"after step {step}"
+
+
+@live(6, 1, 0)
+def no_room_for_files(run: LiveRun) -> str:
+    """The limit of a file's size stands for a full disk, which needs rights to make."""
+    run.start()
+    step = run.wait_somewhere()
+    limit = run.rng.choice([0, 200, 4096])
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    return f"after step {step}: {limit} bytes a file"
+
+
+@live(4, 1, 2, 0)
+def tokens_overwritten_while_they_are_read(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    path = run.corpus / run.rng.choice(["train.bin", "validation.bin"])
+    good = path.read_bytes()
+    run.repair = lambda: path.write_bytes(good)
+    with path.open("r+b") as file:
+        file.seek(8192)
+        file.write(bytes([3, 0]) * ((len(good) - 8192) // 2))
+    return f"{path.name} after step {step}"
+
+
+@live(4, 0, 75)
+def log_damaged_while_it_is_written(run: LiveRun) -> str:
+    run.start()
+    step = run.wait_somewhere()
+    with (run.workdir / "log.jsonl").open("ab") as file:
+        file.write(run.rng.choice([b"\n", b"{\n", b"\0" * 9 + b"\n", b"torn"]))
+    run.signal(signal.SIGTERM)
+    return f"after step {step}"
+
+
+@live(4, 1, -signal.SIGKILL, 75, 0)
+def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
+    run.start()
+    run.wait_for_step(run.rng.randrange(100, NUM_STEPS - 60))
+    run.signal(signal.SIGKILL)
+    run.process.wait()
+    newest = run.workdir / "checkpoints" / str(run.saved_step())
+    files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
+    path = run.rng.choice(files)
+    content = bytearray(path.read_bytes())
+    content[run.rng.randrange(len(content))] ^= 1 << run.rng.randrange(8)
+    path.write_bytes(content)
+    run.may_lose = 30
+    return str(path.relative_to(run.workdir))
+
+
+def judge_live(reference: pathlib.Path, kind: LiveKind, seed: int) -> Verdict:
+    """Meets a run with a fault, ends it, starts it again until it is finished, and compares."""
+    rng, start = random.Random(f"{kind.name} {seed}"), time.monotonic()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fault-"))
+    shutil.copytree(reference.parent / "data/corpus", folder / "corpus")
+    run = LiveRun(folder / "corpus", folder / "run", rng, kind.num_workers)
+    done = ""
+    try:
+        done = kind.inject(run)
+        before = run.saved_step()
+        outcome, detail = _see_through(run, kind, before, reference)
+    except Wrong as wrong:
+        outcome, detail = wrong.args
+    finally:
+        run.kill_group()
+        shutil.rmtree(folder, ignore_errors=True)
+    return Verdict(kind.name, seed, done, outcome, detail, time.monotonic() - start, live=True)
+
+
+def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pathlib.Path) -> tuple[str, str]:
+    code, said = run.end()
+    if code not in kind.exit_codes and not (code == 0 and run.saved_step() == NUM_STEPS):
+        return f"ended with {code}", said[-1500:]
+    if code in (1, 2) and not re.search(r"^error: ", said, re.MULTILINE):
+        return "no message", said[-500:]
+    saved = max(saved_before, run.saved_step()) - run.may_lose
+    run.repair()
+    for _ in range(3):
+        run.start()
+        code, said = run.end()
+        resumed = re.search(r"(?:going on|resuming) from \S*/checkpoints/(\d+)", said)
+        if resumed and int(resumed[1]) < saved:
+            return "lost", f"step {saved} was saved, the next start resumed from {resumed[1]}"
+        if code == 0:
+            break
+    else:
+        return "never finished", said[-1500:]
+    wrong = differences(run.workdir, reference)
+    return ("finished", "") if wrong is None else ("diverged", wrong)
+
+
+def make_reference(folder: pathlib.Path) -> pathlib.Path:
+    """The corpus, and a run that nothing befell; what is there already is used."""
+    workdir = folder / "whole"
+    if not (folder / "ready").is_file():
+        make_corpus(folder / "data")
+        run = LiveRun(folder / "data/corpus", workdir, random.Random(0))
+        run.start()
+        code, said = run.end()
+        if code != 0:
+            raise RuntimeError(f"the run to compare with ended with {code}:\n{said}")
+        (folder / "ready").touch()
+    return workdir

@@ -67,7 +67,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--longest_ms", type=float, default=1500, help="slower layers are left out at longer T")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default=None, help="PNG of the latencies; the tables go beside it as JSON")
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if not 1 <= min(flags.lengths) <= max(flags.lengths) <= flags.tokens:
+        parser.error(f"--lengths must lie between 1 and --tokens {flags.tokens}, got {flags.lengths}")
+    if min(flags.decode_positions, default=DECODE_STEPS) < DECODE_STEPS:
+        parser.error(f"--decode_positions must be {DECODE_STEPS} or more, got {flags.decode_positions}")
+    return flags
 
 
 def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:

@@ -156,8 +156,9 @@ def min_bytes(graphdef: nnx.GraphDef, params: nnx.State, count: int) -> tuple[in
     mixer = nnx.merge(graphdef, params).mixer
     width = mixer.shape.width
     channels = sum(shape[1] for axes, shape in _projections(mixer) if axes[0] == "width")
-    forward = channels + 3 * width
-    backward = 2 * channels + 5 * width
+    mixed = sum(shape[0] for axes, shape in _projections(mixer) if axes[1] == "width")
+    forward = channels + mixed + 2 * width
+    backward = 2 * channels + mixed + 4 * width
     size = jnp.dtype(DTYPE).itemsize
     return size * count * forward, size * count * (forward + backward)
 

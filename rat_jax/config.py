@@ -63,7 +63,12 @@ class ModelConfig(ModelShape):
             f"num_layers must be a multiple of the length of pattern, got num_layers {self.num_layers} and "
             f"pattern {self.pattern}",
         )
+        fields = {field.name for field in dataclasses.fields(self)}
         for name, settings in self.mixers.items():
+            require(
+                name not in fields,
+                f"mixers[{name!r}] has the name of a field of {type(self).__name__}: give it another name",
+            )
             require(
                 name not in MIXERS or kind_of(settings) == name,
                 f"mixers[{name!r}] is the setting of another kind, {kind_of(settings)!r}: give it another name",
@@ -215,7 +220,12 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     mixers = {"mixers": _mixers(values, path)} if cls is ModelConfig else {}
     hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name not in mixers]
-    for key in values:
+    for key, value in values.items():
+        if cls is ModelConfig and key not in hints and hasattr(value, "items"):
+            raise ConfigError(
+                f"{path}.{key} is a group without a kind: a setting of a mixer under a name of its own has the field "
+                f"kind, one of {', '.join(map(repr, MIXERS))}"
+            )
         if key not in (names := [field.name for field in fields]):
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(names)}"
@@ -241,7 +251,7 @@ def _mixers(values: dict[str, Any], path: str) -> dict[str, MixerConfig]:
             raise ConfigError(f"{path}.{name} must be a group of fields, got {group!r}")
         settings = dict(group.items())
         kind = settings.pop("kind", name)
-        if kind not in MIXERS or (name in MIXERS and kind != name):
+        if not isinstance(kind, str) or kind not in MIXERS or (name in MIXERS and kind != name):
             known = repr(name) if name in MIXERS else f"one of {', '.join(map(repr, MIXERS))}"
             raise ConfigError(f"{path}.{name}.kind must be {known}; got {kind!r}")
         mixers[name] = _build(MIXERS[kind].Config, settings, f"{path}.{name}")

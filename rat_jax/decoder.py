@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rat_jax.mixers.base import MixerCache, next_segments
+from rat_jax.mixers.base import Mixer, MixerCache, check_cache_size, check_room, next_segments
 from rat_jax.segments import StreamState
 from rat_jax.shapes import Array, Float, Float32, Int
 
@@ -24,6 +25,17 @@ class ModelCache:
     layers: tuple[MixerCache, ...]  # one for each layer, not stacked: a scan would copy them all at every step
     stream: StreamState
     capacity: int = dataclasses.field(metadata={"static": True})  # tokens a row
+
+    @classmethod
+    def empty(cls, mixers: Iterable[Mixer], batch_size: int, capacity: int) -> "ModelCache":
+        """The cache of a model with a layer of each of these mixers, before the first token.
+
+        Raises:
+          ValueError: if either size is not 1 or more.
+        """
+        check_cache_size(batch_size, capacity)
+        memories = tuple(mixer.init_memory(batch_size, capacity) for mixer in mixers)
+        return cls(memories, StreamState.empty(batch_size), capacity)
 
 
 class DecoderModule(nnx.Module):
@@ -41,11 +53,7 @@ class DecoderModule(nnx.Module):
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """An empty cache for rows of at most `capacity` tokens."""
-        return ModelCache(
-            layers=tuple(layer.mixer.init_memory(batch_size, capacity) for layer in self.layers),
-            stream=StreamState.empty(batch_size),
-            capacity=capacity,
-        )
+        return ModelCache.empty([layer.mixer for layer in self.layers], batch_size, capacity)
 
     def hidden(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
@@ -90,7 +98,8 @@ class Decoder:
         self.graphdef, self.params = nnx.split(module)
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
-        """An empty cache for rows of at most `capacity` tokens."""
+        """An empty cache for rows of at most `capacity` tokens; errors as of `Mixer.init_cache`."""
+        check_cache_size(batch_size, capacity)
         return _init_cache(self.graphdef, self.params, batch_size, capacity)
 
     def extend(
@@ -109,9 +118,10 @@ class Decoder:
           The logits after each token (of no meaning at padding), and the cache with these tokens read.
 
         Raises:
-          ValueError: if the call alone has more tokens than the cache has room for. Calls that fill it together beyond
-            that are not noticed: what does not fit is not remembered.
+          ValueError: if the rows are not the cache's, or the call alone has more tokens than the cache has room for.
+            Calls that fill it together beyond that are not noticed: what does not fit is not remembered.
         """
+        check_room(segment_ids, cache.stream, tokens.shape, cache.capacity)
         return _extend(self.graphdef, self.params, tokens, cache, segment_ids)
 
 

@@ -64,8 +64,9 @@ class LanguageModel(nnx.Module):
         return Decoder(DecoderModule(self))
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
-        """An empty cache for rows of at most `capacity` tokens."""
-        return DecoderModule(self).init_cache(batch_size, capacity)
+        """An empty cache for rows of at most `capacity` tokens; errors as of `Mixer.init_cache`."""
+        names = [block_name(place, kind) for place, kind in enumerate(self.config.kinds)] * self.config.num_repeats
+        return ModelCache.empty([self.blocks[name].mixer for name in names], batch_size, capacity)
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None

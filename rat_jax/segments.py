@@ -64,19 +64,34 @@ def as_segments(segment_ids: Int[Array, "B T"] | SegmentInfo | None, shape: tupl
     A `SegmentInfo` comes back as it is, so that a model works one out once for all its layers.
 
     Raises:
-      ValueError: if the ids have another shape.
+      ValueError: if the ids have another shape or are no whole numbers.
     """
     if segment_ids is None:
         return whole_rows(*shape)
-    segments = segment_ids if isinstance(segment_ids, SegmentInfo) else from_segments(segment_ids)[0]
-    check_shape(segments.segment_ids, shape)
-    return segments
+    is_known = isinstance(segment_ids, SegmentInfo)
+    check_shape(segment_ids.segment_ids if is_known else segment_ids, shape)
+    return segment_ids if is_known else from_segments(segment_ids)[0]
 
 
 def check_shape(segment_ids: Array, shape: tuple[int, int]) -> None:
-    """Raises ValueError if segment ids are not those of [B, T] tokens."""
+    """Raises ValueError if segment ids are not whole numbers, one for each of [B, T] tokens."""
     if segment_ids.shape != tuple(shape):
         raise ValueError(f"segment_ids must have the tokens' shape {tuple(shape)}, got {segment_ids.shape}")
+    if not (jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.dtype == jnp.bool_):
+        raise ValueError(f"segment_ids must be whole numbers, got {segment_ids.dtype}")
+
+
+def require_continuing(name: str, state: object | None, segment_ids: Array | SegmentInfo | None) -> None:
+    """Refuses a state from earlier tokens beside ids that start every document anew.
+
+    Raises:
+      ValueError: naming the state's argument.
+    """
+    if state is not None and segment_ids is not None and not isinstance(segment_ids, SegmentInfo):
+        raise ValueError(
+            f"segment_ids alone start every document in this call, so that nothing continues from {name}; pass a "
+            f"SegmentInfo (rat_jax.segments.from_segments) that says which documents began earlier"
+        )
 
 
 def whole_rows(batch_size: int, num_tokens: int) -> SegmentInfo:

@@ -13,6 +13,7 @@ ARROWS: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "rat_jax.shapes": set(),
     "rat_jax.errors": set(),
+    "rat_jax.fields": {"rat_jax.errors"},
     "rat_jax.files": {"rat_jax.errors"},
     "rat_jax.paths": {"rat_jax.errors"},
     "rat_jax.program": {"rat_jax.errors", "rat_jax.files"},
@@ -23,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.layers": {"rat_jax.shapes"},
     "rat_jax.mixers": {
         "rat_jax.errors",
+        "rat_jax.fields",
         "rat_jax.layers",
         "rat_jax.ops",
         "rat_jax.parameters",

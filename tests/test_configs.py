@@ -14,7 +14,7 @@ from flax import nnx
 
 from configs import default
 from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict
-from rat_jax.mixers import MIXERS
+from rat_jax.mixers import MIXERS, RatConfig
 from rat_jax.model import LanguageModel
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -132,7 +132,8 @@ def test_two_settings_of_one_kind():
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"window": 64}, r"config\.model\.wide is not a field of ModelConfig"),
+        ({"window": 64}, r"config\.model\.wide is a group without a kind"),
+        ({"kind": ["rat"]}, r"config\.model\.wide\.kind must be one of 'attention', 'local_attention'"),
         ({"kind": "local", "window": 64}, r"config\.model\.wide\.kind must be one of 'attention', 'local_attention'"),
         (
             {"kind": "local_attention", "windw": 64},
@@ -148,6 +149,30 @@ def test_settings_that_are_none_are_named(group, message):
         config_from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixers": {"rat": {"chunk_size": 8}}}, "{'chunk_size': 8} is not the config of a mixer"),
+        ({"mixers": None}, "mixers must be of type .*Mapping.*, got None"),
+        ({"remat": "foo"}, "remat must be one of 'none', 'block', 'dots', got 'foo'"),
+        ({"mlp_kind": "foo"}, "mlp_kind must be one of .*, got 'foo'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
+        ({"width": 8.0}, "width must be a whole number, got 8.0"),
+        ({"pattern": ("width",), "mixers": {"width": RatConfig()}}, r"mixers\['width'\] has the name of a field"),
+        ({"pattern": ("dtype",), "mixers": {"dtype": RatConfig()}}, r"mixers\['dtype'\] has the name of a field"),
+    ],
+)
+def test_types_are_checked_in_python_too(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{"vocab_size": 11, "width": 8, "num_layers": 2, "num_heads": 2, "pattern": ("rat",)} | changes)
+
+
+@pytest.mark.parametrize("setting", [{"chunk_size": "4"}, {"chunk_size": True}, {"rope_base": float("nan")}])
+def test_types_of_settings_are_checked(setting):
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))} must be a"):
+        RatConfig(**setting)
+
+
 def test_a_model_in_python_alone():
     config = ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2, pattern=("rat", "local_attention"))
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -159,6 +184,12 @@ def test_a_model_in_python_alone():
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), model(tokens), atol=1e-5)
     with pytest.raises(ValueError, match="17 tokens do not fit a cache of capacity 16"):
         decoder.extend(jnp.ones((1, 17), jnp.int32), decoder.init_cache(1, 16))
+    with pytest.raises(ValueError, match="17 tokens do not fit a cache of capacity 16"):
+        decoder.extend(jnp.ones((1, 17), jnp.int32), decoder.init_cache(1, 16), jnp.ones((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="the cache is of 2 rows"):
+        decoder.extend(tokens, decoder.init_cache(2, 16))
+    with pytest.raises(ValueError, match="capacity must be a whole number of 1 or more, got 0"):
+        model.init_cache(1, 0)
 
 
 # Options that no shipped config sets to another value than the default, and the file that tests other values.

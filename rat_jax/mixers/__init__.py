@@ -10,6 +10,7 @@
 new kind is a new file and a line of `MIXERS`.
 """
 
+from rat_jax.errors import require
 from rat_jax.mixers.attention import Attention, AttentionConfig
 from rat_jax.mixers.base import LayerCache, Mixer, MixerConfig, ModelShape
 from rat_jax.mixers.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
@@ -50,5 +51,14 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def kind_of(config: MixerConfig) -> str:
-    """The kind of mixer that a config is of."""
-    return next(kind for kind, mixer in MIXERS.items() if mixer.Config is type(config))
+    """The kind of mixer that a config is of.
+
+    Raises:
+      ConfigError: if it is no kind's, or that of several, which then cannot be told apart.
+    """
+    kinds = [kind for kind, mixer in MIXERS.items() if mixer.Config is type(config)]
+    require(isinstance(config, MixerConfig) and len(kinds) > 0, f"{config!r} is not the config of a mixer")
+    require(
+        len(kinds) == 1, f"{', '.join(kinds)} share {type(config).__name__}: each kind has a config class of its own"
+    )
+    return kinds[0]

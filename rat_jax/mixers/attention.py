@@ -34,6 +34,7 @@ class AttentionConfig(MixerConfig):
     rope_base: float = 10_000.0  # arXiv 2104.09864; the longest wavelength of the rotation is 2 pi rope_base tokens
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
 
     def check(self, shape: ModelShape) -> None:

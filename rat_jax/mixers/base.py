@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
+from rat_jax.fields import check_types
 from rat_jax.parameters import ParameterSpec
-from rat_jax.segments import SegmentInfo, StreamState, as_segments, check_shape, from_segments
+from rat_jax.segments import PADDING, SegmentInfo, StreamState, as_segments, check_shape, from_segments
 from rat_jax.shapes import Array, Float, Int, Shaped
 
 MixerCache = Any  # a dataclass of arrays that the mixer defines
@@ -23,11 +24,13 @@ class ModelShape:
 
     width: int  # D, channels of the residual stream
     num_heads: int  # N; a head has H = width / num_heads channels
+    # Of mixers with attention over tokens; the others leave both as they are.
     num_kv_heads: int | None = None  # K, key heads that N / K query heads share each (arXiv 2305.13245); None: N
     qk_norm: bool = False  # RMS norm of each head's queries and keys before they are rotated (arXiv 2302.05442)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters are float32
 
     def __post_init__(self):
+        check_types(self)
         for name, value in (("width", self.width), ("num_heads", self.num_heads)):
             require(value >= 1, f"{name} must be 1 or more, got {value}")
         require(
@@ -54,6 +57,9 @@ class ModelShape:
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
     """The settings of one kind of mixer; subclasses have defaults, which are the only ones in the project."""
+
+    def __post_init__(self):
+        check_types(self)
 
     def check(self, shape: ModelShape) -> None:
         """Checks that a model of this shape can have the mixer.
@@ -125,11 +131,20 @@ class Mixer(nnx.Module):
           x: of the dtype that the mixer computes in.
           segment_ids: 0 is padding, neighbours of the same other value are one document, across whose ends nothing
             is seen; None: each row is one document.
+
+        Raises:
+          ValueError: if x is not [B, T, width] with at least one token, or `segment_ids` have another shape.
         """
+        self._check(x)
         return self.mix(x, as_segments(segment_ids, x.shape[:2]))[0]
 
     def init_cache(self, batch_size: int, capacity: int) -> LayerCache:
-        """An empty cache for rows of at most `capacity` tokens; `extend` reads tokens into it."""
+        """An empty cache for rows of at most `capacity` tokens; `extend` reads tokens into it.
+
+        Raises:
+          ValueError: if either is not 1 or more.
+        """
+        check_cache_size(batch_size, capacity)
         return LayerCache(self.init_memory(batch_size, capacity), StreamState.empty(batch_size), capacity)
 
     def extend(
@@ -143,12 +158,18 @@ class Mixer(nnx.Module):
           segment_ids: as in `__call__`; a row continues its document if the id is the same. None: no padding.
 
         Raises:
-          ValueError: if the call alone has more tokens than the cache has room for. Calls that fill it together beyond
-            that are not noticed: what does not fit is not remembered.
+          ValueError: if x does not fit the layer or the cache, or the call alone has more tokens than the cache has
+            room for (which cannot be seen of `segment_ids` under `jax.jit`). Calls that fill it together beyond that
+            are not noticed: what does not fit is not remembered.
         """
+        self._check(x)
         segments, stream = next_segments(segment_ids, cache.stream, x.shape[:2], cache.capacity)
         y, memory = self.mix(x, segments, cache.memory)
         return y, LayerCache(memory, stream, cache.capacity)
+
+    def _check(self, x: Array) -> None:
+        if x.ndim != 3 or x.shape[2] != self.shape.width or not x.size:
+            raise ValueError(f"x must be [B, T, {self.shape.width}] with at least one row and token, got {x.shape}")
 
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None
@@ -176,15 +197,37 @@ def next_segments(
     segment_ids: Int[Array, "B T"] | None, stream: StreamState, shape: tuple[int, int], capacity: int
 ) -> tuple[SegmentInfo, StreamState]:
     """The segments of [B, T] tokens that continue rows, and where the rows end then; see `Mixer.extend`."""
+    check_room(segment_ids, stream, shape, capacity)
     if segment_ids is None:
-        if shape[1] > capacity:
-            raise ValueError(
-                f"{shape[1]} tokens do not fit a cache of capacity {capacity}: make it with init_cache(batch_size, "
-                f"capacity={shape[1]}) or more"
-            )
         segment_ids = jnp.ones(shape, jnp.int32)
-    check_shape(segment_ids, shape)
     return from_segments(segment_ids, stream)
+
+
+def check_room(segment_ids: Array | None, stream: StreamState, shape: tuple[int, int], capacity: int) -> None:
+    """Raises ValueError if [B, T] tokens do not fit a cache, as far as that can be seen; see `Mixer.extend`."""
+    rows = stream.segment_id.shape[0]
+    if shape[0] != rows or not shape[1]:
+        raise ValueError(
+            f"the cache is of {rows} rows, and each call reads 1 token or more: got {shape[0]} x {shape[1]}"
+        )
+    count = shape[1]
+    if segment_ids is not None:
+        check_shape(segment_ids, shape)
+        if count > capacity:  # padding needs no room
+            traced = isinstance(segment_ids, jax.core.Tracer)
+            count = 0 if traced else int(jnp.max(jnp.sum(segment_ids != PADDING, axis=1)))
+    if count > capacity:
+        raise ValueError(
+            f"{count} tokens do not fit a cache of capacity {capacity}: make it with init_cache(batch_size, "
+            f"capacity={count}) or more"
+        )
+
+
+def check_cache_size(batch_size: int, capacity: int) -> None:
+    """Raises ValueError if no cache can have these sizes."""
+    for name, size in (("batch_size", batch_size), ("capacity", capacity)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}")
 
 
 def filled(num_slots: int, count: Int[Array, ""], batch_size: int) -> Int[Array, "B S"]:

@@ -33,6 +33,7 @@ class GatedDeltaNetConfig(MixerConfig):
     conv_size: int = 4  # tokens that the convolutions of queries, keys and values see; 0: no convolution
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.num_heads is None or self.num_heads >= 1, f"num_heads must be 1 or more, got {self.num_heads}")
         require(self.head_dim is None or self.head_dim >= 1, f"head_dim must be 1 or more, got {self.head_dim}")
         require(self.expand_v > 0, f"expand_v must be above 0, got {self.expand_v}")

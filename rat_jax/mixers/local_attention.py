@@ -23,6 +23,7 @@ class LocalAttentionConfig(MixerConfig):
     rope_base: float = 10_000.0  # arXiv 2104.09864
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.window >= 0, f"window must be 0 or more, got {self.window}")
         require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
 

@@ -37,6 +37,7 @@ class RatConfig(MixerConfig):
     rope_base: float = 10_000.0
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.chunk_size >= 1, f"chunk_size must be 1 or more, got {self.chunk_size}")
         require(self.num_groups >= 1, f"num_groups must be 1 or more, got {self.num_groups}")
         require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")

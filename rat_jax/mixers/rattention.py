@@ -38,11 +38,10 @@ class RattentionConfig(MixerConfig):
     learned_scales: bool = False  # multiply the linear branch's queries and keys by learned vectors before the features
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.window >= 0, f"window must be 0 or more, got {self.window}")
         require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
         require(self.meta_tokens >= 0, f"meta_tokens must be 0 or more, got {self.meta_tokens}")
-        known = ("softmax", "relu")
-        require(self.feature_map in known, f"feature_map must be one of {known}, got {self.feature_map!r}")
 
     def check(self, shape: ModelShape) -> None:
         require_even_heads(self.rope, shape)

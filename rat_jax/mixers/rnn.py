@@ -26,6 +26,7 @@ class RnnConfig(MixerConfig):
     max_timescale: int = 4096
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.max_timescale >= 3, f"max_timescale must be 3 tokens or more, got {self.max_timescale}")
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:

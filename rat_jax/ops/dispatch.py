@@ -66,10 +66,19 @@ def choose(
     if implementation is None:
         found = (name for name in fastest_first if _is_expected(name) and reason_against(name) is None)
         return next(found, "xla")
-    reason = reason_against(implementation)
+    reason = reason_against(implementation) or _wrong_platform(implementation)
     if reason is not None:
         raise UnsupportedError(f"implementation {implementation!r} cannot run this call: {reason}")
     return implementation
+
+
+def _wrong_platform(name: str) -> str | None:
+    wanted, expected = _PLATFORMS[name], platform.expected_platform()
+    if wanted == ("cuda" if expected == "gpu" else expected):
+        return None
+    if name == "pallas_tpu" and expected == "cpu":  # runs there in interpret mode, and compiles ahead of time
+        return None
+    return f"it runs on {'NVIDIA GPUs' if wanted == 'cuda' else 'TPUs'}, and this program is traced for the {expected}"
 
 
 def _is_expected(name: str) -> bool:
@@ -77,6 +86,13 @@ def _is_expected(name: str) -> bool:
     if _PLATFORMS[name] != ("cuda" if expected == "gpu" else expected):
         return False
     return name != "mosaic_gpu" or platform.expected_capability() is not None  # for cards known to be Hopper alone
+
+
+def check_floating(**arrays: Array) -> None:
+    """Raises ValueError for arrays of whole numbers, in which results would be cut off."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of floating numbers, got {x.dtype}")
 
 
 def differing_dtypes(query: Array, key: Array, value: Array) -> str | None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.mesh import rows_per_device
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 _GROUP_TOKENS = 8192  # of all rows of a device, whose chunks are prepared side by side: bounds the memory
@@ -64,11 +64,7 @@ def gated_delta_rule(
     if segment_ids is None:
         starts = None
     else:
-        if initial_state is not None and not isinstance(segment_ids, SegmentInfo):
-            raise ValueError(
-                "segment_ids alone start every document in this call, so that nothing continues from initial_state; "
-                "pass a SegmentInfo (rat_jax.segments.from_segments) that says which documents began earlier"
-            )
+        require_continuing("initial_state", initial_state, segment_ids)
         segments = as_segments(segment_ids, (batch, tokens))
         starts = segments.starts()
         log_decay = jnp.where(segments.is_token[..., None], log_decay, 0.0)

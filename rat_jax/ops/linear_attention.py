@@ -10,7 +10,7 @@ from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from rat_jax.ops import dispatch, linear_attention_kernels, linear_attention_xla, platform
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
 from rat_jax.ops.linear_attention_xla import lagged
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Float, Float32, Int
 
 __all__ = ["FeatureMap", "LinearAttentionOutput", "LinearImplementation", "linear_attention"]
@@ -48,15 +48,18 @@ def linear_attention(
         query head or of every key head (n is N or K); None is zero.
       state: what earlier tokens of the document under way have summed up to, without S_0; None is zero. It is that of
         the row without `segment_ids`, and of the tokens before the first start of a `SegmentInfo` that continues from
-        earlier tokens; plain ids start new documents. Not together with `key_lag`.
+        earlier tokens. Not together with `key_lag`.
       implementation: None takes the fastest kernel for the platform that the program is lowered for that takes the
         call, and "xla" where there is none. Only "xla" takes a `state`.
 
     Raises:
-      ValueError: if shapes, `feature_map` or `key_lag` do not fit.
+      ValueError: if shapes, `feature_map` or `key_lag` do not fit, or a `state` meets ids that leave nothing to
+        continue from it.
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
     dispatch.check_implementation(implementation, LinearImplementation)
+    dispatch.check_floating(query=query, key=key, value=value)
+    require_continuing("state", state, segment_ids)
     shape = _shape(query, key, value, initial_state, feature_map, key_lag)
     segments = as_segments(segment_ids, query.shape[:2])
     if state is not None and key_lag:

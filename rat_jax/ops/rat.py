@@ -52,28 +52,41 @@ def rat_mix(
       chunk_size: L.
       num_groups: G, a divisor of N; None: N.
       rope_base: the channel pairs (i, i + H/2) are rotated by chunk * rope_base**(-2 i / H); None: R is left out.
-      state: of the tokens before these, with `segment_ids` that continue from them; None where they start their rows
+      state: of the tokens before these, with a `SegmentInfo` that continues from them; None where they start their rows
         and no state is wanted. Of the kernels, only "triton" takes one.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes these
         shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" run Triton's recurrence and replace only the attention
         over chunk summaries.
 
     Raises:
-      ValueError: if the channels of `projected` or `gate_bias` do not fit the other arguments.
+      ValueError: if sizes are out of range, the channels of `projected` or `gate_bias` do not fit the other arguments,
+        or a `state` comes without a `SegmentInfo`.
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
     dispatch.check_implementation(implementation, RatImplementation)
     batch, tokens, channels = projected.shape
+    dispatch.check_floating(projected=projected, gate_bias=gate_bias)
+    if gate_bias.ndim != 1:
+        raise ValueError(f"gate_bias must be [D], got {gate_bias.shape}")
+    for name, size in (("num_heads", num_heads), ("chunk_size", chunk_size), ("tokens", tokens), ("rows", batch)):
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+    if rope_base is not None and rope_base <= 1:
+        raise ValueError(f"rope_base must be above 1, got {rope_base}")
+    if state is not None and not isinstance(segment_ids, SegmentInfo):
+        raise ValueError(
+            "a state holds no positions: give a SegmentInfo (rat_jax.segments.from_segments) that continues the rows"
+        )
     segments = as_segments(segment_ids, (batch, tokens))
     width = gate_bias.shape[0]
-    if width % max(1, num_heads):
+    if width % num_heads:
         raise ValueError(f"the {width} channels of gate_bias must be a multiple of num_heads, got {num_heads}")
     shape = RatShape(
         batch=dispatch.rows_of_device(batch),
         tokens=tokens,
         num_heads=num_heads,
         num_groups=num_heads if num_groups is None else num_groups,
-        head_dim=width // max(1, num_heads),
+        head_dim=width // num_heads,
         chunk_size=chunk_size,
         dtype=projected.dtype.name,
         rope_base=rope_base,

@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.ops import dispatch
+from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
@@ -34,8 +35,15 @@ def gated_recurrence(
       block_size: tokens that are scanned in parallel before states are carried from block to block.
 
     Raises:
-      ValueError: if `segment_ids` have another shape than the tokens.
+      ValueError: if shapes or sizes do not fit, or an `initial_state` meets ids that leave nothing to continue from it.
     """
+    dispatch.check_floating(gate=gate, value=value)
+    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+    if not gate.size:
+        raise ValueError(f"gate must hold at least one token, got {gate.shape}")
+    require_continuing("initial_state", initial_state, segment_ids)
     segments = as_segments(segment_ids, gate.shape[:2])
     starts, is_token = segments.starts(chunk_size), segments.is_token
     if segment_ids is None and initial_state is not None:

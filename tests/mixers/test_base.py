@@ -65,8 +65,35 @@ def test_more_tokens_than_a_cache_has_room_for(layer):
     cache = layer.init_cache(batch_size=BATCH, capacity=4)
     with pytest.raises(ValueError, match="11 tokens do not fit a cache of capacity 4"):
         layer.extend(inputs(), cache)
+    with pytest.raises(ValueError, match="5 tokens do not fit a cache of capacity 4"):
+        layer.extend(inputs(), cache, jnp.array([[1] * 4 + [0] * 7, [1] * 5 + [0] * 6]))
     padded = jnp.array([[1] * 4 + [0] * 7] * BATCH)  # padding needs no room
     jax.eval_shape(layer.extend, inputs(), cache, padded)
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_what_does_not_fit_is_refused_in_words(layer):
+    cache = layer.init_cache(batch_size=1, capacity=20)
+    with pytest.raises(ValueError, match="cache is of 1 rows"):
+        layer.extend(inputs(), cache)
+    for x in (inputs()[:, :0], inputs()[:0], inputs()[..., :8], inputs()[0]):
+        with pytest.raises(ValueError, match=r"x must be \[B, T, 16\]"):
+            layer(x)
+        with pytest.raises(ValueError, match=r"x must be \[B, T, 16\]"):
+            layer.extend(x, cache)
+    for capacity in (0, -1, 4.5):
+        with pytest.raises(ValueError, match="capacity must be a whole number"):
+            layer.init_cache(batch_size=1, capacity=capacity)
+    with pytest.raises(ValueError, match="whole numbers, got float32"):
+        layer(inputs(), segment_ids=jnp.full((BATCH, TOKENS), 0.5))
+
+
+def test_a_kind_has_a_config_of_its_own(monkeypatch):
+    monkeypatch.setitem(MIXERS, "another", type("Another", (MIXERS["local_attention"],), {}))
+    with pytest.raises(ConfigError, match="local_attention, another share LocalAttentionConfig"):
+        kind_of(MIXERS["another"].Config())
+    with pytest.raises(ConfigError, match="is not the config of a mixer"):
+        kind_of({"window": 3})
 
 
 @pytest.mark.usefixtures("annotations_unchecked")

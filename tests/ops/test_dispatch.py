@@ -51,6 +51,11 @@ def test_the_first_that_takes_the_call_is_chosen(monkeypatch):
 
 def test_a_named_implementation_runs_or_says_why_not(monkeypatch):
     trace_for(monkeypatch, "cpu")
+    with pytest.raises(UnsupportedError, match="'triton' cannot run this call: it runs on NVIDIA GPUs"):
+        dispatch.choose("triton", ALL, 4, taken)
+    trace_for(monkeypatch, "gpu")
+    with pytest.raises(UnsupportedError, match="it runs on TPUs, and this program is traced for the gpu"):
+        dispatch.choose("pallas_tpu", ALL, 4, taken)
     assert dispatch.choose("triton", ALL, 4, taken) == "triton"
     with pytest.raises(UnsupportedError, match="implementation 'triton' cannot run this call: it is too long"):
         dispatch.choose("triton", ALL, 4, lambda name: "it is too long")

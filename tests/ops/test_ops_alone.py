@@ -130,6 +130,62 @@ def test_what_linear_attention_cannot_compute_is_refused():
         ops.linear_attention(QUERY, KEY, VALUE[:, :15])
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.attention(QUERY, KEY, VALUE, window=-1), "window must be 0 or more"),
+        (lambda: ops.attention(QUERY, KEY[:1], VALUE[:1]), r"key and value must be \[B, S, K, H\]"),
+        (lambda: ops.attention(QUERY, KEY, VALUE[:, :, :1]), r"key and value must be \[B, S, K, H\]"),
+        (lambda: ops.attention(QUERY, KEY, VALUE[..., :4]), r"key and value must be \[B, S, K, H\]"),
+        (lambda: ops.attention(QUERY, KEY, VALUE.astype(int)), "value must be of floating numbers, got int32"),
+        (lambda: ops.linear_attention(QUERY, KEY, VALUE.astype(int)), "value must be of floating numbers"),
+        (lambda: ops.gated_recurrence(QUERY, QUERY, chunk_size=0), "chunk_size must be 1 or more, got 0"),
+        (lambda: ops.gated_recurrence(QUERY, QUERY, block_size=0), "block_size must be 1 or more, got 0"),
+        (lambda: ops.gated_recurrence(QUERY[:, :0], QUERY[:, :0]), "at least one token"),
+        (lambda: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=2, chunk_size=0), "chunk_size must be 1 or more"),
+        (lambda: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=0, chunk_size=4), "num_heads must be 1 or more"),
+        (
+            lambda: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=2, chunk_size=4, rope_base=0),
+            "rope_base must be above 1",
+        ),
+        (lambda: ops.rat_mix(PROJECTED, PROJECTED[0], num_heads=2, chunk_size=4), r"gate_bias must be \[D\]"),
+    ],
+)
+def test_nonsense_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+@pytest.mark.parametrize("ids", [None, jnp.ones((2, 16), jnp.int32)], ids=["none", "plain"])
+def test_a_state_of_rat_needs_segments_that_continue(ids):
+    state = ops.RatState.empty(2, 16, 2, 8, 4, jnp.float32)
+    with pytest.raises(ValueError, match="a state holds no positions: give a SegmentInfo"):
+        ops.rat_mix(PROJECTED, GATE_BIAS, ids, num_heads=2, chunk_size=4, state=state)
+
+
+def test_plain_ids_leave_nothing_to_continue_from_a_state():
+    ids = jnp.asarray(IDS)
+    with pytest.raises(ValueError, match="nothing continues from state"):
+        ops.linear_attention(QUERY, KEY, VALUE, segment_ids=ids, state=jnp.zeros((2, 2, 16, 8)))
+    with pytest.raises(ValueError, match="nothing continues from initial_state"):
+        ops.gated_recurrence(QUERY, QUERY, segment_ids=ids, initial_state=jnp.zeros((2, 4, 8)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="names implementations of other platforms")
+@pytest.mark.parametrize(
+    ("call", "platform"),
+    [
+        (lambda: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=2, chunk_size=4, implementation="triton"), "NVIDIA GPUs"),
+        (lambda: ops.linear_attention(QUERY, KEY, VALUE, implementation="triton"), "NVIDIA GPUs"),
+    ],
+)
+def test_an_implementation_of_another_platform_says_so(call, platform):
+    with pytest.raises(ops.UnsupportedError, match=f"it runs on {platform}, and this program is traced for the cpu"):
+        call()
+
+
 def test_rat_continues_from_its_state():
     sizes = {"num_heads": 2, "chunk_size": 4}
 

@@ -17,8 +17,20 @@ from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.model import LanguageModel
 from tests.tiny_run import tiny_config
 
-CONFIG = tiny_config("data", model__pattern=("rnn",), training__checkpoints_to_keep=3)
-DATA = {"next_batch": 1, "fingerprint": {"seed": 0}}
+CONFIG = tiny_config("data", model__pattern=("rnn",), training__checkpoints_to_keep=3, training__num_steps=100)
+
+
+def save(checkpoints, step, params):
+    """Starts to save a step of a run whose optimizer's state is the step."""
+    checkpoints.save(
+        step, params, {"count": jnp.int32(step)}, {"next_batch": step, "fingerprint": {"seed": 0}}
+    )
+
+
+def new_run(folder):
+    workdir = Workdir(folder)
+    workdir.mark(CONFIG, None)
+    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +45,10 @@ def times(model, factor):
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     """A workdir with checkpoints of steps 10, 20 and 30, whose parameters are multiples."""
-    workdir = Workdir(tmp_path_factory.mktemp("runs") / "run")
-    workdir.mark(CONFIG)
+    workdir = new_run(tmp_path_factory.mktemp("runs") / "run")
     checkpoints = Checkpoints(workdir, CONFIG, lambda message: None)
     for step in (10, 20, 30):
-        checkpoints.save(step, times(model, step), {"count": jnp.int32(step)}, DATA)
+        save(checkpoints, step, times(model, step))
     checkpoints.close()
     return workdir.path
 
@@ -153,11 +164,11 @@ class TestCheckpoints:
     """Saving and going on."""
 
     def test_saves_what_was_there_although_the_arrays_are_donated(self, tmp_path):
-        checkpoints = Checkpoints(Workdir(tmp_path), CONFIG, lambda message: None)
+        checkpoints = Checkpoints(new_run(tmp_path), CONFIG, lambda message: None)
         params = {"embedding": jnp.arange(1 << 20, dtype=jnp.float32)}
         expected = np.array(params["embedding"])
         step = jax.jit(lambda params: jax.tree.map(lambda x: x + 1, params), donate_argnums=0)
-        checkpoints.save(1, params, None, DATA)
+        save(checkpoints, 1, params)
         for _ in range(20):
             params = step(params)
         checkpoints.close()
@@ -172,9 +183,9 @@ class TestCheckpoints:
         said = []
         checkpoints = Checkpoints(Workdir(run), CONFIG, said.append)
         path, manifest = checkpoints.latest()
-        assert (path.name, manifest.step, manifest.data) == ("20", 20, DATA)
+        assert (path.name, manifest.step, manifest.data) == ("20", 20, {"next_batch": 20, "fingerprint": {"seed": 0}})
         assert "checkpoints/30" in said[0]
-        checkpoints.save(30, times(model, 3), {"count": jnp.int32(30)}, DATA)
+        save(checkpoints, 30, times(model, 3))
         checkpoints.close()
         assert_is_multiple(load_model(run).model, model, 3)
 
@@ -194,7 +205,7 @@ class TestCheckpoints:
     def test_keeps_the_newest(self, run, model):
         said = []
         checkpoints = Checkpoints(Workdir(run), CONFIG, said.append)
-        checkpoints.save(40, times(model, 4), None, DATA)
+        save(checkpoints, 40, times(model, 4))
         checkpoints.close()
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20", "30", "40"]
         assert said == [f"saved {run / 'checkpoints/40'}"]
@@ -202,7 +213,7 @@ class TestCheckpoints:
     def test_a_save_that_orbax_refuses_is_an_error(self, run, model):
         checkpoints = Checkpoints(Workdir(run), CONFIG, lambda message: None)
         with pytest.raises(CheckpointError, match="was not saved"):
-            checkpoints.save(25, times(model, 1), None, DATA)
+            save(checkpoints, 25, times(model, 1))
         checkpoints.close()
 
     def test_a_write_that_fails_in_the_background_is_an_error(self, run, model, monkeypatch):
@@ -212,7 +223,7 @@ class TestCheckpoints:
             raise OSError("No space left on device")
 
         monkeypatch.setattr(Manifest, "write", fail)
-        checkpoints.save(40, times(model, 1), None, DATA)
+        save(checkpoints, 40, times(model, 1))
         with pytest.raises(CheckpointError, match="No space left on device"):
             checkpoints.close()
         monkeypatch.undo()

@@ -1,8 +1,8 @@
 """Event files, which TensorBoard shows: figures by step.
 
 An event file is a row of records: the length of an event in 8 bytes, the masked CRC-32C of these, the event, its masked
-CRC-32C. Each is handed to the system as it is made, so that a killed process loses none (the writer of tensorboardX keeps them
-for two minutes, in a thread whose errors nobody sees).
+CRC-32C. Each is handed to the system as it is made, so that a killed process loses none; the writer of tensorboardX
+keeps them for two minutes, in a thread whose errors nobody sees.
 """
 
 import os

@@ -40,9 +40,9 @@ def left_by(folder, **changes):
 
 def assert_held(folder):
     before = (folder / OWNER_FILE).read_bytes()
-    with pytest.raises(HeldError, match=rf"is in use by process \d+ of .* on .*, since 20.*remove {folder}/owner.json"):
-        with owned(folder):
-            pass
+    message = rf"is in use by process \d+ of .* on .*, since 20.*remove {folder}/owner.json"
+    with pytest.raises(HeldError, match=message), owned(folder):
+        pass
     assert names(folder) == [OWNER_FILE]
     assert (folder / OWNER_FILE).read_bytes() == before
 
@@ -162,9 +162,9 @@ def test_a_stale_file_that_another_one_clears_first_is_not_cleared_twice(tmp_pat
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"pid": 1}', b"[" * 100_000])
 def test_a_file_that_says_nothing_is_left(tmp_path, content):
     (tmp_path / OWNER_FILE).write_bytes(content)
-    with pytest.raises(HeldError, match=r"owner\.json is damaged.*if no process uses .*, remove owner\.json"):
-        with owned(tmp_path):
-            pass
+    message = r"owner\.json is damaged.*if no process uses .*, remove owner\.json"
+    with pytest.raises(HeldError, match=message), owned(tmp_path):
+        pass
     assert (tmp_path / OWNER_FILE).read_bytes() == content
 
 

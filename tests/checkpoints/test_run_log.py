@@ -117,7 +117,9 @@ def test_a_full_disk_is_an_error_in_one_line(path):
     log = RunLog(path, 0)
     log._file.close()
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(FileError, match=r"log\.jsonl cannot be written: No space left on device; make room on its disk"):
+    with pytest.raises(
+        FileError, match=r"log\.jsonl cannot be written: No space left on device; make room on its disk"
+    ):
         log.append(1, {"loss": 1.0})
     log.close()
 

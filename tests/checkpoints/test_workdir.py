@@ -47,7 +47,9 @@ class TestIsNew:
         (path if name.endswith("/") else path.parent).mkdir(parents=True)
         if not name.endswith("/"):
             path.write_text("mine")
-        with pytest.raises(CheckpointError, match=r"not the workdir of a run: it has no run\.json; it is left as it is"):
+        with pytest.raises(
+            CheckpointError, match=r"not the workdir of a run: it has no run\.json; it is left as it is"
+        ):
             workdir.is_new()
 
     def test_a_run(self, workdir):
@@ -58,7 +60,7 @@ class TestIsNew:
         with pytest.raises(CheckpointError, match="file is no folder; choose another --workdir"):
             Workdir(tmp_path / "file").is_new()
         (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match="link is a link to .*nowhere, which is not there: make that folder"):
+        with pytest.raises(CheckpointError, match=r"link is a link to .*nowhere, which is not there: make that folder"):
             Workdir(tmp_path / "link").is_new()
         with pytest.raises(CheckpointError, match="which is not there"):
             Workdir(tmp_path / "link").record()
@@ -187,7 +189,7 @@ def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
 
 def test_more_steps_for_a_run_are_refused_with_the_way_to_go():
     more = tiny_config("data", training__num_steps=600)
-    with pytest.raises(CheckpointError, match="num_steps is 6 there, 600 now.*save the model to a new workdir"):
+    with pytest.raises(CheckpointError, match=r"num_steps is 6 there, 600 now.*save the model to a new workdir"):
         check_same_run(CONFIG, more, "run")
     with pytest.raises(CheckpointError, match=r"seed is 0 there, 1 now\. Set it back, or choose another --workdir$"):
         check_same_run(CONFIG, tiny_config("data", seed=1), "run")

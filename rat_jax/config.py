@@ -242,7 +242,7 @@ def _mixers(values: dict[str, Any], path: str) -> dict[str, MixerConfig]:
             raise ConfigError(f"{path}.{name} must be a group of fields, got {group!r}")
         settings = dict(group.items())
         kind = settings.pop("kind", name)
-        if kind not in MIXERS or (name in MIXERS and kind != name):
+        if not isinstance(kind, str) or kind not in MIXERS or (name in MIXERS and kind != name):
             known = repr(name) if name in MIXERS else f"one of {', '.join(map(repr, MIXERS))}"
             raise ConfigError(f"{path}.{name}.kind must be {known}; got {kind!r}")
         mixers[name] = _build(MIXERS[kind].Config, settings, f"{path}.{name}")

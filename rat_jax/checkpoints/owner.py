@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
-from rat_jax.files import ContentError, read_object, system_errors
+from rat_jax.files import ContentError, FileError, explain, read_object, system_errors
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
@@ -145,8 +145,10 @@ def _owned(folder: pathlib.Path) -> Iterator[Owner]:
     with system_errors(folder, "made"):
         made = _make(folder)
     try:
-        with system_errors(folder / OWNER_FILE, "written"):
+        try:
             owner = _take(folder)
+        except OSError as error:
+            raise FileError(f"{folder} cannot be written in: {explain(error)}") from error
         try:
             yield owner
         finally:

@@ -21,6 +21,8 @@ import json
 import os
 import pathlib
 import platform
+import secrets
+import time
 from collections.abc import Iterator
 
 from rat_jax.checkpoints.hosts import on_first_host
@@ -82,7 +84,7 @@ class Holder:
         return cls(**values)
 
     def is_gone(self, here: "Holder") -> bool:
-        """Whether the process surely has ended, given that this one could take the file's advisory lock if any."""
+        """Whether the process surely has ended; `here.locks` says that this one could take the file's advisory lock."""
         same_host = (self.host, self.machine) == (here.host, here.machine)
         if self.boot != here.boot:
             return same_host and None not in (self.boot, here.boot)
@@ -179,13 +181,12 @@ def _take(folder: pathlib.Path) -> Owner:
         if descriptor is not None:
             return Owner(file, descriptor)
         _clear_if_stale(folder, file)
-    raise HeldError(f"{folder} is taken and left by other processes again and again: start one at a time")
+    raise HeldError(f"{file} is held by processes that come and go, or by children of one that has ended: try again")
 
 
 def _create(folder: pathlib.Path, file: pathlib.Path) -> int | None:
     """Makes the file, complete and locked; returns its open descriptor, None if it is there already."""
-    own = file.with_name(f"{OWNER_FILE}.{platform.node()}-{os.getpid()}.partial")
-    own.unlink(missing_ok=True)
+    own = _partial(file)
     descriptor = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         locks = _lock(descriptor) is not None
@@ -194,8 +195,9 @@ def _create(folder: pathlib.Path, file: pathlib.Path) -> int | None:
         try:
             os.link(own, file)
         except FileExistsError:
-            os.close(descriptor)
-            return None
+            if os.fstat(descriptor).st_nlink == 1:  # else it is this one: the answer of a file server was lost
+                os.close(descriptor)
+                return None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -231,12 +233,13 @@ def _clear_if_stale(folder: pathlib.Path, file: pathlib.Path) -> None:
             return
         except ContentError as error:
             raise HeldError(f"{error}; if no process uses {folder}, remove {file.name} in it") from None
-        if locked is False:
+        if not holder.is_gone(Holder.here(folder, locked is True)):
             raise HeldError(_held(folder, file, holder))
-        if not holder.is_gone(Holder.here(folder, bool(locked))):
-            raise HeldError(_held(folder, file, holder))
+        if locked is False:  # another process is just clearing it
+            time.sleep(0.05)
+            return
         if _is_at(descriptor, file):  # else another process cleared it, and may hold the folder already
-            aside = file.with_name(f"{OWNER_FILE}.{platform.node()}-{os.getpid()}.stale.partial")
+            aside = _partial(file)
             os.rename(file, aside)
             if not _is_at(descriptor, aside):  # only without advisory locks: another one cleared and took it just now
                 os.rename(aside, file)
@@ -244,6 +247,11 @@ def _clear_if_stale(folder: pathlib.Path, file: pathlib.Path) -> None:
             aside.unlink()
     finally:
         os.close(descriptor)
+
+
+def _partial(file: pathlib.Path) -> pathlib.Path:
+    """A name that no other process uses."""
+    return file.with_name(f"{file.name}.{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
 def _open(file: pathlib.Path) -> int:

@@ -223,6 +223,8 @@ def _is_leftover(path: pathlib.Path) -> bool:
     """Whether a start that was killed before it wrote `run.json` may have left this, or the owner's file."""
     if path.is_dir():
         return path.name in ("tokenizer", "checkpoints", "tensorboard") and not any(path.iterdir())
+    if path.name.startswith(".nfs"):  # NFS keeps removed files under such names while they are open
+        return True
     return path.name == OWNER_FILE or path.name.endswith(".partial")
 
 

@@ -143,6 +143,28 @@ def test_file_systems_without_hard_links(tmp_path, monkeypatch):
     assert_taken(tmp_path)
 
 
+def test_file_servers_whose_answer_is_lost(tmp_path, monkeypatch):
+    link = os.link
+
+    def link_and_complain(*paths):
+        link(*paths)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", link_and_complain)
+    assert_taken(tmp_path)
+
+
+def test_a_stale_file_whose_lock_another_process_has_for_a_moment(tmp_path, monkeypatch):
+    left_by(tmp_path, pid=2**22 + 1)
+    descriptor = os.open(tmp_path / OWNER_FILE, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(HeldError, match="held by processes that come and go"), owned(tmp_path):
+        pass
+    monkeypatch.setattr("time.sleep", lambda secs: fcntl.flock(descriptor, fcntl.LOCK_UN))
+    assert_taken(tmp_path)
+    os.close(descriptor)
+
+
 def test_a_stale_file_that_another_one_clears_first_is_not_cleared_twice(tmp_path, monkeypatch):
     left_by(tmp_path, pid=2**22 + 1)
     gone = Holder.is_gone

@@ -35,7 +35,7 @@ class TestIsNew:
         assert workdir.is_new()
         workdir.path.mkdir()
         assert workdir.is_new()
-        for name in ("owner.json", "owner.json.host-7.partial", "run.json.partial"):
+        for name in ("owner.json", "owner.json.host-7.partial", "run.json.partial", ".nfs0001"):
             (workdir.path / name).write_text("half")
         for name in ("tokenizer", "checkpoints", "tensorboard"):
             (workdir.path / name).mkdir()

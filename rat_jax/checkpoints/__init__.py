@@ -4,6 +4,11 @@ WORKDIR/checkpoints/STEP/
   params/          the model's parameters, by name
   optimizer/       the optimizer's state, by name; not there where only a model was saved
   manifest.json    written last: config, position of the data, versions, arrays, sizes and SHA-256 of all other files
+
+owner       the one process that may write in a workdir      manifest  what a checkpoint says of itself
+hosts       what the first of several hosts does for all     arrays    a checkpoint's arrays on disk, by Orbax
+workdir     the folder of a run, run.json                    folder    what is in checkpoints/, set aside or removed
+run_log     log.jsonl                                        store     saving, resuming and loading
 """
 
 from rat_jax.checkpoints.manifest import Manifest

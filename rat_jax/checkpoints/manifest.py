@@ -4,17 +4,27 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
+from rat_jax.checkpoints.arrays import REQUIRED_FILES
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
-from rat_jax.files import write_json
+from rat_jax.files import ContentError, FileError, explain, read_object, write_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # 1, 2: the config holds the settings of every mixer there was, whether the model has it or not; 1 lacks later fields.
 # Both are read as they are: what is not there has its default, and what the model does not have is dropped.
-_READ_VERSIONS = (1, 2, FORMAT_VERSION)
+# 4 has a checksum of the manifest itself, and is otherwise as 3.
+_READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
+MODEL_ONLY_FOLDER = "0"  # where a model alone is saved, whatever its step: a run that starts from it saves later steps
+ITEMS = ("params", "optimizer")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class VersionError(CheckpointError):
+    """A checkpoint of a format that this code does not know: another version of the code does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,39 +43,162 @@ class Manifest:
         """The manifest of a checkpoint's folder.
 
         Raises:
-          CheckpointError: if it is missing, damaged or of another version.
+          CheckpointError: if it is missing, damaged, of another version or of another folder.
+          FileError: if the system refuses to read it.
         """
         file = path / MANIFEST_FILE
         try:
-            values = json.loads(file.read_text())
-            if (version := values.pop("format_version")) not in _READ_VERSIONS:
-                known = ", ".join(map(str, _READ_VERSIONS))
-                raise CheckpointError(f"{file} has format version {version}; this code reads {known}")
-            return cls(**values | {"config": config_from_dict(values["config"])})
+            values = read_object(file)
         except FileNotFoundError:
             raise CheckpointError(f"{path} was not finished: it has no {MANIFEST_FILE}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        except ContentError as error:
+            raise CheckpointError(str(error)) from None
+        version = values.pop("format_version", None)
+        if type(version) is not int or version not in _READ_VERSIONS:
+            known = ", ".join(map(str, _READ_VERSIONS))
+            raise VersionError(f"{file} has format version {version}; this code reads {known}")
+        try:
+            if version >= 4 and values.pop("checksum", None) != _checksum(values):
+                raise _Damage("its content has changed since it was written (the checksum differs)")
+            manifest = cls._checked(values)
+        except (_Damage, ConfigError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from None
+        if path.name != (folder := manifest.folder):
+            raise CheckpointError(f"{file} is that of another checkpoint: its folder should be called {folder}")
+        return manifest
+
+    @property
+    def folder(self) -> str:
+        """The name of the checkpoint's folder."""
+        return MODEL_ONLY_FOLDER if self.data is None else str(self.step)
 
     def write(self, path: pathlib.Path) -> None:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = config_to_dict(self.config)
-        write_json(path / MANIFEST_FILE, {"format_version": FORMAT_VERSION, **values})
-
-    def verify(self, path: pathlib.Path) -> None:
-        """Reads all files and compares them.
+        """Writes it into a checkpoint's folder.
 
         Raises:
-          CheckpointError: naming the first that is missing, cut short or changed.
+          FileError: if the system refuses.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["config"] = config_to_dict(self.config)
+        values = json.loads(json.dumps(values))  # tuples become lists, as they will be when it is read
+        write_json(path / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "checksum": _checksum(values), **values})
+
+    @classmethod
+    def _checked(cls, values: dict[str, Any]) -> "Manifest":
+        names = [field.name for field in dataclasses.fields(cls)]
+        if wrong := sorted(set(names) ^ set(values)):
+            raise _Damage(f"{wrong[0]} is {'missing' if wrong[0] in names else 'no field of it'}")
+        step, data, versions = values["step"], values["data"], values["versions"]
+        _require(_is_count(step), f"step must be a whole number of 0 or more, got {step!r}")
+        _require(isinstance(values["config"], dict), "config must be an object")
+        config = config_from_dict(values["config"])
+        _require(
+            isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values()),
+            "versions must be texts by name",
+        )
+        if data is not None:
+            _check_data(data, step, config)
+        _check_arrays(values["arrays"], ("params",) if data is None else ITEMS)
+        _check_files(values["files"], values["arrays"])
+        return cls(**values | {"config": config})
+
+    def verify(self, path: pathlib.Path) -> None:
+        """Reads all files of a checkpoint and compares them.
+
+        Raises:
+          CheckpointError: naming the first that is missing, cut short, changed or not listed.
+          FileError: if the system refuses to read one that is there.
         """
         for name, (size, digest) in self.files.items():
             file = path / name
-            if not file.is_file():
+            try:
+                found = file.stat().st_size if file.is_file() else None
+                if found == size and sha256(file) == digest:
+                    continue
+            except FileNotFoundError:
+                found = None
+            except OSError as error:
+                raise FileError(f"{file} cannot be read: {explain(error)}") from error
+            if found is None:
                 raise CheckpointError(f"{path} is damaged: {name} is missing")
-            if file.stat().st_size != size:
-                raise CheckpointError(f"{path} is damaged: {name} has {file.stat().st_size} bytes, not {size}")
-            if sha256(file) != digest:
-                raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
+            if found != size:
+                raise CheckpointError(f"{path} is damaged: {name} has {found} bytes, not {size}")
+            raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
+        for item in self.arrays:
+            for file in sorted((path / item).rglob("[!.]*")):  # what begins with a dot is the file system's own
+                name = str(file.relative_to(path))
+                if name not in self.files and file.is_file():
+                    raise CheckpointError(f"{path} is damaged: its {MANIFEST_FILE} does not list {name}")
+
+
+class _Damage(ValueError):
+    """What is wrong with a manifest."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise _Damage(message)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_data(data: Any, step: int, config: Config) -> None:
+    """One batch is taken for a step."""
+    _require(
+        isinstance(data, dict) and {"next_batch", "fingerprint"} <= set(data),
+        "data must have next_batch and fingerprint",
+    )
+    _require(
+        data["next_batch"] == step and type(data["next_batch"]) is int,
+        f"data.next_batch must be step, {step}, got {data['next_batch']!r}",
+    )
+    _require(isinstance(data["fingerprint"], dict) and bool(data["fingerprint"]), "data.fingerprint must be an object")
+    num_steps = config.training.num_steps
+    _require(1 <= step <= num_steps, f"step must lie in 1 .. config.training.num_steps, {num_steps}, got {step}")
+
+
+def _check_arrays(arrays: Any, items: tuple[str, ...]) -> None:
+    _require(
+        isinstance(arrays, dict) and set(arrays) == set(items), f"arrays must be those of {' and '.join(items)} alone"
+    )
+    for item, named in arrays.items():
+        _require(isinstance(named, dict) and bool(named), f"arrays.{item} must be an object")
+        for name, description in named.items():
+            _require(_is_description(description), f"arrays.{item}.{name} must be a shape and a dtype")
+
+
+def _is_description(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    shape, dtype = value
+    return isinstance(shape, list) and all(map(_is_count, shape)) and isinstance(dtype, str)
+
+
+def _check_files(files: Any, arrays: dict[str, Any]) -> None:
+    _require(isinstance(files, dict), "files must be an object")
+    for name, value in files.items():
+        parts = pathlib.PurePosixPath(name).parts
+        _require(
+            bool(parts) and parts[0] != "/" and ".." not in parts, f"files.{name} must be a path inside the checkpoint"
+        )
+        _require(
+            isinstance(value, list)
+            and len(value) == 2
+            and _is_count(value[0])
+            and isinstance(value[1], str)
+            and _SHA256.fullmatch(value[1]) is not None,
+            f"files.{name} must be a size and a SHA-256",
+        )
+    for item in arrays:
+        for name in REQUIRED_FILES:
+            _require(f"{item}/{name}" in files, f"files lacks {item}/{name}, without which there are no arrays")
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's fields, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256(file: pathlib.Path) -> str:

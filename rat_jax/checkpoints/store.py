@@ -4,117 +4,145 @@ WORKDIR/checkpoints/STEP/
   params/          the model's parameters, by name
   optimizer/       the optimizer's state, by name; not there where only a model was saved
   manifest.json    written last: config, position of the data, versions, arrays, sizes and SHA-256 of all other files
-
-A checkpoint without a manifest was not finished. Orbax, which writes and reads the arrays, is used in this file alone.
 """
 
 import concurrent.futures
 import dataclasses
 import pathlib
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
-from rat_jax.checkpoints.manifest import MANIFEST_FILE, Manifest, sha256
-from rat_jax.checkpoints.workdir import CheckpointError, Workdir
+from rat_jax.checkpoints.arrays import (
+    ORBAX_VERSION,
+    ArrayWriter,
+    description,
+    named,
+    restore_arrays,
+    write_errors,
+)
+from rat_jax.checkpoints.folder import aside, check_way, clean, remove_old, set_aside, step_folders
+from rat_jax.checkpoints.hosts import on_first_host
+from rat_jax.checkpoints.manifest import MANIFEST_FILE, MODEL_ONLY_FOLDER, Manifest, VersionError, sha256
+from rat_jax.checkpoints.owner import Owner, owned
+from rat_jax.checkpoints.run_log import read_log
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir, with_absolute_paths
 from rat_jax.config import Config, ModelConfig
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.files import FileError
 from rat_jax.model import LanguageModel
-from rat_jax.sharding import leaf_names, shardings
+from rat_jax.paths import local_path
+from rat_jax.sharding import shardings
 
 __all__ = ["CheckpointError", "Checkpoints", "LoadedModel", "Manifest", "load_model", "save_model"]
-
-MODEL_ONLY_FOLDER = 0  # where a model alone is saved: a run that starts from it saves later steps
 
 
 class Checkpoints:
     """The checkpoints of a run: saved in the background, the newest `keep` of them kept."""
 
-    def __init__(self, workdir: Workdir, config: Config, report: Callable[[str], None]):
+    def __init__(self, workdir: Workdir, config: Config, report: Callable[[str], None], owner: Owner | None = None):
         """Touches nothing yet.
 
         Args:
           workdir: of the run.
           config: of the run, saved with each checkpoint.
           report: is told what was saved, found damaged or removed.
+          owner: this process as the workdir's, which is looked at before each save; None on hosts other than the first.
         """
+        self._workdir = workdir
         self._folder = workdir.checkpoints.absolute()
         self._config = config
         self._report = report
-        self._manager: ocp.CheckpointManager | None = None
+        self._owner = owner
+        self._saved_step: int | None = None
+        self._writer: ArrayWriter | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
+    @property
+    def saved_step(self) -> int | None:
+        """The newest step whose checkpoint is known to be complete; 0: a model alone; None: none."""
+        return self._saved_step
+
     def peek(self) -> Manifest | None:
-        """The newest manifest that can be read, its files not looked at; None if there is none."""
-        for path in _step_folders(self._folder):
+        """The newest manifest that can be read, its files not looked at; None if there is none.
+
+        Raises:
+          VersionError: if another version of the code wrote it.
+        """
+        for path in step_folders(self._folder):
             try:
                 return Manifest.read(path)
+            except VersionError:
+                raise
             except CheckpointError:  # `latest` reports it
                 continue
         return None
 
     def latest(self) -> tuple[pathlib.Path, Manifest] | None:
-        """The newest checkpoint whose files are all as they were written, or None.
+        """The newest checkpoint whose files are all as they were written, or None where nothing was saved yet.
 
-        What is newer is reported and set aside, so that its step can be saved again: removed if it was never
-        finished, else moved to `damaged-STEP`.
+        What is newer is reported and set aside, so that its step can be saved again: as `unfinished-STEP` if it has no
+        manifest, else as `damaged-STEP`. All hosts must call this together.
+
+        Raises:
+          CheckpointError: if no good one is left of a run that saved some, or another version of the code wrote one.
+          FileError: if the system refuses to read or move one.
         """
-        self._remove_partial()
-        for path in _step_folders(self._folder):
-            try:
-                manifest = Manifest.read(path)
-                manifest.verify(path)
-                return path, manifest
-            except CheckpointError as error:
-                self._set_aside(path, error)
-        if damaged := sorted(self._folder.glob("damaged-*")):
-            raise CheckpointError(
-                f"no good checkpoint is left in {self._folder}; to start from the beginning remove "
-                f"{', '.join(path.name for path in damaged)}, or choose another --workdir"
-            )
-        return None
+        name = on_first_host(self._walk_back)
+        if name is None:
+            return None
+        path = self._folder / name
+        manifest = Manifest.read(path)
+        self._saved_step = 0 if manifest.data is None else manifest.step
+        return path, manifest
 
     def restore(self, path: pathlib.Path, manifest: Manifest, item: str, target: Any) -> Any:
         """Arrays of a checkpoint in the structure, dtypes and shardings of an abstract `target`.
 
         Raises:
-          CheckpointError: if they have other names, shapes or dtypes.
+          CheckpointError: if they have other names, shapes or dtypes, or cannot be read.
         """
-        return _restore(path, manifest, item, target)
+        return restore_arrays(path / item, manifest.arrays.get(item, {}), target)
 
     def save(self, step: int, params: Any, opt_state: Any | None, data: Mapping[str, Any] | None) -> None:
         """Starts to save; the arrays may be donated as soon as this returns.
 
+        Args:
+          step: optimizer steps done.
+          params: the model's.
+          opt_state: the optimizer's; None: a model alone.
+          data: `TrainData.state`; None: a model alone.
+
         Raises:
           CheckpointError: if this checkpoint, or the one before, could not be written.
+          HeldError: if another process has taken the workdir.
         """
         self.wait()
-        if self._manager is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=None, create=False, enable_async_checkpointing=True)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-        items = {"params": _named(params)} | ({} if opt_state is None else {"optimizer": _named(opt_state)})
-        arguments = ocp.args.Composite(**{item: ocp.args.StandardSave(arrays) for item, arrays in items.items()})
-        number = step if data is not None else MODEL_ONLY_FOLDER
-        if not self._manager.save(number, args=arguments):
-            raise CheckpointError(f"{self._folder / str(number)} was not saved: is a later step there already?")
+        if self._owner is not None:
+            self._owner.check()
+        items = {"params": named(params)} | ({} if opt_state is None else {"optimizer": named(opt_state)})
         manifest = Manifest(
             step=step,
             config=self._config,
             data=None if data is None else dict(data),
             versions=_versions(),
-            arrays={item: _description(arrays) for item, arrays in items.items()},
+            arrays={item: description(arrays) for item, arrays in items.items()},
             files={},
         )
-        self._pending = self._background.submit(self._finish, self._folder / str(number), manifest)
+        path = self._folder / manifest.folder
+        if later := [other.name for other in step_folders(self._folder) if int(other.name) >= int(manifest.folder)]:
+            raise CheckpointError(f"{path} was not saved: {self._folder / later[0]} is there already")
+        with write_errors(path):
+            self._folder.mkdir(exist_ok=True)
+        if self._writer is None:
+            self._writer = ArrayWriter()
+        self._writer.start(path, items)
+        self._pending = self._background.submit(self._finish, path, manifest)
 
     def wait(self) -> None:
         """Returns when what was being saved is complete.
@@ -132,39 +160,62 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            if self._manager is not None:
-                self._manager.close()
-                self._manager = None
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def _finish(self, path: pathlib.Path, manifest: Manifest) -> None:
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+        self._writer.wait(path)
+        with write_errors(path):
             if jax.process_index() == 0:
                 files = sorted(file for file in path.rglob("*") if file.is_file())
                 digests = {str(file.relative_to(path)): [file.stat().st_size, sha256(file)] for file in files}
                 dataclasses.replace(manifest, files=digests).write(path)
-                for old in _step_folders(self._folder)[self._config.training.checkpoints_to_keep :]:
-                    shutil.rmtree(old)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} could not be written: {error}") from error
+                self._workdir.note_saved(int(manifest.folder))
+        self._saved_step = int(manifest.folder)
         self._report(f"saved {path}")
+        if jax.process_index() == 0:
+            remove_old(self._folder, self._config.training.checkpoints_to_keep, self._report)
 
-    def _remove_partial(self) -> None:
-        for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            self._report(f"removing {partial}, which was not finished")
-            shutil.rmtree(partial)
+    def _walk_back(self) -> str | None:
+        """The name of the newest good checkpoint's folder."""
+        if self._workdir.is_new():
+            return None
+        clean(self._folder, self._report)
+        for path in step_folders(self._folder):
+            try:
+                manifest = Manifest.read(path)
+                manifest.verify(path)
+            except VersionError:  # not to be set aside: it is good for other code
+                raise
+            except CheckpointError as error:
+                self._report(f"{error}; it is now {set_aside(path)}")
+                continue
+            check_way(self._folder, int(path.name))
+            return path.name
+        check_way(self._folder, -1)
+        self._refuse_to_start_over()
+        return None
 
-    def _set_aside(self, path: pathlib.Path, error: CheckpointError) -> None:
-        if not (path / MANIFEST_FILE).is_file():
-            self._report(f"{error}; removing it")
-            shutil.rmtree(path)
+    def _refuse_to_start_over(self) -> None:
+        """Of a run that has no good checkpoint: refuses if it had one."""
+        record = self._workdir.record()
+        unusable = aside(self._folder)
+        if record.notes_saves:
+            was_saved = record.saved_step is not None
+        else:  # the second save waits for the first to be complete, so that a log beyond it knows
+            steps = [line["step"] for line in read_log(self._workdir.log_file)]
+            every = record.checkpoint_every_steps
+            was_saved = bool(unusable) or (every is not None and max(steps, default=0) > 2 * every)
+        if not was_saved:
             return
-        aside = path.with_name(f"damaged-{path.name}")
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
-        self._report(f"{error}; it is now {aside}")
+        what = {None: "some were saved", 0: "a model was saved"}.get(record.saved_step, f"step {record.saved_step} was")
+        there = f" ({', '.join(unusable)} cannot be used)" if unusable else ""
+        raise CheckpointError(
+            f"no good checkpoint is left in {self._folder}{there}, though {what}; nothing is started over. Put a copy "
+            f"of one back there; or, to start from the beginning, move {self._workdir.path} away or choose another "
+            f"--workdir"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,28 +246,41 @@ def load_model(
     Raises:
       CheckpointError: if the folder is missing or not a run's, or has no good checkpoint (of that step).
     """
-    workdir = Workdir(pathlib.Path(workdir))
+    workdir = Workdir(local_path(workdir, "workdir"))
     workdir.require_run()
-    folders = _step_folders(workdir.checkpoints.absolute())
-    if step is not None:
-        steps = [int(path.name) for path in folders]
-        if step not in steps:
-            raise CheckpointError(f"{workdir.path} has no checkpoint of step {step}; it has {sorted(steps) or 'none'}")
-        folders = [path for path in folders if int(path.name) == step]
-    for path in folders:
-        try:
-            manifest = Manifest.read(path)
-            manifest.verify(path)
-        except CheckpointError as error:
-            if step is not None:
-                raise
-            report(f"{error}; trying the one before")
-            continue
-        graphdef, target = abstract_model(manifest.config.model)
-        target = _placed(target, mesh)
-        params = _restore(path, manifest, "params", target)
-        return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path)
-    raise CheckpointError(f"{workdir.path} has no {'good checkpoint' if folders else 'checkpoint yet'}")
+    folder = workdir.checkpoints
+    while True:  # a run that goes on meanwhile adds and removes checkpoints
+        folders = step_folders(folder)
+        if step is not None and step not in (steps := sorted(int(path.name) for path in folders)):
+            raise CheckpointError(f"{workdir.path} has no checkpoint of step {step}; it has {steps or 'none'}")
+        for path in folders if step is None else [folder / str(step)]:
+            try:
+                return _load(path, mesh)
+            except (CheckpointError, FileError) as error:
+                if not path.is_dir():
+                    report(f"{path} was removed while it was read: its run goes on; looking again")
+                    break
+                if step is not None or not isinstance(error, _UnusableError):
+                    raise
+                report(f"{error}; trying the one before")
+        else:
+            raise CheckpointError(f"{workdir.path} has no {'good checkpoint' if folders else 'checkpoint yet'}")
+
+
+class _UnusableError(CheckpointError):
+    """A checkpoint that is damaged or was not finished."""
+
+
+def _load(path: pathlib.Path, mesh: jax.sharding.Mesh | None) -> LoadedModel:
+    """The model of a checkpoint."""
+    try:
+        manifest = Manifest.read(path)
+        manifest.verify(path)
+    except CheckpointError as error:
+        raise _UnusableError(str(error)) from None
+    graphdef, target = abstract_model(manifest.config.model)
+    params = restore_arrays(path / "params", manifest.arrays["params"], _placed(target, mesh))
+    return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path)
 
 
 def save_model(
@@ -237,23 +301,40 @@ def save_model(
       The checkpoint's folder.
 
     Raises:
-      CheckpointError: if the folder is not empty, or the checkpoint cannot be written.
+      CheckpointError: if the folder is not empty or in use, or the checkpoint cannot be written.
+      FileError: if the system refuses.
     """
-    workdir = Workdir(pathlib.Path(workdir))
-    if workdir.path.exists() and not (workdir.path.is_dir() and not any(workdir.path.iterdir())):
-        raise CheckpointError(f"{workdir.path} is there already and not empty; it is left as it is")
+    workdir = Workdir(local_path(workdir, "workdir"))
     if config.model != model.config:
         raise CheckpointError("config.model is not the config of the model that is to be saved")
-    workdir.mark(config)
-    if tokenizer is not None:
-        workdir.tokenizer.mkdir()
-        tokenizer.save(workdir.tokenizer)
-    checkpoints = Checkpoints(workdir, config, lambda message: None)
+    config = with_absolute_paths(config)
+    _require_unused(workdir)
+    with owned(workdir.path) as owner:
+        _require_unused(workdir)
+        workdir.mark(config, None)
+        if tokenizer is not None:
+            workdir.save_tokenizer(tokenizer)
+        checkpoints = Checkpoints(workdir, config, lambda message: None, owner)
+        try:
+            checkpoints.latest()  # sets aside what an import that was killed has left
+            checkpoints.save(step, nnx.state(model), None, None)
+        finally:
+            checkpoints.close()
+    return workdir.checkpoints / MODEL_ONLY_FOLDER
+
+
+def _require_unused(workdir: Workdir) -> None:
+    """Refuses a folder that holds anything but what a start leaves that was killed before it had saved anything."""
+    message = f"{workdir.path} is there already and not empty; it is left as it is"
     try:
-        checkpoints.save(step, nnx.state(model), None, None)
-    finally:
-        checkpoints.close()
-    return workdir.checkpoints / str(MODEL_ONLY_FOLDER)
+        record = None if workdir.is_new() else workdir.record()
+    except CheckpointError as error:
+        raise CheckpointError(f"{message} ({error})" if workdir.path.is_dir() else str(error)) from None
+    if record is None:
+        return
+    saved = record.saved_step is not None or not record.notes_saves or _has_manifest(workdir.checkpoints)
+    if saved or workdir.log_file.exists():
+        raise CheckpointError(message)
 
 
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -269,38 +350,8 @@ def _placed(target: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
 
 
-def _restore(path: pathlib.Path, manifest: Manifest, item: str, target: Any) -> Any:
-    wanted = _named(target)
-    saved = manifest.arrays.get(item, {})
-    here = _description(wanted)
-    differing = [
-        f"{name}: {saved.get(name)} there, {here.get(name)} here"
-        for name in sorted({*saved, *here})
-        if saved.get(name) != here.get(name)
-    ]
-    if differing:
-        raise CheckpointError(f"{path / item} holds other arrays than this code makes: {'; '.join(differing[:5])}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(path / item, wanted)
-    return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaf_names(target)])
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    names = leaf_names(tree)
-    if len(set(names)) != len(names):
-        raise ValueError("two arrays of a checkpoint have the same name")
-    return dict(zip(names, jax.tree.leaves(tree), strict=True))
-
-
-def _description(arrays: dict[str, Any]) -> dict[str, list[Any]]:
-    return {name: [list(x.shape), str(np.dtype(x.dtype))] for name, x in arrays.items()}
-
-
-def _step_folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: -int(path.name))
+def _has_manifest(folder: pathlib.Path) -> bool:
+    return any((path / MANIFEST_FILE).is_file() for path in step_folders(folder))
 
 
 def _versions() -> dict[str, str]:
@@ -308,5 +359,5 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "flax": flax.__version__,
-        "orbax-checkpoint": ocp.__version__,
+        "orbax-checkpoint": ORBAX_VERSION,
     }

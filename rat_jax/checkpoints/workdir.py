@@ -1,25 +1,35 @@
 """The folder of a run: where its files lie, and whether a config may resume in it.
 
-run.json              marks the folder as a run's, and shows the config of its latest start
+owner.json            while a process owns the folder, see `rat_jax.checkpoints.owner`
+run.json              marks the folder as a run's: the config of its latest start, the newest step that was saved
+                      ("saved_step": 0 if a model alone, null if nothing yet), and its id at Weights & Biases
 tokenizer/            of the data
 checkpoints/STEP/     see `rat_jax.checkpoints.store`
-log.jsonl             one JSON object a line: figures of training steps and of validations. `loss` is that step's,
-                      `mean_loss` the mean over the steps since the line before (or since the start of the process);
-                      `validation_fraction` is the part of the split that `validation_loss` was measured on
+log.jsonl             one JSON object a line: figures of training steps and of validations, null where one is no number
+                      (see `rat_jax.checkpoints.run_log`). `loss` is that step's, `mean_loss` the mean over the steps
+                      since the line before (or since the start of the process); `validation_fraction` is the part of
+                      the split that `validation_loss` was measured on
+log.jsonl.bad         lines of it that were no records
 tensorboard/          the same for TensorBoard
 loss_curve.png
 """
 
 import dataclasses
-import json
+import os
 import pathlib
+import secrets
+import shutil
 from typing import Any
 
 from rat_jax.config import Config, config_to_dict
+from rat_jax.data import DataError
+from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rat_jax.errors import RatJaxError
-from rat_jax.files import write_json
+from rat_jax.files import ContentError, read_object, system_errors, write_json
+from rat_jax.paths import local_path
 
 FORMAT_VERSION = 1
+OWNER_FILE = "owner.json"
 _FORMAT_KEY = "rat_jax_format_version"
 
 # Fields that decide what is reported, kept or where it runs, not what is computed: a run may resume with others.
@@ -74,42 +84,148 @@ class Workdir:
         return self.path / "loss_curve.png"
 
     def is_new(self) -> bool:
-        """Whether nothing is there yet.
+        """Whether nothing is there yet, or only what a start leaves that was killed before the folder was a run's.
 
         Raises:
           CheckpointError: if something is there that is no run's.
+          FileError: if the system refuses to look.
         """
-        if not self.path.exists():
-            return True
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            return True
+        self._check_link()
+        with system_errors(self.path, "read"):
+            if not self.path.exists():
+                return True
+            if self.path.is_dir() and all(_is_leftover(path) for path in self.path.iterdir()):
+                return True
         self.require_run()
         return False
 
     def require_run(self) -> None:
-        """Checks that a run, or an imported model, is here.
+        """Checks that a run, or an imported model, is here; errors as of `record`."""
+        self.record()
+
+    def record(self) -> "RunRecord":
+        """What `run.json` says.
 
         Raises:
-          CheckpointError: if not.
+          CheckpointError: if the folder is missing or no run's.
+          FileError: if the system refuses to read it.
         """
-        if not self.path.is_dir():
-            raise CheckpointError(f"there is no workdir {self.path}")
-        if not self.run_file.is_file():
+        self._check_link()
+        with system_errors(self.path, "read"):
+            if not self.path.exists():
+                raise CheckpointError(f"there is no workdir {self.path}")
+            if not self.path.is_dir():
+                raise CheckpointError(f"{self.path} is no folder; choose another --workdir")
+        try:
+            values = read_object(self.run_file)
+        except FileNotFoundError:
             raise CheckpointError(
                 f"{self.path} is not the workdir of a run: it has no {self.run_file.name}; it is left as it is, "
                 f"choose another --workdir"
-            )
-        try:
-            version = json.loads(self.run_file.read_text())[_FORMAT_KEY]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.run_file} is not a run's: {error!r}; choose another --workdir") from None
+            ) from None
+        except ContentError as error:
+            raise CheckpointError(f"{error}; choose another --workdir") from None
+        version = values.get(_FORMAT_KEY)
+        if version is None:
+            raise CheckpointError(f"{self.run_file} is not a run's: it has no {_FORMAT_KEY}; choose another --workdir")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{self.run_file} has format version {version}; this code reads {FORMAT_VERSION}")
+        step, wandb_id = values.get("saved_step"), values.get("wandb_id")
+        if not (step is None or (type(step) is int and step >= 0)) or not isinstance(wandb_id, str | None):
+            raise CheckpointError(
+                f"{self.run_file} is damaged: saved_step must be a number of steps and wandb_id a name, or null, got "
+                f"{step!r} and {wandb_id!r}"
+            )
+        config = values["config"] if isinstance(values.get("config"), dict) else {}
+        training = config["training"] if isinstance(config.get("training"), dict) else {}
+        if "wandb_id" not in values and training.get("wandb_project") is not None:
+            wandb_id = self.path.name  # which it was before it was written down
+        every = training.get("checkpoint_every_steps")
+        every = every if type(every) is int and every > 0 else None
+        return RunRecord(config, step, wandb_id, every, "saved_step" in values)
 
-    def mark(self, config: Config) -> None:
-        """Makes the folder a run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_file, {_FORMAT_KEY: FORMAT_VERSION, "config": config_to_dict(config)})
+    def mark(self, config: Config, saved_step: int | None) -> None:
+        """Makes the folder a run's, with an id at Weights & Biases if the config asks for one and it has none yet.
+
+        Args:
+          config: of this start.
+          saved_step: the newest one that was saved; 0: a model alone; None: nothing yet.
+
+        Raises:
+          FileError: if the system refuses.
+        """
+        wandb_id = None if self.is_new() else self.record().wandb_id
+        if wandb_id is None and config.training.wandb_project is not None:
+            wandb_id = secrets.token_hex(8)
+        with system_errors(self.path, "made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._write(config_to_dict(config), saved_step, wandb_id)
+
+    def note_saved(self, step: int) -> None:
+        """Writes down that a checkpoint of `step` is complete; errors as of `record`."""
+        record = self.record()
+        self._write(record.config, step, record.wandb_id)
+
+    def _write(self, config: dict[str, Any], saved_step: int | None, wandb_id: str | None) -> None:
+        values = {"config": config, "saved_step": saved_step, "wandb_id": wandb_id}
+        write_json(self.run_file, {_FORMAT_KEY: FORMAT_VERSION, **values})
+
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer, unless it is there already; at no moment is half of one there.
+
+        Raises:
+          FileError: if the system refuses.
+        """
+        try:
+            if self.tokenizer.is_dir() and load_tokenizer(self.tokenizer).hash == tokenizer.hash:
+                return
+        except DataError:  # of a start that was killed
+            pass
+        partial = self.path / "tokenizer.partial"
+        with system_errors(self.tokenizer, "written"):
+            for folder in (partial, self.tokenizer):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            partial.mkdir()
+            tokenizer.save(partial)
+            partial.rename(self.tokenizer)
+
+    def _check_link(self) -> None:
+        if self.path.is_symlink() and not self.path.exists():
+            raise CheckpointError(
+                f"{self.path} is a link to {os.readlink(self.path)}, which is not there: make that folder, or remove "
+                f"the link"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` says of a run."""
+
+    config: dict[str, Any]  # of its latest start, as it was written
+    saved_step: int | None  # the newest that was saved; 0: a model alone; None: none yet, or not noted
+    wandb_id: str | None
+    checkpoint_every_steps: int | None  # of its latest start
+    notes_saves: bool  # False: written by code that did not note them
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with paths that mean the same wherever a later command is given.
+
+    Raises:
+      PathError: if one names nothing that can be opened.
+    """
+    path = str(local_path(config.data.path, "config.data.path"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
+def _is_leftover(path: pathlib.Path) -> bool:
+    """Whether a start that was killed before it wrote `run.json` may have left this, or the owner's file."""
+    if path.is_dir():
+        return path.name in ("tokenizer", "checkpoints", "tensorboard") and not any(path.iterdir())
+    if path.name.startswith(".nfs"):  # NFS keeps removed files under such names while they are open
+        return True
+    return path.name == OWNER_FILE or path.name.endswith(".partial")
 
 
 def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
@@ -118,7 +234,13 @@ def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
     Raises:
       CheckpointError: naming the fields that differ, with both values.
     """
-    _refuse(_differences(saved, current, _FREE_FIELDS), path, "was trained with another config")
+    hint = ""
+    if current.training.num_steps > saved.training.num_steps:
+        hint = (
+            ". A schedule cannot be made longer afterwards; to train its model on, save the model to a new workdir "
+            "(`rat_jax.checkpoints.load_model` and `save_model`) and train there, under a schedule of its own"
+        )
+    _refuse(_differences(saved, current, _FREE_FIELDS), path, "was trained with another config", hint)
 
 
 def check_same_model(saved: Config, current: Config, path: pathlib.Path) -> None:
@@ -133,9 +255,10 @@ def check_same_model(saved: Config, current: Config, path: pathlib.Path) -> None
     )
 
 
-def _refuse(differences: list[str], path: pathlib.Path, problem: str) -> None:
+def _refuse(differences: list[str], path: pathlib.Path, problem: str, hint: str = "") -> None:
     if differences:
-        raise CheckpointError(f"{path} {problem}: {'; '.join(differences)}. Set it back, or choose another --workdir")
+        what = "; ".join(differences)
+        raise CheckpointError(f"{path} {problem}: {what}. Set it back, or choose another --workdir{hint}")
 
 
 def _differences(saved: Config, current: Config, free: tuple[str, ...]) -> list[str]:

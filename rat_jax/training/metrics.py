@@ -1,17 +1,21 @@
 """What a run says of itself: figures to files and services, and how well it uses its devices."""
 
-import json
-import math
-import pathlib
-from collections.abc import Mapping
+import io
+import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rat_jax.checkpoints.run_log import Record, RunLog
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, ConfigError, config_to_dict
-from rat_jax.files import write_text
+from rat_jax.files import explain, write_bytes
+from rat_jax.training.tensorboard import EventFile
 
 if TYPE_CHECKING:  # drawn with on demand: it takes a second to import
     from matplotlib.figure import Figure
+
+
+_TENSORBOARD, _WANDB = "TensorBoard's file", "the run at Weights & Biases"
 
 
 def check_wandb(config: Config) -> None:
@@ -31,67 +35,105 @@ def check_wandb(config: Config) -> None:
 
 
 class MetricLog:
-    """Writes figures to WORKDIR/log.jsonl, TensorBoard and, if asked, Weights & Biases."""
+    """Writes figures to WORKDIR/log.jsonl, TensorBoard and, if asked, Weights & Biases.
 
-    def __init__(self, workdir: Workdir, config: Config, start_step: int):
-        """Opens the files; figures of steps after `start_step`, which will be done again, are dropped."""
-        import tensorboardX  # here, since it imports PyTorch where that is installed, which takes seconds
+    The log must be written. Of the others, and of the picture, what fails is reported and from then on left out.
+    """
 
+    def __init__(self, workdir: Workdir, config: Config, start_step: int, report: Callable[[str], None]):
+        """Opens the files; figures of steps after `start_step`, which will be done again, are dropped.
+
+        Args:
+          workdir: of the run, marked as one.
+          config: of the run.
+          start_step: steps done.
+          report: is told what is wrong with the log, and what could not be written.
+
+        Raises:
+          FileError: if the log cannot be written.
+        """
         self._workdir = workdir
-        self._records = [record for record in read_log(workdir.log_file) if record["step"] <= start_step]
-        write_text(workdir.log_file, "".join(json.dumps(record) + "\n" for record in self._records))
-        self._file = workdir.log_file.open("a")
-        self._tensorboard = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start_step + 1)
+        self._report = report
+        self._log = RunLog(workdir.log_file, start_step)
+        if numbers := self._log.bad_lines:
+            where = ", ".join(map(str, numbers[:10])) + (" and others" if len(numbers) > 10 else "")
+            report(f"{workdir.log_file}: no record is in line {where}; moved to {self._log.bad_file.name}")
         self._num_plotted = 0
-        self._wandb = None
+        self._failed: set[str] = set()
+        self._tensorboard: EventFile | None = None
+        self._wandb: Any = None
+        self._try(_TENSORBOARD, lambda: self._open_tensorboard(start_step))
         if config.training.wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.training.wandb_project,
-                dir=str(workdir.path),
-                name=workdir.path.name,
-                id=workdir.path.name,
-                resume="allow",
-                config=config_to_dict(config),
-            )
+            self._try(_WANDB, lambda: self._open_wandb(config))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """Records figures of a step; each name keeps its meaning over a run."""
-        record = {"step": step, **figures}
-        self._records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)
+        """Records figures of a step; each name keeps its meaning over a run.
+
+        Raises:
+          FileError: if the log cannot be written.
+        """
+        self._log.append(step, figures)
+        if self._tensorboard is not None:
+            self._try(_TENSORBOARD, lambda: self._tensorboard.write(step, figures))
         if self._wandb is not None:
-            self._wandb.log(dict(figures), step=step)
+            self._try(_WANDB, lambda: self._wandb.log(dict(figures), step=step))
 
     def plot(self) -> None:
         """Draws WORKDIR/loss_curve.png."""
-        if self._num_plotted != len(self._records):
-            figure = loss_figure(self._records, title=self._workdir.path.resolve().name)
-            figure.savefig(self._workdir.loss_curve, dpi=120)
-            self._num_plotted = len(self._records)
+        if self._num_plotted != len(self._log.records):
+            self._try(self._workdir.loss_curve.name, self._draw)
+            self._num_plotted = len(self._log.records)
 
     def close(self) -> None:
         """Draws the curve and closes all."""
         self.plot()
-        self._file.close()
-        self._tensorboard.close()
+        self._log.close()
+        if self._tensorboard is not None:
+            self._try(_TENSORBOARD, self._tensorboard.close)
         if self._wandb is not None:
-            self._wandb.finish()
+            self._try(_WANDB, self._wandb.finish)
+
+    def _open_tensorboard(self, start_step: int) -> None:
+        self._tensorboard = EventFile(self._workdir.tensorboard, purge_step=start_step + 1)
+
+    def _open_wandb(self, config: Config) -> None:
+        import wandb
+
+        self._wandb = wandb.init(
+            project=config.training.wandb_project,
+            dir=str(self._workdir.path),
+            name=self._workdir.path.name,
+            id=self._workdir.record().wandb_id,
+            resume="allow",
+            config=config_to_dict(config),
+        )
+
+    def _draw(self) -> None:
+        picture = io.BytesIO()
+        loss_figure(self._log.records, title=self._workdir.path.resolve().name).savefig(picture, dpi=120)
+        write_bytes(self._workdir.loss_curve, picture.getvalue())
+
+    def _try(self, name: str, action: Callable[[], object]) -> None:
+        """Does what a run can do without; the first time that it fails is reported."""
+        try:
+            action()
+        except (OSError, *_wandb_errors()) as error:
+            if name not in self._failed:
+                self._report(f"{name} cannot be written: {explain(error)}. The run goes on without")
+            self._failed.add(name)
+            if name == _TENSORBOARD:  # what follows half a record cannot be read
+                self._tensorboard = None
+            elif name == _WANDB:
+                self._wandb = None
 
 
-def read_log(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that was cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # the last one has no line end
+def _wandb_errors() -> tuple[type[Exception], ...]:
+    """What Weights & Biases raises, if it is in use."""
+    wandb = sys.modules.get("wandb")
+    return () if wandb is None else (wandb.Error,)
 
 
-def loss_figure(records: list[dict[str, Any]], title: str) -> "Figure":
+def loss_figure(records: list[Record], title: str) -> "Figure":
     """A picture of the training and validation losses of a log's records.
 
     A training point is the mean over the steps since the point before; of a log that has no means, it is one step's.
@@ -102,13 +144,13 @@ def loss_figure(records: list[dict[str, Any]], title: str) -> "Figure":
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    training = [(record["step"], record.get("mean_loss", record["loss"])) for record in records if "loss" in record]
-    validation = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    training = [(record["step"], record.get("mean_loss", record.get("loss"))) for record in records]
+    validation = [(record["step"], record.get("validation_loss")) for record in records]
     for points, label, style in (
         (training, "training, mean since the last point", {"linewidth": 1}),
         (validation, "validation", {"linewidth": 2, "marker": "o", "markersize": 4}),
     ):
-        finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+        finite = [(step, loss) for step, loss in points if loss is not None]
         if finite:
             axes.plot(*zip(*finite, strict=True), label=label, **style)
     axes.set_title(title)

@@ -1,5 +1,6 @@
 """A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -7,13 +8,25 @@ import sys
 import jax
 import numpy as np
 
+from rat_jax.checkpoints.owner import Owner, owned
+from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
-from rat_jax.checkpoints.workdir import Workdir, check_same_model, check_same_run
+from rat_jax.checkpoints.workdir import (
+    CheckpointError,
+    Workdir,
+    check_same_model,
+    check_same_run,
+    with_absolute_paths,
+)
 from rat_jax.config import Config
+from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
+from rat_jax.errors import RunStopped
+from rat_jax.files import FileError
+from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, global_batch, make_mesh
-from rat_jax.training.metrics import MetricLog, check_wandb, read_log
+from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor
 from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
 from rat_jax.training.preemption import Preemption
@@ -33,12 +46,21 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     """Trains, or resumes training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
 
     Raises:
-      ConfigError, CheckpointError, DataError: if something does not fit, before anything is written.
+      ConfigError, CheckpointError, DataError, FileError: if something does not fit, or another process owns the
+        workdir, before anything is written.
+      RunStopped: if the system or damaged data end it later; the message says which step is saved.
       NonFiniteError: if the loss or its gradient is no finite number; checkpoints of earlier steps remain.
     """
-    workdir = Workdir(pathlib.Path(workdir))
+    workdir = Workdir(local_path(workdir, "workdir"))
+    config = with_absolute_paths(config)
     check_wandb(config)
-    checkpoints = Checkpoints(workdir, config, _say)
+    workdir.is_new()  # what is no run's is left before anything is written there
+    with owned(workdir.path) as owner:
+        return _train(config, workdir, owner)
+
+
+def _train(config: Config, workdir: Workdir, owner: Owner | None) -> TrainResult:
+    checkpoints = Checkpoints(workdir, config, _say, owner)
     newest = None if workdir.is_new() else checkpoints.peek()
     if newest is not None:
         _check_fits(newest, config, workdir)
@@ -85,32 +107,40 @@ class _Run:
             return TrainResult(num_steps, True, loss)
         is_first_host = jax.process_index() == 0
         if is_first_host:
-            self.workdir.mark(self.config)
-            self.workdir.tokenizer.mkdir(exist_ok=True)
-            self.corpus.tokenizer().save(self.workdir.tokenizer)
+            self.workdir.mark(self.config, self.checkpoints.saved_step)
+            self.workdir.save_tokenizer(self.corpus.tokenizer())
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         _say(_summary(self.config, self.mesh, num_parameters, start))
-        log = MetricLog(self.workdir, self.config, start) if is_first_host else None
+        log = MetricLog(self.workdir, self.config, start, _say) if is_first_host else None
         progress = TrainMonitor(self.config, log, start, num_parameters)
         try:
-            with Preemption() as preemption:
-                result = self._loop(state, start, progress, preemption)
+            with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
+                stack.callback(self.checkpoints.close)
+                if log is not None:
+                    stack.callback(log.close)
+                stack.callback(progress.close)
+                with Preemption() as preemption:
+                    result = self._loop(state, start, progress, preemption)
         except jax.errors.JaxRuntimeError as error:
             if is_out_of_memory(error):
                 _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
             raise
-        finally:
-            progress.close()
-            if log is not None:
-                log.close()
-            self.checkpoints.close()
+        except (CheckpointError, DataError, FileError) as error:
+            raise RunStopped(f"{error}; {self._kept()}") from error
         if result.finished:
             self._report(result.validation_loss)
         return result
 
+    def _kept(self) -> str:
+        """What a run that ends too early leaves."""
+        step = self.checkpoints.saved_step
+        if not step:
+            return "no step was saved yet"
+        return f"step {step} is saved, and the same command goes on from there"
+
     def _restore(self) -> tuple[TrainState, int]:
         """The state to resume from, and the steps it has done."""
-        found = None if self.workdir.is_new() else self.checkpoints.latest()
+        found = self.checkpoints.latest()
         if found is None:
             return initial_state(self.config, self.mesh), 0
         path, manifest = found
@@ -195,7 +225,7 @@ def _validation_loss(workdir: Workdir, step: int) -> float | None:
     losses = [
         record["validation_loss"]
         for record in read_log(workdir.log_file)
-        if record["step"] == step and "validation_fraction" in record
+        if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
     ]
     return losses[-1] if losses else None
 

@@ -1,5 +1,6 @@
 """The training loop: resume equals the uninterrupted run, bad input is refused, bad figures stop it."""
 
+import errno
 import functools
 import json
 import os
@@ -17,14 +18,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rat_jax.checkpoints.manifest import Manifest
+from rat_jax.checkpoints.owner import owned
+from rat_jax.checkpoints.run_log import RunLog
 from rat_jax.checkpoints.store import load_model, save_model
-from rat_jax.checkpoints.workdir import CheckpointError
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import ConfigError, config_to_dict
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.errors import RunStopped
 from rat_jax.evaluation import evaluate
+from rat_jax.files import FileError
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
@@ -193,6 +199,113 @@ class TestResume:
         changed = tiny_config(corpus, training__log_every_steps=3, training__checkpoints_to_keep=1)
         shutil.rmtree(finished_run / "checkpoints/6")
         assert training.train(changed, finished_run).finished
+
+
+class TestWorkdir:
+    """One owner, nothing lost, and the system's refusals."""
+
+    def test_a_second_start_is_refused_and_changes_nothing(self, config, finished_run):
+        shutil.rmtree(finished_run / "checkpoints/6")
+        with owned(finished_run):
+            before = tree(finished_run)
+            with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} .*nothing was changed"):
+                training.train(config, finished_run)
+            assert tree(finished_run) == before
+        assert training.train(config, finished_run).finished
+
+    def test_a_start_while_a_step_is_done(self, config, tmp_path, monkeypatch):
+        def second():
+            before = tree(tmp_path / "run")
+            with pytest.raises(CheckpointError, match="is in use by process"):
+                training.train(config, tmp_path / "run")
+            assert tree(tmp_path / "run") == before
+
+        stop_at(monkeypatch, 2, second)  # before a checkpoint is written in the background
+        assert training.train(config, tmp_path / "run").finished
+        assert not (tmp_path / "run/owner.json").exists()
+
+    def test_bad_lines_in_the_log_do_not_stop_a_run(self, config, finished_run, uninterrupted, capfd):
+        shutil.rmtree(finished_run / "checkpoints/6")
+        log = finished_run / "log.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(b"".join([lines[0], b"\n", lines[1], b"\xff\x00\n", *lines[2:], b'{"step": 6, "lo']))
+        assert training.train(config, finished_run).finished
+        assert "log.jsonl: no record is in line 2, 4, " in capfd.readouterr().err
+        assert_same_run(finished_run, uninterrupted)
+
+    def test_a_run_whose_checkpoints_are_gone_is_not_started_over(self, config, finished_run):
+        shutil.rmtree(finished_run / "checkpoints")
+        before = tree(finished_run)
+        with pytest.raises(CheckpointError, match=r"no good checkpoint is left in .*, though step 6 was"):
+            training.train(config, finished_run)
+        assert tree(finished_run) == before
+
+    @pytest.mark.parametrize("name", ["mark", "save_tokenizer"])
+    def test_a_kill_at_the_very_first_write(self, config, uninterrupted, tmp_path, monkeypatch, name):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Workdir, name, lambda *arguments: kill())
+            training.train(config, tmp_path / "run")
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run/run.json.partial").write_text("{")
+        assert training.train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_a_save_that_fails_stops_the_run_and_says_what_is_kept(self, config, uninterrupted, tmp_path, monkeypatch):
+        write = Manifest.write
+
+        def fail(self, path):
+            if self.step == 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(self, path)
+
+        monkeypatch.setattr(Manifest, "write", fail)
+        message = (
+            r"checkpoints/4 could not be written: No space left on device; make room on its disk; step 2 is saved, and "
+            r"the same command goes on from there$"
+        )
+        with pytest.raises(RunStopped, match=message):
+            training.train(config, tmp_path / "run")
+        monkeypatch.undo()
+        assert training.train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+    def test_a_log_that_cannot_be_written_stops_the_run(self, config, tmp_path, monkeypatch):
+        append = RunLog.append
+
+        def fail(self, step, figures):
+            if step == 4:
+                raise FileError("log.jsonl cannot be written: No space left on device")
+            append(self, step, figures)
+
+        monkeypatch.setattr(RunLog, "append", fail)
+        with pytest.raises(RunStopped, match="No space left on device; step 2 is saved"):
+            training.train(config, tmp_path / "run")
+        assert load_model(tmp_path / "run").step == 2
+
+    def test_data_that_is_damaged_in_mid_run_stops_it(self, config, tmp_path, monkeypatch):
+        def fail():
+            raise DataError("id 31 is outside the vocabulary of 29")
+
+        stop_at(monkeypatch, 2, fail)
+        with pytest.raises(RunStopped, match="outside the vocabulary of 29; no step was saved yet"):
+            training.train(config, tmp_path / "run")
+
+    def test_a_relative_data_path_is_found_from_everywhere(self, corpus, uninterrupted, tmp_path, monkeypatch):
+        monkeypatch.chdir(corpus.parent)
+        training.train(tiny_config(corpus.name), tmp_path / "run")
+        monkeypatch.chdir(tmp_path)
+        loaded = load_model("run")
+        assert loaded.config.data.path == str(corpus)
+        assert json.loads((tmp_path / "run/run.json").read_text())["config"]["data"]["path"] == str(corpus)
+
+    @pytest.mark.parametrize("place", ["file", "file/run", "link"])
+    def test_places_where_nothing_can_be(self, config, tmp_path, place):
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        with pytest.raises((CheckpointError, FileError)) as caught:
+            training.train(config, tmp_path / place)
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 class TestReports:
@@ -383,7 +496,7 @@ class TestCommand:
     def test_data_that_is_not_there_is_such_an_error(self, tmp_path, capsys):
         arguments = [DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere"]
         assert call_script("train.py", *arguments) == 2
-        assert capsys.readouterr().err.startswith("error: nowhere is not a prepared corpus")
+        assert f"error: {pathlib.Path.cwd() / 'nowhere'} is not a prepared corpus" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 

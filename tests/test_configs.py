@@ -184,6 +184,11 @@ OPTIONS = {
     "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
     "optimizer.weight_decay": "tests/training/test_optimizer.py",
     "training.checkpoints_to_keep": "tests/checkpoints/test_store.py",
+    "training.max_skips_in_a_row": "tests/training/test_guards.py",
+    "training.on_non_finite": "tests/training/test_guards.py",
+    "training.on_spike": "tests/training/test_guards.py",
+    "training.spike_factor": "tests/training/test_guards.py",
+    "training.spike_window_steps": "tests/training/test_guards.py",
     "training.wandb_project": "tests/training/test_run.py",
 }
 

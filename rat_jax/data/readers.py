@@ -47,7 +47,9 @@ def _next(iterator: grain.DatasetIterator) -> Any | None:
     try:
         return next(iterator, None)
     except RuntimeError as error:  # Grain's has no class of its own
-        if (death := re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))) is None:
+        if (
+            death := re.search(r"Worker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+        ) is None:
             raise
         raise ReaderError(f"a process that reads the data died: {describe_death(int(death[1]))}") from None
 

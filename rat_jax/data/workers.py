@@ -59,12 +59,13 @@ def check_main(num_workers: int) -> None:
         os._exit(_NO_MAIN_GUARD)
     main = sys.modules["__main__"]
     file = getattr(main, "__file__", None)
-    if num_workers > 0 and file is not None and main.__spec__ is None:
-        if not os.path.exists(os.path.join(multiprocessing.process.ORIGINAL_DIR, file)):
-            raise DataError(
-                f"num_workers is {num_workers}, but workers import the file of the running program, and {file} is no "
-                f"file: write the program to a file, or set num_workers to 0"
-            )
+    if num_workers == 0 or file is None or main.__spec__ is not None:
+        return
+    if not os.path.exists(os.path.join(multiprocessing.process.ORIGINAL_DIR, file)):
+        raise DataError(
+            f"num_workers is {num_workers}, but workers import the file of the running program, and {file} is no file: "
+            f"write the program to a file, or set num_workers to 0"
+        )
 
 
 def describe_death(exit_code: int) -> str:

@@ -85,10 +85,10 @@ def assert_same_run(workdir, other):
 def stop_at(monkeypatch, step, stop):
     """Has `stop` called before optimizer step `step`, counted from 1."""
 
-    def step_or_stop(graphdef, optimizer, num_steps, state, batch):
+    def step_or_stop(graphdef, optimizer, num_steps, state, *rest):
         if int(state.step) + 1 == step:
             stop()
-        return train_step(graphdef, optimizer, num_steps, state, batch)
+        return train_step(graphdef, optimizer, num_steps, state, *rest)
 
     monkeypatch.setattr(training, "train_step", step_or_stop)
 
@@ -293,10 +293,10 @@ class TestBadFigures:
     """Losses that are no numbers, and devices that are too small."""
 
     def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(self, config, tmp_path, monkeypatch):
-        def poisoned(graphdef, optimizer, num_steps, state, batch):
+        def poisoned(graphdef, optimizer, num_steps, state, batch, max_loss):
             if int(state.step) == 3:
                 batch = batch._replace(loss_weights=batch.loss_weights * jnp.nan)
-            return train_step(graphdef, optimizer, num_steps, state, batch)
+            return train_step(graphdef, optimizer, num_steps, state, batch, max_loss)
 
         monkeypatch.setattr(training, "train_step", poisoned)
         with pytest.raises(NonFiniteError, match="loss is nan at step 4"):

@@ -91,13 +91,12 @@ class Guard:
         if action == "stopped":
             skipping = "" if "param_norm" in bad else "; training.on_non_finite='skip' leaves such batches out"
             raise NonFiniteError(
-                f"{problem}; the checkpoints before it are good. A lower optimizer.learning_rate or a longer warm-up "
-                f"is the usual remedy{skipping}"
+                f"{problem}; a lower optimizer.learning_rate or a longer warm-up is the usual remedy{skipping}"
             )
         if self._in_a_row > config.max_skips_in_a_row:
             raise BadBatchesError(
                 f"{problem}, and the {config.max_skips_in_a_row} steps before it were skipped, too: more than "
-                f"training.max_skips_in_a_row. The checkpoints before them are good"
+                f"training.max_skips_in_a_row allows"
             )
         return f"{problem}: {action}"
 

@@ -62,8 +62,8 @@ class TrainMonitor:
         Raises:
           NonFiniteError, BadBatchesError: if those end the run.
         """
-        self.settle()
-        self._pending = (done, metrics)
+        before, self._pending = self._pending, (done, metrics)
+        self._handle(before)
 
     def settle(self) -> None:
         """Waits for the figures of the last step and handles them.
@@ -71,9 +71,13 @@ class TrainMonitor:
         Raises:
           NonFiniteError, BadBatchesError: if they end the run.
         """
-        if self._pending is None:
+        before, self._pending = self._pending, None
+        self._handle(before)
+
+    def _handle(self, started: tuple[int, StepMetrics] | None) -> None:
+        if started is None:
             return
-        (done, metrics), self._pending = self._pending, None
+        done, metrics = started
         figures = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         updated = bool(figures.pop("updated"))
         if (message := self._guard.judge(done, figures, updated=updated)) is not None:
@@ -116,8 +120,8 @@ class TrainMonitor:
         """
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"validation loss is {loss} after step {done}; checkpoints of steps whose validation loss is finite "
-                f"are good. A lower optimizer.learning_rate or a longer warm-up is the usual remedy"
+                f"validation loss is {loss} after step {done}; a lower optimizer.learning_rate or a longer warm-up is "
+                f"the usual remedy"
             )
         perplexity = math.exp(min(loss, 700.0))
         self.say(

@@ -17,12 +17,13 @@ from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, 
 from rat_jax.data.workers import check_main
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import explain
+from rat_jax.interrupts import Interrupts, caught
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.metrics import MetricLog, check_wandb, read_log
 from rat_jax.training.monitor import TrainMonitor
 from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
-from rat_jax.training.preemption import Preemption
+from rat_jax.training.preemption import agreed
 from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
 
@@ -39,7 +40,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     """Trains, or resumes training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
 
     A signal (SIGINT, SIGTERM) ends it after the step that is under way, which is saved; before the first step of this
-    start, with KeyboardInterrupt.
+    start as `rat_jax.interrupts.caught` says.
 
     Raises:
       ConfigError, CheckpointError, DataError: if something does not fit, before anything is written.
@@ -47,11 +48,11 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
         this kind: the loss or its gradient is no finite number.
     """
     check_main(config.data.num_workers)
-    with Preemption() as preemption:
-        return _start(config, workdir, preemption)
+    with caught() as interrupts:
+        return _start(config, workdir, interrupts)
 
 
-def _start(config: Config, workdir: pathlib.Path | str, preemption: Preemption) -> TrainResult:
+def _start(config: Config, workdir: pathlib.Path | str, interrupts: Interrupts) -> TrainResult:
     workdir = Workdir(pathlib.Path(workdir))
     check_wandb(config)
     checkpoints = Checkpoints(workdir, config, _say)
@@ -72,7 +73,7 @@ def _start(config: Config, workdir: pathlib.Path | str, preemption: Preemption) 
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish(preemption)
+            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish(interrupts)
     finally:
         data.close()
 
@@ -91,7 +92,7 @@ class _Run:
         self.graphdef = abstract_model(config.model)[0]
         self.guard = Guard(config.training, self._note_bad_batch)
 
-    def finish(self, preemption: Preemption) -> TrainResult:
+    def finish(self, interrupts: Interrupts) -> TrainResult:
         """Does the steps that remain."""
         state, start = self._restore()
         num_steps = self.config.training.num_steps
@@ -110,8 +111,7 @@ class _Run:
         log = MetricLog(self.workdir, self.config, start) if is_first_host else None
         progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
         try:
-            preemption.hold()
-            result = _Loop(self, state, start, progress, preemption).run()
+            result = _Loop(self, state, start, progress, interrupts).run()
         except jax.errors.JaxRuntimeError as error:
             if is_out_of_memory(error):
                 _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
@@ -165,13 +165,13 @@ class _Run:
 class _Loop:
     """The steps of a run, from the state that one start found to the end of that start."""
 
-    def __init__(self, run: _Run, state: TrainState, start: int, progress: TrainMonitor, preemption: Preemption):
+    def __init__(self, run: _Run, state: TrainState, start: int, progress: TrainMonitor, interrupts: Interrupts):
         self._run = run
         self._training = run.config.training
         self._state = state
         self._done = self._saved = start  # steps: started, and handed to the checkpoints
         self._progress = progress
-        self._preemption = preemption
+        self._interrupts = interrupts
         self._validated = _validation_loss(run.workdir, start) is not None  # else a kill came between the two
 
     def run(self) -> TrainResult:
@@ -185,10 +185,9 @@ class _Loop:
                 pass
             self._run.checkpoints.wait()
             return result
-        except RunStopped:  # of bad figures: this state is not worth saving
-            raise
         except (RatJaxError, OSError) as error:
-            raise RunStopped(f"{_in_words(error)}. {self._rescue(error)}") from error
+            kind = type(error) if isinstance(error, RunStopped) else RunStopped
+            raise kind(f"{_in_words(error)}. {self._rescue(error)}") from error
 
     def _turn(self) -> TrainResult | None:
         """What is due after the steps done, and one step more; returns the result where none is to follow."""
@@ -200,7 +199,7 @@ class _Loop:
             loss = self._validate()
         if done == training.num_steps and loss is not None:
             return TrainResult(done, True, loss)
-        if self._preemption.agreed(done, training.log_every_steps):
+        if agreed(self._interrupts, done, training.log_every_steps):
             if done > self._saved:
                 self._save()
             self._run.checkpoints.wait()
@@ -216,6 +215,7 @@ class _Loop:
                 batch,
                 self._run.guard.max_loss(done + 1),
             )
+        self._interrupts.note()  # there is a step to save
         self._done, self._validated = done + 1, False
         progress.step(done + 1, metrics)
         return None
@@ -233,7 +233,7 @@ class _Loop:
         sums = []
         with self._progress.pause(), contextlib.closing(iter(self._run.validation)) as batches:
             for batch in batches:
-                if jax.process_count() == 1 and self._preemption.requested:
+                if jax.process_count() == 1 and self._interrupts.requested:
                     return None
                 with self._progress.calling("validation loss"):
                     batch = global_batch(batch, self._run.mesh)
@@ -245,18 +245,18 @@ class _Loop:
     def _rescue(self, error: Exception) -> str:
         """Saves what was done before an error, if that is good and not what failed; says what is saved."""
         failures = ""
+        is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
         try:
-            self._progress.settle()
             # Saving is done by all hosts together, and the others may not know of the error.
-            if self._done > self._saved and jax.process_count() == 1 and not isinstance(error, CheckpointError):
+            if is_good and self._done > self._saved and jax.process_count() == 1:
                 self._save()
             self._run.checkpoints.wait()
         except (RatJaxError, OSError) as another:
             failures = f"{_in_words(another)}. "
         newest = self._run.checkpoints.peek()
-        if newest is None:
+        if newest is None or newest.data is None:
             return f"{failures}No step is saved"
-        return f"{failures}Step {newest.step} is saved, and the same command resumes there"
+        return f"{failures}Step {newest.step} is saved: the same command goes on from there"
 
 
 def _in_words(error: Exception) -> str:

@@ -25,10 +25,10 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.evaluation import evaluate
+from rat_jax.interrupts import INTERRUPTED
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
-from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 from rat_jax.training.step import batch_loss, initial_state, train_step
 from tests.commands import call_script, run_script
 from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
@@ -398,4 +398,4 @@ def train_command(folder, config):
 
 
 def test_interrupted_exit_code_is_the_documented_one():
-    assert PREEMPTED_EXIT_CODE == os.EX_TEMPFAIL
+    assert INTERRUPTED == os.EX_TEMPFAIL

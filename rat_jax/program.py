@@ -13,7 +13,7 @@ from absl import app, flags, logging
 
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import explain
-from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, catch, ignore
+from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, catch, caught, ignore
 
 FAILED, REFUSED = 1, 2
 
@@ -40,7 +40,8 @@ def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None
 def exit_code(body: Callable[[], int | None]) -> int:
     """The exit code of a program; whatever a user can mend is printed as one line, `error: ...`."""
     try:
-        return body() or 0
+        with caught():
+            return body() or 0
     except RunStopped as error:
         return _failed(error, FAILED)
     except RatJaxError as error:

@@ -174,7 +174,7 @@ class TrainData(Iterator[Batch]):
         num_batches = sys.maxsize // config.global_batch_size
         batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
         _require_targets(windows, range(self.num_records))
-        self._order = order
+        self.windows, self._order = windows, order
         self._batches = grain.MapDataset.source(batches)
         self._num_workers = config.num_workers
         self._next_batch = 0

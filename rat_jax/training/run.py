@@ -249,6 +249,8 @@ class _Loop:
         try:
             # Saving is done by all hosts together, and the others may not know of the error.
             if is_good and self._done > self._saved and jax.process_count() == 1:
+                with contextlib.suppress(OSError):  # of the log, which does not make the state a bad one
+                    self._progress.settle()
                 self._save()
             self._run.checkpoints.wait()
         except (RatJaxError, OSError) as another:

@@ -25,7 +25,6 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.evaluation import evaluate
-from rat_jax.interrupts import INTERRUPTED
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
@@ -395,7 +394,3 @@ def train_command(folder, config):
         f"def get_config():\n    return config_dict.ConfigDict({config_to_dict(config)!r})\n"
     )
     return [sys.executable, "train.py", f"--config={file}", f"--workdir={folder / 'run'}"]
-
-
-def test_interrupted_exit_code_is_the_documented_one():
-    assert INTERRUPTED == os.EX_TEMPFAIL

@@ -15,8 +15,8 @@ from ml_collections import config_flags
 
 from rat_jax.config import Config, ConfigError, config_from_dict
 from rat_jax.errors import RatJaxError
+from rat_jax.interrupts import INTERRUPTED
 from rat_jax.training import NonFiniteError, train
-from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "file with get_config()", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, log, loss curve")
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not result.finished:
-        sys.exit(PREEMPTED_EXIT_CODE)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ def get_config() -> config_dict.ConfigDict:
     config.training.checkpoint_every_steps = 350
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
+    config.training.on_non_finite = "stop"
+    config.training.on_spike = "ignore"
+    config.training.spike_factor = 2.0
+    config.training.spike_window_steps = 100
+    config.training.max_skips_in_a_row = 10
 
     config.mesh = config_dict.ConfigDict()
     config.mesh.data = 1

@@ -117,8 +117,11 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 8e-4  # peak
-    min_learning_rate: float = 1e-6  # at the last step
-    warmup_fraction: float = 0.05  # of all steps
+    # Where the cosine ends, one step after the last: the last step's is a little higher (`rat_jax.training.optimizer`).
+    min_learning_rate: float = 1e-6
+    warmup_fraction: float = (
+        0.05  # of all steps; the first has learning_rate / (steps of the warm-up), or learning_rate
+    )
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -143,7 +146,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, and what to report and keep on the way."""
+    """How long to train, what to report and keep on the way, and what becomes of bad batches.
+
+    A skipped batch leaves parameters and optimizer state as they are, bit for bit; the order of the data and the number
+    of steps stay.
+    """
 
     num_steps: int
     log_every_steps: int = 10
@@ -152,12 +159,18 @@ class TrainingConfig:
     checkpoint_every_steps: int = 1000
     checkpoints_to_keep: int = 2  # the newest ones
     wandb_project: str | None = None  # log to this Weights & Biases project too
+    on_non_finite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no finite number
+    on_spike: Literal["ignore", "report", "skip"] = "ignore"  # a loss far above those before it
+    spike_factor: float = 2.0  # a spike is above so many times the median ...
+    spike_window_steps: int = 100  # ... of the losses of so many steps
+    max_skips_in_a_row: int = 10  # the next one ends the run
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "wandb_project":
+            if field.type is int:
                 require(value >= 1, f"{field.name} must be 1 or more, got {value}")
+        require(self.spike_factor > 1, f"spike_factor must be above 1, got {self.spike_factor}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +203,11 @@ class Config:
             self.data.global_batch_size % self.optimizer.accumulation_steps == 0,
             f"data.global_batch_size must be a multiple of optimizer.accumulation_steps, got "
             f"{self.data.global_batch_size} and {self.optimizer.accumulation_steps}",
+        )
+        require(
+            self.data.first_target_id < self.model.vocab_size,
+            f"data.first_target_id must be below model.vocab_size {self.model.vocab_size}, or no target counts; got "
+            f"{self.data.first_target_id}",
         )
 
 

@@ -13,8 +13,9 @@ from absl import app, flags, logging
 
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import explain
+from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, catch, caught, ignore
 
-FAILED, REFUSED, INTERRUPTED = 1, 2, 75
+FAILED, REFUSED = 1, 2
 
 
 class FlagError(RatJaxError, ValueError):
@@ -28,15 +29,19 @@ def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None
       body: the program; returns its exit code, None for 0.
       required: flags that must be given. They are checked after `--help`.
     """
+    catch()
     logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     app.define_help_flags()
-    sys.exit(exit_code(lambda: _parse_and_run(body, required)))
+    code = exit_code(lambda: _parse_and_run(body, required))
+    ignore()
+    sys.exit(code)
 
 
 def exit_code(body: Callable[[], int | None]) -> int:
     """The exit code of a program; whatever a user can mend is printed as one line, `error: ...`."""
     try:
-        return body() or 0
+        with caught():
+            return body() or 0
     except RunStopped as error:
         return _failed(error, FAILED)
     except RatJaxError as error:
@@ -45,7 +50,7 @@ def exit_code(body: Callable[[], int | None]) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         return _failed(f"{where}{explain(error)}", FAILED)
     except KeyboardInterrupt:
-        print("interrupted before anything was changed; the same command starts again", file=sys.stderr)
+        print(NOTHING_LOST, file=sys.stderr)
         return INTERRUPTED
 
 

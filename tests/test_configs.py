@@ -67,6 +67,8 @@ def test_round_trip():
         ("model.width", 128.5, "config.model.width must be of type int, got 128.5"),
         ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate must be finite"),
         ("optimizer.accumulation_steps", 3, "data.global_batch_size must be a multiple of optimizer.accumulation_"),
+        ("data.first_target_id", 2048, "config.data.first_target_id must be below model.vocab_size 2048, or no target"),
+        ("training.on_spike", "stop", "config.training.on_spike must be one of 'ignore', 'report', 'skip'"),
         ("mesh.data", 0, "config.mesh.data must be 1 or more, or -1, got 0"),
     ],
 )
@@ -215,6 +217,11 @@ OPTIONS = {
     "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
     "optimizer.weight_decay": "tests/training/test_optimizer.py",
     "training.checkpoints_to_keep": "tests/checkpoints/test_store.py",
+    "training.max_skips_in_a_row": "tests/training/test_guards.py",
+    "training.on_non_finite": "tests/training/test_guards.py",
+    "training.on_spike": "tests/training/test_guards.py",
+    "training.spike_factor": "tests/training/test_guards.py",
+    "training.spike_window_steps": "tests/training/test_guards.py",
     "training.wandb_project": "tests/training/test_run.py",
 }
 

@@ -10,6 +10,8 @@ log.jsonl             one JSON object a line: figures of training steps and of v
                       since the line before (or since the start of the process); `validation_fraction` is the part of
                       the split that `validation_loss` was measured on
 log.jsonl.bad         lines of it that were no records
+bad_batches.jsonl     the records of batches with a loss or gradient that is no finite number, or a spike of the loss
+                      (`rat_jax.training.guards`); a step that was done twice may be there twice
 tensorboard/          the same for TensorBoard
 loss_curve.png
 """
@@ -32,13 +34,19 @@ FORMAT_VERSION = 1
 OWNER_FILE = "owner.json"
 _FORMAT_KEY = "rat_jax_format_version"
 
-# Fields that decide what is reported, kept or where it runs, not what is computed: a run may resume with others.
+# Fields that decide what is reported, kept or where it runs, not what is computed: a run may resume with others. So it
+# may with those that say what becomes of a bad batch.
 _FREE_FIELDS = (
     "training.log_every_steps",
     "training.validate_every_steps",
     "training.checkpoint_every_steps",
     "training.checkpoints_to_keep",
     "training.wandb_project",
+    "training.on_non_finite",
+    "training.on_spike",
+    "training.spike_factor",
+    "training.spike_window_steps",
+    "training.max_skips_in_a_row",
     "data.num_workers",
     "data.path",  # the data's fingerprint is compared instead
     "optimizer.accumulation_steps",
@@ -74,6 +82,10 @@ class Workdir:
     @property
     def log_file(self) -> pathlib.Path:
         return self.path / "log.jsonl"
+
+    @property
+    def bad_batches_file(self) -> pathlib.Path:
+        return self.path / "bad_batches.jsonl"
 
     @property
     def tensorboard(self) -> pathlib.Path:

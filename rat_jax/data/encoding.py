@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Split
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.data.workers import describe_death, follow_parent, shielded
 
 _BATCH_CHARACTERS = 1 << 20  # of documents that a worker gets at a time
 
@@ -78,16 +80,23 @@ def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, n
         initializer=_start_worker,
         initargs=(encoder,),
     )
+    workers: set[multiprocessing.process.BaseProcess] = set()
     under_way: collections.deque[concurrent.futures.Future[list[Part]]] = collections.deque()
     try:
         for batch in _batches(documents):
-            under_way.append(pool.submit(_encode_in_worker, batch))
+            before = set(multiprocessing.active_children())
+            with shielded():  # a worker is started when there is work for it
+                under_way.append(pool.submit(_encode_in_worker, batch))
+            workers |= set(multiprocessing.active_children()) - before
             if len(under_way) >= 2 * num_workers:
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise DataError("a process that encodes died, perhaps for want of memory: use fewer --num_workers") from None
+        pool.shutdown()  # it ends the other workers with SIGTERM, and waits for them
+        codes = {worker.exitcode for worker in workers} - {None, 0}
+        first = min(codes, key=lambda code: code == -signal.SIGTERM, default=0)
+        raise DataError(f"a process that encodes died: {describe_death(first)}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -105,6 +114,7 @@ def _batches(documents: Iterable[tuple[Split | None, str]]) -> Iterator[list[tup
 
 
 def _start_worker(encoder: Encoder) -> None:
+    follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
     _worker_encoder.append(encoder)
 

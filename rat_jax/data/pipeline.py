@@ -17,16 +17,15 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from absl import flags
 from jaxtyping import Array, Float32, Int32
 
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus, Split
+from rat_jax.data.readers import read
 from rat_jax.data.token_file import TokenFile
 
 FORMAT_VERSION = 1  # of the order and the content of batches
-_BATCHES_AHEAD = 2  # that a reading thread or process may be ahead of what was asked for
 
 
 class Batch(NamedTuple):
@@ -84,6 +83,11 @@ class Windows:
             loss_weights=(is_token & ~is_end & (targets >= self.first_target_id)).astype(np.float32),
             segment_ids=segment_ids,
         )
+
+    def has_target(self, index: int) -> bool:
+        """Whether a target of a record counts in the loss."""
+        ids = self.file.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+        return bool(((ids[1:] >= self.first_target_id) & (ids[:-1] != self.file.header.eos_id)).any())
 
     def _check(self, ids: np.ndarray, index: int) -> None:
         vocab_size = self.file.header.vocab_size
@@ -169,15 +173,22 @@ class TrainData(Iterator[Batch]):
         first_row, num_rows = _local_rows(config.global_batch_size, process_index, process_count)
         num_batches = sys.maxsize // config.global_batch_size
         batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
+        _require_targets(windows, range(self.num_records))
+        self.windows, self._order = windows, order
         self._batches = grain.MapDataset.source(batches)
         self._num_workers = config.num_workers
         self._next_batch = 0
-        self._iterator = _read(self._batches, 0, self._num_workers)
+        self._iterator = read(self._batches, 0, self._num_workers)
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)
         self._next_batch += 1
         return batch
+
+    def records(self, batch: int) -> list[int]:
+        """The records of a global batch, those of all hosts."""
+        size = self.fingerprint["global_batch_size"]
+        return [int(self._order[i]) for i in range(batch * size, (batch + 1) * size)]
 
     def state(self) -> dict[str, Any]:
         """The iterator's position, as values that JSON can hold: equal on all hosts."""
@@ -194,7 +205,7 @@ class TrainData(Iterator[Batch]):
         check_fingerprint(state["fingerprint"], self.fingerprint)
         self._iterator.close()
         self._next_batch = int(state["next_batch"])
-        self._iterator = _read(self._batches, self._next_batch, self._num_workers)
+        self._iterator = read(self._batches, self._next_batch, self._num_workers)
 
     def close(self) -> None:
         """Ends reading processes and threads."""
@@ -229,6 +240,7 @@ class ValidationData:
         if max_batches is not None and max_batches < num_batches:
             num_batches, num_rows = max_batches, max_batches * config.global_batch_size
             order = [(2 * i + 1) * self.num_records // (2 * num_rows) for i in range(num_rows)]
+        _require_targets(windows, order)
         self._num_taken = min(num_rows, self.num_records)
         first_row, num_local_rows = _local_rows(config.global_batch_size, process_index, process_count)
         batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_local_rows)
@@ -244,7 +256,7 @@ class ValidationData:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _read(self._batches, 0, self._num_workers)
+        return read(self._batches, 0, self._num_workers)
 
 
 def describe_coverage(fraction: float) -> str:
@@ -277,6 +289,16 @@ def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows:
     return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
 
 
+def _require_targets(windows: Windows, order: Sequence[int]) -> None:
+    """Refuses records of which no target counts: nothing can be learned from them, and they have no mean loss."""
+    if any(windows.has_target(index) for index in order):
+        return
+    raise DataError(
+        f"{windows.file.path}: no target counts in the loss, since none has an id of data.first_target_id "
+        f"{windows.first_target_id} or more that does not follow the end of a document; lower data.first_target_id"
+    )
+
+
 def _local_rows(global_batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:
     """First row and number of rows of this host."""
     process_index = jax.process_index() if process_index is None else process_index
@@ -288,14 +310,3 @@ def _local_rows(global_batch_size: int, process_index: int | None, process_count
         )
     num_rows = global_batch_size // process_count
     return process_index * num_rows, num_rows
-
-
-def _read(batches: grain.MapDataset, first: int, num_workers: int) -> grain.DatasetIterator:
-    """The batches from number `first` on, read ahead by one thread, or by `num_workers` processes."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
-    dataset = batches[first:].to_iter_dataset(options)
-    if num_workers > 0:
-        if not flags.FLAGS.is_parsed():  # as in library use: Grain's workers look at flags, which then have defaults
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD))
-    return iter(dataset)

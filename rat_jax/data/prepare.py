@@ -25,6 +25,7 @@ from rat_jax.data.new_folder import new_folder
 from rat_jax.data.sources import ReadOptions, parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
 from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer, train_bpe
+from rat_jax.data.workers import check_main
 
 _RELEASE_BIN = "release-bin:"
 
@@ -81,6 +82,7 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
     Raises:
       DataError: naming what is wrong; `out` is then as it was.
     """
+    check_main(num_workers)
     _check(settings)
     if num_workers < 0:
         raise DataError(f"--num_workers must be 0 or more, got {num_workers}")

@@ -1,4 +1,4 @@
-"""What a run shows and records while it goes: progress bar, log, throughput; and the check that figures are finite."""
+"""What a run shows and records while it goes: progress bar, log, throughput."""
 
 import contextlib
 import math
@@ -11,14 +11,10 @@ import tqdm
 
 from rat_jax.config import Config
 from rat_jax.data.pipeline import describe_coverage
-from rat_jax.errors import RatJaxError
 from rat_jax.flops import mfu
+from rat_jax.training.guards import Guard, NonFiniteError
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
-
-
-class NonFiniteError(RatJaxError, ArithmeticError):
-    """A loss or a gradient that is not a finite number; the message names the step."""
 
 
 class TrainMonitor:
@@ -27,20 +23,24 @@ class TrainMonitor:
     Hosts other than the first only check figures.
     """
 
-    def __init__(self, config: Config, log: MetricLog | None, start_step: int, num_parameters: int):
+    def __init__(self, config: Config, guard: Guard, log: MetricLog | None, start_step: int, num_parameters: int):
         """Starts the bar.
 
         Args:
           config: of the run.
+          guard: judges the figures.
           log: where figures go; None on hosts other than the first.
           start_step: steps done already.
           num_parameters: of the model, for the MFU.
         """
         self._config = config
+        self._guard = guard
         self._log = log
         self._num_parameters = num_parameters
         self._pending: tuple[int, StepMetrics] | None = None
-        self._clock_step, self._clock_secs = None, 0.0  # where the throughput's measure starts
+        # Where the throughput's measure starts: the last record. The time to the first one is no measure, since it
+        # holds first calls, after which the device is ahead of the host or behind it.
+        self._clock_step, self._clock_secs = None, 0.0
         self._speed_text = ""
         self._losses: list[float] = []  # of the steps since the last record
         self._called: set[str] = set()  # compiled programs
@@ -60,44 +60,45 @@ class TrainMonitor:
         """Takes the figures of the step just started, and handles those of the step before.
 
         Raises:
-          NonFiniteError: if those are not finite.
+          NonFiniteError, BadBatchesError: if those end the run.
         """
-        self.settle()
-        self._pending = (done, metrics)
+        before, self._pending = self._pending, (done, metrics)
+        self._handle(before)
 
     def settle(self) -> None:
         """Waits for the figures of the last step and handles them.
 
         Raises:
-          NonFiniteError: if they are not finite.
+          NonFiniteError, BadBatchesError: if they end the run.
         """
-        if self._pending is None:
+        before, self._pending = self._pending, None
+        self._handle(before)
+
+    def _handle(self, started: tuple[int, StepMetrics] | None) -> None:
+        if started is None:
             return
-        (done, metrics), self._pending = self._pending, None
-        figures = {name: float(value) for name, value in metrics._asdict().items()}
-        for name in ("loss", "grad_norm", "param_norm"):
-            if not math.isfinite(figures[name]):
-                raise NonFiniteError(
-                    f"{name} is {figures[name]} at step {done}; the checkpoints before it are good. A lower "
-                    f"optimizer.learning_rate or a longer warm-up is the usual remedy"
-                )
-        self._losses.append(figures["loss"])
+        done, metrics = started
+        figures = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+        updated = bool(figures.pop("updated"))
+        if (message := self._guard.judge(done, figures, updated=updated)) is not None:
+            self.say(message)
+        if updated:
+            self._losses.append(figures["loss"])
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {figures['loss']:.3f}{self._speed_text}", refresh=False)
-        if self._clock_step is None:  # the first step compiles
-            self._clock_step, self._clock_secs = done, time.perf_counter()
         if done % self._config.training.log_every_steps == 0:
             self._record(done, figures)
 
     def _record(self, done: int, figures: dict[str, float]) -> None:
         tokens_per_step = self._config.data.global_batch_size * self._config.data.seq_len
-        record = figures | {
-            "mean_loss": math.fsum(self._losses) / len(self._losses),
-            "tokens": done * tokens_per_step,
-        }
+        record = {name: value for name, value in figures.items() if math.isfinite(value)}
+        if self._losses:
+            record["mean_loss"] = math.fsum(self._losses) / len(self._losses)
+        record |= {"tokens": done * tokens_per_step, "skipped_steps": self._guard.num_skipped}
         self._losses.clear()
-        now, steps = time.perf_counter(), done - self._clock_step
-        if steps > 0:
+        now = time.perf_counter()
+        if self._clock_step is not None:
+            steps = done - self._clock_step
             secs_per_step = (now - self._clock_secs) / steps
             record["tokens_per_sec"] = tokens_per_step / secs_per_step
             self._speed_text = f", {record['tokens_per_sec']:,.0f} tokens/s"
@@ -112,7 +113,16 @@ class TrainMonitor:
             self._log.write(done, record)
 
     def validation(self, done: int, loss: float, fraction: float) -> None:
-        """Shows and records a validation on a fraction of the split."""
+        """Shows and records a validation on a fraction of the split.
+
+        Raises:
+          NonFiniteError: if its loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"validation loss is {loss} after step {done}; a lower optimizer.learning_rate or a longer warm-up is "
+                f"the usual remedy"
+            )
         perplexity = math.exp(min(loss, 700.0))
         self.say(
             f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}, on {describe_coverage(fraction)}"

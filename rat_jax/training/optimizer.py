@@ -15,7 +15,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     """Learning rate at step s = 0, 1, ..., num_steps - 1, float32.
 
     With w = floor(warmup_fraction num_steps): learning_rate (s + 1) / w for s < w, then
-    min + (learning_rate - min) (1 + cos(pi (s - w) / (num_steps - w))) / 2.
+    min + (learning_rate - min) (1 + cos(pi (s - w) / (num_steps - w))) / 2. The first value is learning_rate / w, or
+    learning_rate without a warm-up; min is the value at s = num_steps, which no step has.
     """
     warmup = math.floor(config.warmup_fraction * num_steps + 1e-6)  # 0.29 * 100 is 28.999...
     peak, least = config.learning_rate, config.min_learning_rate

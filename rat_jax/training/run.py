@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -22,14 +23,17 @@ from rat_jax.config import Config
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
-from rat_jax.errors import RunStopped
-from rat_jax.files import FileError
+from rat_jax.data.workers import check_main
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.files import FileError, explain
+from rat_jax.interrupts import Interrupts, caught
 from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, global_batch, make_mesh
+from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor
 from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
-from rat_jax.training.preemption import Preemption
+from rat_jax.training.preemption import agreed
 from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
 
@@ -45,21 +49,28 @@ class TrainResult:
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     """Trains, or resumes training, in a workdir; see `rat_jax.checkpoints.workdir` for what it then holds.
 
+    A signal (SIGINT, SIGTERM) ends it after the step that is under way, which is saved; before the first step of this
+    start as `rat_jax.interrupts.caught` says.
+
     Raises:
       ConfigError, CheckpointError, DataError, FileError: if something does not fit, or another process owns the
         workdir, before anything is written.
-      RunStopped: if the system or damaged data end it later; the message says which step is saved.
-      NonFiniteError: if the loss or its gradient is no finite number; checkpoints of earlier steps remain.
+      RunStopped: if what had begun cannot go on; the message says why, and which step is saved. NonFiniteError is of
+        this kind: the loss or its gradient is no finite number.
     """
-    workdir = Workdir(local_path(workdir, "workdir"))
-    config = with_absolute_paths(config)
+    check_main(config.data.num_workers)
+    with caught() as interrupts:
+        return _start(with_absolute_paths(config), Workdir(local_path(workdir, "workdir")), interrupts)
+
+
+def _start(config: Config, workdir: Workdir, interrupts: Interrupts) -> TrainResult:
     check_wandb(config)
     workdir.is_new()  # what is no run's is left before anything is written there
     with owned(workdir.path) as owner:
-        return _train(config, workdir, owner)
+        return _train(config, workdir, owner, interrupts)
 
 
-def _train(config: Config, workdir: Workdir, owner: Owner | None) -> TrainResult:
+def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: Interrupts) -> TrainResult:
     checkpoints = Checkpoints(workdir, config, _say, owner)
     newest = None if workdir.is_new() else checkpoints.peek()
     if newest is not None:
@@ -78,7 +89,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None) -> TrainResult
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish()
+            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish(interrupts)
     finally:
         data.close()
 
@@ -95,8 +106,9 @@ class _Run:
         self.data: TrainData = data
         self.validation: ValidationData = validation
         self.graphdef = abstract_model(config.model)[0]
+        self.guard = Guard(config.training, self._note_bad_batch)
 
-    def finish(self) -> TrainResult:
+    def finish(self, interrupts: Interrupts) -> TrainResult:
         """Does the steps that remain."""
         state, start = self._restore()
         num_steps = self.config.training.num_steps
@@ -112,15 +124,14 @@ class _Run:
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         _say(_summary(self.config, self.mesh, num_parameters, start))
         log = MetricLog(self.workdir, self.config, start, _say) if is_first_host else None
-        progress = TrainMonitor(self.config, log, start, num_parameters)
+        progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
                 stack.callback(self.checkpoints.close)
                 if log is not None:
                     stack.callback(log.close)
                 stack.callback(progress.close)
-                with Preemption() as preemption:
-                    result = self._loop(state, start, progress, preemption)
+                result = _Loop(self, state, start, progress, interrupts).run()
         except jax.errors.JaxRuntimeError as error:
             if is_out_of_memory(error):
                 _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
@@ -150,55 +161,17 @@ class _Run:
             _say(f"starting from the model in {path}")
             return initial_state(self.config, self.mesh, params), 0
         self.data.restore(manifest.data)
+        if "guard" in manifest.data:  # runs of earlier versions had none
+            self.guard.restore(manifest.data["guard"])
         opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
         if manifest.step < self.config.training.num_steps:
             _say(f"going on from {path}")
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step
 
-    def _loop(self, state: TrainState, start: int, progress: TrainMonitor, preemption: Preemption) -> TrainResult:
-        training = self.config.training
-        done, saved, loss = start, start, None
-        validated = _validation_loss(self.workdir, start) is not None  # else a kill came between the two
-        while True:
-            if done > saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
-                self._save(done, state, progress)
-                saved = done
-            is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
-            if is_due and not validated:
-                loss = self._validate(done, state, progress, preemption)
-            if done == training.num_steps and loss is not None:
-                return TrainResult(done, True, loss)
-            if preemption.agreed(done, training.log_every_steps):
-                if done > saved:
-                    self._save(done, state, progress)
-                self.checkpoints.wait()
-                progress.say(f"interrupted after step {done}; the same command resumes there")
-                return TrainResult(done, False, None)
-            batch = global_batch(next(self.data), self.mesh)
-            with progress.calling("training step"):
-                state, metrics = train_step(self.graphdef, self.config.optimizer, training.num_steps, state, batch)
-            done, validated = done + 1, False
-            progress.step(done, metrics)
-
-    def _save(self, done: int, state: TrainState, progress: TrainMonitor) -> None:
-        progress.settle()  # nothing is saved after a step that was not finite
-        with progress.pause():
-            self.checkpoints.save(done, state.params, state.opt_state, self.data.state())
-
-    def _validate(self, done: int, state: TrainState, progress: TrainMonitor, preemption: Preemption) -> float | None:
-        """Mean loss of the validation data; None if a signal came meanwhile."""
-        progress.settle()
-        sums = []
-        with progress.pause():
-            for batch in self.validation:
-                if jax.process_count() == 1 and preemption.requested:
-                    return None
-                with progress.calling("validation loss"):
-                    sums.append(batch_loss(self.graphdef, state.params, global_batch(batch, self.mesh)))
-            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
-        progress.validation(done, loss, self.validation.fraction)
-        return loss
+    def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
+        if jax.process_index() == 0:
+            write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
 
     def _report(self, loss: float) -> None:
         """Compares the last validation loss with the entropy of single bytes."""
@@ -211,6 +184,111 @@ class _Run:
         if not is_bytes:
             _say(f"validation loss {per_byte:.4f} nats a byte")
         _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {per_byte / entropy:.1%} of it")
+
+
+class _Loop:
+    """The steps of a run, from the state that one start found to the end of that start."""
+
+    def __init__(self, run: _Run, state: TrainState, start: int, progress: TrainMonitor, interrupts: Interrupts):
+        self._run = run
+        self._training = run.config.training
+        self._state = state
+        self._done = self._saved = start  # steps: started, and handed to the checkpoints
+        self._progress = progress
+        self._interrupts = interrupts
+        self._validated = _validation_loss(run.workdir, start) is not None  # else a kill came between the two
+
+    def run(self) -> TrainResult:
+        """Steps, saves and validates as the config says, until the last step or a signal.
+
+        Raises:
+          RunStopped: whatever the reason, saying which step is saved; that of the last good state where it can be.
+        """
+        try:
+            while (result := self._turn()) is None:
+                pass
+            self._run.checkpoints.wait()
+            return result
+        except (RatJaxError, OSError) as error:
+            kind = type(error) if isinstance(error, RunStopped) else RunStopped
+            raise kind(f"{_in_words(error)}. {self._rescue(error)}") from error
+
+    def _turn(self) -> TrainResult | None:
+        """What is due after the steps done, and one step more; returns the result where none is to follow."""
+        done, training, progress = self._done, self._training, self._progress
+        if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
+            self._save()
+        loss, is_due = None, done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
+        if is_due and not self._validated:
+            loss = self._validate()
+        if done == training.num_steps and loss is not None:
+            return TrainResult(done, True, loss)
+        if agreed(self._interrupts, done, training.log_every_steps):
+            if done > self._saved:
+                self._save()
+            self._run.checkpoints.wait()
+            progress.say(f"interrupted after step {done}; the same command resumes there")
+            return TrainResult(done, False, None)
+        batch = global_batch(next(self._run.data), self._run.mesh)
+        with progress.calling("training step"):
+            self._state, metrics = train_step(
+                self._run.graphdef,
+                self._run.config.optimizer,
+                training.num_steps,
+                self._state,
+                batch,
+                self._run.guard.max_loss(done + 1),
+            )
+        self._interrupts.note()  # there is a step to save
+        self._done, self._validated = done + 1, False
+        progress.step(done + 1, metrics)
+        return None
+
+    def _save(self) -> None:
+        self._progress.settle()  # nothing is saved after a step that was not finite
+        data = self._run.data.state() | {"guard": self._run.guard.state()}
+        with self._progress.pause():
+            self._run.checkpoints.save(self._done, self._state.params, self._state.opt_state, data)
+        self._saved = self._done
+
+    def _validate(self) -> float | None:
+        """Mean loss of the validation data; None if a signal came meanwhile."""
+        self._progress.settle()
+        sums = []
+        with self._progress.pause(), contextlib.closing(iter(self._run.validation)) as batches:
+            for batch in batches:
+                if jax.process_count() == 1 and self._interrupts.requested:
+                    return None
+                with self._progress.calling("validation loss"):
+                    batch = global_batch(batch, self._run.mesh)
+                    sums.append(batch_loss(self._run.graphdef, self._state.params, batch))
+            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
+        self._progress.validation(self._done, loss, self._run.validation.fraction)
+        return loss
+
+    def _rescue(self, error: Exception) -> str:
+        """Saves what was done before an error, if that is good and not what failed; says what is saved."""
+        failures = ""
+        is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
+        try:
+            # Saving is done by all hosts together, and the others may not know of the error.
+            if is_good and self._done > self._saved and jax.process_count() == 1:
+                with contextlib.suppress(OSError):  # of the log, which does not make the state a bad one
+                    self._progress.settle()
+                self._save()
+            self._run.checkpoints.wait()
+        except (RatJaxError, OSError) as another:
+            failures = f"{_in_words(another)}. "
+        newest = self._run.checkpoints.peek()
+        if newest is None or newest.data is None:
+            return f"{failures}No step is saved"
+        return f"{failures}Step {newest.step} is saved: the same command goes on from there"
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and not isinstance(error, RatJaxError):
+        return f"{error.filename or 'the system'}: {explain(error)}"
+    return str(error)
 
 
 def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:

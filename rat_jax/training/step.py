@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -14,9 +15,11 @@ from rat_jax.data.pipeline import Batch
 from rat_jax.loss import LossSums, next_token_loss
 from rat_jax.mesh import constrain_rows
 from rat_jax.model import LanguageModel
-from rat_jax.shapes import Array, Float32, Int
+from rat_jax.shapes import Array, Bool, Float32, Int
 from rat_jax.sharding import batch_sharding, constrain, shardings
 from rat_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+NO_LIMIT = np.float32(np.inf)  # of the loss
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +27,7 @@ from rat_jax.training.optimizer import learning_rate_schedule, make_optimizer
 class TrainState:
     """All that a step changes."""
 
-    step: Int[Array, ""]  # optimizer steps done
+    step: Int[Array, ""]  # steps done; the optimizer counts those that were not skipped
     params: nnx.State  # float32
     opt_state: optax.OptState
 
@@ -37,11 +40,17 @@ class StepMetrics(NamedTuple):
     param_norm: Float32[Array, ""]  # global L2 norm, after the step
     learning_rate: Float32[Array, ""]
     num_targets: Float32[Array, ""]
+    updated: Bool[Array, ""]  # False: the step was skipped, the state is as it was
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "optimizer", "num_steps"), donate_argnames=("state",))
 def train_step(
-    graphdef: nnx.GraphDef, optimizer: OptimizerConfig, num_steps: int, state: TrainState, batch: Batch
+    graphdef: nnx.GraphDef,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    state: TrainState,
+    batch: Batch,
+    max_loss: np.float32 | Float32[Array, ""] = NO_LIMIT,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of `rat_jax.training.optimizer` on the mean loss of a batch.
 
@@ -49,12 +58,16 @@ def train_step(
     number of accumulation steps nor of devices changes it. Part p of P holds rows p, p + P, p + 2 P, ..., so that
     each device has rows of every part.
 
+    A step is skipped (parameters and optimizer state stay as they are, bit for bit) if loss or gradient norm are not
+    finite, or the loss is above `max_loss`. The choice is made where each array is updated, which costs no pass.
+
     Args:
       graphdef: of the model, from `nnx.split`.
       optimizer: says how many parts the batch is cut into, too.
       num_steps: of the run, for the schedule.
       state: is donated.
       batch: rows of all hosts.
+      max_loss: equal on all hosts.
     """
     total_weight = jnp.sum(batch.loss_weights)
     divisor = jnp.where(total_weight > 0, total_weight, 1.0)
@@ -63,15 +76,19 @@ def train_step(
         return _loss_sums(graphdef, params, part).loss / divisor
 
     loss, grads = _accumulate(jax.value_and_grad(part_loss), state.params, batch, optimizer.accumulation_steps)
+    grad_norm = optax.tree.norm(grads)
     with jax.named_scope("optimizer"):
+        is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= max_loss)
         updates, opt_state = make_optimizer(optimizer, num_steps).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = optax.apply_updates(state.params, updates), opt_state
+        params, opt_state = jax.tree.map(functools.partial(jnp.where, is_good), new, (state.params, state.opt_state))
     metrics = StepMetrics(
         loss=loss,
-        grad_norm=optax.tree.norm(grads),
+        grad_norm=grad_norm,
         param_norm=optax.tree.norm(params),
-        learning_rate=learning_rate_schedule(optimizer, num_steps)(state.step),
+        learning_rate=learning_rate_schedule(optimizer, num_steps)(state.opt_state["learning_rate"].count),
         num_targets=total_weight,
+        updated=is_good,
     )
     return TrainState(state.step + 1, constrain(params), constrain(opt_state)), metrics
 

@@ -361,6 +361,15 @@ def test_splits_that_are_too_short(config, tmp_path):
         validation_data(config)
 
 
+@pytest.mark.parametrize("make", [train_data, validation_data])
+def test_splits_without_a_target_that_counts_are_refused(config, tmp_path, make):
+    ids = np.resize([5, 9, EOS, 9], 40).astype("<u2")  # the 9 after an end is no target
+    config = dataclasses.replace(config, path=str(make_corpus(tmp_path, ids, ids)))
+    make(dataclasses.replace(config, first_target_id=9))
+    with pytest.raises(DataError, match=r"no target counts in the loss.*data\.first_target_id 10"):
+        make(dataclasses.replace(config, first_target_id=10))
+
+
 def test_one_record_is_enough(config, tmp_path):
     config = dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN[:9], VALIDATION)))
     (batch,) = take(train_data(config), 1)

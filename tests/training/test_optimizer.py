@@ -42,6 +42,14 @@ def test_schedule(num_steps, fraction):
         assert abs(float(rate) - expected) < 1e-9
 
 
+def test_first_and_last_values_of_the_schedule_are_those_that_the_config_documents():
+    for fraction, first in ((0.0, 8e-4), (0.5, 8e-4 / 5)):
+        schedule = learning_rate_schedule(dataclasses.replace(CONFIG, warmup_fraction=fraction), 10)
+        assert float(schedule(0)) == pytest.approx(first, rel=1e-6)
+        assert float(schedule(10)) == pytest.approx(1e-6, rel=1e-3)  # one step after the last
+        assert float(schedule(9)) > 1e-6
+
+
 def test_schedule_reaches_its_peak_when_the_warm_up_ends():
     schedule = learning_rate_schedule(dataclasses.replace(CONFIG, warmup_fraction=0.5), 10)
     assert [round(float(schedule(step)) / 8e-4, 4) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]

@@ -34,7 +34,6 @@ from rat_jax.files import FileError
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
-from rat_jax.training.preemption import PREEMPTED_EXIT_CODE
 from rat_jax.training.step import batch_loss, initial_state, train_step
 from tests.commands import call_script, run_script
 from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
@@ -91,10 +90,10 @@ def assert_same_run(workdir, other):
 def stop_at(monkeypatch, step, stop):
     """Has `stop` called before optimizer step `step`, counted from 1."""
 
-    def step_or_stop(graphdef, optimizer, num_steps, state, batch):
+    def step_or_stop(graphdef, optimizer, num_steps, state, *rest):
         if int(state.step) + 1 == step:
             stop()
-        return train_step(graphdef, optimizer, num_steps, state, batch)
+        return train_step(graphdef, optimizer, num_steps, state, *rest)
 
     monkeypatch.setattr(training, "train_step", step_or_stop)
 
@@ -406,10 +405,10 @@ class TestBadFigures:
     """Losses that are no numbers, and devices that are too small."""
 
     def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(self, config, tmp_path, monkeypatch):
-        def poisoned(graphdef, optimizer, num_steps, state, batch):
+        def poisoned(graphdef, optimizer, num_steps, state, batch, max_loss):
             if int(state.step) == 3:
                 batch = batch._replace(loss_weights=batch.loss_weights * jnp.nan)
-            return train_step(graphdef, optimizer, num_steps, state, batch)
+            return train_step(graphdef, optimizer, num_steps, state, batch, max_loss)
 
         monkeypatch.setattr(training, "train_step", poisoned)
         with pytest.raises(NonFiniteError, match="loss is nan at step 4"):
@@ -508,7 +507,3 @@ def train_command(folder, config):
         f"def get_config():\n    return config_dict.ConfigDict({config_to_dict(config)!r})\n"
     )
     return [sys.executable, "train.py", f"--config={file}", f"--workdir={folder / 'run'}"]
-
-
-def test_interrupted_exit_code_is_the_documented_one():
-    assert PREEMPTED_EXIT_CODE == os.EX_TEMPFAIL

@@ -1,0 +1,116 @@
+"""Runs that something ends: what was done is saved, and the message says up to which step."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rat_jax.checkpoints.store import load_model
+from rat_jax.config import config_to_dict
+from rat_jax.data import DataError
+from rat_jax.data.pipeline import TrainData
+from rat_jax.errors import RunStopped
+from rat_jax.interrupts import INTERRUPTED
+from rat_jax.training import run as training
+from rat_jax.training.metrics import MetricLog
+from rat_jax.training.step import train_step
+from tests.tiny_run import make_corpus, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("data"))
+
+
+def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
+    """As an id outside the vocabulary in mid-run: not the code of a run that changed nothing."""
+    following = TrainData.__next__
+
+    def next_or_error(data):
+        if data.state()["next_batch"] == 3:
+            raise DataError("train.bin, record 7: id 99 is outside the vocabulary")
+        return following(data)
+
+    monkeypatch.setattr(TrainData, "__next__", next_or_error)
+    with pytest.raises(RunStopped, match=r"record 7: id 99 .*\. Step 3 is saved: the same command goes on from there"):
+        training.train(tiny_config(corpus), tmp_path / "run")
+    assert load_model(tmp_path / "run").step == 3
+
+
+def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
+    write = MetricLog.write
+
+    def write_or_error(log, step, figures):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.jsonl")
+        write(log, step, figures)
+
+    monkeypatch.setattr(MetricLog, "write", write_or_error)
+    with pytest.raises(
+        RunStopped, match=r"log\.jsonl: No space left on device; make room on its disk\. Step 4 is saved"
+    ):
+        training.train(tiny_config(corpus), tmp_path / "run")
+    assert load_model(tmp_path / "run").step == 4
+
+
+def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
+    def kill_reader_and_step(*arguments):
+        for reader in multiprocessing.active_children():
+            os.kill(reader.pid, signal.SIGKILL)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", kill_reader_and_step)
+    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .* Step \d is saved"):
+        training.train(tiny_config(corpus, data__num_workers=1), tmp_path / "run")
+    assert load_model(tmp_path / "run").step >= 1
+    assert not multiprocessing.active_children()
+
+
+PROGRAM = """
+import json, sys
+from rat_jax import interrupts, program
+
+def main():
+    from rat_jax.config import config_from_dict
+    from rat_jax.training import train
+    finished = train(config_from_dict(json.loads(sys.argv[1])), sys.argv[2]).finished
+    return 0 if finished else program.INTERRUPTED
+
+if __name__ == "__main__":
+    interrupts.catch()
+    sys.exit(program.exit_code(main))
+"""
+
+
+def test_signals_to_the_whole_group_while_validation_starts_its_readers(corpus, tmp_path):
+    config = tiny_config(corpus, data__num_workers=1, training__num_steps=10**6, training__checkpoint_every_steps=100)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py", json.dumps(config_to_dict(config)), tmp_path / "run"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "run/log.jsonl"
+    while not (log.is_file() and '"step": 4' in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    for _ in range(2):  # within the seconds that a reader takes to start
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    said = process.communicate()[1]
+    assert process.returncode == INTERRUPTED, said
+    assert "Traceback" not in said
+    assert load_model(tmp_path / "run").step == 4
+    with pytest.raises(ProcessLookupError):  # no reader is left
+        os.killpg(process.pid, 0)

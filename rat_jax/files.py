@@ -53,15 +53,20 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file.
+    """Writes a text file; errors as of `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file.
 
     Raises:
       FileError: if the system refuses; what was at `path` is then as it was.
     """
     partial = path.with_name(path.name + ".partial")
     with system_errors(path, "written"):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,5 +1,6 @@
 """Text from token ids as they come."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,8 @@ _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a 
 class StreamDecoder:
     """Decodes ids that arrive one by one: `"".join` of all that `push` and `flush` return is the text of all ids.
 
-    A character whose last bytes are still to come is held back.
+    A character whose last bytes are still to come is held back, and so is a run of `Tokenizer.byte_ids` until it ends,
+    since one byte that fits no character turns all of the run into U+FFFD.
     """
 
     # The window of ids that is decoded again with each push; a short past is kept since some tokenizers write an id
@@ -25,19 +27,41 @@ class StreamDecoder:
         self._ids: list[int] = []
         self._num_written = 0  # characters of the window's text that were returned
 
+    def begin(self, ids: Sequence[int]) -> None:
+        """Takes ids whose text is known, those of a prompt: only the text of what follows is returned.
+
+        A run of bytes at their end is over: no later byte changes what the prompt says.
+        """
+        self._ids = list(ids)
+        del self._ids[self._num_settled() :]
+        self._num_written = len(self._tokenizer.decode(self._ids))
+
     def push(self, ids: int | Sequence[int]) -> str:
         """The text that is certain after one more id, or several."""
         self._ids.extend([ids] if isinstance(ids, (int, np.integer)) else ids)
-        text = self._tokenizer.decode(self._ids)
+        num_settled = self._num_settled()
+        text = self._tokenizer.decode(self._ids[:num_settled])
         certain = text.rstrip(_REPLACEMENT)
         new = certain[self._num_written :]
         self._num_written += len(new)
-        if len(self._ids) > self._MOST_IDS and certain == text:
+        if num_settled == len(self._ids) > self._MOST_IDS and certain == text:
             self._forget(text)
         return new
 
+    def _num_settled(self) -> int:
+        """The ids before the run of bytes at the end."""
+        count = len(self._ids)
+        while count and self._is_in_run(self._ids[count - 1]):
+            count -= 1
+        return count
+
+    def _is_in_run(self, i: int) -> bool:
+        """Whether an id may stand inside a run of bytes: `eos_id` stands for no text, so that it ends none."""
+        return bool(self._tokenizer.byte_ids) and (i in self._tokenizer.byte_ids or i == self._tokenizer.eos_id)
+
     def _forget(self, text: str) -> None:
-        for count in range(self._PAST_IDS, self._PAST_IDS + 4):  # a character has at most 4 bytes: cut none in two
+        counts = (count for count in range(self._PAST_IDS, len(self._ids)) if not self._is_in_run(self._ids[-count]))
+        for count in itertools.islice(counts, 4):  # a character has at most 4 bytes: cut none in two
             past = self._tokenizer.decode(self._ids[-count:])
             if text.endswith(past):
                 self._ids, self._num_written = self._ids[-count:], len(past)

@@ -11,6 +11,7 @@ from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
 from rat_jax.checkpoints.workdir import Workdir, check_same_model, check_same_run
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
+from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.metrics import MetricLog, check_wandb, read_log
@@ -55,6 +56,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
+        corpus.verify(max_bytes=WHOLE_BYTES)
         with jax.set_mesh(mesh):
             return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish()
     finally:

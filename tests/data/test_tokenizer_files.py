@@ -84,19 +84,6 @@ def test_an_end_that_is_an_ordinary_added_token_is_refused(bpe, tmp_path):
         tokenizer.encode_document(text)
 
 
-def test_an_end_that_normalization_makes_is_refused(bpe, tmp_path):
-    from tokenizers import Tokenizer, normalizers
-
-    values = json.loads(bpe.model[1])
-    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "x", "special": False})
-    path = write(tmp_path / "tokenizer.json", values)
-    model = Tokenizer.from_file(str(path))
-    model.normalizer = normalizers.Lowercase()
-    path.write_text(model.to_str().replace('"normalized": false', '"normalized": true'))
-    with pytest.raises(DataError, match="'x' cannot end documents"):
-        read_tokenizer(path, "x")
-
-
 def test_an_end_that_stands_for_unknown_words_is_refused(tmp_path):
     from tokenizers import Tokenizer, models
 

@@ -112,11 +112,10 @@ class TokenFile:
                 f"fails; restore it, or prepare it again"
             )
 
-    @functools.cached_property
+    @property
     def tokens(self) -> np.ndarray:
-        """All ids, memory-mapped, read-only, in the dtype of the file and unchecked; `read` checks them."""
-        dtype = np.dtype(self.header.dtype).newbyteorder("<")
-        return np.memmap(self._data_path, dtype=dtype, mode="r", offset=self._ids_start, shape=(len(self),))
+        """All ids in memory; the rest is as for `read`."""
+        return self.read(0, len(self))
 
     @property
     def _data_path(self) -> pathlib.Path:

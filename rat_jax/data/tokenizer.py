@@ -247,17 +247,25 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
             f"{folder}: the tokenizer is not the one that was saved there (its hash differs); {INFO_FILE}"
             f"{'' if name is None else f' or {name}'} was changed"
         )
-    match info.kind:
-        case "bytes":
-            tokenizer = ByteTokenizer()
-        case "ids":
-            tokenizer = IdTokenizer(info.vocab_size, info.eos_id)
-        case "huggingface":
-            tokenizer = HuggingFaceTokenizer(content, info.eos_id)
-        case "sentencepiece":
-            tokenizer = SentencePieceTokenizer(content, info.eos_id)
+    try:
+        tokenizer = _make(info, content)
+    except DataError as error:
+        raise DataError(f"the tokenizer in {folder} cannot be used: {error}") from None
     require(tokenizer.hash == info.hash, str(folder / INFO_FILE), f"this is no tokenizer of kind {info.kind}")
     return tokenizer
+
+
+def _make(info: TokenizerInfo, content: bytes) -> Tokenizer:
+    match info.kind:
+        case "bytes":
+            return ByteTokenizer()
+        case "ids":
+            return IdTokenizer(info.vocab_size, info.eos_id)
+        case "huggingface":
+            return HuggingFaceTokenizer(content, info.eos_id)
+        case "sentencepiece":
+            return SentencePieceTokenizer(content, info.eos_id)
+    raise DataError(f"unknown kind {info.kind!r}")
 
 
 def read_info(folder: pathlib.Path) -> TokenizerInfo:

@@ -1,6 +1,5 @@
 """Text from token ids as they come."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,17 +50,14 @@ class StreamDecoder:
     def _num_settled(self) -> int:
         """The ids before the run of bytes at the end."""
         count = len(self._ids)
-        while count and self._is_in_run(self._ids[count - 1]):
-            count -= 1
+        if self._tokenizer.byte_ids:
+            in_run = self._tokenizer.byte_ids | {self._tokenizer.eos_id}  # the end stands for no text: it ends none
+            while count and self._ids[count - 1] in in_run:
+                count -= 1
         return count
 
-    def _is_in_run(self, i: int) -> bool:
-        """Whether an id may stand inside a run of bytes: `eos_id` stands for no text, so that it ends none."""
-        return bool(self._tokenizer.byte_ids) and (i in self._tokenizer.byte_ids or i == self._tokenizer.eos_id)
-
     def _forget(self, text: str) -> None:
-        counts = (count for count in range(self._PAST_IDS, len(self._ids)) if not self._is_in_run(self._ids[-count]))
-        for count in itertools.islice(counts, 4):  # a character has at most 4 bytes: cut none in two
+        for count in range(self._PAST_IDS, self._PAST_IDS + 4):  # a character has at most 4 bytes: cut none in two
             past = self._tokenizer.decode(self._ids[-count:])
             if text.endswith(past):
                 self._ids, self._num_written = self._ids[-count:], len(past)

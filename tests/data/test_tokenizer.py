@@ -12,6 +12,7 @@ from rat_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     IdTokenizer,
     Tokenizer,
+    library_errors,
     load_tokenizer,
     token_dtype,
     train_bpe,
@@ -110,7 +111,7 @@ def test_stream_of_any_ids_is_their_text(tokenizer):
                 case 1:
                     ids += [byte_ids[byte] for byte in generator.choices(runs, k=generator.randrange(9))]
                 case 2:
-                    ids += [byte_ids[byte] for byte in "é€🦊".encode()]
+                    ids += [*(byte_ids[byte] for byte in "é€🦊".encode()), tokenizer.eos_id]
                 case 3:
                     ids += generator.choices([*range(tokenizer.vocab_size), tokenizer.eos_id], k=generator.randrange(4))
         decoder, pieces, done = StreamDecoder(tokenizer), [], 0
@@ -297,6 +298,17 @@ def test_damaged_tokenizers_are_refused_or_the_same(tokenizer, tmp_path):
         path.write_text(json.dumps(damaged_values(values, generator)))
         with pytest.raises(DataError, match=str(tmp_path)):
             load_tokenizer(tmp_path)
+
+
+def test_what_the_libraries_raise_is_refused_and_signals_are_not():
+    class PanicException(BaseException):  # as pyo3's, which no module has
+        pass
+
+    for error in (Exception("two\nlines"), RuntimeError("two lines"), PanicException("two lines")):
+        with pytest.raises(DataError, match="the file is damaged: two lines"), library_errors("the file is damaged"):
+            raise error
+    with pytest.raises(KeyboardInterrupt), library_errors("the file is damaged"):
+        raise KeyboardInterrupt
 
 
 def test_a_save_that_is_cut_off_leaves_what_was_there(tokenizers, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
-        corpus.verify(max_bytes=WHOLE_BYTES)
+        corpus.verify(max_bytes=WHOLE_BYTES, say=_say)
         with jax.set_mesh(mesh):
             return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish()
     finally:

@@ -208,9 +208,7 @@ class Corpus:
             if max_bytes is None or file.header.num_bytes <= max_bytes:
                 file.verify(progress)
             elif file.header.digests_hash is None:
-                say(
-                    f"{file.path} is of format 1: its ids are not checked; prepare the corpus again to have them checked"
-                )
+                say(f"{file.path} is of format 1, so that its ids are not checked: prepare the corpus again")
 
     def _token_path(self, split: Split) -> pathlib.Path:
         return self.path / f"{split}.bin"

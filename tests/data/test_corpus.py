@@ -157,7 +157,7 @@ def test_changed_ids(corpus, split, version):
     said = []
     corpus.verify(max_bytes=100, say=said.append)  # leaves large ones to the reading of blocks
     assert len(said) == (2 if version == 1 else 0)
-    assert all("is of format 1: its ids are not checked" in message for message in said)
+    assert all("is of format 1, so that its ids are not checked" in message for message in said)
 
 
 @pytest.mark.parametrize("version", [1, 2])

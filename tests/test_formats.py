@@ -17,7 +17,7 @@ import pytest
 from rat_jax.checkpoints import manifest, workdir
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config
-from rat_jax.data import corpus, token_file
+from rat_jax.data import corpus, token_header
 from rat_jax.mixers import MIXERS, MixerConfig
 from rat_jax.sharding import leaf_names
 from tests.small import small_model_config
@@ -52,7 +52,7 @@ def formats() -> dict[str, dict[str, Any]]:
         **{name: {"version": manifest.FORMAT_VERSION, "fields": found} for name, found in (mixers | arrays).items()},
         "config": {"version": manifest.FORMAT_VERSION, "fields": fields(Config)},
         "workdir": {"version": workdir.FORMAT_VERSION, "fields": fields(Config)},
-        "token file": {"version": token_file.FORMAT_VERSION, "fields": fields(token_file.Header)},
+        "token file": {"version": token_header.FORMAT_VERSION, "fields": fields(token_header.Header)},
         "corpus": {"version": corpus.FORMAT_VERSION, "fields": fields(corpus.Corpus) | fields(corpus.Statistics)},
     }
 

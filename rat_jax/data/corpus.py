@@ -1,24 +1,27 @@
 """A prepared corpus: the folder that `python -m rat_jax.data.prepare` writes, and what it says of itself.
 
-metadata.json                               settings, figures of each split
+metadata.json                               settings, figures of each split, hashes of the other files
 train.bin  validation.bin                   token files
 tokenizer_info.json, and its model file     the tokenizer
 """
 
 import dataclasses
-import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from rat_jax.data import DataError
+from rat_jax.data.json_object import build, checksum, parse_object, require
 from rat_jax.data.token_file import TokenFile
-from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rat_jax.data.tokenizer import Tokenizer, load_tokenizer, read_info
+from rat_jax.files import explain, write_json
 
 METADATA_FILE = "metadata.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, FORMAT_VERSION)  # 1 has neither a checksum nor hashes of headers
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -37,6 +40,14 @@ class Statistics:
     def bytes_per_token(self) -> float | None:
         return None if self.num_bytes is None else self.num_bytes / self.num_tokens
 
+    def check(self, name: str) -> None:
+        """Refuses figures that no text has."""
+        require(self.num_tokens >= 1, name, f"num_tokens is {self.num_tokens}")
+        require(0 <= self.num_documents <= self.num_tokens, name, f"num_documents is {self.num_documents}")
+        require(self.num_bytes is None or self.num_bytes >= 0, name, f"num_bytes is {self.num_bytes}")
+        entropy = self.byte_entropy_nats
+        require(entropy is None or 0 <= entropy < math.log(257), name, f"byte_entropy_nats is {entropy}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -48,42 +59,71 @@ class Corpus:
     tokenizer_hash: str
     splits: dict[Split, Statistics]
     total: Statistics  # of both splits together; its byte entropy is what a loss is compared with
+    header_hashes: dict[Split, str] | None = None  # of the token files; None: not written yet, or format 1
 
     @classmethod
     def open(cls, path: pathlib.Path | str) -> "Corpus":
         """Reads the metadata.
 
         Raises:
-          DataError: if the folder is missing or not a prepared corpus.
+          DataError: if the folder is missing or not a prepared corpus, or its metadata were changed.
         """
         path = pathlib.Path(path)
+        file = path / METADATA_FILE
         try:
-            values = json.loads((path / METADATA_FILE).read_text())
-            if values["format_version"] != FORMAT_VERSION:
-                raise DataError(
-                    f"{path} has format version {values['format_version']}; this code reads version {FORMAT_VERSION}"
-                )
-            return cls(
-                path=path,
-                settings=values["settings"],
-                python_version=values["python_version"],
-                tokenizer_hash=values["tokenizer_hash"],
-                splits={split: Statistics(**values["splits"][split]) for split in SPLITS},
-                total=Statistics(**values["total"]),
-            )
+            content = file.read_bytes()
         except FileNotFoundError:
             raise DataError(
                 f"{path} is not a prepared corpus: it has no {METADATA_FILE}; make one with "
                 f"`python -m rat_jax.data.prepare --source ... --tokenizer ... --out {path}`"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path / METADATA_FILE} is damaged: {error!r}") from None
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {explain(error)}") from None
+        name = str(file)
+        values = parse_object(content, name)
+        version = values.pop("format_version", None)
+        if type(version) is not int or version not in _READ_VERSIONS:
+            known = " and ".join(map(str, _READ_VERSIONS))
+            raise DataError(f"{file} has format version {version!r}; this code reads versions {known}")
+        if version == FORMAT_VERSION:
+            written = values.pop("checksum", None)
+            require(written == checksum(values), name, "its checksum is another one: it was changed after it was made")
+        fields = build(_Metadata, values, name)
+        hashes = fields.header_hashes
+        require((hashes is not None) == (version == FORMAT_VERSION), name, "header_hashes are of another version")
+        for field in ("splits", "header_hashes"):
+            parts = getattr(fields, field)
+            require(parts is None or set(parts) == set(SPLITS), name, f"{field} are not of train and validation")
+        splits = {split: build(Statistics, fields.splits[split], f"{name}, {split}") for split in SPLITS}
+        corpus = cls(
+            path=path,
+            settings=fields.settings,
+            python_version=fields.python_version,
+            tokenizer_hash=fields.tokenizer_hash,
+            splits=splits,
+            total=build(Statistics, fields.total, f"{name}, total"),
+            header_hashes=hashes,
+        )
+        corpus._check_figures(name)
+        return corpus
+
+    def _check_figures(self, name: str) -> None:
+        for part, figures in [*self.splits.items(), ("total", self.total)]:
+            figures.check(f"{name}, {part}")
+        for field in ("num_documents", "num_tokens", "num_bytes"):
+            parts = [getattr(figures, field) for figures in self.splits.values()]
+            total = None if None in parts else sum(parts)
+            require(getattr(self.total, field) == total, name, f"{field} of the splits do not add up to the total")
 
     def write_metadata(self) -> None:
-        values = dataclasses.asdict(self)
-        del values["path"]
-        text = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=2)
-        (self.path / METADATA_FILE).write_text(text + "\n")
+        """Writes the metadata beside the token files, which must be there."""
+        values: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        values |= {field.name: getattr(self, field.name) for field in dataclasses.fields(_Metadata)}
+        values["splits"] = {split: dataclasses.asdict(self.splits[split]) for split in SPLITS}
+        values["total"] = dataclasses.asdict(self.total)
+        values["header_hashes"] = {split: TokenFile.open(self._token_path(split)).header_hash for split in SPLITS}
+        contents = {name: value for name, value in values.items() if name != "format_version"}
+        write_json(self.path / METADATA_FILE, values | {"checksum": checksum(contents)})
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids.
@@ -92,9 +132,12 @@ class Corpus:
           DataError: if it is missing or another one.
         """
         tokenizer = load_tokenizer(self.path)
-        if tokenizer.hash != self.tokenizer_hash:
-            raise DataError(f"{self.path}: its tokenizer is not the one that made its tokens (the hashes differ)")
+        self._check_tokenizer_hash(tokenizer.hash)
         return tokenizer
+
+    def _check_tokenizer_hash(self, tokenizer_hash: str) -> None:
+        if tokenizer_hash != self.tokenizer_hash:
+            raise DataError(f"{self.path}: its tokenizer is not the one that made its tokens (the hashes differ)")
 
     def check_tokenizer(self, folder: pathlib.Path) -> None:
         """Refuses tokens that another tokenizer made than the one that a run's folder holds, if it holds one.
@@ -109,15 +152,78 @@ class Corpus:
             )
 
     def token_file(self, split: Split) -> TokenFile:
-        """The token file of a split.
+        """The token file of a split; its ids are checked as they are read.
 
         Raises:
-          DataError: if it is missing, damaged or made by another tokenizer.
+          DataError: if it is missing, damaged, of another split or corpus, or made by another tokenizer.
         """
-        file = TokenFile.open(self.path / f"{split}.bin")
-        if file.header.tokenizer_hash != self.tokenizer_hash:
+        file = TokenFile.open(self._token_path(split))
+        header = file.header
+        if header.name not in (None, file.path.name):
+            raise DataError(f"{file.path} is a file that was written as {header.name}: files were swapped or renamed")
+        if header.tokenizer_hash != self.tokenizer_hash:
             raise DataError(f"{file.path} was made by another tokenizer than {self.path} says (the hashes differ)")
+        if self.header_hashes is not None and file.header_hash != self.header_hashes[split]:
+            raise DataError(
+                f"{file.path} is not the file that {self.path / METADATA_FILE} describes: it was replaced, or its "
+                f"header changed; restore it, or prepare the corpus again"
+            )
+        figures = self.splits[split]
+        for field in ("num_tokens", "num_documents"):
+            if getattr(header, field) != getattr(figures, field):
+                raise DataError(
+                    f"{file.path} has {field} {getattr(header, field)}, but {self.path / METADATA_FILE} says "
+                    f"{getattr(figures, field)}: files were swapped or replaced"
+                )
+        info = read_info(self.path)
+        self._check_tokenizer_hash(info.hash)
+        for field in ("vocab_size", "eos_id"):
+            if getattr(header, field) != getattr(info, field):
+                raise DataError(
+                    f"{file.path} has {field} {getattr(header, field)}, but the tokenizer beside it "
+                    f"{getattr(info, field)}: its header was changed; restore it, or prepare the corpus again"
+                )
         return file
+
+    def verify(
+        self,
+        *,
+        max_bytes: int | None = None,
+        progress: Callable[[int], None] = lambda num_bytes: None,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Reads all ids of both splits and compares them with what was written.
+
+        Args:
+          max_bytes: leaves out splits whose ids take more; the blocks of those are checked as they are read, but in
+            format 1.
+          progress: called with the number of bytes of each piece.
+          say: called with a message where large ids of format 1 stay unchecked.
+
+        Raises:
+          DataError: naming the file and, but in format 1, the block that was changed.
+        """
+        for split in SPLITS:
+            file = self.token_file(split)
+            if max_bytes is None or file.header.num_bytes <= max_bytes:
+                file.verify(progress)
+            elif file.header.digests_hash is None:
+                say(f"{file.path} is of format 1, so that its ids are not checked: prepare the corpus again")
+
+    def _token_path(self, split: Split) -> pathlib.Path:
+        return self.path / f"{split}.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+    """What metadata.json holds, in its order, beside version and checksum."""
+
+    settings: dict[str, Any]
+    python_version: str
+    tokenizer_hash: str
+    splits: dict[str, Any]
+    total: dict[str, Any]
+    header_hashes: dict[str, Any] | None = None
 
 
 def byte_entropy(counts: np.ndarray) -> float:

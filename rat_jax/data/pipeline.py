@@ -26,6 +26,7 @@ from rat_jax.data.readers import read
 from rat_jax.data.token_file import TokenFile
 
 FORMAT_VERSION = 1  # of the order and the content of batches
+_ADDED_FIELDS = ("validation_content_hash",)  # of fingerprints
 
 
 class Batch(NamedTuple):
@@ -62,12 +63,13 @@ class Windows:
         """The records of these indices, one a row; an index at or past `num_all` is a row of padding.
 
         Raises:
-          DataError: if a token id is outside the vocabulary, naming file, record and position.
+          DataError: if ids are not those that were written, naming file and block, or if one is outside the
+            vocabulary, naming file, record and position.
         """
         shape = (len(indices), self.seq_len + 1)
         windows, lengths = np.zeros(shape, np.int32), np.zeros(len(indices), np.int64)
         for row, index in enumerate(indices):
-            ids = self.file.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+            ids = self.file.read(index * self.seq_len, (index + 1) * self.seq_len + 1)
             self._check(ids, index)
             windows[row, : len(ids)], lengths[row] = ids, len(ids)
         tokens, targets = windows[:, :-1], windows[:, 1:]
@@ -162,6 +164,7 @@ class TrainData(Iterator[Batch]):
             "format_version": FORMAT_VERSION,
             "num_tokens": len(windows.file),
             "content_hash": windows.file.header.content_hash,
+            "validation_content_hash": _token_file(config, "validation", vocab_size).header.content_hash,
             "tokenizer_hash": windows.file.header.tokenizer_hash,
             "vocab_size": vocab_size,
             "seq_len": config.seq_len,
@@ -198,13 +201,18 @@ class TrainData(Iterator[Batch]):
         """Continues as the iterator whose `state` this is would have.
 
         Raises:
-          DataError: if that iterator had other files or another order, naming what differs.
+          DataError: if that iterator had other files or another order, naming what differs, or if `state` is damaged.
         """
         if missing := {"next_batch", "fingerprint"} - set(state):
             raise DataError(f"the saved position of the data is damaged: it has no {' and no '.join(sorted(missing))}")
-        check_fingerprint(state["fingerprint"], self.fingerprint)
+        next_batch, fingerprint = state["next_batch"], state["fingerprint"]
+        if type(next_batch) is not int or not 0 <= next_batch < len(self._batches):
+            raise DataError(f"the saved position of the data is damaged: next_batch is {str(next_batch)[:80]}")
+        if not isinstance(fingerprint, Mapping):
+            raise DataError("the saved position of the data is damaged: its fingerprint is no object")
+        check_fingerprint(fingerprint, self.fingerprint)
         self._iterator.close()
-        self._next_batch = int(state["next_batch"])
+        self._next_batch = next_batch
         self._iterator = read(self._batches, self._next_batch, self._num_workers)
 
     def close(self) -> None:
@@ -269,10 +277,13 @@ def describe_coverage(fraction: float) -> str:
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuses to continue batches of `saved` with those of `current`.
 
+    Fields that older versions did not save, which are those of `_ADDED_FIELDS`, are compared where they are there.
+
     Raises:
       DataError: naming every field that differs, with both values.
     """
-    names = [*current, *(name for name in saved if name not in current)]
+    names = [name for name in current if name in saved or name not in _ADDED_FIELDS]
+    names += [name for name in saved if name not in current]
     differing = [name for name in names if name not in saved or name not in current or saved[name] != current[name]]
     if differing:
         changes = "; ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in differing)
@@ -280,13 +291,18 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
 
 
 def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows:
+    file = _token_file(config, split, vocab_size)
+    return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
+
+
+def _token_file(config: DataConfig, split: Split, vocab_size: int) -> TokenFile:
     file = Corpus.open(config.path).token_file(split)
     if file.header.vocab_size != vocab_size:
         raise DataError(
             f"{file.path} has a vocabulary of {file.header.vocab_size}, but the model's is {vocab_size}: set "
             f"model.vocab_size to {file.header.vocab_size}, or data.path to files of that vocabulary"
         )
-    return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
+    return file
 
 
 def _require_targets(windows: Windows, order: Sequence[int]) -> None:

@@ -24,7 +24,8 @@ from rat_jax.data.encoding import Encoder, encode, split_of
 from rat_jax.data.new_folder import new_folder
 from rat_jax.data.sources import ReadOptions, parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
-from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer, train_bpe
+from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, train_bpe
+from rat_jax.data.tokenizer_files import read_tokenizer
 from rat_jax.data.workers import check_main
 
 _RELEASE_BIN = "release-bin:"

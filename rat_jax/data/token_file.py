@@ -1,82 +1,41 @@
-"""Token files: ids of one split in one flat, memory-mapped file behind a header of fixed size.
+"""Token files: ids of one split in one flat file.
 
-  bytes 0 .. 7       RATTOKEN
-  bytes 8 .. 11      format version, uint32, little endian
-  bytes 12 .. 8191   the header's fields as JSON, then spaces
+  bytes 0 .. 8191    the header (`rat_jax.data.token_header`)
   bytes 8192 ..      the ids, uint16 or uint32, little endian, each document followed by the end-of-document id
+  then               the digests of the blocks of the ids (`rat_jax.data.integrity`)
 
 A header may point to a flat file without a header instead (the PyTorch release's `.bin`): `data_file`, never copied.
+The digests then follow the header. Files of format 1, which are still read, have none: only their content as a whole
+can be checked.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
 from rat_jax.data import DataError
+from rat_jax.data.integrity import BLOCK_BYTES, BlockHasher, CheckedReader, digests_size
+from rat_jax.data.token_header import HEADER_BYTES, Header
 from rat_jax.data.tokenizer import Tokenizer, token_dtype
+from rat_jax.files import explain, system_errors
 
-MAGIC = b"RATTOKEN"
-FORMAT_VERSION = 1
-HEADER_BYTES = 8192
 _BLOCK_TOKENS = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Header:
-    """What a token file says of itself."""
-
-    dtype: str  # uint16 or uint32
-    vocab_size: int
-    eos_id: int
-    num_tokens: int  # ends of documents included
-    num_documents: int
-    tokenizer_hash: str
-    content_hash: str  # SHA-256 of the ids as stored
-    data_file: str | None  # absolute path of a flat file that holds the ids; None: they follow the header
-
-    def to_bytes(self) -> bytes:
-        fields = json.dumps(dataclasses.asdict(self)).encode()
-        content = MAGIC + FORMAT_VERSION.to_bytes(4, "little") + fields
-        if len(content) > HEADER_BYTES:
-            raise DataError(f"the path of {self.data_file} is too long for a token file's header")
-        return content.ljust(HEADER_BYTES)
-
-    @classmethod
-    def read(cls, path: pathlib.Path) -> "Header":
-        try:
-            with path.open("rb") as file:
-                content = file.read(HEADER_BYTES)
-        except OSError as error:
-            raise DataError(f"token file {path} cannot be read: {error.strerror}") from None
-        if content[:8] != MAGIC:
-            raise DataError(
-                f"{path} is not a token file: it does not start with {MAGIC.decode()}. A flat file of ids is read with "
-                f"`python -m rat_jax.data.prepare --source release-bin:{path}`"
-            )
-        version = int.from_bytes(content[8:12], "little")
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
-        try:
-            header = cls(**json.loads(content[12:]))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"the header of {path} is damaged: {error}") from None
-        if header.dtype not in ("uint16", "uint32"):
-            raise DataError(f"the header of {path} is damaged: dtype {header.dtype!r} is neither uint16 nor uint32")
-        return header
-
-
-@dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """A token file, open for reading. Only the path is pickled, so that worker processes map the file themselves."""
+    """A token file, open for reading. Reader processes get its path and header alone, and open it themselves."""
 
     path: pathlib.Path
     header: Header
+    header_hash: str  # SHA-256 of the header as stored
 
     @classmethod
     def open(cls, path: pathlib.Path | str) -> "TokenFile":
@@ -86,71 +45,140 @@ class TokenFile:
           DataError: not a token file, a damaged header, or a size that is not the promised one.
         """
         path = pathlib.Path(path)
-        header = Header.read(path)
-        data_path, offset = (path, HEADER_BYTES) if header.data_file is None else (pathlib.Path(header.data_file), 0)
         try:
-            size = data_path.stat().st_size
+            with path.open("rb") as file:
+                content = file.read(HEADER_BYTES)
         except OSError as error:
-            raise DataError(f"{data_path}, which {path} points to, cannot be read: {error.strerror}") from None
-        expected = offset + header.num_tokens * np.dtype(header.dtype).itemsize
+            raise DataError(f"token file {path} cannot be read: {explain(error)}") from None
+        file = cls(path, Header.from_bytes(content, path), hashlib.sha256(content).hexdigest())
+        header = file.header
+        after = 0 if header.digests_hash is None else digests_size(header.num_bytes)
+        if header.data_file is None:
+            file._check_size(path, HEADER_BYTES + header.num_bytes + after)
+        else:
+            file._check_size(path, HEADER_BYTES + after)
+            file._check_size(pathlib.Path(header.data_file), header.num_bytes)
+        return file
+
+    def _check_size(self, path: pathlib.Path, expected: int) -> None:
+        pointed = "" if path == self.path else f", which {self.path} points to,"
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}{pointed} cannot be read: {explain(error)}") from None
         if size != expected:
             raise DataError(
-                f"{data_path} has {size} bytes, but the header of {path} promises {header.num_tokens} tokens, "
-                f"{expected} bytes: the file was cut short or changed; prepare it again"
+                f"{path}{pointed} has {size} bytes, but the header of {self.path} promises "
+                f"{self.header.num_tokens} tokens, {expected} bytes: the file was cut short or changed; restore it, or "
+                f"prepare it again"
             )
-        return cls(path, header)
 
     def __len__(self) -> int:
         return self.header.num_tokens
 
     def __getstate__(self):
-        return {"path": self.path, "header": self.header}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids `start` .. `stop` - 1, fewer at the file's end, in its dtype and checked against the digests.
+
+        Raises:
+          DataError: if they are not the ids that were written, naming file and block. Files of format 1 are checked
+            for changes since they were opened alone.
+        """
+        dtype = np.dtype(self.header.dtype).newbyteorder("<")
+        start, stop = min(start, len(self)), min(stop, len(self))
+        return np.frombuffer(self._reader.read(start * dtype.itemsize, stop * dtype.itemsize), dtype)
+
+    def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Reads all ids and compares them with the digests, or in format 1 with the content's hash.
+
+        Args:
+          progress: called with the number of bytes of each piece.
+
+        Raises:
+          DataError: if they are not those that were written, naming the file, and the block where there are digests.
+        """
+        if self.header.digests_hash is not None:
+            self._reader.check_all(progress)
+            return
+        digest = hashlib.sha256()
+        for piece in self._reader.pieces():
+            digest.update(piece)
+            progress(len(piece))
+        if digest.hexdigest() != self.header.content_hash:
+            raise DataError(
+                f"{self._data_path}: its ids are not those that were written: the file was changed, or its disk "
+                f"fails; restore it, or prepare it again"
+            )
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids in memory; the rest is as for `read`."""
+        return self.read(0, len(self))
+
+    @property
+    def _data_path(self) -> pathlib.Path:
+        return self.path if self.header.data_file is None else pathlib.Path(self.header.data_file)
+
+    @property
+    def _ids_start(self) -> int:
+        return HEADER_BYTES if self.header.data_file is None else 0
 
     @functools.cached_property
-    def tokens(self) -> np.ndarray:
-        """All ids, memory-mapped, read-only, in the dtype of the file and unchecked."""
-        path, offset = (self.path, HEADER_BYTES) if self.header.data_file is None else (self.header.data_file, 0)
-        dtype = np.dtype(self.header.dtype).newbyteorder("<")
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(len(self),))
+    def _reader(self) -> CheckedReader:
+        return CheckedReader(self._data_path, self._ids_start, self.header.num_bytes, self._digests())
+
+    def _digests(self) -> bytes | None:
+        if self.header.digests_hash is None:
+            return None
+        start = HEADER_BYTES + (self.header.num_bytes if self.header.data_file is None else 0)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                digests = file.read(digests_size(self.header.num_bytes))
+        except OSError as error:
+            raise DataError(f"token file {self.path} cannot be read: {explain(error)}") from None
+        if hashlib.sha256(digests).hexdigest() != self.header.digests_hash:
+            raise DataError(
+                f"{self.path}: the digests of its blocks (bytes {start} and later) are not what was written: the file "
+                f"was changed, or its disk fails; restore it, or prepare it again"
+            )
+        return digests
 
 
 class TokenFileWriter:
     """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses."""
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
-        self._file = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+        self._path = path
+        with system_errors(path, "written"):
+            self._file = path.open("wb")
+            self._file.write(bytes(HEADER_BYTES))
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self._digest = hashlib.sha256()
+        self._hasher = BlockHasher()
         self.num_tokens = 0
         self.num_documents = 0
 
     def append(self, ids: np.ndarray, num_documents: int) -> None:
         """Writes the ids of whole documents, each with its end."""
         content = ids.astype(self._dtype, copy=False).tobytes()
-        self._file.write(content)
-        self._digest.update(content)
+        with system_errors(self._path, "written"):
+            self._file.write(content)
+        self._hasher.update(content)
         self.num_tokens += len(ids)
         self.num_documents += num_documents
 
     def close(self) -> Header:
         """Writes the header, and all of it to disk."""
-        header = Header(
-            dtype=self._dtype.name,
-            vocab_size=self._tokenizer.vocab_size,
-            eos_id=self._tokenizer.eos_id,
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            tokenizer_hash=self._tokenizer.hash,
-            content_hash=self._digest.hexdigest(),
-            data_file=None,
-        )
-        self._file.seek(0)
-        self._file.write(header.to_bytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        header = _header(self._path, self._tokenizer, self.num_tokens, self.num_documents, self._hasher, None)
+        with system_errors(self._path, "written"), self._file:
+            self._file.write(self._hasher.digests())
+            self._file.seek(0)
+            self._file.write(header.to_bytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return header
 
 
@@ -159,7 +187,7 @@ def wrap_flat_file(
 ) -> Header:
     """Writes a token file that points to `flat_file`, uint16 ids without a header as the PyTorch release stores them.
 
-    The ids are read once, to check them against the vocabulary, to count documents and for the content hash.
+    The ids are read once, to check them against the vocabulary, to count documents and for the digests.
     `progress` is called with the number of tokens of each block read.
     """
     dtype = np.dtype("<u2")
@@ -167,36 +195,59 @@ def wrap_flat_file(
         raise DataError(
             f"{flat_file}: ids of a vocabulary of {tokenizer.vocab_size} do not fit the uint16 of a flat file"
         )
+    hasher = BlockHasher()
+    num_tokens = num_documents = 0
+    with _open_flat_file(flat_file) as file:
+        while content := file.read(_BLOCK_TOKENS * dtype.itemsize):
+            block = np.frombuffer(content, dtype)
+            outside = block >= tokenizer.vocab_size
+            if outside.any():
+                position = int(outside.argmax())
+                raise DataError(
+                    f"{flat_file}: token id {block[position]} at position {num_tokens + position} is outside the "
+                    f"vocabulary of {tokenizer.vocab_size}"
+                )
+            hasher.update(content)
+            num_tokens += len(block)
+            num_documents += int((block == tokenizer.eos_id).sum())
+            progress(len(block))
+    num_documents += int(block[-1] != tokenizer.eos_id)  # the last one may lack its end
+    header = _header(path, tokenizer, num_tokens, num_documents, hasher, str(flat_file.resolve()))
+    with system_errors(path, "written"):
+        path.write_bytes(header.to_bytes() + hasher.digests())
+    return header
+
+
+@contextlib.contextmanager
+def _open_flat_file(path: pathlib.Path) -> Iterator[BinaryIO]:
     try:
-        size = flat_file.stat().st_size
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0 or size % 2:
+                raise DataError(f"{path} has {size} bytes, which is not a whole, positive number of uint16 ids")
+            yield file
     except OSError as error:
-        raise DataError(f"{flat_file} cannot be read: {error.strerror}") from None
-    if size == 0 or size % dtype.itemsize:
-        raise DataError(f"{flat_file} has {size} bytes, which is not a whole, positive number of uint16 ids")
-    ids = np.memmap(flat_file, dtype=dtype, mode="r")
-    digest = hashlib.sha256()
-    num_documents = int(ids[-1] != tokenizer.eos_id)  # the last one may lack its end
-    for start in range(0, len(ids), _BLOCK_TOKENS):
-        block = ids[start : start + _BLOCK_TOKENS]
-        outside = block >= tokenizer.vocab_size
-        if outside.any():
-            position = int(outside.argmax())
-            raise DataError(
-                f"{flat_file}: token id {block[position]} at position {start + position} is outside the vocabulary of "
-                f"{tokenizer.vocab_size}"
-            )
-        digest.update(block.tobytes())
-        num_documents += int((block == tokenizer.eos_id).sum())
-        progress(len(block))
-    header = Header(
-        dtype=dtype.name,
+        raise DataError(f"{path} cannot be read: {explain(error)}") from None
+
+
+def _header(
+    path: pathlib.Path,
+    tokenizer: Tokenizer,
+    num_tokens: int,
+    num_documents: int,
+    hasher: BlockHasher,
+    data_file: str | None,
+) -> Header:
+    return Header(
+        dtype=token_dtype(tokenizer.vocab_size).name,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        num_tokens=len(ids),
+        num_tokens=num_tokens,
         num_documents=num_documents,
         tokenizer_hash=tokenizer.hash,
-        content_hash=digest.hexdigest(),
-        data_file=str(flat_file.resolve()),
+        content_hash=hasher.hexdigest(),
+        data_file=data_file,
+        name=path.name,
+        block_bytes=BLOCK_BYTES,
+        digests_hash=hashlib.sha256(hasher.digests()).hexdigest(),
     )
-    path.write_bytes(header.to_bytes())
-    return header

@@ -2,34 +2,72 @@
 
 A tokenizer travels with the tokens it made: `save` writes it into their folder, `load_tokenizer` reads it from there,
 and its `hash` is in the header of every token file. The two model formats are read by the packages `tokenizers` and
-`sentencepiece`, imported where they are used, so that bytes need neither.
+`sentencepiece`, imported where they are used, so that bytes need neither. Published files are read by
+`rat_jax.data.tokenizer_files`.
 """
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
-import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from rat_jax.data import DataError
+from rat_jax.data.json_object import build, is_digest, parse_object, require
+from rat_jax.files import explain, write_bytes, write_json
 
 INFO_FILE = "tokenizer_info.json"
+MODEL_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # by kind
 BPE_EOS_TOKEN = "<|endoftext|>"
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer(abc.ABC):
     """Turns text into ids below `vocab_size` and back. Text never encodes to `eos_id`, which only ends documents."""
 
+    byte_ids: frozenset[int] = frozenset()
+    """Ids of single bytes that `decode` turns into text by whole runs: a byte can change the text of those before."""
+
     kind: str
     vocab_size: int
     eos_id: int
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with nothing added before or after."""
+        """The ids of `text`, with nothing added before or after.
+
+        Raises:
+          DataError: if `text` holds half of a surrogate pair, which is no character, if the tokenizer has no ids for
+            it, or if `eos_id` is among them.
+        """
+        to_utf8(text)
+        ids = self.encode_unchecked(text)
+        if self.eos_id in ids:
+            stop = self._end_position(text)
+            raise DataError(
+                f"a text holds {text[max(0, stop - 60) : stop]!r} (characters up to {stop}), which becomes "
+                f"{self.eos_id}, the id that ends a document: take it out of the text, or use a tokenizer in which it "
+                f"is a control token"
+            )
+        return ids
+
+    def _end_position(self, text: str) -> int:
+        """The length of a text that has `eos_id` among its ids and, with the last character left out, has not."""
+        without, stop = 0, len(text)
+        while stop - without > 1:
+            middle = (without + stop) // 2
+            if self.eos_id in self.encode_unchecked(text[:middle]):
+                stop = middle
+            else:
+                without = middle
+        return stop
+
+    @abc.abstractmethod
+    def encode_unchecked(self, text: str) -> list[int]:
+        """The ids of a text of whole characters; `eos_id` may be among them."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -47,18 +85,25 @@ class Tokenizer(abc.ABC):
     @property
     def hash(self) -> str:
         """SHA-256, in hexadecimal, of all that decides which ids a text gets."""
-        digest = hashlib.sha256(f"{self.kind} {self.vocab_size} {self.eos_id}\n".encode())
-        if self.model is not None:
-            digest.update(self.model[1])
-        return digest.hexdigest()
+        return _hash(self.kind, self.vocab_size, self.eos_id, b"" if self.model is None else self.model[1])
 
     def save(self, folder: pathlib.Path | str) -> None:
         """Writes the tokenizer into `folder`, for `load_tokenizer`."""
         folder = pathlib.Path(folder)
         if self.model is not None:
-            (folder / self.model[0]).write_bytes(self.model[1])
-        info = {"kind": self.kind, "vocab_size": self.vocab_size, "eos_id": self.eos_id, "hash": self.hash}
-        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+            write_bytes(folder / self.model[0], self.model[1])
+        info = TokenizerInfo(self.kind, self.vocab_size, self.eos_id, self.hash)
+        write_json(folder / INFO_FILE, dataclasses.asdict(info))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """What a saved tokenizer says of itself."""
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+    hash: str  # of `Tokenizer.hash`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +115,11 @@ class ByteTokenizer(Tokenizer):
     eos_id = 256
     model = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode_unchecked(self, text: str) -> list[int]:
         return list(text.encode())
 
     def encode_document(self, text: str) -> np.ndarray:
-        ids = np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        ids = np.frombuffer(to_utf8(text), np.uint8).astype(np.uint16)
         return np.append(ids, np.uint16(self.eos_id))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -97,14 +142,12 @@ class IdTokenizer(Tokenizer):
                 f"tokenizer ids: the end of a document, {self.eos_id}, is outside 0 .. {self.vocab_size - 1}"
             )
 
-    def encode(self, text: str) -> list[int]:
+    def encode_unchecked(self, text: str) -> list[int]:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
             raise DataError(f"this tokenizer reads token ids separated by spaces, not text: {error}") from None
         _check_ids(ids, self.vocab_size)
-        if self.eos_id in ids:
-            raise DataError(f"text may not hold {self.eos_id}, the id that ends a document")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -118,14 +161,18 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "huggingface"
 
     def __init__(self, content: bytes, eos_id: int):
+        """Raises a `DataError` if `content` is not a `tokenizer.json`."""
         import tokenizers
 
         self._content = content
-        self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        with library_errors("this is not a tokenizer.json"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self.eos_id = eos_id
         _check_ids([eos_id], self.vocab_size)
 
@@ -134,14 +181,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def model(self) -> tuple[str, bytes]:
-        return "tokenizer.json", self._content
+        return MODEL_FILES[self.kind], self._content
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode_unchecked(self, text: str) -> list[int]:
+        with library_errors(f"the tokenizer has no ids for the text {text[:60]!r}"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         _check_ids(ids, self.vocab_size)
-        return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
+        with library_errors("the tokenizer cannot decode some ids"):
+            return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -150,10 +199,12 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, content: bytes, eos_id: int):
+        """Raises a `DataError` if `content` is not a SentencePiece model."""
         import sentencepiece
 
         self._content = content
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        with library_errors("this is not a SentencePiece model"):
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = eos_id
         _check_ids([eos_id], self.vocab_size)
@@ -163,14 +214,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def model(self) -> tuple[str, bytes]:
-        return "tokenizer.model", self._content
+        return MODEL_FILES[self.kind], self._content
 
-    def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text, add_bos=False, add_eos=False)
+    def encode_unchecked(self, text: str) -> list[int]:
+        with library_errors(f"the tokenizer has no ids for the text {text[:60]!r}"):
+            return self._processor.encode(text, add_bos=False, add_eos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         _check_ids(ids, self.vocab_size)
-        return self._processor.decode([int(i) for i in ids if i != self.eos_id])
+        with library_errors("the tokenizer cannot decode some ids"):
+            return self._processor.decode([int(i) for i in ids if i != self.eos_id])
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -182,53 +235,94 @@ def load_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into `folder`.
 
     Raises:
-      DataError: if the folder holds none, or its model file is not the one that was saved.
+      DataError: if the folder holds none, or one that was changed.
     """
     folder = pathlib.Path(folder)
-    try:
-        info = json.loads((folder / INFO_FILE).read_text())
-        match info["kind"]:
-            case "bytes":
-                tokenizer = ByteTokenizer()
-            case "ids":
-                tokenizer = IdTokenizer(info["vocab_size"], info["eos_id"])
-            case "huggingface":
-                tokenizer = HuggingFaceTokenizer((folder / "tokenizer.json").read_bytes(), info["eos_id"])
-            case "sentencepiece":
-                tokenizer = SentencePieceTokenizer((folder / "tokenizer.model").read_bytes(), info["eos_id"])
-            case kind:
-                raise DataError(f"{folder / INFO_FILE}: unknown kind of tokenizer {kind!r}")
-    except FileNotFoundError as error:
-        raise DataError(f"{folder} holds no tokenizer: {error.filename} is missing") from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{folder / INFO_FILE} is damaged: {error!r}") from None
-    if tokenizer.hash != info["hash"]:
+    info = read_info(folder)
+    name = MODEL_FILES.get(info.kind)
+    content = b"" if name is None else _read_file(folder, name)
+    # Before any library sees the content: what it says of damaged files is of no use.
+    if _hash(info.kind, info.vocab_size, info.eos_id, content) != info.hash:
         raise DataError(
-            f"{folder}: the tokenizer is not the one that was saved there (its hash differs); its file was changed"
+            f"{folder}: the tokenizer is not the one that was saved there (its hash differs); {INFO_FILE}"
+            f"{'' if name is None else f' or {name}'} was changed"
         )
+    try:
+        tokenizer = _make(info, content)
+    except DataError as error:
+        raise DataError(f"the tokenizer in {folder} cannot be used: {error}") from None
+    require(tokenizer.hash == info.hash, str(folder / INFO_FILE), f"this is no tokenizer of kind {info.kind}")
     return tokenizer
 
 
-def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer:
-    """A tokenizer from a SentencePiece `.model` file, a Hugging Face `tokenizer.json` or the folder of a corpus.
+def _make(info: TokenizerInfo, content: bytes) -> Tokenizer:
+    match info.kind:
+        case "bytes":
+            return ByteTokenizer()
+        case "ids":
+            return IdTokenizer(info.vocab_size, info.eos_id)
+        case "huggingface":
+            return HuggingFaceTokenizer(content, info.eos_id)
+        case "sentencepiece":
+            return SentencePieceTokenizer(content, info.eos_id)
+    raise DataError(f"unknown kind {info.kind!r}")
 
-    Args:
-      path: of the file, by any other name than `.model` a `tokenizer.json`, or of a folder that `prepare` made.
-      eos_token: what ends a document, as the tokenizer writes it. None takes it from the `.model` file, or from the
-        `tokenizer_config.json` beside a `tokenizer.json`.
+
+def read_info(folder: pathlib.Path) -> TokenizerInfo:
+    """What the tokenizer in `folder` says of itself.
+
+    Raises:
+      DataError: if the folder holds none, or what it says cannot be.
     """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        if eos_token is not None:
-            raise DataError(f"{path} says which token ends a document: leave --eos_token out")
-        return load_tokenizer(path)
+    name = str(folder / INFO_FILE)
+    info = build(TokenizerInfo, parse_object(_read_file(folder, INFO_FILE), name), name)
+    require(info.kind in ("bytes", "ids", *MODEL_FILES), name, f"unknown kind of tokenizer {info.kind[:80]!r}")
+    require(0 <= info.eos_id < info.vocab_size <= 2**32, name, f"eos_id {info.eos_id}, vocab_size {info.vocab_size}")
+    require(is_digest(info.hash), name, "hash is no SHA-256")
+    return info
+
+
+def _read_file(folder: pathlib.Path, name: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no tokenizer: {folder / name} is missing") from None
     except OSError as error:
-        raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from None
-    if path.suffix == ".model":
-        return _read_sentencepiece(path, content, eos_token)
-    return _read_huggingface(path, content, eos_token)
+        raise DataError(f"{folder / name} cannot be read: {explain(error)}") from None
+
+
+def _hash(kind: str, vocab_size: int, eos_id: int, content: bytes) -> str:
+    return hashlib.sha256(f"{kind} {vocab_size} {eos_id}\n".encode() + content).hexdigest()
+
+
+@contextlib.contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Turns what a tokenizer's package raises into a `DataError`: "MESSAGE: why".
+
+    Their errors have no class of their own: plain `Exception`, and of Rust's panics one that is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{message}: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+
+
+def to_utf8(text: str) -> bytes:
+    """A text as UTF-8.
+
+    Raises:
+      DataError: if it holds half of a surrogate pair.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        start = max(0, error.start - 30)
+        raise DataError(
+            f"a text holds half of a surrogate pair, which is no character, in "
+            f"{text[start : error.start + 30]!r} (character {error.start}): leave it out"
+        ) from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
@@ -254,40 +348,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
             f"{tokenizer.get_vocab_size()}; use bpe:{tokenizer.get_vocab_size()} or less"
         )
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), tokenizer.token_to_id(BPE_EOS_TOKEN))
-
-
-def _read_sentencepiece(path: pathlib.Path, content: bytes, eos_token: str | None) -> SentencePieceTokenizer:
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise DataError(f"tokenizer {path} is not a SentencePiece model: {error}") from None
-    eos_id = processor.eos_id() if eos_token is None else processor.piece_to_id(eos_token)
-    if eos_id < 0 or (eos_token is not None and processor.id_to_piece(eos_id) != eos_token):
-        raise DataError(f"tokenizer {path} has no token {eos_token or '</s>'}; name its last token with --eos_token")
-    return SentencePieceTokenizer(content, eos_id)
-
-
-def _read_huggingface(path: pathlib.Path, content: bytes, eos_token: str | None) -> HuggingFaceTokenizer:
-    import tokenizers
-
-    config_path = path.parent / "tokenizer_config.json"
-    if eos_token is None and config_path.is_file():
-        eos_token = json.loads(config_path.read_text()).get("eos_token")
-        if isinstance(eos_token, dict):
-            eos_token = eos_token["content"]
-    if eos_token is None:
-        raise DataError(f"{path} does not say which token ends a document: name it with --eos_token")
-    try:
-        eos_id = tokenizers.Tokenizer.from_buffer(content).token_to_id(eos_token)
-    except ValueError as error:
-        raise DataError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
-    if eos_id is None:
-        raise DataError(
-            f"tokenizer {path} has no token {eos_token!r}; name the one that ends a document with --eos_token"
-        )
-    return HuggingFaceTokenizer(content, eos_id)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:

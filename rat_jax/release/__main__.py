@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from rat_jax.data.tokenizer import read_tokenizer
+from rat_jax.data.tokenizer_files import read_tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.release.file import ReleaseFile, read_release_file, write_release_file
 from rat_jax.release.model_config import ReleaseError, release_model_config

@@ -24,7 +24,7 @@ class CompletionWriter:
         self._prompts = list(prompts)
         self._decoders = [StreamDecoder(tokenizer) for _ in prompts]
         for decoder, ids in zip(self._decoders, self.prompt_ids, strict=True):
-            decoder.push(ids)
+            decoder.begin(ids)
         self._completions: list[list[str]] = [[] for _ in prompts]
         if output_file is not None and output_file.exists():
             raise PromptError(f"output file {output_file} is there already: choose another name")

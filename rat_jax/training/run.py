@@ -22,6 +22,7 @@ from rat_jax.checkpoints.workdir import (
 from rat_jax.config import Config
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
+from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.workers import check_main
 from rat_jax.errors import RatJaxError, RunStopped
@@ -88,6 +89,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
+        corpus.verify(max_bytes=WHOLE_BYTES, say=_say)
         with jax.set_mesh(mesh):
             return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish(interrupts)
     finally:

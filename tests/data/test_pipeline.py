@@ -9,8 +9,10 @@ import pytest
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
+from rat_jax.data.integrity import BLOCK_BYTES
 from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.prepare import Settings, prepare
+from tests.data import format_1
 
 EOS = 2
 VOCAB_SIZE = 500
@@ -305,20 +307,36 @@ def test_resume_with_another_seed_or_corpus_is_refused(config, tmp_path):
     other = dataclasses.replace(config, path=str(make_corpus(tmp_path, ids, VALIDATION)))
     with pytest.raises(DataError, match="other batches: content_hash was"):
         train_data(other).restore(state)
+    ids = VALIDATION.copy()
+    ids[3] += 1
+    other = dataclasses.replace(config, path=str(make_corpus(tmp_path, TRAIN, ids)))
+    with pytest.raises(DataError, match="other batches: validation_content_hash was"):
+        train_data(other).restore(state)
+
+
+@pytest.mark.parametrize("changes", [{"next_batch": -1}, {"next_batch": "3"}, {"next_batch": True}, {"fingerprint": 1}])
+def test_a_damaged_position_is_refused(config, changes):
+    data = train_data(config)
+    with pytest.raises(DataError, match="the saved position of the data is damaged"):
+        data.restore(data.state() | changes)
 
 
 def test_check_fingerprint(config):
     current = train_data(config).fingerprint
     assert set(current) == {
-        *("format_version", "num_tokens", "content_hash", "tokenizer_hash", "vocab_size"),
+        *("format_version", "num_tokens", "content_hash", "validation_content_hash", "tokenizer_hash", "vocab_size"),
         *("seq_len", "global_batch_size", "segment_documents", "seed"),
     }
     check_fingerprint(json.loads(json.dumps(current)), current)
     for name in current:
         with pytest.raises(DataError, match=f"other batches: {name} was 'x', is "):
             check_fingerprint(current | {name: "x"}, current)
+        without = {key: value for key, value in current.items() if key != name}
+        if name == "validation_content_hash":  # which was not always saved
+            check_fingerprint(without, current)
+            continue
         with pytest.raises(DataError, match=f"other batches: {name} was None, is "):
-            check_fingerprint({key: value for key, value in current.items() if key != name}, current)
+            check_fingerprint(without, current)
     with pytest.raises(DataError, match="seq_len was 1, is 8; seed was 2, is 0; later was 3, is None"):
         check_fingerprint(current | {"seq_len": 1, "seed": 2, "later": 3}, current)
 
@@ -334,6 +352,7 @@ def test_moved_corpus_is_the_same_corpus(config, tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_id_outside_the_vocabulary(config, tmp_path, num_workers):
     path = make_corpus(tmp_path, TRAIN, VALIDATION)
+    format_1.rewrite_corpus(path)  # in which no digest shows it before
     ids = VALIDATION.copy()
     ids[3 * SEQ_LEN + 5] = VOCAB_SIZE
     ids.tofile(tmp_path / "validation_ids.bin")
@@ -389,3 +408,56 @@ def test_another_tokenizer_is_refused(config, tmp_path):
     other = dataclasses.replace(corpus, tokenizer_hash="0" * 64)
     with pytest.raises(DataError, match="was made by another tokenizer than the model's, which is in"):
         other.check_tokenizer(tmp_path)
+
+
+LARGE = make_ids(3 * BLOCK_BYTES // 2)  # of three blocks
+
+
+@pytest.fixture
+def large(tmp_path, config) -> DataConfig:
+    """Of a corpus with three blocks of training ids, which are in train_ids.bin."""
+    return dataclasses.replace(config, path=str(make_corpus(tmp_path, LARGE, VALIDATION)))
+
+
+def overwrite(path, position: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(content)
+
+
+def test_changed_ids_are_refused_before_they_are_in_a_batch(large, tmp_path):
+    overwrite(tmp_path / "train_ids.bin", BLOCK_BYTES + 6, b"\x05\x00\x06\x00")
+    with pytest.raises(DataError, match=r"train_ids\.bin: block 1 of 3 \(bytes 65536 to 131071\) is not what was"):
+        take(train_data(large), 300)
+
+
+def test_a_file_overwritten_while_it_is_read_is_refused(large, tmp_path):
+    data = train_data(large)
+    take(data, 300)  # all blocks were read, and found right
+    overwrite(tmp_path / "train_ids.bin", 2 * BLOCK_BYTES, LARGE.tobytes()[2 * BLOCK_BYTES :])
+    take(data, 300)  # with what was there
+    overwrite(tmp_path / "train_ids.bin", 2 * BLOCK_BYTES + 6, b"\x05\x00\x06\x00")
+    with pytest.raises(DataError, match=r"train_ids\.bin: block 2 of 3"):
+        take(data, 300)
+
+
+def test_a_file_cut_short_while_it_is_read_is_refused(large, tmp_path):
+    data = train_data(large)
+    take(data, 300)
+    with (tmp_path / "train_ids.bin").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DataError, match=r"train_ids\.bin was cut short while it was in use"):
+        take(data, 300)
+
+
+def test_a_file_replaced_while_it_is_read_does_not_matter(large, tmp_path):
+    """What is open stays what it was."""
+    expected = take(train_data(large), 100)
+    data = train_data(large)
+    take(data, 1)
+    other = tmp_path / "other"
+    other.write_bytes(bytes(LARGE.nbytes))
+    other.rename(tmp_path / "train_ids.bin")
+    assert_equal(take(data, 99), expected[1:])
+    with pytest.raises(DataError, match=r"train_ids\.bin: block \d of 3"):
+        take(train_data(large), 100)

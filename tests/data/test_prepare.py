@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -309,24 +308,3 @@ def test_release_files(settings, tmp_path):
     assert corpus.tokenizer() == IdTokenizer(32000, 2)
     failure(settings, tmp_path / "out", "name the tokenizer that made them", tokenizer="bpe:300")
     failure(settings, tmp_path / "out", r"train\.bin: token id 9 at position 5 is outside", tokenizer="ids:9:2")
-
-
-def test_corpus_that_cannot_be_opened(corpus, tmp_path):
-    with pytest.raises(DataError, match=r"is not a prepared corpus: it has no metadata\.json; make one with"):
-        Corpus.open(tmp_path / "gone")
-    path = corpus.path / "metadata.json"
-    values = json.loads(path.read_text())
-    for change, message in (
-        ({"format_version": 9}, "format version 9; this code reads version 1"),
-        ({"splits": {}}, r"metadata\.json is damaged: KeyError\('train'\)"),
-        ({"total": {"num_bytes": 3}}, r"metadata\.json is damaged: TypeError"),
-    ):
-        path.write_text(json.dumps(values | change))
-        with pytest.raises(DataError, match=message):
-            Corpus.open(corpus.path)
-    path.write_text(json.dumps(values | {"tokenizer_hash": "0"}))
-    other = Corpus.open(corpus.path)
-    with pytest.raises(DataError, match="its tokenizer is not the one that made its tokens"):
-        other.tokenizer()
-    with pytest.raises(DataError, match=r"train\.bin was made by another tokenizer"):
-        other.token_file("train")

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ from rat_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     IdTokenizer,
     Tokenizer,
+    library_errors,
     load_tokenizer,
-    read_tokenizer,
     token_dtype,
     train_bpe,
 )
+from rat_jax.data.tokenizer_files import read_tokenizer
+from rat_jax.files import FileError
 from rat_jax.sampling.stream_decoder import StreamDecoder
+from tests.data.damage import damaged, damaged_values
 
 TEXTS = [
     "",
@@ -92,6 +97,63 @@ def test_stream_of_several_ids_at_once(tokenizer, text):
     assert "".join(pieces) + decoder.flush() == text
 
 
+def test_stream_of_any_ids_is_their_text(tokenizer):
+    """Stray bytes, half characters, ends of documents: what a model draws at random."""
+    generator = random.Random(0)
+    byte_ids = sorted(tokenizer.byte_ids) or range(3 if tokenizer.kind == "sentencepiece" else 0, 259)
+    runs = [*("é€🦊漢".encode()), *(0xC3, 0xE2, 0x82, 0xF0, 0xFF, 0x80, 0x41)]
+    for _ in range(100):
+        ids = []
+        while len(ids) < 150:
+            match generator.randrange(4):
+                case 0:
+                    ids += tokenizer.encode(generator.choice(TEXTS))[: generator.randrange(9)]
+                case 1:
+                    ids += [byte_ids[byte] for byte in generator.choices(runs, k=generator.randrange(9))]
+                case 2:
+                    ids += [*(byte_ids[byte] for byte in "é€🦊".encode()), tokenizer.eos_id]
+                case 3:
+                    ids += generator.choices([*range(tokenizer.vocab_size), tokenizer.eos_id], k=generator.randrange(4))
+        decoder, pieces, done = StreamDecoder(tokenizer), [], 0
+        while done < len(ids):
+            count = generator.choice([1, 1, 1, 5])
+            pieces.append(decoder.push(ids[done : done + count]))
+            done += count
+        assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_stream_holds_back_a_run_of_bytes(tokenizers):
+    tokenizer = tokenizers["byte_fallback"]
+    (a,), (b,) = (tokenizer.encode(text)[1:] for text in "ab")
+    fox, stray = tokenizer.encode("🦊")[1:], tokenizer.encode("€")[1]
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(i) for i in (a, *fox, b)] == ["a", "", "", "", "", "🦊b"]
+    assert [decoder.push(i) for i in (*fox, stray, a)] == ["", "", "", "", "", "\ufffd" * 5 + "a"]
+    assert decoder.push(fox) == ""
+    assert decoder.flush() == "🦊"
+
+
+@pytest.mark.parametrize("prompt", ["ends in 🦊", "🦊", "ends in \ufffd", "", "x"])
+def test_stream_after_a_prompt_is_what_follows(tokenizer, prompt):
+    following = "".join(TEXTS) * 2
+    prompt_ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt + following)
+    if ids[: len(prompt_ids)] != prompt_ids:
+        pytest.skip("the prompt's last word goes on")
+    decoder = StreamDecoder(tokenizer)
+    decoder.begin(prompt_ids)
+    pieces = [decoder.push(i) for i in ids[len(prompt_ids) :]]
+    assert "".join(pieces) + decoder.flush() == following
+
+
+def test_a_stray_byte_does_not_change_the_prompt(tokenizers):
+    tokenizer = tokenizers["byte_fallback"]
+    decoder = StreamDecoder(tokenizer)
+    decoder.begin(tokenizer.encode("a🦊"))
+    (b,), stray = tokenizer.encode("b")[1:], tokenizer.encode("€")[1]
+    assert [decoder.push(i) for i in (stray, b)] == ["", "\ufffdb"]
+
+
 def test_stream_holds_back_half_a_character():
     decoder = StreamDecoder(ByteTokenizer())
     assert [decoder.push(byte) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
@@ -150,10 +212,16 @@ def test_ids():
         tokenizer.encode("3 10")
     with pytest.raises(DataError, match="ids separated by spaces"):
         tokenizer.encode("three")
-    with pytest.raises(DataError, match="the id that ends a document"):
-        tokenizer.encode("3 0")
+    with pytest.raises(DataError, match=r"holds '3 0' .* which becomes 0, the id that ends a document"):
+        tokenizer.encode("3 0 4")
     with pytest.raises(DataError, match=r"outside 0 \.\. 9"):
         IdTokenizer(10, 10)
+
+
+def test_halves_of_surrogate_pairs_are_refused(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_document):
+        with pytest.raises(DataError, match=r"half of a surrogate pair, .*'ab.ud83ec' \(character 2\)"):
+            encode("ab\ud83ec")
 
 
 def test_decode_refuses_foreign_ids(tokenizer):
@@ -161,28 +229,6 @@ def test_decode_refuses_foreign_ids(tokenizer):
         tokenizer.decode([1, tokenizer.vocab_size])
     with pytest.raises(DataError, match="id -1 at position 0"):
         tokenizer.decode([-1])
-
-
-def test_huggingface_file(tokenizers, tmp_path):
-    name, content = tokenizers["bpe"].model
-    path = tmp_path / name
-    path.write_bytes(content)
-    assert read_tokenizer(path, "<|endoftext|>").hash == tokenizers["bpe"].hash
-    with pytest.raises(DataError, match="does not say which token ends a document: name it with --eos_token"):
-        read_tokenizer(path, None)
-    with pytest.raises(DataError, match="has no token '<end>'"):
-        read_tokenizer(path, "<end>")
-    for eos_token in ("<|endoftext|>", {"content": "<|endoftext|>"}):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
-        assert read_tokenizer(path, None).eos_id == 0
-    (tmp_path / "corpus").mkdir()
-    tokenizers["bpe"].save(tmp_path / "corpus")
-    assert read_tokenizer(tmp_path / "corpus", None).hash == tokenizers["bpe"].hash
-    with pytest.raises(DataError, match="leave --eos_token out"):
-        read_tokenizer(tmp_path / "corpus", "<|endoftext|>")
-    path.write_text("{}")
-    with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
-        read_tokenizer(path, "<|endoftext|>")
 
 
 def test_huggingface_adds_nothing_and_cuts_nothing(tokenizers):
@@ -199,22 +245,6 @@ def test_huggingface_adds_nothing_and_cuts_nothing(tokenizers):
     assert HuggingFaceTokenizer(changed.to_str().encode(), 0).encode(text) == plain.encode(text)
 
 
-def test_sentencepiece_file(tmp_path, sentencepiece_model):
-    path = tmp_path / "x.model"
-    path.write_bytes(sentencepiece_model)
-    assert read_tokenizer(path, "<s>").eos_id == 1
-    with pytest.raises(DataError, match="has no token <end>"):
-        read_tokenizer(path, "<end>")
-    path.write_bytes(b"not a model")
-    with pytest.raises(DataError, match=r"x\.model is not a SentencePiece model"):
-        read_tokenizer(path, None)
-
-
-def test_files_that_are_not_tokenizers(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.model cannot be read: No such file"):
-        read_tokenizer(tmp_path / "gone.model", None)
-
-
 def test_load_refuses_what_was_changed(tokenizers, tmp_path):
     with pytest.raises(DataError, match=r"holds no tokenizer: .*tokenizer_info\.json is missing"):
         load_tokenizer(tmp_path)
@@ -229,6 +259,64 @@ def test_load_refuses_what_was_changed(tokenizers, tmp_path):
     (tmp_path / "tokenizer_info.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "words"}, "unknown kind of tokenizer 'words'"),
+        ({"kind": None}, "kind is None, expected str"),
+        ({"vocab_size": "300"}, "vocab_size is '300', expected int"),
+        ({"eos_id": 300}, "eos_id 300, vocab_size 300"),
+        ({"eos_id": -1}, "eos_id -1, vocab_size 300"),
+        ({"hash": "x"}, "hash is no SHA-256"),
+    ],
+)
+def test_info_that_cannot_be(tokenizers, tmp_path, changes, message):
+    tokenizers["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DataError, match=rf"tokenizer_info\.json is damaged: {message}"):
+        load_tokenizer(tmp_path)
+
+
+def test_damaged_tokenizers_are_refused_or_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    generator = random.Random(0)
+    paths = sorted(tmp_path.iterdir())
+    for path in paths:
+        content = path.read_bytes()
+        for _ in range(100):
+            path.write_bytes(damaged(content, generator))
+            try:
+                assert load_tokenizer(tmp_path).hash == tokenizer.hash
+            except DataError as error:
+                assert str(tmp_path) in str(error)
+        path.write_bytes(content)
+    path, values = tmp_path / "tokenizer_info.json", json.loads((tmp_path / "tokenizer_info.json").read_text())
+    for _ in range(100):
+        path.write_text(json.dumps(damaged_values(values, generator)))
+        with pytest.raises(DataError, match=str(tmp_path)):
+            load_tokenizer(tmp_path)
+
+
+def test_what_the_libraries_raise_is_refused_and_signals_are_not():
+    class PanicException(BaseException):  # as pyo3's, which no module has
+        pass
+
+    for error in (Exception("two\nlines"), RuntimeError("two lines"), PanicException("two lines")):
+        with pytest.raises(DataError, match="the file is damaged: two lines"), library_errors("the file is damaged"):
+            raise error
+    with pytest.raises(KeyboardInterrupt), library_errors("the file is damaged"):
+        raise KeyboardInterrupt
+
+
+def test_a_save_that_is_cut_off_leaves_what_was_there(tokenizers, tmp_path, monkeypatch):
+    tokenizers["bpe"].save(tmp_path)
+    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(FileError, match=r"tokenizer\.json cannot be written: No space left; make room on its disk"):
+        train_bpe(iter(TEXTS * 3), 290).save(tmp_path)
+    assert load_tokenizer(tmp_path).hash == tokenizers["bpe"].hash
 
 
 def test_dtype_by_vocabulary():

@@ -27,6 +27,7 @@ from rat_jax.config import ConfigError, config_to_dict
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData
+from rat_jax.data.token_file import TokenFileWriter
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import evaluate
@@ -360,17 +361,32 @@ class TestRefusals:
             training.train(tiny_config(corpus, **change), finished_run)
         assert tree(finished_run) == before
 
-    def test_other_data_of_the_same_path_field(self, finished_run, tmp_path):
-        other = make_corpus(tmp_path / "other")
-        file = other / "train.bin"
-        content = bytearray(file.read_bytes())
-        position = content.index(b'"content_hash": "') + 20
-        content[position] = ord("0") if content[position] != ord("0") else ord("1")
-        file.write_bytes(content)
+    @pytest.mark.parametrize(("split", "field"), [("train", "content_hash"), ("validation", "validation_content_hash")])
+    def test_other_data_of_the_same_path_field(self, finished_run, tmp_path, split, field):
+        other = Corpus.open(make_corpus(tmp_path / "other"))
+        ids = other.token_file(split).read(0, other.splits[split].num_tokens).copy()
+        ids[0] = 1 + ids[0] % 28
+        writer = TokenFileWriter(other.path / f"{split}.bin", other.tokenizer())
+        writer.append(ids, other.splits[split].num_documents)
+        writer.close()
+        other.write_metadata()
         before = tree(finished_run)
-        with pytest.raises(DataError, match="content_hash was"):
-            training.train(tiny_config(other), finished_run)
+        with pytest.raises(DataError, match=f"other batches: {field} was"):
+            training.train(tiny_config(other.path), finished_run)
         assert tree(finished_run) == before
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_changed_data(self, finished_run, tmp_path, split):
+        other = make_corpus(tmp_path / "other")
+        content = bytearray((other / f"{split}.bin").read_bytes())
+        content[8192 + 40] ^= 1
+        (other / f"{split}.bin").write_bytes(content)
+        before = tree(finished_run)
+        for workdir in (finished_run, tmp_path / "new"):
+            with pytest.raises(DataError, match=rf"{split}\.bin: block 0 of 1 \(bytes 8192 to \d+\) is not what was"):
+                training.train(tiny_config(other), workdir)
+        assert tree(finished_run) == before
+        assert not (tmp_path / "new").exists()
 
     def test_other_tokenizer(self, config, corpus, uninterrupted, tmp_path):
         from rat_jax.data.tokenizer import IdTokenizer

@@ -8,9 +8,11 @@ and its `hash` is in the header of every token file. The two model formats are r
 import abc
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,6 +20,12 @@ from rat_jax.data import DataError
 
 INFO_FILE = "tokenizer_info.json"
 BPE_EOS_TOKEN = "<|endoftext|>"
+
+_PIECE_CHARACTERS = 1 << 20
+_WORD_END = re.compile(r"(?<=\S)(?=[ \n]\S)")  # certain: of several spaces, some would be a word of their own
+_NO_WORD = re.compile(r"(?:(?!\s)[\W_])*")
+# Letters and digits, other signs, or space: in a thousand of one kind there is no end of a word, or hardly one.
+_LONG_WORD = re.compile(r"[^\W_]{1000}|(?:(?!\s)[\W_]){1000}|\s{1000}")
 
 
 class Tokenizer(abc.ABC):
@@ -232,7 +240,11 @@ def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them."""
+    """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them.
+
+    For the training alone, words of more than 1,000 characters (a blob in base64, a line of dashes) are cut: a merge
+    costs the trainer the length of each word that holds it.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -247,13 +259,36 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _training_pieces(text)), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
             f"the corpus is too small for bpe:{vocab_size}: no pair of tokens is left to merge at "
             f"{tokenizer.get_vocab_size()}; use bpe:{tokenizer.get_vocab_size()} or less"
         )
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), tokenizer.token_to_id(BPE_EOS_TOKEN))
+
+
+def _training_pieces(text: str) -> Iterator[str]:
+    """Pieces that together are `text`, whose words are those of `text` but for the ends of cut ones.
+
+    Long texts are cut as well, where a word ends for certain, because the trainer needs some hundred
+    bytes of memory for each character of a piece.
+    """
+    start = 0
+    while start < len(text):
+        end = start + _PIECE_CHARACTERS
+        word_end = _WORD_END.search(text, end) if end < len(text) else None
+        end = len(text) if word_end is None else word_end.end()
+        piece = text[start:end]
+        cuts = [0, *(match.end() for match in _LONG_WORD.finditer(piece))] if _may_have_long_word(piece) else [0]
+        yield from (piece[a:b] for a, b in itertools.pairwise([*cuts, len(piece)]) if a < b)
+        start = end
+
+
+def _may_have_long_word(text: str) -> bool:
+    """Whether a match of `_LONG_WORD` is possible: it would cover one of these slices whole."""
+    slices = (text[start : start + 500] for start in range(0, len(text) - 499, 500))
+    return any(part.isalnum() or part.isspace() or _NO_WORD.fullmatch(part) for part in slices)
 
 
 def _read_sentencepiece(path: pathlib.Path, content: bytes, eos_token: str | None) -> SentencePieceTokenizer:

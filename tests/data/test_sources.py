@@ -46,7 +46,7 @@ def test_text_keeps_line_ends(tmp_path, read_options):
 @pytest.mark.parametrize("block", [1, 2, 3, 1000])
 def test_separator(tmp_path, read_options, monkeypatch, block):
     """However the separators lie in the blocks that are read."""
-    monkeypatch.setattr("rat_jax.data.sources._BLOCK_CHARACTERS", block)
+    monkeypatch.setattr("rat_jax.data.text_files._BLOCK_BYTES", block)
     (tmp_path / "x.txt").write_bytes("one€||two\r\n||||three".encode())
     options = dataclasses.replace(read_options, document_separator="||")
     documents = list(parse_source(str(tmp_path), options).documents())
@@ -133,11 +133,11 @@ def test_dangling_link(tmp_path, read_options):
 
 def test_python_stdlib(read_options):
     source = parse_source("python-stdlib", dataclasses.replace(read_options, document_separator="\n"))
-    names = [str(path) for path in source.paths]
+    names = [str(path) for path in source.readers]
     assert source.num_documents == len(names) > 400  # the separator is for text files
     assert json.__file__ in names
     assert not [name for name in names if "site-packages" in name or "/test/" in name]
-    assert names == [str(path) for path in parse_source("python-stdlib", read_options).paths]
+    assert names == [str(path) for path in parse_source("python-stdlib", read_options).readers]
     assert next(source.documents()).text.startswith(("import", '"""', "#", "'''", "from", "r'''"))
 
 
@@ -150,7 +150,7 @@ def test_hugging_face_datasets(tmp_path, read_options):
     options = dataclasses.replace(read_options, field="body")
     assert texts(f"hf:{folder}", options) == ["one", "zwei €"]
     assert texts(f"hf:{folder}::test", options) == ["three"]
-    with pytest.raises(DataError, match=r"has no column 'text' \(it has: body\)"):
+    with pytest.raises(DataError, match=r"row 1, has no field 'text' \(it has: body\)"):
         texts(f"hf:{folder}", read_options)
     with pytest.raises(DataError, match="split validation, after row 0, cannot be read"):
         texts(f"hf:{folder}::validation", options)

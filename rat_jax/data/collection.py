@@ -55,7 +55,7 @@ class Collection:
             if len(counts) == len(SPLITS):
                 return False
         if not counts:
-            raise DataError("empty corpus: --source holds no text")
+            raise DataError(f"empty corpus: {_counted(_contents(self.sources))}, and no text in it")
         if not can_cut:
             empty = "train" if counts["validation"] else "validation"
             raise DataError(
@@ -104,20 +104,26 @@ class Collection:
 
     def describe(self) -> list[str]:
         """What was found, in a line for each kind of source, and what the sources note."""
-        lines = []
+        lines = [note for source in (*self.sources, *self.validation_sources) for note in source.notes]
         for sources, use in ((self.sources, "found"), (self.validation_sources, "found for validation")):
-            contents: collections.Counter[str] = collections.Counter()
-            compressions: collections.Counter[str] = collections.Counter()
-            for source in sources:
-                contents.update(source.contents)
-                if isinstance(source, Files):
-                    compressions.update(source.compressions)
-                lines += source.notes
-            if contents:
+            if sources:
+                compressions: collections.Counter[str] = collections.Counter()
+                for source in sources:
+                    compressions.update(source.compressions if isinstance(source, Files) else {})
                 packed = ", ".join(f"{count:,} {suffix}" for suffix, count in compressions.items())
-                kinds = ", ".join(f"{count:,} {kind}{'s' * (count != 1)}" for kind, count in contents.items())
-                lines.append(f"{use} {kinds}" + (f" ({packed} among them)" if packed else ""))
+                lines.append(f"{use} {_counted(_contents(sources))}" + f" ({packed} among them)" * bool(packed))
         return lines
+
+
+def _contents(sources: Iterable[Source]) -> collections.Counter[str]:
+    contents: collections.Counter[str] = collections.Counter()
+    for source in sources:
+        contents.update(source.contents)
+    return contents
+
+
+def _counted(contents: collections.Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}{'s' * (count != 1)}" for kind, count in contents.items())
 
 
 def _text(document: Document) -> str:

@@ -106,6 +106,8 @@ def _values(text: _Characters, name: str) -> Iterator[tuple[int, object]]:
         yield line, _next_value(text, name)
         if in_array:
             end = text.next()
+            if not end:
+                break
             if end not in (",", "]"):
                 raise DataError(f"{name}, line {text.line} is not JSON: an array goes on with a comma or ends with ]")
             text.move_to(text.position + 1)

@@ -3,7 +3,8 @@
   python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out data/python-stdlib-bpe2048
 
 The result is a folder (`rat_jax.data.corpus` describes it) that is either complete or not there: all is written into a
-folder beside it that takes its name at the end. The same command run again finds its work done.
+folder beside it that takes its name at the end. The same command run again finds its work done; a command that was stopped
+starts from the beginning.
 """
 
 import argparse
@@ -42,22 +43,31 @@ _BLOCK_TOKENS = 1 << 24
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 _SOURCES = """\
-sources (--source, --validation_source; may be given several times):
+sources (--source, --validation_source; one or several values, the flag once or several times):
+  PATH                       a file, all files below a folder, or a glob pattern in quotes, each file by its ending:
+                             .jsonl .ndjson JSON lines, .json the same or an array of objects, .parquet, others text
+  text:PATH                  the same, all of it plain text
+  jsonl:PATH  parquet:PATH   the same, but below a folder those of that kind only
   python-stdlib              the standard library of this Python (*.py, its tests left out)
-  text:PATH                  a text file, all files below a folder, or a glob pattern
-  jsonl:PATH                 JSON lines (.gz too): a file, *.json* below a folder, or a pattern; text under --field
-  parquet:PATH               Parquet: a file, *.parquet below a folder, or a pattern; text in the column --field
   hf:NAME[:CONFIG[:SPLIT]]   a Hugging Face data set (needs the package `datasets`); text in the column --field
   recall:COUNT               generated documents of an associative recall task, for --tokenizer ids:46:0
-  PATH                       one of the above by its ending; text if it is none
   release-bin:FILE           flat uint16 token ids of the PyTorch release, used where they are; give the training file
                              as --source and the validation file as --validation_source
+  .gz, .bz2, .xz and .zst are unpacked. Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. Links are
+  followed; hidden files are left out.
+documents and splits:
+  A document is a text file, or what lies between two --document_separator in it, or a record of the other kinds.
+  Without --validation_source the hash of a document decides its split. If a split would have none, as with one single
+  document, each document is cut, and its tail is for validation.
 tokenizers (--tokenizer):
   bytes                      UTF-8 bytes and the end of a document: 257 ids
-  bpe:SIZE                   a byte-level BPE of SIZE ids, trained on the training documents
+  bpe:SIZE                   a byte-level BPE of SIZE ids, trained on the training documents, for which words of more
+                             than 1,000 characters are cut
   PATH                       a Hugging Face tokenizer.json, a SentencePiece .model (LLaMA-2: the RAT paper's recipe), or
                              the folder of a corpus that was prepared before
   ids:VOCAB_SIZE:EOS_ID      for release-bin without its tokenizer, and for text that is numbers: "12 7 931"
+
+What is stopped leaves nothing behind, and starts from the beginning when the command is given again.
 """
 
 
@@ -112,8 +122,9 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
     _check(settings)
     if num_workers < 0:
         raise DataError(f"--num_workers must be 0 or more, got {num_workers}")
-    out = _place(local_path(out, "--out"))
+    out = local_path(out, "--out")
     with system_errors(out, "read"):
+        out = _place(out)
         is_there = _is_there(out)
         if is_there and not (out / METADATA_FILE).is_file():
             raise DataError(f"{out} exists and is not a prepared corpus; it is left alone: choose another --out")
@@ -157,6 +168,9 @@ def _place(out: pathlib.Path) -> pathlib.Path:
             f"--out {out} is a link to {os.readlink(out)}, which does not exist: make it, or remove the link"
         )
     place = pathlib.Path(os.path.realpath(out)) if out.is_symlink() else out
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise DataError(f"--out {out} lies below {above}, which is a file: choose another place")
     if os.path.ismount(place):
         raise DataError(f"--out {out} is a mount point, which no folder can replace: name a folder in it")
     return place

@@ -239,6 +239,12 @@ def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer
     return _read_huggingface(path, content, eos_token)
 
 
+def check_bpe_size(vocab_size: int) -> None:
+    """Refuses the size of a BPE that cannot hold every byte."""
+    if vocab_size < 257:
+        raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: bpe:{vocab_size} is below 257")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them.
 
@@ -248,8 +254,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: bpe:{vocab_size} is below 257")
+    check_bpe_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -3,10 +3,9 @@
 import pathlib
 
 from rat_jax.data import DataError
-from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, read_tokenizer
+from rat_jax.data.tokenizer import INFO_FILE, ByteTokenizer, IdTokenizer, Tokenizer, check_bpe_size, read_tokenizer
 from rat_jax.paths import local_path
 
-_MIN_BPE_SIZE = 257
 _EXPECTED = (
     "expected bytes, bpe:SIZE, ids:VOCAB_SIZE:EOS_ID, a tokenizer.json, a SentencePiece .model file or the folder of "
     "a prepared corpus"
@@ -35,10 +34,9 @@ def parse_tokenizer(spec: str, eos_token: str | None) -> Tokenizer | int:
     match kind, [int(number) for number in numbers]:
         case "bytes", []:
             return ByteTokenizer()
-        case "bpe", [size] if size >= _MIN_BPE_SIZE:
-            return size
         case "bpe", [size]:
-            raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: {spec} is below 257")
+            check_bpe_size(size)
+            return size
         case "ids", [vocab_size, eos_id]:
             return IdTokenizer(vocab_size, eos_id)
     raise DataError(f"--tokenizer {spec}: {_EXPECTED}")

@@ -10,6 +10,7 @@ from rat_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     IdTokenizer,
     Tokenizer,
+    _training_pieces,
     load_tokenizer,
     read_tokenizer,
     token_dtype,
@@ -138,6 +139,27 @@ def test_bpe_sizes():
         train_bpe(iter(TEXTS), 256)
     with pytest.raises(DataError, match=r"too small for bpe:5000: .* use bpe:\d+ or less"):
         train_bpe(iter(TEXTS), 5000)
+
+
+def test_bpe_training_in_pieces_changes_nothing(monkeypatch):
+    """Pieces end where words do: the words, and so the merges, are those of the whole text."""
+    text = "".join(TEXTS) + "\n\n  indented\t\n don't  stop \n" * 9 + "no line end " * 99
+    whole = train_bpe([text], 300)
+    monkeypatch.setattr("rat_jax.data.tokenizer._PIECE_CHARACTERS", 50)
+    pieces = list(_training_pieces(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 50
+    assert train_bpe([text], 300).hash == whole.hash
+
+
+@pytest.mark.parametrize("word", ["ab1", "é", "中文", "-", "_", "=\u0301", " ", "\n", " \t\n"])
+def test_long_words_are_cut_for_bpe_training(word):
+    """The trainer's cost grows with the square of a word's length."""
+    text = f"before {word * 20_000} after {word * 300} " * 2
+    pieces = list(_training_pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 1000 + len("before  after ") + 300 * len(word)
+    assert list(_training_pieces("words and more of them. " * 500)) == ["words and more of them. " * 500]
 
 
 def test_ids():

@@ -3,7 +3,7 @@
   python -m rat_jax.data.prepare --source python-stdlib --tokenizer bpe:2048 --out data/python-stdlib-bpe2048
 
 The result is a folder (`rat_jax.data.corpus` describes it) that is either complete or not there: all is written into a
-folder beside it that takes its name at the end. The same command run again finds its work done; a command that was stopped
+folder beside it that takes its name at the end. The same command run again finds its work done; one that was stopped
 starts from the beginning.
 """
 

@@ -24,7 +24,7 @@ class Collection:
     sources: Sequence[Source]
     validation_sources: Sequence[Source]
     validation_fraction: float
-    cuts_documents: bool = False  # set by `settle`
+    empty_split: Split | None = None  # that would have no whole document, so that all are cut; set by `settle`
     separator_occurs: bool = False  # set while documents are read
 
     def check(self) -> None:
@@ -56,26 +56,26 @@ class Collection:
                 return False
         if not counts:
             raise DataError(f"empty corpus: {_counted(_contents(self.sources))}, and no text in it")
+        empty = "train" if counts["validation"] else "validation"
         if not can_cut:
-            empty = "train" if counts["validation"] else "validation"
             raise DataError(
                 f"no documents in the {empty} split: {counts.total()} documents at --validation_fraction "
                 f"{self.validation_fraction}, too short to be cut in two; change the fraction, cut files into "
                 f"documents with --document_separator, or give a --validation_source"
             )
-        self.cuts_documents = True
+        self.empty_split = empty
         return True
 
     @property
     def num_documents(self) -> int | None:
         """How many `documents` yields at most, where that is known before reading them."""
         counts = [source.num_documents for source in (*self.sources, *self.validation_sources)]
-        return None if None in counts or self.cuts_documents else sum(counts)
+        return None if None in counts or self.empty_split else sum(counts)
 
     def documents(self) -> Iterator[tuple[Split | None, str]]:
         """All texts that are not empty, with their split where it is not `split_of` that settles it."""
         for text in self._texts(self.sources):
-            if self.cuts_documents:
+            if self.empty_split:
                 parts = zip(SPLITS, cut(text, self.validation_fraction), strict=True)
                 yield from ((split, part) for split, part in parts if part)
             else:

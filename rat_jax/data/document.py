@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from rat_jax.data import DataError
@@ -69,7 +69,7 @@ def field_text(record: object, name: str, options: ReadOptions) -> str:
         if value is None and value is not record:
             break  # an object that is null has no text, as a text that is null
         if not _has(value, key):
-            there = ", ".join(map(str, value)) if isinstance(value, dict) else f"a {type(value).__name__}"
+            there = listed(value) if isinstance(value, dict) else f"a {type(value).__name__}"
             raise DataError(f"{name} has no field {options.field!r} (it has: {there}); name the text with --field")
         value = value[key]
     match value:
@@ -81,6 +81,13 @@ def field_text(record: object, name: str, options: ReadOptions) -> str:
             return decode(value.encode(errors="surrogatepass"), name, options.invalid_utf8)
         case _:
             raise DataError(f"{name}: field {options.field!r} must hold text, got {type(value).__name__}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields for a message, which stays short and in one line whatever they are."""
+    shown = [name if name.isprintable() else ascii(name) for name in names]
+    shown = [name if len(name) <= 40 else f"{name[:40]}..." for name in shown]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:12], f"and {len(shown) - 12} more"])
 
 
 def _has(record: object, key: str) -> bool:

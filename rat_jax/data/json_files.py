@@ -141,7 +141,7 @@ def _parse(text: str, name: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name} is not JSON: {error}") from None
+        raise DataError(f"{name} is not JSON: {error.msg} (character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
         raise _unreadable(error, name) from None
 

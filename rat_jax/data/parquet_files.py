@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 from rat_jax.data import DataError
-from rat_jax.data.document import Document, FileReader
+from rat_jax.data.document import Document, FileReader, listed
 from rat_jax.data.utf8_file import COMPRESSIONS, decode
 
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -50,7 +50,7 @@ class ParquetReader(FileReader):
         if path.suffix in COMPRESSIONS:
             raise DataError(f"{path} cannot be read: Parquet is compressed inside; unpack the file")
         try:
-            file = pyarrow.parquet.ParquetFile(path)
+            file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are any
             schema = file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())}") from None
@@ -60,7 +60,7 @@ class ParquetReader(FileReader):
         for key in names:
             there = [field.name for field in type_] if pyarrow.types.is_struct(type_) else []
             if key not in there:
-                columns = ", ".join(there) if there else f"a column of type {type_}"
+                columns = listed(there) if there else f"a column of type {type_}"
                 raise DataError(f"{path} has no column {name!r} (it has: {columns}); name one with --field")
             type_ = type_[key].type
         if str(type_.value_type if pyarrow.types.is_dictionary(type_) else type_) not in _TEXT_TYPES:

@@ -237,7 +237,8 @@ def _collection(settings: Settings) -> Collection:
         validation_sources=[parse_source(spec, options) for spec in settings.validation_source],
         validation_fraction=settings.validation_fraction,
     )
-    print("\n".join(collection.describe()))
+    for line in collection.describe():
+        print(line.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
     return collection
 
 
@@ -258,10 +259,10 @@ def _encode(settings: Settings, collection: Collection, folder: pathlib.Path, nu
     tokenizer = parse_tokenizer(settings.tokenizer, settings.eos_token)
     collection.check()
     warned = collection.settle() and _warn_of_separator(settings, collection)
-    if collection.cuts_documents:
+    if collection.empty_split:
         print(
-            f"no document falls into one of the splits at --validation_fraction {settings.validation_fraction}: the "
-            f"tail of each document becomes validation text"
+            f"no whole document falls into the {collection.empty_split} split at --validation_fraction "
+            f"{settings.validation_fraction}: the tail of each document becomes validation text"
         )
     if isinstance(tokenizer, int):
         tokenizer = train_bpe(tqdm.tqdm(collection.train_texts(), unit="doc", desc="training the tokenizer"), tokenizer)
@@ -286,8 +287,8 @@ def _warn_of_separator(settings: Settings, collection: Collection) -> bool:
     if settings.document_separator is None or collection.separator_occurs:
         return False
     print(
-        f"warning: --document_separator {settings.document_separator!r} occurs in none of the "
-        f"{collection.num_separated} text files that were read; each of them is one document",
+        f"warning: --document_separator {settings.document_separator!r} occurs in no text file "
+        f"({collection.num_separated:,} read); each of them is one document",
         file=sys.stderr,
     )
     return True

@@ -129,7 +129,7 @@ class HuggingFaceDataset(Source):
         except DataError:
             raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{name}, after row {row}, cannot be read: {error}") from None
+            raise DataError(f"{name}, after row {row}, cannot be read: {' '.join(str(error).split())}") from None
 
 
 @dataclasses.dataclass(frozen=True)

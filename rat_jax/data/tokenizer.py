@@ -21,6 +21,8 @@ from rat_jax.data import DataError
 INFO_FILE = "tokenizer_info.json"
 BPE_EOS_TOKEN = "<|endoftext|>"
 
+# As GPT-2's: of spaces between words the last belongs to the word that follows.
+_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _PIECE_CHARACTERS = 1 << 20
 _WORD_END = re.compile(r"(?<=\S)(?=[ \n]\S)")  # certain: of several spaces, some would be a word of their own
 _NO_WORD = re.compile(r"(?:(?!\s)[\W_])*")
@@ -136,6 +138,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.eos_id = eos_id
         _check_ids([eos_id], self.vocab_size)
+        parts = json.loads(content)
+        added = parts.get("added_tokens", [])
+        self._sees_words_alone = (
+            parts.get("pre_tokenizer") == _PRE_TOKENIZER
+            and parts.get("normalizer") is None
+            and all(token["special"] for token in added)  # which is text inside a text
+        )
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self._content, self.eos_id)
@@ -146,6 +155,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        if not self._sees_words_alone:
+            return super().encode_document(text)
+        dtype = token_dtype(self.vocab_size)  # by pieces, because a long text would cost memory many times its size
+        return np.concatenate([np.asarray(ids, dtype) for ids in (*map(self.encode, _pieces(text)), [self.eos_id])])
 
     def decode(self, ids: Sequence[int]) -> str:
         _check_ids(ids, self.vocab_size)
@@ -273,21 +288,25 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), tokenizer.token_to_id(BPE_EOS_TOKEN))
 
 
-def _training_pieces(text: str) -> Iterator[str]:
-    """Pieces that together are `text`, whose words are those of `text` but for the ends of cut ones.
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces that together are `text`, each of whole words as `_PRE_TOKENIZER` finds them in `text`.
 
-    Long texts are cut as well, where a word ends for certain, because the trainer needs some hundred
-    bytes of memory for each character of a piece.
+    A tokenizer needs some hundred bytes of memory for each character of a piece.
     """
     start = 0
     while start < len(text):
         end = start + _PIECE_CHARACTERS
         word_end = _WORD_END.search(text, end) if end < len(text) else None
         end = len(text) if word_end is None else word_end.end()
-        piece = text[start:end]
-        cuts = [0, *(match.end() for match in _LONG_WORD.finditer(piece))] if _may_have_long_word(piece) else [0]
-        yield from (piece[a:b] for a, b in itertools.pairwise([*cuts, len(piece)]) if a < b)
+        yield text[start:end]
         start = end
+
+
+def _training_pieces(text: str) -> Iterator[str]:
+    """Pieces that together are `text`, cut in long words as well."""
+    for piece in _pieces(text):
+        cuts = [match.end() for match in _LONG_WORD.finditer(piece)] if _may_have_long_word(piece) else []
+        yield from (piece[a:b] for a, b in itertools.pairwise([0, *cuts, len(piece)]) if a < b)
 
 
 def _may_have_long_word(text: str) -> bool:

@@ -105,3 +105,15 @@ def test_nested_field(tmp_path, read_options):
         (tmp_path / "x.jsonl").write_text(json.dumps(record))
         with pytest.raises(DataError, match=message):
             texts(tmp_path, options)
+
+
+def test_names_of_fields_in_messages(tmp_path, read_options):
+    """In one line that can be printed, however many, long and strange they are."""
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"a\nb": 1, "\ud800": 2, "c" * 1000: 3} | dict.fromkeys(map(str, range(50))))
+    )
+    with pytest.raises(DataError) as failure:
+        texts(tmp_path, read_options)
+    said = str(failure.value).removeprefix(str(tmp_path))
+    assert "it has: 'a\\nb', '\\ud800', cccc" in said and "and 41 more" in said
+    assert said.isprintable() and said.isascii() and len(said) < 300

@@ -141,15 +141,17 @@ def test_bpe_sizes():
         train_bpe(iter(TEXTS), 5000)
 
 
-def test_bpe_training_in_pieces_changes_nothing(monkeypatch):
+def test_bpe_in_pieces_changes_nothing(monkeypatch):
     """Pieces end where words do: the words, and so the merges, are those of the whole text."""
     text = "".join(TEXTS) + "\n\n  indented\t\n don't  stop \n" * 9 + "no line end " * 400
     whole = train_bpe([text], 300)
+    ids = [*whole.encode(text), whole.eos_id]
     monkeypatch.setattr("rat_jax.data.tokenizer._PIECE_CHARACTERS", 50)
     pieces = list(_training_pieces(text))
     assert "".join(pieces) == text
     assert len(pieces) > 50
     assert train_bpe([text], 300).hash == whole.hash
+    assert whole.encode_document(text).tolist() == ids
 
 
 @pytest.mark.parametrize("word", ["ab1", "é", "中文", "-", "_", "=\u0301", " ", "\n", " \t\n"])

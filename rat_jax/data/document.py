@@ -84,10 +84,14 @@ def field_text(record: object, name: str, options: ReadOptions) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names of fields for a message, which stays short and in one line whatever they are."""
-    shown = [name if name.isprintable() else ascii(name) for name in names]
-    shown = [name if len(name) <= 40 else f"{name[:40]}..." for name in shown]
+    """Names of fields for a message, which stays short whatever they are."""
+    shown = [printable(name if len(name) <= 40 else f"{name[:40]}...") for name in names]
     return ", ".join(shown if len(shown) <= 12 else [*shown[:12], f"and {len(shown) - 12} more"])
+
+
+def printable(text: object) -> str:
+    """The text of an error or of a file, for a message of one line: other characters are written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
 def _has(record: object, key: str) -> bool:

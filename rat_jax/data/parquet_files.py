@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator
 
 from rat_jax.data import DataError
-from rat_jax.data.document import Document, FileReader, listed
+from rat_jax.data.document import Document, FileReader, listed, printable
 from rat_jax.data.utf8_file import COMPRESSIONS, decode
 
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -40,7 +40,7 @@ class ParquetReader(FileReader):
                     name = f"{path}, row {row}"
                     yield Document(name, "" if value is None else decode(value, name, self.options.invalid_utf8))
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}, after row {row}, cannot be read: {' '.join(str(error).split())}") from None
+            raise DataError(f"{path}, after row {row}, cannot be read: {printable(error)}") from None
 
     def _open(self, path: pathlib.Path):
         """The file, and the names that lead to the text: of a column, then of fields of structs."""
@@ -53,7 +53,7 @@ class ParquetReader(FileReader):
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are any
             schema = file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {' '.join(str(error).split())}") from None
+            raise DataError(f"{path} is not a Parquet file that can be read: {printable(error)}") from None
         name = self.options.field
         names = [name] if name in schema.names else name.split(".")
         type_ = pyarrow.struct(list(schema))

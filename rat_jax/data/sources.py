@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from rat_jax.data import DataError
-from rat_jax.data.document import Document, FileReader, ReadOptions, field_text
+from rat_jax.data.document import Document, FileReader, ReadOptions, field_text, printable
 from rat_jax.data.file_search import ending, find_files
 from rat_jax.data.json_files import JsonLinesReader, JsonReader
 from rat_jax.data.parquet_files import ParquetReader
@@ -129,7 +129,7 @@ class HuggingFaceDataset(Source):
         except DataError:
             raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{name}, after row {row}, cannot be read: {' '.join(str(error).split())}") from None
+            raise DataError(f"{name}, after row {row}, cannot be read: {printable(error)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

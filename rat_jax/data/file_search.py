@@ -38,7 +38,7 @@ def find_files(
             found = [path]
         else:
             found = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
-            found = [file for file in found if not file.is_dir()]
+            found = _each_once([file for file in found if not file.is_dir()], note)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {explain(error)}") from None
     if not found:
@@ -56,6 +56,16 @@ def ending(path: pathlib.Path) -> str:
     """What follows the last point of a file's name, in small letters, a compression's ending left out."""
     inner = pathlib.PurePath(path.stem) if path.suffix in COMPRESSIONS else path
     return inner.suffix.lower()
+
+
+def _each_once(files: list[pathlib.Path], note: Callable[[str], None]) -> list[pathlib.Path]:
+    """Without those that links to folders, which `**` follows even in loops, lead to again."""
+    kept: dict[pathlib.Path, pathlib.Path] = {}
+    for file in sorted(files, key=lambda file: (len(file.parts), file.as_posix())):
+        kept.setdefault(pathlib.Path(os.path.realpath(file.parent), file.name), file)
+    if len(kept) < len(files):
+        note(f"links to folders lead to files that are read already: {len(files) - len(kept):,} names are left out")
+    return list(kept.values())
 
 
 def _below(folder: pathlib.Path, note: Callable[[str], None]) -> list[pathlib.Path]:

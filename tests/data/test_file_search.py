@@ -42,6 +42,14 @@ def test_every_folder_once(folder, tmp_path):
     assert f"the link {folder}/a_link leads to a folder that is read already" in notes
 
 
+def test_patterns_that_follow_loops(folder, tmp_path):
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "out").symlink_to(tmp_path / "other")
+    found, (note,) = find(f"{folder}/**/*.txt")
+    assert found == [f"{folder}/{name}" for name in ("b.txt", "out/e.txt", "sub/c.txt")]
+    assert "links to folders lead to files that are read already: " in note
+
+
 def test_a_folder_below_a_link_that_was_read(folder, tmp_path):
     (tmp_path / "other" / "deep").mkdir()
     (tmp_path / "other" / "deep" / "f.txt").touch()

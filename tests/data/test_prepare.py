@@ -19,7 +19,8 @@ import pytest
 from rat_jax.data import DataError
 from rat_jax.data.corpus import SPLITS, Corpus, byte_entropy
 from rat_jax.data.encoding import Encoder, encode
-from rat_jax.data.prepare import _parse, main, prepare
+from rat_jax.data.prepare import main, prepare
+from rat_jax.data.prepare_flags import parse_flags
 from rat_jax.data.splits import split_of
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, train_bpe
 from rat_jax.files import FileError
@@ -586,7 +587,7 @@ def test_out_that_another_program_made_meanwhile(settings, tmp_path, monkeypatch
 
 def test_workers_follow_the_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6})
-    assert _parse(["--out", "x", "--verify"]).num_workers == 3
+    assert parse_flags(["--out", "x", "--verify"]).num_workers == 3
 
 
 def test_release_files(settings, tmp_path):

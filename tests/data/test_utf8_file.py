@@ -60,11 +60,14 @@ def test_several_parts(tmp_path, suffix):
     assert content(path) == b"one two"
 
 
-@pytest.mark.parametrize("suffix", PACKED)
-@pytest.mark.parametrize("damage", ["empty", "cut", "changed", "text", "another"])
+DAMAGES = ("empty", "cut", "changed", "text", "another")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),  # a change of zstd shows only by a checksum, which pyarrow does not write
+    [(suffix, damage) for suffix in PACKED for damage in DAMAGES if (suffix, damage) != (".zst", "changed")],
+)
 def test_damaged_compressed_files(tmp_path, suffix, damage):
-    if damage == "changed" and suffix == ".zst":
-        pytest.skip("pyarrow writes zstd without a checksum")
     packed = PACKED[suffix](os.urandom(3000).hex().encode())
     path = tmp_path / f"x.txt{suffix}"
     middle = len(packed) // 2

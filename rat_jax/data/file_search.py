@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 from rat_jax.data import DataError
-from rat_jax.data.utf8_file import COMPRESSIONS
+from rat_jax.data.utf8_file import compression
 from rat_jax.files import explain
 from rat_jax.paths import local_path
 
@@ -54,7 +54,7 @@ def find_files(
 
 def ending(path: pathlib.Path) -> str:
     """What follows the last point of a file's name, in small letters, a compression's ending left out."""
-    inner = pathlib.PurePath(path.stem) if path.suffix in COMPRESSIONS else path
+    inner = pathlib.PurePath(path.stem) if compression(path) else path
     return inner.suffix.lower()
 
 

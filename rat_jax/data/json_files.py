@@ -13,6 +13,7 @@ from rat_jax.data.utf8_file import BlockDecoder, decode, open_utf8
 
 _BLOCK_CHARACTERS = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_AS_TEXT = "text:PATH reads any file as plain text"
 _BYTE_ORDER_MARK = "\ufeff"  # at the start of a line, where files were put together
 
 
@@ -44,9 +45,13 @@ class JsonReader(FileReader):
                 if not isinstance(record, dict):
                     raise DataError(
                         f"{name} holds {_NAMES[type(record)]}; a .json file is read if it holds objects, or an array "
-                        f"of objects, with the text under --field; text:PATH reads any file as plain text"
+                        f"of objects, with the text under --field; {_AS_TEXT}"
                     )
-                yield Document(name, field_text(record, name, self.options))
+                try:
+                    text = field_text(record, name, self.options)
+                except DataError as error:
+                    raise DataError(f"{error}; {_AS_TEXT}") from None
+                yield Document(name, text)
 
 
 _NAMES = {
@@ -130,9 +135,7 @@ def _next_value(text: _Characters, name: str) -> object:
             may_go_on = error.pos > len(text.buffer) - 16 or error.msg.startswith("Unterminated string")
             if not (may_go_on and text.read_more()):
                 line = text.line + text.buffer.count("\n", text.position, error.pos)
-                raise DataError(
-                    f"{name}, line {line} is not JSON: {error.msg}; text:PATH reads any file as plain text"
-                ) from None
+                raise DataError(f"{name}, line {line} is not JSON: {error.msg}; {_AS_TEXT}") from None
         except (ValueError, RecursionError) as error:
             raise _unreadable(error, f"{name}, line {text.line}") from None
 

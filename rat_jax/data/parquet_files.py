@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rat_jax.data import DataError
 from rat_jax.data.document import Document, FileReader, listed, printable
-from rat_jax.data.utf8_file import COMPRESSIONS, decode
+from rat_jax.data.utf8_file import compression, decode
 
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
@@ -47,7 +47,7 @@ class ParquetReader(FileReader):
         import pyarrow
         import pyarrow.parquet
 
-        if path.suffix in COMPRESSIONS:
+        if compression(path):
             raise DataError(f"{path} cannot be read: Parquet is compressed inside; unpack the file")
         try:
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are any

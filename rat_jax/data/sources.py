@@ -17,7 +17,7 @@ from rat_jax.data.json_files import JsonLinesReader, JsonReader
 from rat_jax.data.parquet_files import ParquetReader
 from rat_jax.data.recall import recall_documents
 from rat_jax.data.text_files import TextReader
-from rat_jax.data.utf8_file import COMPRESSIONS
+from rat_jax.data.utf8_file import compression
 from rat_jax.paths import local_path
 
 _READERS: dict[str, type[FileReader]] = {  # by the ending of a name; all other files are text
@@ -75,7 +75,7 @@ class Files(Source):
     @property
     def compressions(self) -> dict[str, int]:
         """How many files have which ending of a compression."""
-        return dict(collections.Counter(path.suffix for path in self.readers if path.suffix in COMPRESSIONS))
+        return dict(collections.Counter(filter(None, map(compression, self.readers))))
 
     @property
     def num_separated(self) -> int:

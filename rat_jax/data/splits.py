@@ -6,8 +6,10 @@ import unicodedata
 
 from rat_jax.data.corpus import Split
 
-_LINE_END = re.compile(r"\n|\r(?!\n)")
-_SPACE = re.compile(r"(?<=\S)(?=[ \t])")
+_LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")  # the place after it
+_SPACE = re.compile(r"(?<=\S)(?=[ \t])")  # the place before it
+_ANY_SPACE = re.compile(r"(?<=[\r\n])|(?=[ \t])")
+_WORD_CHARACTERS = 1000  # what is longer without a space is no word, and may be cut anywhere
 _JOINERS = "\u200c\u200d"  # zero width; what stands on both sides is one character for a reader
 
 
@@ -21,18 +23,23 @@ def cut(text: str, validation_fraction: float) -> tuple[str, str]:
     """Cuts a document: its beginning is for training, its tail for validation; together they are `text`.
 
     The tail has about `validation_fraction` of the characters. The cut is at the line end nearest to that place, else
-    before a space, else between two characters; line end and space are looked for half a tail to both sides (half a
-    beginning, if that is shorter). Equal texts are cut equally. A text that is too short keeps
-    its tail, and the second part is empty.
+    before the nearest space, both looked for half a tail to both sides (half a beginning, if that is shorter); else at
+    the nearest of the two within a thousand characters, else between any two characters. Equal texts are cut equally.
+    A text that is too short keeps its tail, and the second part is empty.
     """
     place = len(text) - round(len(text) * validation_fraction)
+    if place in (0, len(text)):
+        return text, ""
     reach = min(len(text) - place, place) // 2
-    start, end = place - reach, place + reach
-    ends = [match.end() for match in _LINE_END.finditer(text, start, end)]
-    spaces = [] if ends else [match.start() for match in _SPACE.finditer(text, start, end)]
-    if ends or spaces:
-        place = min(ends or spaces, key=lambda candidate: abs(candidate - place))
-    while 0 < place < len(text) and _is_one_character(text[place - 1 : place + 1]):
+    for pattern, distance in ((_LINE_END, reach), (_SPACE, reach), (_ANY_SPACE, _WORD_CHARACTERS)):
+        start, end = max(place - distance, 1), min(place + distance, len(text) - 1)
+        if places := [match.start() for match in pattern.finditer(text, start, end)]:
+            place = min(places, key=lambda candidate: abs(candidate - place))
+            break
+    else:
+        if len(text) < _WORD_CHARACTERS:
+            return text, ""
+    while place and _is_one_character(text[place - 1 : place + 1]):
         place -= 1
     return (text[:place], text[place:]) if place else (text, "")
 

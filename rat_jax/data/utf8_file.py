@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal
 from rat_jax.data import DataError
 from rat_jax.files import explain
 
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 _BLOCK_BYTES = 1 << 20
 _HEAD_BYTES = 8192  # in which a NUL shows that a file is no text
@@ -38,6 +38,12 @@ _MAGIC = {
     b"%PDF-": "a PDF: extract its text",
 }
 _LEAVE_OUT = "leave it out, for example by a pattern such as 'FOLDER/**/*.txt'"
+
+
+def compression(path: pathlib.PurePath) -> str:
+    """The ending of a file's name that says how it is compressed, in small letters; empty if it is not."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _COMPRESSIONS else ""
 
 
 @contextlib.contextmanager
@@ -100,7 +106,7 @@ class BlockDecoder:
 def _not_utf8(error: UnicodeDecodeError, name: str, start: int) -> DataError:
     head = error.object[:_HEAD_BYTES]
     num_control = sum(byte < 32 and byte not in b"\t\n\r\f\b\x1b" for byte in head)
-    if b"\0" in error.object or num_control > len(head) / 10:
+    if b"\0" in error.object or num_control > len(head) / 50:
         return DataError(f"{name} is binary, not text: {_LEAVE_OUT}")
     return DataError(
         f"{name} is not UTF-8 at byte {start + error.start} (0x{error.object[error.start]:02x}); "
@@ -115,7 +121,7 @@ class _Utf8Stream(io.RawIOBase):
         self._file = file
         self._ready = memoryview(b"")
         head = _read_full(file, _HEAD_BYTES)
-        if not head and path.suffix in COMPRESSIONS:
+        if not head and compression(path):
             raise EOFError("it is empty")
         mark, encoding = next(((m, e) for m, e in _BYTE_ORDER_MARKS.items() if head.startswith(m)), (b"", "utf-8"))
         self._first = head.removeprefix(mark)
@@ -164,7 +170,7 @@ def _unpacked(path: pathlib.Path) -> BinaryIO:
     """The file, opened, its compression undone."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{path} is no file that can be read twice (a pipe or a device): write its content to a file")
-    match path.suffix:
+    match compression(path):
         case ".gz":
             return _module("gzip", path).open(path)
         case ".bz2":

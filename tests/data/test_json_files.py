@@ -73,7 +73,10 @@ def test_empty_json_files(tmp_path, read_options):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{\n"name": "x"}', r"x\.json, line 1 has no field 'text' \(it has: name\); name the text with --field"),
+        (
+            '{\n"name": "x"}',
+            r"x\.json, line 1 has no field 'text' \(it has: name\); name the text with --field; text:PATH reads",
+        ),
         ('["one"]', r"x\.json, line 1 holds a string; .* text:PATH reads any file as plain text"),
         ('[\n\n[{"text": "x"}]]', "line 3 holds an array in an array"),
         ("3.5", "line 1 holds a number"),

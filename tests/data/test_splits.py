@@ -23,10 +23,20 @@ def test_line_ends_come_before_spaces():
 @pytest.mark.parametrize("mark", ["e\u0301", "\r\n", "❤\ufe0f", "👨\u200d👩\u200d👧", "👍🏽"])
 def test_no_cut_inside_a_character(mark):
     """Of any number of code points."""
+    text = mark * 700
+    for fraction in (i / 1000 for i in range(1, 1000, 7)):
+        head, tail = cut(text, fraction)
+        assert len(head) % len(mark) == 0 and tail
+        assert head + tail == text
+
+
+def test_words_and_numbers_stay_whole():
+    """However small the tail; ids that are written as numbers would become others."""
     for fraction in (i / 100 for i in range(1, 100)):
-        head, tail = cut(mark * 7, fraction)
-        assert len(head) % len(mark) == 0
-        assert head + tail == mark * 7
+        for text in ("4711 815", "word\nanother", " \t12 345 678 901 " * 3, "x" * 100 + "\r\n" + "y" * 300):
+            head, tail = cut(text, fraction)
+            assert head + tail == text
+            assert (head.split() + tail.split()) == text.split()
 
 
 def test_too_short():
@@ -34,4 +44,7 @@ def test_too_short():
     assert cut("a", 0.5) == ("a", "")
     assert cut("abcdef", 0.05) == ("abcdef", "")
     assert cut("abcdef", 0.99) == ("abcdef", "")
-    assert cut("e\u0301", 0.5) == ("e\u0301", "")
+    assert cut("x" * 999, 0.5) == ("x" * 999, "")
+    assert cut("x" * 1000, 0.5) == ("x" * 500, "x" * 500)
+    assert cut("ab \n", 0.3) == ("ab", " \n")
+    assert cut("\n" + "x" * 500, 0.99) == ("\n", "x" * 500)

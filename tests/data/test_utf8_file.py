@@ -52,6 +52,11 @@ def test_encodings_and_compressions(tmp_path, monkeypatch, mark, encoding, suffi
         assert [line.decode() for line in stream] == TEXT.splitlines(keepends=True)
 
 
+def test_ending_in_capitals(tmp_path):
+    (tmp_path / "X.TXT.GZ").write_bytes(gzip.compress(b"text"))
+    assert content(tmp_path / "X.TXT.GZ") == b"text"
+
+
 @pytest.mark.parametrize("suffix", PACKED)
 def test_several_parts(tmp_path, suffix):
     """Compressed files that were put together are one."""

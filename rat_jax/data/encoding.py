@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import concurrent.futures.process
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Split
+from rat_jax.data.splits import split_of
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.data.workers import describe_death, follow_parent, shielded
 
@@ -51,12 +51,6 @@ class Encoder:
             )
             for split, part in texts.items()
         ]
-
-
-def split_of(text: str, validation_fraction: float) -> Split:
-    """The split of a document, by its content alone: equal texts are never in both splits."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return "validation" if int.from_bytes(digest, "little") < validation_fraction * 2**64 else "train"
 
 
 def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, num_workers: int) -> Iterator[Part]:

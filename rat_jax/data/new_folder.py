@@ -67,7 +67,7 @@ def _clean_up(path: pathlib.Path) -> None:
             if int(pid) != os.getpid() and _is_running(int(pid)):
                 continue
             if kind == "old" and not path.exists():
-                print(f"{path} is back, which a run that was killed had moved aside", file=sys.stderr)
+                print(f"{path} is back from {leftover}, where a run that was killed had moved it", file=sys.stderr)
                 os.rename(leftover, path)
             else:
                 print(f"removing {leftover}, left by a run that was killed", file=sys.stderr)

@@ -4,46 +4,53 @@ A source yields its documents one by one and in the same order each time, so tha
 """
 
 import abc
+import collections
 import dataclasses
-import glob
-import gzip
-import json
 import pathlib
 import sysconfig
-import zlib
 from collections.abc import Iterator
-from typing import Literal
 
 from rat_jax.data import DataError
+from rat_jax.data.document import Document, FileReader, ReadOptions, field_text, printable
+from rat_jax.data.file_search import ending, find_files
+from rat_jax.data.json_files import JsonLinesReader, JsonReader
+from rat_jax.data.parquet_files import ParquetReader
 from rat_jax.data.recall import recall_documents
+from rat_jax.data.text_files import TextReader
+from rat_jax.data.utf8_file import compression
+from rat_jax.paths import local_path
 
-_BLOCK_CHARACTERS = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """A text and where it stood, for messages."""
-
-    name: str
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOptions:
-    """How sources read what they find."""
-
-    field: str  # that holds the text: a key of JSON lines, a column of Parquet and of data sets
-    document_separator: str | None  # ends a document inside a text file; None: a text file is one document
-    invalid_utf8: Literal["refuse", "replace"]  # replace writes U+FFFD and continues
+_READERS: dict[str, type[FileReader]] = {  # by the ending of a name; all other files are text
+    ".jsonl": JsonLinesReader,
+    ".ndjson": JsonLinesReader,
+    ".json": JsonReader,
+    ".parquet": ParquetReader,
+}
+_FILE_SOURCES = ("text", "jsonl", "parquet", "release-bin")  # those whose names go on with a path
 
 
 class Source(abc.ABC):
     """A sequence of documents."""
 
+    notes: tuple[str, ...] = ()  # what the user should know of how it was found, in a line each
+
+    @property
+    @abc.abstractmethod
+    def contents(self) -> dict[str, int]:
+        """How many there are of what, in the singular."""
+
     @property
     def num_documents(self) -> int | None:
         """How many documents there are, where that is known before reading them (for the progress bar)."""
         return None
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Reads the first document of each file.
+
+        Raises:
+          DataError: if it cannot be read, or holds no text where it is looked for.
+        """
 
     @abc.abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -55,108 +62,41 @@ class Source(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFiles(Source):
-    """Plain text, UTF-8: one document a file, or several with a separator between them."""
+class Files(Source):
+    """Files, each with what reads its kind."""
 
-    paths: tuple[pathlib.Path, ...]
-    options: ReadOptions
+    readers: dict[pathlib.Path, FileReader]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def contents(self) -> dict[str, int]:
+        return dict(collections.Counter(reader.kind for reader in self.readers.values()))
+
+    @property
+    def compressions(self) -> dict[str, int]:
+        """How many files have which ending of a compression."""
+        return dict(collections.Counter(filter(None, map(compression, self.readers))))
+
+    @property
+    def num_separated(self) -> int:
+        """How many files are cut into documents at a separator."""
+        return sum(
+            isinstance(reader, TextReader) and reader.options.document_separator is not None
+            for reader in self.readers.values()
+        )
 
     @property
     def num_documents(self) -> int | None:
-        return len(self.paths) if self.options.document_separator is None else None
+        counts = [reader.num_documents(path) for path, reader in self.readers.items()]
+        return None if None in counts else sum(counts)
+
+    def check(self) -> None:
+        for path, reader in self.readers.items():
+            reader.check(path)
 
     def documents(self) -> Iterator[Document]:
-        for path in self.paths:
-            if self.options.document_separator is None:
-                yield Document(str(path), _decode(_read(path), str(path), self.options))
-            else:
-                yield from self._separated(path, self.options.document_separator)
-
-    def _separated(self, path: pathlib.Path, separator: str) -> Iterator[Document]:
-        errors = "strict" if self.options.invalid_utf8 == "refuse" else "replace"
-        number, rest = 0, ""
-        try:
-            with path.open(encoding="utf-8", errors=errors, newline="") as file:
-                while block := file.read(_BLOCK_CHARACTERS):
-                    *texts, rest = (rest + block).split(separator)
-                    for text in texts:
-                        number += 1
-                        yield Document(f"{path}, document {number}", text)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after document {number}, {_not_utf8(error)}") from None
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        yield Document(f"{path}, document {number + 1}", rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class JsonLines(Source):
-    """One JSON object a line, with the text under one key; `.gz` files are unpacked on the way."""
-
-    paths: tuple[pathlib.Path, ...]
-    options: ReadOptions
-
-    def documents(self) -> Iterator[Document]:
-        for path in self.paths:
-            try:
-                with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                    for number, line in enumerate(file, start=1):
-                        if line.strip():
-                            yield self._document(line, f"{path}, line {number}")
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path} cannot be read: {error}") from None
-
-    def _document(self, line: bytes, name: str) -> Document:
-        try:
-            record = json.loads(_decode(line, name, self.options))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name} is not JSON: {error}") from None
-        if not isinstance(record, dict) or self.options.field not in record:
-            keys = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise DataError(f"{name} has no field {self.options.field!r} (it has: {keys}); name the text with --field")
-        return Document(name, _text(record[self.options.field], name, self.options))
-
-
-@dataclasses.dataclass(frozen=True)
-class Parquet(Source):
-    """Parquet tables, with the text in one column."""
-
-    paths: tuple[pathlib.Path, ...]
-    options: ReadOptions
-
-    @property
-    def num_documents(self) -> int | None:
-        return sum(self._open(path).metadata.num_rows for path in self.paths)
-
-    def documents(self) -> Iterator[Document]:
-        import pyarrow
-
-        for path in self.paths:
-            row = 0
-            try:
-                for batch in self._open(path).iter_batches(batch_size=256, columns=[self.options.field]):
-                    # As bytes, so that invalid UTF-8 is met here, with the row's number at hand.
-                    for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                        row += 1
-                        yield Document(f"{path}, row {row}", _text(value, f"{path}, row {row}", self.options))
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{path}, after row {row}, cannot be read: {error}") from None
-
-    def _open(self, path: pathlib.Path):
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} is not a Parquet file that can be read: {error}") from None
-        if self.options.field not in file.schema_arrow.names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise DataError(f"{path} has no column {self.options.field!r} (it has: {columns}); name one with --field")
-        type_ = file.schema_arrow.field(self.options.field).type
-        if type_ not in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary()):
-            raise DataError(f"{path}: column {self.options.field!r} must hold text, it is of type {type_}")
-        return file
+        for path, reader in self.readers.items():
+            yield from reader.documents(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +108,13 @@ class HuggingFaceDataset(Source):
     split: str
     options: ReadOptions
 
+    @property
+    def contents(self) -> dict[str, int]:
+        return {"data set": 1}
+
+    def check(self) -> None:
+        next(self.documents(), None)
+
     def documents(self) -> Iterator[Document]:
         try:
             import datasets
@@ -178,14 +125,11 @@ class HuggingFaceDataset(Source):
         try:
             rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
             for row, record in enumerate(rows, start=1):
-                if self.options.field not in record:
-                    columns = ", ".join(record)
-                    raise DataError(f"{name} has no column {self.options.field!r} (it has: {columns}); see --field")
-                yield Document(f"{name}, row {row}", _text(record[self.options.field], name, self.options))
+                yield Document(f"{name}, row {row}", field_text(record, f"{name}, row {row},", self.options))
         except DataError:
             raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{name}, after row {row}, cannot be read: {error}") from None
+            raise DataError(f"{name}, after row {row}, cannot be read: {printable(error)}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +142,19 @@ class Recall(Source):
     def num_documents(self) -> int:
         return self.count
 
+    @property
+    def contents(self) -> dict[str, int]:
+        return {"generated document": self.count}
+
+    def check(self) -> None:
+        pass
+
     def documents(self) -> Iterator[Document]:
         for number, ids in enumerate(recall_documents(self.count), start=1):
             yield Document(f"recall, document {number}", " ".join(map(str, ids)))
 
 
-def python_stdlib(options: ReadOptions) -> TextFiles:
+def python_stdlib(options: ReadOptions) -> Files:
     """The `.py` files of the running Python's standard library, its tests and installed packages left out.
 
     Real text of some 10 MB that is on every machine. The tests are left out because they repeat each other and
@@ -217,7 +168,8 @@ def python_stdlib(options: ReadOptions) -> TextFiles:
         raise DataError(
             f"python-stdlib: {root} holds no .py files; this Python was installed without its library's source"
         )
-    return TextFiles(tuple(root / path for path in kept), dataclasses.replace(options, document_separator=None))
+    reader = TextReader(dataclasses.replace(options, document_separator=None))
+    return Files({root / path: reader for path in kept})
 
 
 def parse_source(spec: str, options: ReadOptions) -> Source:
@@ -225,80 +177,60 @@ def parse_source(spec: str, options: ReadOptions) -> Source:
 
     Raises:
       DataError: if nothing of that name is there.
+      PathError: if its path is no path of this machine.
     """
-    match spec.split(":", 1):
-        case ["python-stdlib"]:
+    match _split(spec):
+        case "python-stdlib", "":
             return python_stdlib(options)
-        case ["text", pattern]:
-            return TextFiles(_find(pattern, "*"), options)
-        case ["jsonl", pattern]:
-            return JsonLines(_find(pattern, "*.json*"), options)
-        case ["parquet", pattern]:
-            return Parquet(_find(pattern, "*.parquet"), options)
-        case ["hf", name]:
+        case "text", pattern:
+            return _files(pattern, options, TextReader)
+        case "jsonl", pattern:
+            return _files(pattern, options, JsonLinesReader, JsonReader)
+        case "parquet", pattern:
+            return _files(pattern, options, ParquetReader)
+        case "hf", name:
             name, config, split = [*name.split(":", 2), "", ""][:3]
             return HuggingFaceDataset(name, config or None, split or "train", options)
-        case ["recall", count]:
+        case "recall", count:
             if not count.isdecimal() or int(count) < 1:
                 raise DataError(f"source {spec}: what stands after the colon is the number of documents")
             return Recall(int(count))
-    if spec.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
-        return JsonLines(_find(spec, "*"), options)
-    if spec.endswith(".parquet"):
-        return Parquet(_find(spec, "*"), options)
-    return TextFiles(_find(spec, "*"), options)
+    return _files(spec, options, TextReader, *_READERS.values())
 
 
-def _find(pattern: str, names_in_folder: str) -> tuple[pathlib.Path, ...]:
-    """The file of that name, the files below a folder, or those a glob pattern matches; sorted."""
-    path = pathlib.Path(pattern).expanduser()
-    if not pattern:
-        found = []
-    elif path.is_dir():
-        found = [file for file in path.rglob(names_in_folder) if not file.is_dir() and not _is_hidden(file, path)]
-    elif path.exists():
-        found = [path]
-    else:
-        found = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
-        found = [file for file in found if not file.is_dir()]
-    if not found:
-        raise DataError(f"source {pattern}: no such file, and no folder or pattern with files {names_in_folder}")
-    return tuple(sorted(found, key=pathlib.PurePath.as_posix))
+def absolute_source(spec: str) -> str:
+    """The same source by an absolute path, so that it means the same wherever a command is given.
+
+    Raises:
+      PathError: if its path is no path of this machine.
+    """
+    kind, name = _split(spec)
+    if kind in _FILE_SOURCES:
+        return f"{kind}:{local_path(name, kind)}" if name else spec
+    return spec if kind or not spec else str(local_path(spec, "a source"))
 
 
-def _is_hidden(file: pathlib.Path, folder: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _split(spec: str) -> tuple[str, str]:
+    """The kind of a source and what stands after its colon; the kind is empty where a path alone is given."""
+    kind, colon, name = spec.partition(":")
+    if spec == "python-stdlib":
+        return spec, ""
+    if colon and kind in (*_FILE_SOURCES, "hf", "recall") and not name.startswith("//"):  # hf://... is no path
+        return kind, name
+    return "", spec
 
 
-def _read(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+def _files(pattern: str, options: ReadOptions, *kinds: type[FileReader]) -> Files:
+    """Files, each read by its ending where that is one of `kinds`; else by the first of them, if named one by one."""
 
+    def reader(path: pathlib.Path) -> type[FileReader]:
+        return _READERS.get(ending(path), TextReader)
 
-def _text(value: object, name: str, options: ReadOptions) -> str:
-    """The text of a field: a missing value is an empty document, anything but text is refused."""
-    match value:
-        case None:
-            return ""
-        case bytes():
-            return _decode(value, name, options)
-        case str():
-            return _decode(value.encode(errors="surrogatepass"), name, options)  # JSON may hold halves of a pair
-        case _:
-            raise DataError(f"{name}: field {options.field!r} must hold text, got {type(value).__name__}")
-
-
-def _decode(content: bytes, name: str, options: ReadOptions) -> str:
-    try:
-        return content.decode(errors="strict" if options.invalid_utf8 == "refuse" else "replace")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} {_not_utf8(error)}") from None
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"is not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
-        f"--invalid_utf8 replace would write U+FFFD there and continue"
+    readers = {kind: kind(options) for kind in kinds}
+    takes_all = TextReader in kinds
+    wanted = f"files {', '.join(end for end, kind in _READERS.items() if kind in kinds)}".rstrip()
+    notes: list[str] = []
+    found = find_files(
+        pattern, lambda path: takes_all or reader(path) in kinds, "files" if takes_all else wanted, notes.append
     )
+    return Files({path: readers.get(reader(path), readers[kinds[0]]) for path in found}, tuple(notes))

@@ -10,6 +10,8 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
+import itertools
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +26,14 @@ INFO_FILE = "tokenizer_info.json"
 MODEL_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # by kind
 BPE_EOS_TOKEN = "<|endoftext|>"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+# As GPT-2's: of spaces between words the last belongs to the word that follows.
+_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_PIECE_CHARACTERS = 1 << 20
+_WORD_END = re.compile(r"(?<=\S)(?=[ \n]\S)")  # certain: of several spaces, some would be a word of their own
+_NO_WORD = re.compile(r"(?:(?!\s)[\W_])*")
+# Letters and digits, other signs, or space: in a thousand of one kind there is no end of a word, or hardly one.
+_LONG_WORD = re.compile(r"[^\W_]{1000}|(?:(?!\s)[\W_]){1000}|\s{1000}")
 
 
 class Tokenizer(abc.ABC):
@@ -175,6 +185,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.byte_ids = frozenset(i for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token))
         self.eos_id = eos_id
         _check_ids([eos_id], self.vocab_size)
+        parts = json.loads(content)
+        added = parts.get("added_tokens", [])
+        self._sees_words_alone = (
+            parts.get("pre_tokenizer") == _PRE_TOKENIZER
+            and parts.get("normalizer") is None
+            and all(token["special"] for token in added)  # which is text inside a text
+        )
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self._content, self.eos_id)
@@ -186,6 +203,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_unchecked(self, text: str) -> list[int]:
         with library_errors(f"the tokenizer has no ids for the text {text[:60]!r}"):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_document(self, text: str) -> np.ndarray:
+        if not self._sees_words_alone:
+            return super().encode_document(text)
+        dtype = token_dtype(self.vocab_size)  # by pieces, because a long text would cost memory many times its size
+        return np.concatenate([np.asarray(ids, dtype) for ids in (*map(self.encode, _pieces(text)), [self.eos_id])])
 
     def decode(self, ids: Sequence[int]) -> str:
         _check_ids(ids, self.vocab_size)
@@ -325,13 +348,22 @@ def to_utf8(text: str) -> bytes:
         ) from None
 
 
+def check_bpe_size(vocab_size: int) -> None:
+    """Refuses the size of a BPE that cannot hold every byte."""
+    if vocab_size < 257:
+        raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: bpe:{vocab_size} is below 257")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them."""
+    """A byte-level BPE of exactly `vocab_size` tokens, `<|endoftext|>` (id 0) and the 256 bytes among them.
+
+    For the training alone, words of more than 1,000 characters (a blob in base64, a line of dashes) are cut: a merge
+    costs the trainer the length of each word that holds it.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise DataError(f"a BPE holds at least the 256 bytes and the end of a document: bpe:{vocab_size} is below 257")
+    check_bpe_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -341,13 +373,40 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _training_pieces(text)), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise DataError(
             f"the corpus is too small for bpe:{vocab_size}: no pair of tokens is left to merge at "
             f"{tokenizer.get_vocab_size()}; use bpe:{tokenizer.get_vocab_size()} or less"
         )
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), tokenizer.token_to_id(BPE_EOS_TOKEN))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces that together are `text`, each of whole words as `_PRE_TOKENIZER` finds them in `text`.
+
+    A tokenizer needs some hundred bytes of memory for each character of a piece.
+    """
+    start = 0
+    while start < len(text):
+        end = start + _PIECE_CHARACTERS
+        word_end = _WORD_END.search(text, end) if end < len(text) else None
+        end = len(text) if word_end is None else word_end.end()
+        yield text[start:end]
+        start = end
+
+
+def _training_pieces(text: str) -> Iterator[str]:
+    """Pieces that together are `text`, cut in long words as well."""
+    for piece in _pieces(text):
+        cuts = [match.end() for match in _LONG_WORD.finditer(piece)] if _may_have_long_word(piece) else []
+        yield from (piece[a:b] for a, b in itertools.pairwise([0, *cuts, len(piece)]) if a < b)
+
+
+def _may_have_long_word(text: str) -> bool:
+    """Whether a match of `_LONG_WORD` is possible: it would cover one of these slices whole."""
+    slices = (text[start : start + 500] for start in range(0, len(text) - 499, 500))
+    return any(part.isalnum() or part.isspace() or _NO_WORD.fullmatch(part) for part in slices)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -49,6 +49,43 @@ def dead_pid() -> int:
     return process.pid
 
 
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_failure_while_replacing(tmp_path, monkeypatch, failure):
+    """The old folder has made way, and the new one cannot take its name."""
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "x").touch()
+    rename = os.rename
+
+    def fail(source, target):
+        if ".partial-" in str(source):
+            raise failure
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(failure), new_folder(tmp_path / "a") as folder:
+        (folder / "y").touch()
+    assert names(tmp_path / "a") == ["x"]
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("new_is_there", [False, True])
+def test_killed_while_replacing(tmp_path, capsys, new_is_there):
+    """The old folder comes back, or goes if the new one has its name."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old = tmp_path / f"a.old-{socket.gethostname()}-{dead.pid}"
+    old.mkdir()
+    (old / "x").touch()
+    if new_is_there:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "y").touch()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "a"):
+        raise RuntimeError
+    assert names(tmp_path / "a") == (["y"] if new_is_there else ["x"])
+    assert names(tmp_path) == ["a"]
+    assert str(old) in capsys.readouterr().err
+
+
 def test_removes_leftovers_of_the_dead_only(tmp_path, capsys):
     dead, prefix = dead_pid(), f"a[1].partial-{socket.gethostname()}"
     left_alone = [f"{prefix}-{os.getppid()}", "a[1].partial-elsewhere-1", f"{prefix}-x", "a1.partial"]

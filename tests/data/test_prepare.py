@@ -1,20 +1,29 @@
 import dataclasses
+import errno
+import gzip
+import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rat_jax.data import DataError
 from rat_jax.data.corpus import SPLITS, Corpus, byte_entropy
-from rat_jax.data.encoding import Encoder, encode, split_of
+from rat_jax.data.encoding import Encoder, encode
 from rat_jax.data.prepare import main, prepare
+from rat_jax.data.prepare_flags import parse_flags
+from rat_jax.data.splits import split_of
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, train_bpe
+from rat_jax.files import FileError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -243,7 +252,7 @@ def test_errors_leave_nothing_behind(settings, text_folder, tmp_path):
     failure(settings, out, "give one training file", source=(f"release-bin:{text_folder}",))
     (tmp_path / "blank.txt").touch()
     blank = str(tmp_path / "blank.txt")
-    failure(settings, out, r"empty corpus: .*blank\.txt holds no text", source=(blank,))
+    failure(settings, out, "empty corpus: 1 text file, and no text in it", source=(blank,))
     failure(settings, out, "validation split: --validation_source holds no text", validation_source=(blank,))
     failure(settings, out, "train split: --source holds", source=(blank,), validation_source=settings.source)
     (text_folder / "020.txt").write_bytes(b"\xff")
@@ -256,12 +265,15 @@ def test_errors_leave_nothing_behind(settings, text_folder, tmp_path):
 
 
 def test_killed_run_leaves_no_corpus(settings, text_folder, tmp_path):
-    """A pipe among the texts holds the command in the middle of its work until it is killed."""
-    os.mkfifo(text_folder / "999.txt")
+    """Encoding is replaced by waiting, which holds the command in the middle of its work until it is killed."""
     out = tmp_path / "corpus"
-    command = [sys.executable, "-m", "rat_jax.data.prepare", "--source", str(text_folder), "--tokenizer", "bytes"]
-    command += ["--out", str(out), "--num_workers", "0", "--validation_fraction", "0.3"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    program = (
+        "import time, sys, rat_jax.data.prepare as program\n"
+        "program.encode = lambda *arguments, **settings: time.sleep(60)\n"
+        "program.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "--source", str(text_folder), "--tokenizer", "bytes", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("corpus.partial-*/train.bin")):
@@ -273,21 +285,309 @@ def test_killed_run_leaves_no_corpus(settings, text_folder, tmp_path):
         process.wait()
     assert not out.exists()
     assert len(list(tmp_path.glob("corpus.partial-*"))) == 1
-    (text_folder / "999.txt").unlink()
     assert run(settings, out).total.num_documents == 40
     assert not list(tmp_path.glob("corpus.partial-*"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_all_as_it_was(corpus, text_folder, monkeypatch, capsys, number):
+    """A signal in the middle of the work, while a corpus is replaced."""
+
+    def interrupted(*arguments, **settings):
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    before = contents(corpus.path)
+    beside = sorted(corpus.path.parent.iterdir())
+    monkeypatch.setattr("rat_jax.data.prepare.encode", interrupted)
+    assert main(command(text_folder, corpus.path, "--overwrite", "--field", "body")) == 75
+    assert "interrupted before anything was changed; the same command starts again" in capsys.readouterr().err
+    assert contents(corpus.path) == before
+    assert sorted(corpus.path.parent.iterdir()) == beside
+
+
+def command(source, out, *more) -> list[str]:
+    arguments = ["--source", str(source), "--tokenizer", "bytes", "--out", str(out), "--num_workers", "0"]
+    return [*arguments, *map(str, more)]
+
+
 def test_command_line(text_folder, tmp_path, capsys):
-    arguments = ["--source", str(text_folder), "--tokenizer", "bytes", "--out", str(tmp_path / "corpus")]
-    main([*arguments, "--num_workers", "0"])
+    out = tmp_path / "corpus"
+    assert main(command(text_folder, out)) == 0
     printed = capsys.readouterr().out
-    for word in ("train", "validation", "total", "40 documents", "bytes/token", "nats/byte"):
+    for word in ("found 40 text files", "train", "validation", "total", "40 documents", "bytes/token", "nats/byte"):
         assert word in printed
-    main(arguments)
+    assert main(command(text_folder, out)) == 0
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .* was prepared with other settings"):
-        main([*arguments, "--field", "body"])
+    assert main(command(text_folder, out, "--field", "body")) == 2
+    assert "error: " in (said := capsys.readouterr().err) and " was prepared with other settings" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --out"),
+        (["--out", "x", "--tokenizer", "bytes"], "--source is missing"),
+        (["--out", "x", "--source", "x"], "--tokenizer is missing"),
+        (["--out", "x", "--source", "x", "--tokenizer", "bytes", "--sauce", "y"], "unrecognized arguments: --sauce y"),
+        (["--out", "x", "--num_workers", "many"], "--num_workers: invalid int value: 'many'"),
+        (["--out", "x", "--document_separator", r"\d"], r"--document_separator: '\\\\d' is none of \\n, \\r, \\t and"),
+        (["--out", "x", "--verify", "--source", "x"], "--verify stands alone with --out, or"),
+        (
+            ["--out", "gs://b/c", "--source", "x", "--tokenizer", "bytes"],
+            "--out is 'gs://b/c': gs:// is not read direc",
+        ),
+        (["--out", "x", "--source", "s3://b/c", "--tokenizer", "bytes"], "s3:// is not read directly: mount it"),
+        (["--out", "x", "--source", "text:s3://b", "--tokenizer", "bytes"], "s3:// is not read directly: mount it"),
+        (
+            ["--out", "x", "--source", "x", "--tokenizer", "gs://b/c"],
+            "--tokenizer is 'gs://b/c': gs:// is not read dir",
+        ),
+        (["--out", "x", "--source", "hf://a", "--tokenizer", "bytes"], "hf:// is not read directly: mount it"),
+    ],
+)
+def test_flags_that_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert re.match(f"error: .*{message}", said)
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_values_after_one_flag(text_folder, tmp_path, capsys):
+    """As a shell writes `texts/*.txt` that is not in quotes."""
+    names = sorted(map(str, text_folder.iterdir()))
+    arguments = command(names[0], tmp_path / "corpus", "--source", *names[1:20], "--validation_source", *names[20:])
+    assert main(arguments) == 0
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert documents(corpus, "train") == texts_of(text_folder)[:20]
+    assert documents(corpus, "validation") == texts_of(text_folder)[20:]
+    assert "found 20 text files\nfound for validation 20 text files\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [(r"\n\n", "\n\n"), ("\n", "\n"), (r"\t|\r\n", "\t|\r\n"), (r"\\n", r"\n"), ("<|end|>",) * 2]
+)
+def test_separator_on_the_command_line(tmp_path, typed, meant):
+    """Quotes keep a shell from reading escapes; a corpus of the characters themselves is the same."""
+    (tmp_path / "x.txt").write_text(meant.join("abcdef") * 20)
+    arguments = command(tmp_path / "x.txt", tmp_path / "corpus", "--validation_source", tmp_path / "x.txt")
+    assert main([*arguments, "--document_separator", typed]) == 0
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert corpus.settings["document_separator"] == meant
+    assert documents(corpus, "train")[:3] == ["a", "b", "c"]
+
+
+def test_verify(corpus, capsys):
+    assert main(["--out", str(corpus.path), "--verify"]) == 0
+    assert "verified, every token is as it was written" in capsys.readouterr().out
+    content = bytearray((corpus.path / "train.bin").read_bytes())
+    content[-100] ^= 1
+    (corpus.path / "train.bin").write_bytes(content)
+    assert main(["--out", str(corpus.path), "--verify"]) == 2
+    assert "train.bin was changed after it was written" in capsys.readouterr().err
+
+
+def test_paths_are_absolute(settings, text_folder, tmp_path, monkeypatch, capsys):
+    """However a path is written, the settings hold the same; those of earlier versions hold what was written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(command("~/texts", "~/corpus")) == 0
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert corpus.settings["source"] == [str(text_folder)]
+    for source, out in (("texts", "corpus"), ("./texts", tmp_path / "corpus"), (text_folder, "~/corpus")):
+        capsys.readouterr()
+        assert main(command(source, out)) == 0
+        assert "already prepared" in capsys.readouterr().out
+    path = tmp_path / "corpus" / "metadata.json"
+    values = json.loads(path.read_text())
+    values["settings"]["source"] = ["texts"]
+    path.write_text(json.dumps(values))
+    assert main(command(text_folder, "corpus")) == 0
+    monkeypatch.chdir(text_folder)
+    assert main(command(text_folder, "~/corpus")) == 2
+    assert "source: ['" in capsys.readouterr().err
+
+
+def test_paths_of_every_kind_are_absolute(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    specs = ("x/*.txt", "text:x", "jsonl:x", "parquet:x", "release-bin:x", "hf:a/b:c", "recall:3", "python-stdlib")
+    absolute = dataclasses.replace(
+        settings, source=specs, validation_source=specs, tokenizer="tokenizer.json"
+    ).absolute()
+    here = str(tmp_path)
+    expected = (f"{here}/x/*.txt", *(f"{kind}:{here}/x" for kind in ("text", "jsonl", "parquet", "release-bin")))
+    assert absolute.source == absolute.validation_source == (*expected, *specs[5:])
+    assert absolute.tokenizer == f"{here}/tokenizer.json"
+    assert absolute.absolute() == absolute
+
+
+LINES = "".join(f"line {i} of one long story\n" for i in range(400))
+
+
+def test_one_document_is_cut(settings, tmp_path, capsys):
+    """As tiny Shakespeare: the tail is for validation, and nothing is lost."""
+    (tmp_path / "story.txt").write_text(LINES)
+    settings = dataclasses.replace(settings, source=(str(tmp_path / "story.txt"),), validation_fraction=0.05)
+    corpus = run(settings, tmp_path / "corpus")
+    ((head,), (tail,)) = documents(corpus, "train"), documents(corpus, "validation")
+    assert head + tail == LINES
+    assert head.endswith("\n") and abs(len(tail) / len(LINES) - 0.05) < 0.01
+    said = "no whole document falls into the validation split at --validation_fraction 0.05: the tail of each document"
+    assert said in capsys.readouterr().out
+    bpe = run(dataclasses.replace(settings, tokenizer="bpe:280"), tmp_path / "bpe")
+    assert bpe.tokenizer().hash == train_bpe([head], 280).hash  # validation text stays unseen
+
+
+def test_a_handful_is_cut(settings, tmp_path):
+    """Equal documents are cut equally, so that no whole one is in the other split; short ones stay whole."""
+    texts = [LINES, LINES[:3000], LINES, "short"]
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    corpus = run(dataclasses.replace(settings, source=(str(folder),), validation_fraction=0.01), tmp_path / "corpus")
+    heads, tails = documents(corpus, "train"), documents(corpus, "validation")
+    assert [head + tail for head, tail in zip(heads, [*tails, ""], strict=True)] == texts
+    assert not set(heads) & set(tails)
+
+
+def test_an_only_document_that_falls_into_validation_is_cut(settings, tmp_path):
+    number = next(i for i in range(1000) if split_of(f"{i}\n{LINES}", 0.05) == "validation")
+    (tmp_path / "story.txt").write_text(f"{number}\n{LINES}")
+    settings = dataclasses.replace(settings, source=(str(tmp_path / "story.txt"),), validation_fraction=0.05)
+    corpus = run(settings, tmp_path / "corpus")
+    assert "".join(documents(corpus, "train") + documents(corpus, "validation")) == f"{number}\n{LINES}"
+
+
+def test_mixed_folder(settings, text_folder, tmp_path, capsys):
+    for path in sorted(text_folder.iterdir())[20:]:
+        path.unlink()
+    plain = set(texts_of(text_folder))
+    with gzip.open(text_folder / "b.txt.gz", "wt") as file:
+        file.write("packed")
+    (text_folder / "c.jsonl").write_text('{"text": "line one"}\n{"text": "\ufeffline two"}\n')
+    (text_folder / "d.json").write_text('[{"text": "in an array"}]')
+    (text_folder / "e.txt").write_text("sixteen bits", encoding="utf-16")
+    (text_folder / "f.txt").write_text("marked", encoding="utf-8-sig")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["in a table"]}), text_folder / "g.parquet")
+    corpus = run(settings, tmp_path / "corpus")
+    found = documents(corpus, "train") + documents(corpus, "validation")
+    assert set(found) - plain == {
+        "packed", "line one", "line two", "in an array", "sixteen bits", "marked", "in a table"
+    }  # fmt: skip
+    expected = "found 23 text files, 1 JSON-lines file, 1 JSON file, 1 Parquet file (1 .gz among them)\n"
+    assert expected in capsys.readouterr().out
+
+
+def test_separator_that_never_occurs(settings, text_folder, tmp_path, capsys):
+    """Said once, whether all documents were read before the work, or only by it."""
+    settings = dataclasses.replace(settings, document_separator="|||")
+    run(settings, tmp_path / "many")
+    for path in sorted(text_folder.iterdir())[1:]:
+        path.unlink()
+    run(settings, tmp_path / "one")
+    said = capsys.readouterr().err
+    for count in (40, 1):
+        warning = f"warning: --document_separator '|||' occurs in no text file ({count} read)"
+        assert said.count(warning) == 1
+    (text_folder / "x.txt").write_text("a|||b")
+    run(settings, tmp_path / "some")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_refused_before_the_work(settings, text_folder, tmp_path, monkeypatch):
+    """Whatever is wrong with the first record of a file, nothing has been trained or encoded."""
+
+    def work(*arguments, **settings):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("rat_jax.data.prepare.encode", work)
+    monkeypatch.setattr("rat_jax.data.prepare.train_bpe", work)
+    settings = dataclasses.replace(settings, tokenizer="bpe:300")
+    out = tmp_path / "out"
+    failure(settings, out, "bpe:256 is below 257", tokenizer="bpe:256")
+    failure(settings, out, "--eos_token is for tokenizers that are read from a file", eos_token="<end>")
+    failure(settings, out, "--document_separator is empty", document_separator="")
+    failure(settings, out, "no documents in the validation split", validation_fraction=1e-9)
+    failure(settings, out, r"gone\.json cannot be read", tokenizer="gone.json")
+    for name, content, message in (
+        ("z.jsonl", b'{"body": "x"}', r"z\.jsonl, line 1 has no field 'text' \(it has: body\)"),
+        ("z.json", b'{"name": "x"}', r"z\.json, line 1 has no field 'text'"),
+        ("z.parquet", b"PAR1", r"z\.parquet is not a Parquet file"),
+        ("z.png", b"\x89PNG\r\n\x1a\n\0", r"z\.png is binary, not text"),
+        ("z.txt.gz", b"\x1f\x8b\x08\0", r"z\.txt\.gz cannot be read: it is damaged or cut short"),
+    ):
+        (text_folder / name).write_bytes(content)
+        failure(settings, out, message)
+        (text_folder / name).unlink()
+
+
+def test_errors_of_the_system(settings, corpus, text_folder, tmp_path, monkeypatch, capsys):
+    before = contents(corpus.path)
+    beside = sorted(tmp_path.iterdir())
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rat_jax.data.token_file.TokenFileWriter.append", full)
+        assert main(command(text_folder, corpus.path, "--overwrite", "--field", "body")) == 2
+    assert capsys.readouterr().err.endswith(
+        f"error: {corpus.path} cannot be written: No space left on device; make room on its disk\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("rat_jax.data.utf8_file._unpacked", full)
+        assert main(command(text_folder, corpus.path, "--overwrite", "--field", "body")) == 2
+    assert "000.txt cannot be read: No space left on device" in capsys.readouterr().err
+    assert contents(corpus.path) == before
+    assert sorted(tmp_path.iterdir()) == beside
+
+
+def test_out_that_cannot_be_made(settings, text_folder, tmp_path, monkeypatch):
+    """Before the work, each with its reason."""
+    monkeypatch.setattr("rat_jax.data.prepare.encode", lambda *arguments, **settings: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out, message in (
+        (tmp_path / "file" / "out", r"--out .*out lies below .*file, which is a file: choose"),
+        (tmp_path / "file" / "a" / "out", r"lies below .*file, which is a file: choose another place"),
+        (tmp_path / "link", "link is a link to .*gone, which does not exist"),
+        (tmp_path / ("x" * 250), "cannot be written: File name too long; choose a shorter name"),
+    ):
+        with pytest.raises((DataError, FileError), match=message):
+            run(settings, out)
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(DataError, match="is a mount point, which no folder can replace: name a folder in it"):
+        run(settings, tmp_path / "out")
+
+
+def test_out_may_be_a_link_to_a_folder(settings, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert run(settings, tmp_path / "link").total.num_documents == 40
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "train.bin").is_file()
+    run(dataclasses.replace(settings, field="body"), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_out_that_another_program_made_meanwhile(settings, tmp_path, monkeypatch):
+    def made_meanwhile(*arguments, **keywords):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "x").touch()
+        return encode(*arguments, **keywords)
+
+    monkeypatch.setattr("rat_jax.data.prepare.encode", made_meanwhile)
+    with pytest.raises(DataError, match="was made by another program in the meantime; it is left alone"):
+        run(settings, tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == ["x"]
+
+
+def test_workers_follow_the_affinity(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 6})
+    assert parse_flags(["--out", "x", "--verify"]).num_workers == 3
 
 
 def test_release_files(settings, tmp_path):

@@ -12,6 +12,7 @@ from rat_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     IdTokenizer,
     Tokenizer,
+    _training_pieces,
     library_errors,
     load_tokenizer,
     token_dtype,
@@ -200,6 +201,29 @@ def test_bpe_sizes():
         train_bpe(iter(TEXTS), 256)
     with pytest.raises(DataError, match=r"too small for bpe:5000: .* use bpe:\d+ or less"):
         train_bpe(iter(TEXTS), 5000)
+
+
+def test_bpe_in_pieces_changes_nothing(monkeypatch):
+    """Pieces end where words do: the words, and so the merges, are those of the whole text."""
+    text = "".join(TEXTS) + "\n\n  indented\t\n don't  stop \n" * 9 + "no line end " * 400
+    whole = train_bpe([text], 300)
+    ids = [*whole.encode(text), whole.eos_id]
+    monkeypatch.setattr("rat_jax.data.tokenizer._PIECE_CHARACTERS", 50)
+    pieces = list(_training_pieces(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 50
+    assert train_bpe([text], 300).hash == whole.hash
+    assert whole.encode_document(text).tolist() == ids
+
+
+@pytest.mark.parametrize("word", ["ab1", "é", "中文", "-", "_", "=\u0301", " ", "\n", " \t\n"])
+def test_long_words_are_cut_for_bpe_training(word):
+    """The trainer's cost grows with the square of a word's length."""
+    text = f"before {word * 20_000} after {word * 100} " * 2
+    pieces = list(_training_pieces(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 1000 + 1000 + len("  after  before ")  # a cut, and what follows up to the next
+    assert list(_training_pieces("words and more of them. " * 500)) == ["words and more of them. " * 500]
 
 
 def test_ids():

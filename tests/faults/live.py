@@ -50,7 +50,7 @@ class LiveRun:
 
     def start(self) -> None:
         """Starts the command in a process group of its own."""
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `end`)
         command = [sys.executable, REPOSITORY / "train.py", f"--config={pathlib.Path(__file__).parent / 'config.py'}"]
         command += [f"--workdir={self.workdir}", f"--config.data.path={self.corpus}"]
         command += [f"--config.data.num_workers={self.num_workers}"]

@@ -11,13 +11,13 @@ import tqdm
 
 from rat_jax.config import Config
 from rat_jax.data.pipeline import describe_coverage
-from rat_jax.errors import RatJaxError
+from rat_jax.errors import RunStopped
 from rat_jax.flops import mfu
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
 
 
-class NonFiniteError(RatJaxError, ArithmeticError):
+class NonFiniteError(RunStopped, ArithmeticError):
     """A loss or a gradient that is not a finite number; the message names the step."""
 
 

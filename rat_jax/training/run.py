@@ -1,6 +1,7 @@
 """A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
 
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -10,12 +11,15 @@ import numpy as np
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
 from rat_jax.checkpoints.workdir import Workdir, check_same_model, check_same_run
 from rat_jax.config import Config
+from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
+from rat_jax.errors import RunStopped
+from rat_jax.memory import is_out_of_memory
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.metrics import MetricLog, check_wandb, read_log
 from rat_jax.training.monitor import TrainMonitor
-from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
+from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.preemption import Preemption
 from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
@@ -95,6 +99,8 @@ class _Run:
         try:
             with Preemption() as preemption:
                 result = self._loop(state, start, progress, preemption)
+        except DataError as error:  # tokens that no step can be taken on
+            raise RunStopped(f"{error}; checkpoints of earlier steps remain") from None
         except jax.errors.JaxRuntimeError as error:
             if is_out_of_memory(error):
                 _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
@@ -171,16 +177,15 @@ class _Run:
         return loss
 
     def _report(self, loss: float) -> None:
-        """Compares the last validation loss with the entropy of single bytes."""
-        entropy = self.corpus.total.byte_entropy_nats
+        """Says the last validation loss a token and a byte, and compares it with the entropy of single bytes."""
         _say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
-        if entropy is None:
+        bits = self.corpus.splits["validation"].bits_per_byte(loss, self.config.data.first_target_id)
+        if bits is None:
             return
-        is_bytes = self.corpus.tokenizer().kind == "bytes"
-        per_byte = loss if is_bytes else loss / self.corpus.splits["validation"].bytes_per_token
-        if not is_bytes:
-            _say(f"validation loss {per_byte:.4f} nats a byte")
-        _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {per_byte / entropy:.1%} of it")
+        entropy, nats = self.corpus.total.byte_entropy_nats, bits * math.log(2)
+        _say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
+        if entropy > 0:  # 0 of a text of one byte only
+            _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
 
 
 def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:

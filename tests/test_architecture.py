@@ -105,6 +105,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.decoder",
         "rat_jax.errors",
         "rat_jax.files",
+        "rat_jax.memory",
         "rat_jax.model",
         "rat_jax.paths",
         "rat_jax.shapes",

@@ -26,12 +26,16 @@ def shown(value: object) -> str:
     return _REPR.repr(value)
 
 
-def _short_repr() -> reprlib.Repr:
-    short = reprlib.Repr()
-    short.maxlevel = 3
-    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 12
-    short.maxstring = short.maxother = 100
-    return short
+class _ShortRepr(reprlib.Repr):
+    def __init__(self):
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write very long numbers.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length():,} bits"
 
 
-_REPR = _short_repr()
+_REPR = _ShortRepr()

@@ -20,10 +20,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints,
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several hosts: find the others first")
 
 
+def _find_hosts() -> None:
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise program.FlagError(f"--distributed: the other hosts were not found: {error}") from None
+
+
 def main() -> int:
     config, workdir = _config(), local_path(_WORKDIR.value, "--workdir")
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        _find_hosts()
     return 0 if train(config, workdir).finished else program.INTERRUPTED
 
 

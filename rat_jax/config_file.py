@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from rat_jax.config import Config, config_from_dict
-from rat_jax.errors import RatJaxError, shown
+from rat_jax.errors import ConfigError, RatJaxError, require, shown
 from rat_jax.paths import local_path
 
 _NAME = "config"  # of the flag, and what stands before the fields in messages
@@ -42,49 +42,57 @@ def define_config_flag() -> Callable[[], Config]:
     return config
 
 
+def load_config_file(argument: str, name: str) -> config_dict.ConfigDict:
+    """What `get_config()` of a file returns.
+
+    Args:
+      argument: `FILE`, or `FILE:ARGUMENT` for a `get_config` that takes one.
+      name: of the flag, for messages.
+
+    Raises:
+      ConfigError, PathError: in one line, also for whatever the file itself raises.
+    """
+    text, colon, config_argument = argument.partition(":")
+    file = local_path(argument if argument[len(text) :].startswith("://") else text, name)
+    arguments = [config_argument] if colon else []
+    require(file.is_file(), f"there is no config file {file}")
+    get_config = getattr(_load(file), "get_config", None)
+    require(callable(get_config), f"{file} is not a config file: it has no function get_config()")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        problem = (
+            f"takes no argument: leave out ':{config_argument}'" if colon else f"wants one: {name}={file}:ARGUMENT"
+        )
+        raise ConfigError(f"get_config() of {file} {problem}") from None
+    values = _run_users_code(file, lambda: get_config(*arguments))
+    require(
+        isinstance(values, config_dict.ConfigDict),
+        f"get_config() of {file} must return a ConfigDict, got {shown(values)}",
+    )
+    return values
+
+
 class _FileParser(flags.ArgumentParser):
-    """Loads the file. Every problem is a `flags.Error` of one line, also those of fields that flags name wrongly."""
+    """Loads the file, and checks the fields that flags name. What is wrong is a `flags.Error` of one line."""
 
     def __init__(self, arguments: list[str]):
         self._arguments = arguments
 
     def parse(self, argument: str) -> config_dict.ConfigDict:
-        text, colon, config_argument = argument.partition(":")
-        try:
-            file = local_path(argument if argument[len(text) :].startswith("://") else text, f"--{_NAME}")
-        except RatJaxError as error:
-            raise flags.Error(str(error)) from None
-        values = _get_config(file, [config_argument] if colon else [])
         self._arguments[:] = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
-        for field in _changed_fields(self._arguments):
-            _check_field(field, values, file)
         try:
+            values = load_config_file(argument, f"--{_NAME}")
+            for field in _changed_fields(self._arguments):
+                _check_field(field, values, argument)
             return values.lock()
+        except RatJaxError as error:  # a ValueError, to which absl would add a second name of the flag
+            raise flags.Error(str(error)) from None
         except config_dict.RequiredValueError:
-            raise flags.Error(f"{file} has a field without a value, a required_placeholder: set it there") from None
+            raise flags.Error(f"{argument} has a field without a value, a required_placeholder: set it there") from None
 
     def flag_type(self) -> str:
         return "config file"
-
-
-def _get_config(file: pathlib.Path, arguments: list[str]) -> config_dict.ConfigDict:
-    if not file.is_file():
-        raise flags.Error(f"there is no config file {file}")
-    module = _load(file)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise flags.Error(f"{file} is not a config file: it has no function get_config()")
-    try:
-        inspect.signature(get_config).bind(*arguments)
-    except TypeError:
-        problem = (
-            f"takes no argument: leave out ':{arguments[0]}'" if arguments else f"wants one: --{_NAME}={file}:ARGUMENT"
-        )
-        raise flags.Error(f"get_config() of {file} {problem}") from None
-    values = _run_users_code(file, lambda: get_config(*arguments))
-    if not isinstance(values, config_dict.ConfigDict):
-        raise flags.Error(f"get_config() of {file} must return a ConfigDict, got {shown(values)}")
-    return values
 
 
 def _load(file: pathlib.Path) -> types.ModuleType:
@@ -104,7 +112,7 @@ def _run_users_code(file: pathlib.Path, call: Callable[[], Any]) -> Any:
         if isinstance(error, SyntaxError) and error.filename == str(file):
             lines.append(error.lineno)
         where = f"{file}, line {lines[-1]}" if lines else str(file)
-        raise flags.Error(f"{where}: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from None
 
 
 def _changed_fields(arguments: list[str]) -> list[str]:
@@ -113,19 +121,19 @@ def _changed_fields(arguments: list[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
-def _check_field(field: str, values: config_dict.ConfigDict, file: pathlib.Path) -> None:
+def _check_field(field: str, values: config_dict.ConfigDict, file: str) -> None:
     if "[" in field:
         whole = field.partition("[")[0]
-        raise flags.Error(f"config.{field} is a part of a field: give the whole, --config.{whole}=VALUE")
+        raise ConfigError(f"config.{field} is a part of a field: give the whole, --config.{whole}=VALUE")
     group: Any = values
     for name in field.split("."):
         fields = _fields(group)
         if name not in fields:
-            raise flags.Error(_no_field(field, values, file))
+            raise ConfigError(_no_field(field, values, file))
         group = fields[name]
 
 
-def _no_field(field: str, values: config_dict.ConfigDict, file: pathlib.Path) -> str:
+def _no_field(field: str, values: config_dict.ConfigDict, file: str) -> str:
     if field in set(_dataclass_fields(Config)):
         return f"config.{field} is not set in {file}: set it there, then a flag can change it"
     known = list(_group_fields(values))

@@ -77,10 +77,11 @@ def test_errors_are_one_line_and_come_before_the_model_is_loaded(workdir, tmp_pa
     assert done.stderr.count("\n") == 1
 
     monkeypatch.setattr(rat_jax.checkpoints, "load_model", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.jsonl").write_text("text\n")
     for arguments, message in (
         ([], "there is nothing to continue"),
-        (["--prompt=a", f"--output_file={tmp_path / 'no' / 'x.jsonl'}"], f"{tmp_path / 'no' / 'x.jsonl'} cannot be "),
+        (["--prompt=a", "--output_file=~/no/x.jsonl"], f"{tmp_path / 'no' / 'x.jsonl'} cannot be "),
         (["--prompt=a", "--output_file=gs://bucket/x"], "--output_file is 'gs://bucket/x': gs:// is not read directly"),
         (
             ["--prompt=a", f"--output_file={tmp_path / 'p.jsonl'}"],

@@ -26,6 +26,7 @@ from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.errors import RunStopped
 from rat_jax.evaluation import evaluate
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import NonFiniteError
@@ -401,6 +402,51 @@ class TestCommand:
         nowhere = pathlib.Path("nowhere").absolute()
         assert capsys.readouterr().err.startswith(f"error: {nowhere} is not a prepared corpus")
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("flag", "message"),
+        [
+            ("--workdir=gs://bucket/run", "--workdir is 'gs://bucket/run': gs:// is not read directly"),
+            ("--distributed", "--distributed: the other hosts were not found: "),
+            ("--no_such_flag", "Unknown command line flag 'no_such_flag'"),
+        ],
+    )
+    def test_flags_that_are_wrong_are_named(self, tmp_path, capsys, flag, message):
+        assert call_script("train.py", DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", flag) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_the_home_folder_is_understood(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        assert call_script("train.py", DEFAULT_CONFIG, "--workdir=~/full") == 2
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'full'} is not the workdir of a run")
+
+    def test_help_is_no_error(self, capsys):
+        assert call_script("train.py", "--help") == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        for part in ("Trains a model", "--config:", "--workdir:", "--[no]distributed:"):
+            assert part in printed.out
+
+
+def test_data_that_cannot_be_read_on_the_way_stop_the_run(config, tmp_path, monkeypatch):
+    real = TrainData.__next__
+
+    def fail(data):
+        if data.state()["next_batch"] == 3:
+            raise DataError("id 99 is outside the vocabulary")
+        return real(data)
+
+    monkeypatch.setattr(TrainData, "__next__", fail)
+    with pytest.raises(RunStopped, match="id 99 is outside the vocabulary; checkpoints of earlier steps remain"):
+        training.train(config, tmp_path / "run")
+    assert issubclass(NonFiniteError, RunStopped)
+    monkeypatch.undo()
+    assert training.train(config, tmp_path / "run").finished
 
 
 def train_command(folder, config):

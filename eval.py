@@ -3,28 +3,33 @@
   python eval.py --workdir=runs/default
   python eval.py --workdir=runs/default --context_lengths=256,512,1024
 
-Prints a table and writes it as evaluation-STEP.json and evaluation-STEP.png into the workdir. Exit codes: 0; 2 if the
-workdir, its checkpoint or the data do not fit.
+Prints a table, then writes it into the workdir, as evaluation-STEP-CORPUS-LENGTHS-DIGEST.json and .png: results of
+other data, lengths or parts of the split have files of their own. Exit codes: 0; 2 if flags, the workdir, its
+checkpoint or the data do not fit; 1 if a later length failed or a file could not be written, after what was computed
+is printed.
 """
 
 import json
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
+from rat_jax import program
 from rat_jax.checkpoints import LoadedModel, Workdir, load_model
 from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
-from rat_jax.errors import RatJaxError
-from rat_jax.evaluation.perplexity import EvaluationError, evaluate, plot, table
-from rat_jax.files import write_json
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.evaluation import results
+from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate, plot, table
+from rat_jax.files import FileError, write_json
+from rat_jax.paths import local_path
 from rat_jax.sharding import make_mesh
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "evaluate the checkpoint of this step; left out: the newest")
 _DATA_PATH = flags.DEFINE_string("data_path", None, "prepared corpus; left out: the one that was trained on")
 _CONTEXT_LENGTHS = flags.DEFINE_list(
@@ -37,50 +42,66 @@ _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 16_384, "tokens computed at
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
 
-def _context_lengths(loaded: LoadedModel) -> list[int]:
+def _context_lengths() -> list[int]:
     try:
-        return sorted({int(length) for length in _CONTEXT_LENGTHS.value or [loaded.config.data.seq_len]})
+        return sorted({int(length) for length in _CONTEXT_LENGTHS.value or []})
     except ValueError as error:
         raise EvaluationError(f"--context_lengths wants numbers with commas between: {error}") from None
+
+
+def _open_corpus(loaded: LoadedModel, workdir: Workdir) -> Corpus:
+    path = local_path(_DATA_PATH.value or loaded.config.data.path, "--data_path")
+    if _DATA_PATH.value is None and not path.exists():
+        raise EvaluationError(f"{path}, which the model was trained on, is not there: name a corpus with --data_path")
+    corpus = Corpus.open(path)
+    corpus.check_tokenizer(workdir.tokenizer)
+    return corpus
 
 
 def _progress(batches: Iterable[Batch], num_batches: int) -> Iterable[Batch]:
     return tqdm.tqdm(batches, total=num_batches, unit="batch", disable=not sys.stderr.isatty(), leave=False)
 
 
-def _evaluate() -> None:
-    workdir = Workdir(pathlib.Path(_WORKDIR.value))
+def _give_out(loaded: LoadedModel, corpus: Corpus, evaluations: Sequence[Evaluation], folder: pathlib.Path) -> None:
+    """Prints, then writes.
+
+    Raises:
+      RunStopped: if a file could not be written.
+    """
+    values = results.as_json(loaded, corpus, evaluations)
+    print(json.dumps(values) if _JSON.value else table(evaluations), flush=True)
+    path = results.results_path(folder, values)
+    json_file, picture = pathlib.Path(f"{path}.json"), pathlib.Path(f"{path}.png")
+    try:
+        write_json(json_file, values)
+        plot(evaluations, picture, trained_length=loaded.config.data.seq_len)
+    except FileError as error:
+        raise RunStopped(str(error)) from None
+    print(f"written to {json_file} and {picture}", file=sys.stderr)
+
+
+def main() -> None:
+    lengths = _context_lengths()
+    workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
-    corpus = Corpus.open(_DATA_PATH.value or loaded.config.data.path)
-    corpus.check_tokenizer(workdir.tokenizer)
+    corpus = _open_corpus(loaded, workdir)
+    lengths = lengths or [loaded.config.data.seq_len]
+    for length in lengths:
+        check_fits(loaded, corpus, mesh, length, _BATCH_TOKENS.value)
     settings = {"batch_tokens": _BATCH_TOKENS.value, "max_batches": _MAX_BATCHES.value, "progress": _progress}
-    evaluations = [evaluate(loaded, corpus, mesh, length, **settings) for length in _context_lengths(loaded)]
-
-    results = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "data_path": str(corpus.path),
-        "trained_length": loaded.config.data.seq_len,
-        "evaluations": [evaluation.as_json() for evaluation in evaluations],
-    }
-    out = workdir.path / f"evaluation-{loaded.step}"
-    write_json(out.with_suffix(".json"), results)
-    plot(evaluations, out.with_suffix(".png"), trained_length=loaded.config.data.seq_len)
-    print(json.dumps(results) if _JSON.value else table(evaluations))
-    print(f"written to {out}.json and {out}.png", file=sys.stderr)
-
-
-def main(arguments: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
+    evaluations: list[Evaluation] = []
     try:
-        if len(arguments) > 1:
-            raise EvaluationError(f"{arguments[1]!r} is no flag")
-        _evaluate()
-    except RatJaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        for length in lengths:
+            evaluations.append(evaluate(loaded, corpus, mesh, length, **settings))
+    except (RatJaxError, KeyboardInterrupt) as error:
+        if not evaluations:
+            raise
+        _give_out(loaded, corpus, evaluations, workdir.path)
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise RunStopped(f"only the context lengths above are done: {what}") from None
+    _give_out(loaded, corpus, evaluations, workdir.path)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, required=["workdir"])

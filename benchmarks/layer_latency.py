@@ -38,6 +38,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import caches, card, layers, timing
+from rat_jax import program
 
 BASELINE = layers.NAMES[0]  # what the others are compared with
 ROPE_BASE = 10_000.0  # of every layer that rotates
@@ -47,7 +48,7 @@ COMPILERS = 4  # at a time; each may try matrix products on the device
 
 def arguments() -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536, 131072, 262144])
     parser.add_argument("--tokens", type=int, default=262_144, help="of every row of the table")
     parser.add_argument("--width", type=int, default=2048)
@@ -311,4 +312,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.exit_code(main))

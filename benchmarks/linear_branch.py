@@ -20,6 +20,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import card, step_profile
+from rat_jax import program
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 
 _BLOCK = 64  # tokens, of the products that are counted
@@ -36,7 +37,7 @@ def operations(tokens: int, heads: int, key_heads: int, head_dim: int) -> tuple[
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 131072])
     parser.add_argument("--tokens", type=int, default=262_144, help="of every row of the table")
     parser.add_argument("--heads", type=int, default=16)
@@ -92,4 +93,4 @@ def _random(batch: int, tokens: int, head_dim: int, seed: int, heads: int) -> ja
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.exit_code(main))

@@ -14,7 +14,6 @@ Decoding takes greedy steps of random weights with caches of random numbers, spr
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import statistics
 import sys
@@ -29,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import card, decode_throughput, step_profile
 from benchmarks.timing import time_once
+from rat_jax import program
 from rat_jax.config import Config, config_from_dict
+from rat_jax.config_file import load_config_file
 from rat_jax.data.pipeline import Batch
 from rat_jax.flops import mfu
 from rat_jax.model import LanguageModel
@@ -42,10 +43,7 @@ DECODE_BATCH_SIZES = [256, 736, 1024]
 
 def load_config(file: str, batch_size: int, **changes: Any) -> Config:
     """The config of a file for batches of `batch_size` sequences in one part; None of `changes` leaves the model's."""
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = config_from_dict(module.get_config())
+    config = config_from_dict(load_config_file(file, "--config"))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **{name: x for name, x in changes.items() if x is not None}),
@@ -122,7 +120,7 @@ def decode_table(flags: argparse.Namespace, bandwidth: float) -> None:
 
 def main() -> None:
     """Prints the table that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument(
         "--batch_sizes",
@@ -153,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.exit_code(main))

@@ -23,10 +23,12 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import card
+from rat_jax import program
 from rat_jax.checkpoints.store import LoadedModel, load_model
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.data.recall import DOCUMENT_TOKENS, FAR_QUERIES, NEAR_QUERIES, NUM_VALUES, VOCAB_SIZE
 from rat_jax.errors import RatJaxError
+from rat_jax.paths import local_path
 
 KINDS = {"near": "1 to 14 tokens back", "far": "65 to 78 tokens back"}
 
@@ -84,28 +86,32 @@ def draw(rows: Sequence[Row], caption: str) -> Figure:
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the table and writes the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, help="PNG; left out: recall.png in the folder of the first workdir")
-    flags = parser.parse_args(arguments)
-    out = flags.out or flags.workdirs[0].resolve().parent / "recall.png"
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdirs", nargs="+")
+    parser.add_argument("--out", help="PNG; left out: recall.png in the folder of the first workdir")
+    return parser.parse_args(arguments)
+
+
+def _print_and_draw(flags: argparse.Namespace) -> None:
+    workdirs = [local_path(workdir, "WORKDIR") for workdir in flags.workdirs]
+    out = workdirs[0].resolve().parent / "recall.png" if flags.out is None else local_path(flags.out, "--out")
     print("| mixer | steps | " + " | ".join(f"{kind} queries ({what})" for kind, what in KINDS.items()) + " |")
     print("|---|---|---|---|")
     rows = []
-    try:
-        for workdir in flags.workdirs:
-            row = measure(load_model(workdir))
-            rows.append(row)
-            print(f"| {row.mixers} | {row.step} | {row.near:.1f} % | {row.far:.1f} % |", flush=True)
-    except RatJaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for workdir in workdirs:
+        row = measure(load_model(workdir))
+        rows.append(row)
+        print(f"| {row.mixers} | {row.step} | {row.near:.1f} % | {row.far:.1f} % |", flush=True)
     caption = card.caption(", ".join(dict.fromkeys(row.dtype for row in rows)))
     draw(rows, caption).savefig(out, dpi=120)
     print(f"\n{caption}; picture: {out}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table and writes the picture; returns the exit code."""
+    return program.exit_code(lambda: _print_and_draw(_parse(arguments)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

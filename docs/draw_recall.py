@@ -12,4 +12,4 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks.recall import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

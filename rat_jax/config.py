@@ -9,14 +9,15 @@ into the frozen dataclasses below. Their defaults are the only ones in the proje
 import dataclasses
 import difflib
 import math
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rat_jax.errors import ConfigError, require
+from rat_jax.errors import ConfigError, require, shown
 from rat_jax.mixers import MIXERS, MixerConfig, ModelShape, kind_of
+
+_LARGEST_NUMBER = 2**32  # whole numbers of a config are below it: counts and seeds, which devices hold in 32 bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    values = dict(values.items())
+    if not hasattr(values, "items"):
+        raise ConfigError(f"{path} must be a group of fields, got {shown(values)}")
+    values = {str(name): value for name, value in values.items()}
     mixers = {"mixers": _mixers(values, path)} if cls is ModelConfig else {}
     hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.name not in mixers]
@@ -267,12 +270,12 @@ def _mixers(values: dict[str, Any], path: str) -> dict[str, MixerConfig]:
     for name in [name for name, value in values.items() if name in MIXERS or _has_kind(value)]:
         group = values.pop(name)
         if not hasattr(group, "items"):
-            raise ConfigError(f"{path}.{name} must be a group of fields, got {group!r}")
+            raise ConfigError(f"{path}.{name} must be a group of fields, got {shown(group)}")
         settings = dict(group.items())
         kind = settings.pop("kind", name)
         if not isinstance(kind, str) or kind not in MIXERS or (name in MIXERS and kind != name):
             known = repr(name) if name in MIXERS else f"one of {', '.join(map(repr, MIXERS))}"
-            raise ConfigError(f"{path}.{name}.kind must be {known}; got {kind!r}")
+            raise ConfigError(f"{path}.{name}.kind must be {known}; got {shown(kind)}")
         mixers[name] = _build(MIXERS[kind].Config, settings, f"{path}.{name}")
     return mixers
 
@@ -284,24 +287,23 @@ def _has_kind(value: Any) -> bool:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, "items"):
-            raise ConfigError(f"{path} must be a group of fields, got {value!r}")
         return _build(hint, value, path)
     if origin in (typing.Union, types.UnionType):  # only `X | None` is used
         return None if value is None else _convert(arguments[0], value, path)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}; got {value!r}")
+            raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}; got {shown(value)}")
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (tuple, list)):
-            raise ConfigError(f"{path} must be a tuple, got {value!r}")
+            raise ConfigError(f"{path} must be a tuple, got {shown(value)}")
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) <= sys.float_info.max, f"{path} must be finite, got a number beyond all floats")
-        value = float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= _LARGEST_NUMBER:
+            raise ConfigError(f"{path} must be below 2**32, got {shown(value)}")
+        value = float(value) if hint is float else value
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be of type {hint.__name__}, got {value!r}")
+        raise ConfigError(f"{path} must be of type {hint.__name__}, got {shown(value)}")
     if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} must be finite, got {value!r}")
+        raise ConfigError(f"{path} must be finite, got {shown(value)}")
     return value

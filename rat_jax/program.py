@@ -6,8 +6,10 @@
 75  a signal ended it, and nothing is lost: the same command continues (EX_TEMPFAIL of sysexits.h, for schedulers)
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -20,6 +22,13 @@ FAILED, REFUSED = 1, 2
 
 class FlagError(RatJaxError, ValueError):
     """A command line that cannot be understood; the message names the flag."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse for `exit_code`: what it cannot read is a `FlagError` instead of a usage text of many lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(f"{message}; {self.prog} --help lists the flags")
 
 
 def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None:
@@ -55,7 +64,8 @@ def exit_code(body: Callable[[], int | None]) -> int:
 
 
 def _failed(error: Exception | str, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    line = "; ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -63,7 +73,9 @@ def _parse_and_run(body: Callable[[], int | None], required: Sequence[str]) -> i
     try:
         rest = flags.FLAGS(sys.argv)
     except flags.Error as error:
-        raise FlagError(" ".join(str(error).split())) from None
+        raise FlagError(str(error)) from None
+    except SystemExit:  # absl ends with 1 after it has printed what --help asks for
+        return 0
     if len(rest) > 1:
         raise FlagError(f"{rest[1]!r} is no flag; put a value with spaces in quotes")
     for name in required:

@@ -6,7 +6,7 @@ import runpy
 import subprocess
 import sys
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -22,19 +22,20 @@ def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     )
 
 
-def call_script(name: str, *arguments: object) -> int | str:
-    """Calls the `main` of a script in this process, which spares a start; returns what it exits with, 0 at its end."""
+def call_script(name: str, *arguments: object) -> int:
+    """Runs a script in this process, which spares a start; returns its exit code."""
+    app.define_help_flags()  # once for all scripts: absl defines them once in a process
     known, verbosity = set(flags.FLAGS), logging.get_verbosity()
-    words = [name, *map(str, arguments)]
-    before, sys.argv = sys.argv, words  # where fields of a config are looked for
+    before, sys.argv = sys.argv, [name, *map(str, arguments)]
     try:
-        main = runpy.run_path(str(ROOT / name))["main"]
-        main(words if name == "train.py" else flags.FLAGS(words))  # train.py reads its flags itself
+        runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as end:
         return end.code
     finally:
         sys.argv = before
         logging.set_verbosity(verbosity)
+        for flag in known:
+            flags.FLAGS[flag].unparse()  # --help given to one script is not given to the next
         for flag in set(flags.FLAGS) - known:  # the next script defines its own
             delattr(flags.FLAGS, flag)
-    return 0
+    raise AssertionError(f"{name} ended without an exit code")

@@ -5,6 +5,7 @@ import json
 import pytest
 from flax import nnx
 
+import rat_jax.checkpoints
 from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
@@ -42,24 +43,71 @@ def test_one_prompt_prints_its_text(workdir, expected):
 
 def test_many_prompts_from_flags_and_file_in_batches(workdir, expected, tmp_path, capsys):
     prompts_file, output_file = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
-    prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS[2:]))
+    records = [{"id": number, "prompt": prompt} for number, prompt in enumerate(PROMPTS[2:])]
+    prompts_file.write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = [f"--prompts_file={prompts_file}", f"--output_file={output_file}", "--batch_size=2"]
-    prompts = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
-    assert call_script("generate.py", "--workdir", workdir, *prompts, *flags, *SETTINGS) == 0
+    command = ["--workdir", workdir, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], *flags, *SETTINGS]
+    assert call_script("generate.py", *command) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    lines = [json.loads(line) for line in output_file.read_text().splitlines()]
-    assert {line["prompt"]: line["completion"] for line in lines} == expected
+    whole = output_file.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [(line["prompt"], line["completion"]) for line in lines] == [(text, expected[text]) for text in PROMPTS]
+    assert [line.get("id") for line in lines] == [None, None, 0, 1]
     for index, prompt in enumerate(PROMPTS):
         assert f"--- {index + 1} of 4 ---\n{prompt}{expected[prompt]}\n" in printed.out
 
+    output_file.write_bytes(whole[: whole.index(b"\n") + 20])  # a kill in the second line
+    assert call_script("generate.py", *command) == 0
+    assert output_file.read_bytes() == whole
+    assert capsys.readouterr().err == f"{output_file}: 1 of 4 completions are there\n"
+    assert call_script("generate.py", *command, "--prompt=more") == 2
+    assert "is no completion of --prompt number 3" in capsys.readouterr().err
+    assert call_script("generate.py", *command) == 0
+    assert "4 of 4 completions are there" in capsys.readouterr().err
+    assert output_file.read_bytes() == whole
 
-def test_errors_are_one_line(workdir, tmp_path, capsys):
-    done = run_script("generate.py", "--workdir", tmp_path / "missing", "--prompt=a")
+
+def test_errors_are_one_line_and_come_before_the_model_is_loaded(workdir, tmp_path, capsys, monkeypatch):
+    done = run_script(
+        "generate.py", "--workdir", tmp_path / "missing", b"--prompt=a\xff".decode(errors="surrogateescape")
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: there is no workdir")
+    assert done.stderr.startswith(r"error: --prompt number 1: '\udcff' at position 1 is no character")
     assert done.stderr.count("\n") == 1
 
-    assert call_script("generate.py", "--workdir", workdir, "--prompt=a", "--top_p=0") == 2
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "error: top_p must be above 0 and at most 1, got 0.0\n")
+    monkeypatch.setattr(rat_jax.checkpoints, "load_model", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_text("text\n")
+    for arguments, message in (
+        ([], "there is nothing to continue"),
+        (["--prompt=a", "--output_file=~/no/x.jsonl"], f"{tmp_path / 'no' / 'x.jsonl'} cannot be "),
+        (["--prompt=a", "--output_file=gs://bucket/x"], "--output_file is 'gs://bucket/x': gs:// is not read directly"),
+        (
+            ["--prompt=a", f"--output_file={tmp_path / 'p.jsonl'}"],
+            f"output file {tmp_path / 'p.jsonl'}, line 1: is not",
+        ),
+        ([f"--prompts_file={tmp_path / 'p.jsonl'}"], f"{tmp_path / 'p.jsonl'}, line 1: is not JSON"),
+        (["--prompt=a", "--batch_size=0"], "flag --batch_size=0"),
+        (["--prompt=a", "word"], "'word' is no flag; put a value with spaces in quotes"),
+    ):
+        assert call_script("generate.py", "--workdir", workdir, *arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"error: {message}")
+        assert printed.err.count("\n") == 1
+    assert call_script("generate.py", "--prompt=a") == 2
+    assert capsys.readouterr().err.startswith("error: --workdir is missing; ")
+
+
+def test_settings_that_do_nothing_or_cannot_be_are_refused(workdir, capsys):
+    for setting, message in (
+        ("--top_p=0", "top_p must lie between 1e-06 and 1, got 0.0"),
+        ("--top_p=0.9", "top_p 0.9 has no effect at temperature 0"),
+        ("--max_new_tokens=2147483648", "a prompt of 1 tokens and max_new_tokens 2147483648 are more than 2**31 - 1"),
+    ):
+        assert call_script("generate.py", "--workdir", workdir, "--prompt=a", setting) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"error: {message}")
+        assert printed.err.count("\n") == 1

@@ -9,11 +9,11 @@ from rat_jax.data.prepare import Settings, prepare
 NUM_STEPS = 6
 
 
-def make_corpus(folder: pathlib.Path, vocab_size: int = 29) -> pathlib.Path:
-    """A prepared corpus of some two thousand ids below `vocab_size`, in documents of a line each."""
+def make_corpus(folder: pathlib.Path, vocab_size: int = 29, num_ids: int = 2000) -> pathlib.Path:
+    """A prepared corpus of some `num_ids` ids below `vocab_size`, in documents of a line each."""
     texts = folder / "texts"
     texts.mkdir(parents=True)
-    numbers = [(i * i + 3 * i) % (vocab_size - 1) + 1 for i in range(2000)]
+    numbers = [(i * i + 3 * i) % (vocab_size - 1) + 1 for i in range(num_ids)]
     lines = [" ".join(map(str, numbers[i : i + 23])) for i in range(0, len(numbers), 23)]
     (texts / "numbers.txt").write_text("\n".join(lines))
     settings = Settings(

@@ -48,6 +48,29 @@ class Statistics:
         entropy = self.byte_entropy_nats
         require(entropy is None or 0 <= entropy < math.log(257), name, f"byte_entropy_nats is {entropy}")
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that a model predicts: of a document all but the first one, and its end."""
+        return self.num_tokens - self.num_documents
+
+    def bits_per_byte(self, loss: float, first_target_id: int = 0) -> float | None:
+        """nats of all targets / (ln 2 * bytes of the text they are of): of the text, whatever the tokenizer.
+
+        Ends of documents are targets, and no bytes; first tokens of documents are bytes, and no targets. So on the
+        whole split this is (loss * targets) / (ln 2 * bytes of its text), to the last digit. Of a part of the split
+        the bytes are not counted: they are taken to be as many a target as in all of it.
+
+        Args:
+          loss: mean over the targets that were measured, in nats.
+          first_target_id: of `DataConfig`. Where targets are left out, there is no loss of the text.
+
+        Returns:
+          None where the text's bytes are not known, or not all of them are predicted.
+        """
+        if not self.num_bytes or self.num_targets < 1 or first_target_id > 0:
+            return None
+        return loss * self.num_targets / (math.log(2) * self.num_bytes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:

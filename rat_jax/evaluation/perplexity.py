@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import Batch, ValidationData, describe_coverage
 from rat_jax.errors import RatJaxError
+from rat_jax.files import system_errors
 from rat_jax.loss import position_losses
+from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32
-from rat_jax.sharding import global_batch
+from rat_jax.sharding import batch_sharding, global_batch
 
 _FIRST_BUCKET = 16  # positions
 
@@ -58,11 +61,12 @@ class Evaluation:
     context_length: int
     fraction: float  # of the split's sequences; 1: the whole
     sums: PositionSums  # float64, [context_length]
-    bytes_per_token: float | None  # of the split's text; None where that is not known
+    statistics: Statistics  # of the split
+    first_target_id: int = 0  # of `DataConfig`: lower ids are no targets
 
     @property
     def num_targets(self) -> int:
-        """Tokens that were predicted: all but the first, and those whose input ends a document."""
+        """Tokens that were predicted: of a document all but the first one, and its end."""
         return round(float(self.sums.weight.sum()))
 
     @property
@@ -77,8 +81,8 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """loss / (ln 2 * bytes a token): of the text, whatever the tokenizer."""
-        return None if self.bytes_per_token is None else self.loss / (math.log(2) * self.bytes_per_token)
+        """nats of all targets / (ln 2 * bytes of the text they are of), as `Statistics.bits_per_byte` defines it."""
+        return self.statistics.bits_per_byte(self.loss, self.first_target_id)
 
     def buckets(self, per_octave: int = 1) -> list[Bucket]:
         """Means over positions 0 .. 15, 16 .. 31, 32 .. 63, ...; from 16 on in `per_octave` parts of each range."""
@@ -181,26 +185,84 @@ def evaluate(
 
     Raises:
       DataError: if the data do not fit the model.
-      EvaluationError: a setting out of range, or no result.
+      EvaluationError: a setting out of range, more memory than there is, or no result.
     """
-    for name, value in (
-        ("context length", context_length),
-        ("batch_tokens", batch_tokens),
-        ("max_batches", max_batches),
-    ):
-        if value is not None and value < 1:
-            raise EvaluationError(f"{name} must be 1 or more, got {value}")
-    num_rows = max(1, batch_tokens // (context_length * mesh.size)) * mesh.size
+    if max_batches is not None and max_batches < 1:
+        raise EvaluationError(f"max_batches must be 1 or more, got {max_batches}")
+    check_fits(loaded, corpus, mesh, context_length, batch_tokens)
     config = dataclasses.replace(
         loaded.config.data,
         path=str(corpus.path),
         seq_len=context_length,
-        global_batch_size=num_rows,
+        global_batch_size=_num_rows(mesh, context_length, batch_tokens),
         num_workers=0,
     )
     data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
-    sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
-    return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"].bytes_per_token)
+    try:
+        sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EvaluationError(_too_large(mesh, context_length, batch_tokens, "more memory than is free")) from None
+    return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"], config.first_target_id)
+
+
+def check_fits(
+    loaded: LoadedModel, corpus: Corpus, mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int
+) -> None:
+    """Compiles what `evaluate` runs and checks that it has the memory it needs; what is out of the question at once.
+
+    Raises:
+      EvaluationError: a setting out of range, a context longer than the split, or more memory than a device has free.
+    """
+    for name, value in (("context length", context_length), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise EvaluationError(f"{name} must be 1 or more, got {value}")
+    num_tokens = corpus.splits["validation"].num_tokens
+    if context_length >= num_tokens:
+        raise EvaluationError(
+            f"context length {context_length:,} is longer than the validation split of {corpus.path}, which has "
+            f"{num_tokens:,} tokens: the longest context with a next token is {num_tokens - 1:,}"
+        )
+    free = free_bytes(mesh.local_devices[0])
+    if free is None:
+        return
+    needed = _least_bytes(loaded, mesh, context_length, batch_tokens)
+    if needed <= free:
+        needed = _compiled_bytes(loaded, mesh, context_length, batch_tokens)
+    if needed > free:
+        what = f"at least {gib(needed)} on each device, which has {gib(free)} free"
+        raise EvaluationError(_too_large(mesh, context_length, batch_tokens, what))
+
+
+def _least_bytes(loaded: LoadedModel, mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:
+    """Activations of one layer that exist side by side whatever the compiler does: residual stream, norm, MLP."""
+    model = loaded.config.model
+    channels = 2 * model.width + model.mlp_hidden
+    tokens = context_length * _num_rows(mesh, context_length, batch_tokens) // mesh.size
+    return tokens * channels * jnp.dtype(model.dtype).itemsize
+
+
+def _compiled_bytes(loaded: LoadedModel, mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:
+    """What the compiler plans beside parameters and tokens: activations, scores of attention, logits."""
+    shape = (_num_rows(mesh, context_length, batch_tokens), context_length)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+    batch = Batch(integers, integers, weights, integers if loaded.config.data.segment_documents else None)
+    with jax.set_mesh(mesh):
+        planned = position_sums.lower(*nnx.split(loaded.model), batch).compile().memory_analysis()
+    return planned.temp_size_in_bytes + planned.output_size_in_bytes
+
+
+def _num_rows(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:
+    """Sequences of a batch: as many as `batch_tokens` hold, but one for each device at least."""
+    return max(1, batch_tokens // (context_length * mesh.size)) * mesh.size
+
+
+def _too_large(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int, what: str) -> str:
+    rows = _num_rows(mesh, context_length, batch_tokens)
+    remedy = f"lower batch_tokens, now {batch_tokens:,}" if rows > mesh.size else "choose a shorter context"
+    return f"context length {context_length:,}: batches of {rows:,} sequences need {what}; {remedy}"
 
 
 def bucket_edges(context_length: int, per_octave: int) -> list[int]:
@@ -235,7 +297,11 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_length: int) -> None:
-    """Draws the loss by position, a curve for each context length; a line marks the length of training sequences."""
+    """Draws the loss by position, a curve for each context length; a line marks the length of training sequences.
+
+    Raises:
+      FileError: if the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -258,4 +324,5 @@ def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_lengt
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with system_errors(path, "written"):
+        figure.savefig(path, dpi=120)

@@ -11,18 +11,39 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 import sys
 import types
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from rat_jax.errors import shown
+from rat_jax.files import explain, system_errors
 from rat_jax.release.model_config import ReleaseError
 
 _WEIGHTS, _CONFIG, _MODEL, _STEP = "task", "config", "model", "step"
+_STEP_LIMIT = 2**31
 _SAFE_TORCH = (2, 6)  # earlier ones run code from files even with weights_only (CVE-2025-32434)
+
+# What readers of archives and pickles raise for bytes that nobody wrote.
+_DAMAGE = (
+    RuntimeError,  # RecursionError, too
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    ImportError,
+    struct.error,
+    zlib.error,
+)
 
 # The release's configurations are of the class EasyDict of the package easydict, a dict. torch fills no dict of an
 # unknown class, so that an OrderedDict is made where a file says EasyDict; where the package is missing, the class
@@ -50,8 +71,7 @@ def read_release_file(path: pathlib.Path | str) -> ReleaseFile:
     path = pathlib.Path(path)
     if not path.is_file():
         raise ReleaseError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ReleaseError(f"{path} is damaged, or not a file of torch.save")
+    _check_archive(path)
     try:
         with torch.serialization.safe_globals([_READ_AS]):
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -59,19 +79,28 @@ def read_release_file(path: pathlib.Path | str) -> ReleaseFile:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{name[1]}, which" if name else "something that"
         raise ReleaseError(f"{path} holds {what} is neither an array nor a setting; nothing of it was run") from None
-    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ReleaseError(f"{path} is damaged, or not a file of torch.save: {error!r}") from None
+    except _DAMAGE as error:
+        raise ReleaseError(f"{path} is damaged, or not a file of torch.save: {_first_line(error)}") from None
     if not isinstance(contents, Mapping):
         raise ReleaseError(f"{path} holds a {type(contents).__name__}, not a dictionary with {_WEIGHTS} and {_CONFIG}")
     weights = _entry(contents, (_WEIGHTS,), path)
     step = contents.get(_STEP, 0)
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ReleaseError(f"{path}: {_STEP} must be a whole number of 0 or more, got {step!r}")
-    for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ReleaseError(f"{path}: {_WEIGHTS}.{name} must be a tensor, got {type(value).__name__}")
-    arrays = {name: value.detach().to(torch.float32).numpy() for name, value in weights.items()}
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < _STEP_LIMIT:
+        raise ReleaseError(f"{path}: {_STEP} must be a whole number of 0 or more, below 2**31, got {shown(step)}")
+    arrays = {name: _array(torch, value, f"{path}: {_WEIGHTS}.{name}") for name, value in weights.items()}
     return ReleaseFile(arrays, _entry(contents, (_CONFIG, _MODEL), path), step)
+
+
+def check_new(path: pathlib.Path) -> None:
+    """Refuses to write over a file, or where there is no folder.
+
+    Raises:
+      ReleaseError: naming it.
+    """
+    if path.exists():
+        raise ReleaseError(f"{path} is there already; it is left as it is")
+    if not path.parent.is_dir():
+        raise ReleaseError(f"{path} cannot be written: there is no folder {path.parent}")
 
 
 def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
@@ -82,8 +111,7 @@ def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
     """
     torch = _import_torch()
     path = pathlib.Path(path)
-    if path.exists():
-        raise ReleaseError(f"{path} is there already; it is left as it is")
+    check_new(path)
     task = {
         "_name_": "lm",
         "tie_embedding": True,
@@ -103,7 +131,47 @@ def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise ReleaseError(f"{path} cannot be written: {error}") from None
+        reason = explain(error) if isinstance(error, OSError) else _first_line(error)
+        raise ReleaseError(f"{path} cannot be written: {reason}") from None
+
+
+def _check_archive(path: pathlib.Path) -> None:
+    """Reads the whole archive and compares its checksums, which torch does not do.
+
+    Raises:
+      ReleaseError: if it is no archive, or a part of it has changed.
+    """
+    with system_errors(path, "read"):
+        if not zipfile.is_zipfile(path):
+            raise ReleaseError(f"{path} is damaged, or not a file of torch.save")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if packed := [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise ReleaseError(f"{path} is not a file of torch.save: {packed[0]} in it is compressed")
+            changed = archive.testzip()
+    except (zipfile.BadZipFile, OSError, *_DAMAGE) as error:
+        raise ReleaseError(f"{path} is damaged, or not a file of torch.save: {_first_line(error)}") from None
+    if changed is not None:
+        raise ReleaseError(f"{path} is damaged: the checksum of {changed} in it is another; get the file again")
+
+
+def _array(torch: Any, value: Any, name: str) -> np.ndarray:
+    """A float32 array; of dense tensors of real numbers only."""
+    if not isinstance(value, torch.Tensor):
+        raise ReleaseError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        kind = "quantised" if value.is_quantized else f"{value.layout} on {value.device}"
+        raise ReleaseError(f"{name} must be a dense tensor, got a {kind} one")
+    if not value.is_floating_point():
+        raise ReleaseError(f"{name} must be of real numbers, got {value.dtype}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ReleaseError(f"{name} has shape {tuple(value.shape)}, more than is stored of it")
+    return value.detach().to(torch.float32).numpy()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _import_torch() -> Any:
@@ -123,7 +191,7 @@ def _entry(contents: Mapping[str, Any], keys: tuple[str, ...], path: pathlib.Pat
     for i, key in enumerate(keys):
         name = ".".join(keys[: i + 1])
         if key not in contents:
-            raise ReleaseError(f"{path} has no {name}; it has {', '.join(map(str, contents))}")
+            raise ReleaseError(f"{path} has no {name}; it has {shown(list(contents))}")
         contents = contents[key]
         if not isinstance(contents, Mapping):
             raise ReleaseError(f"{path}: {name} must be a dictionary, got a {type(contents).__name__}")

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from rat_jax.config import ModelConfig
-from rat_jax.errors import ConfigError, RatJaxError
+from rat_jax.errors import ConfigError, RatJaxError, shown
 from rat_jax.mixers import MIXERS, MixerConfig, kind_of
 from rat_jax.mixers.base import ReleaseCell
 
 _HEAD_DIM = 128  # of all released models; an RNN's configuration does not tell
 _ROPE_BASE = 10_000  # likewise
+_LIMIT = 2**31  # numbers of a configuration are below it
 _INIT = {"_name_": "fixed", "initializer_range": 0.02}
 
 
@@ -142,7 +143,7 @@ class _Section:
     def only(self, *names: str) -> None:
         for name in self.values:
             if name not in names:
-                raise ConfigError(f"{self.path}.{name} is not known here; known are {', '.join(names)}")
+                raise ConfigError(f"{self.path}.{_text(name)} is not known here; known are {', '.join(names)}")
 
     def get(self, name: str) -> Any:
         if name not in self.values:
@@ -152,25 +153,32 @@ class _Section:
     def section(self, name: str) -> "_Section":
         value = self.get(name)
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.path}.{name} must be a group of fields, got {value!r}")
+            raise ConfigError(f"{self.path}.{name} must be a group of fields, got {shown(value)}")
         return _Section(value, f"{self.path}.{name}")
 
     def integer(self, name: str, minimum: int = 1) -> int:
         value = self.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{self.path}.{name} must be a whole number of {minimum} or more, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _LIMIT:
+            raise ConfigError(
+                f"{self.path}.{name} must be a whole number from {minimum} to {_LIMIT - 1}, got {shown(value)}"
+            )
         return value
 
     def text(self, name: str) -> str:
         value = self.get(name)
         if not isinstance(value, str):
-            raise ConfigError(f"{self.path}.{name} must be a name, got {value!r}")
+            raise ConfigError(f"{self.path}.{name} must be a name, got {shown(value)}")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
         value = self.get(name)
-        if not any(value == choice and type(value) is type(choice) for choice in allowed):
-            raise ConfigError(f"{self.path}.{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            raise ConfigError(f"{self.path}.{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
+
+
+def _text(name: Any) -> str:
+    """A field's name, which in a stranger's file may be no text."""
+    return name if isinstance(name, str) else shown(name)
 
 
 def _cells(backbone: _Section) -> list[_Section]:
@@ -270,6 +278,6 @@ def _positions(pe: _Section, mixers: Mapping[str, MixerConfig], head_dim: int) -
     for chunk_size in _chunk_sizes(mixers.values()):
         pe.expect("chunk_size", chunk_size)
     base = pe.get("base")
-    if not isinstance(base, (int, float)) or isinstance(base, bool):
-        raise ConfigError(f"{pe.path}.base must be a number, got {base!r}")
+    if not isinstance(base, (int, float)) or isinstance(base, bool) or not 1 <= base < _LIMIT:
+        raise ConfigError(f"{pe.path}.base must be a number from 1 to {_LIMIT - 1}, got {shown(base)}")
     return True, float(base)

@@ -15,6 +15,7 @@ from rat_jax.model import LanguageModel, block_name
 from rat_jax.release.model_config import ReleaseError, model_config_from_release
 
 _COMPILE_PREFIX = "_orig_mod."  # which torch.compile puts before the names of what it wraps
+_MAX_PROBLEMS = 8  # that a message lists
 _EMBEDDING, _HEAD = "embedding.wte.weight", "head.lm_head.weight"  # one tied matrix under two names
 
 # What a layer's parameters are called: in the release, and in a `ResidualBlock`; its mixer may have more.
@@ -40,7 +41,7 @@ def model_from_release(
       dtype: of the computation, float32 or bfloat16; parameters are float32.
 
     Raises:
-      ReleaseError: listing every name that is missing, unknown, repeated or of a wrong shape, or if head and embedding
+      ReleaseError: listing names that are missing, unknown, repeated or of a wrong shape, or if head and embedding
         differ.
       ConfigError: as `model_config_from_release`.
     """
@@ -122,7 +123,10 @@ def _checked_arrays(state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[in
             problems.append(f"{name}: has shape {arrays[name].shape}, not {shape}")
     problems += [f"{name}: not a parameter of this model" for name in arrays if name not in shapes]
     if problems:
-        raise ReleaseError("the weights are not those of the configuration:\n  " + "\n  ".join(problems))
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise ReleaseError(
+            f"the weights are not those of the configuration: {'; '.join(problems[:_MAX_PROBLEMS])}{more}"
+        )
     if not np.array_equal(arrays[_EMBEDDING], arrays[_HEAD]):
         raise ReleaseError(f"{_HEAD} differs from {_EMBEDDING}; models here have tied embeddings")
     return {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}

@@ -1,40 +1,37 @@
-"""Completions: printed as they grow, and written as JSON lines."""
+"""Completions: printed as they grow, and handed to the file that keeps them."""
 
-import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.sampling.prompts import PromptError
+from rat_jax.sampling.output_file import OutputFile
+from rat_jax.sampling.prompts import Prompt, encode_prompts
 from rat_jax.sampling.stream_decoder import StreamDecoder
 
 
 class CompletionWriter:
-    """Prompts and what they become: printed, a single one as it grows, and written as JSON lines if asked."""
+    """Prompts and what they become: printed, a single one as it grows, and written if there is a file for them."""
 
-    def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, output_file: pathlib.Path | None):
-        """Makes the ids; an empty prompt starts from the id that ends documents.
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, output_file: OutputFile | None):
+        """Makes the ids.
 
         Raises:
-          DataError: if the tokenizer refuses a prompt.
-          PromptError: if the output file is there already.
+          PromptError: if the tokenizer refuses a prompt.
         """
-        self.prompt_ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-        self._prompts = list(prompts)
+        self.prompt_ids = encode_prompts(prompts, tokenizer)
+        self.eos_id = tokenizer.eos_id
+        self._prompts = [prompt.text for prompt in prompts]
         self._decoders = [StreamDecoder(tokenizer) for _ in prompts]
         for decoder, ids in zip(self._decoders, self.prompt_ids, strict=True):
             decoder.begin(ids)
         self._completions: list[list[str]] = [[] for _ in prompts]
-        if output_file is not None and output_file.exists():
-            raise PromptError(f"output file {output_file} is there already: choose another name")
         self._output_file = output_file
 
     def add(self, index: int, ids: list[int]) -> None:
         """Takes the next tokens of a text; none mean that it is complete, as in `rat_jax.sampling.generation.generate`.
 
         Raises:
-          PromptError: if the output file cannot be written.
+          RunStopped: if the output file cannot be written.
         """
         if len(self._prompts) == 1 and not self._completions[index]:
             _print(self._prompts[index])
@@ -51,14 +48,7 @@ class CompletionWriter:
         if len(self._prompts) > 1:
             _print(f"--- {index + 1} of {len(self._prompts)} ---\n{prompt}{completion}\n")
         if self._output_file is not None:
-            self._write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
-
-    def _write(self, line: str) -> None:
-        try:
-            with self._output_file.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise PromptError(f"output file {self._output_file} cannot be written: {error.strerror}") from None
+            self._output_file.write(index, completion)
 
 
 def _print(text: str) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 
 from rat_jax.decoder import Decoder, DecoderModule, ModelCache
-from rat_jax.errors import RatJaxError
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.prefill import cache_capacity, prefill
-from rat_jax.sampling.sampling_params import SamplingParams, choose_tokens
+from rat_jax.sampling.prefill import cache_bytes, cache_capacity, prefill
+from rat_jax.sampling.sampling_params import LARGEST_PENALTY, SMALLEST, SamplingParams, choose_tokens
 from rat_jax.shapes import Array, Bool, Float, Int
 
 STEPS_PER_CALL = 16  # tokens of a row that the device chooses before the host looks at them
@@ -26,6 +27,10 @@ _NOT_FINITE = -2  # stands for a token where the logits are NaN or infinite
 
 class SamplingError(RatJaxError, ValueError):
     """Prompts or settings that cannot be sampled from; the message names the row and the value."""
+
+
+class SamplingStopped(SamplingError, RunStopped):
+    """Sampling that had begun and cannot go on; completions that were handed out are good."""
 
 
 def generate(
@@ -40,9 +45,10 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     batch_size: int | None = None,
+    first: int = 0,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt.
+    """Continues every prompt, or those from `first` on.
 
     A prompt's result does not depend on the others: with `temperature` above 0 its random numbers follow from `seed`,
     the prompt itself, and how many equal prompts precede it in `prompts` (so that n equal prompts give n samples).
@@ -53,22 +59,26 @@ def generate(
       prompts: ids in [0, V), at least one each; lengths may differ. To start from nothing, give the id that ends
         documents.
       max_new_tokens: the most tokens a row gets.
-      temperature: 0 takes the likeliest token, 1 draws from the model's distribution; see `token_rule.adjust_logits`.
-      top_k: draw from the k likeliest tokens. None: from all.
+      temperature: 0 takes the likeliest token, 1 draws from the model's distribution; see
+        `sampling_params.adjust_logits`.
+      top_k: draw from the k likeliest tokens. None: from all. Wants a temperature above 0, as `top_p` does.
       top_p: draw from the likeliest tokens that reach this probability together. None: from all.
       repetition_penalty: above 1 makes tokens less likely that the prompt or the new tokens hold. 1: does not.
       seed: of the random numbers.
       eos_id: the token that ends a row; it is not part of the result. None: rows end at `max_new_tokens`.
       batch_size: prompts that are continued at a time. None: all.
+      first: index of the first prompt that is continued. Those before it were continued earlier, and only count as
+        equal prompts.
       on_tokens: called with a prompt's index and its next new tokens as soon as they are there, and with an empty list
         when there will be no more.
 
     Returns:
-      The new tokens of each prompt, without the prompt.
+      The new tokens of each prompt that was continued, without the prompt.
 
     Raises:
-      SamplingError: a prompt without tokens, a token outside the vocabulary, a setting out of range, or a model whose
-        logits are not finite.
+      SamplingError: a prompt without tokens, a token outside the vocabulary, a setting out of range or without effect,
+        or caches larger than what the device has free.
+      SamplingStopped: logits that are not finite, or a device that runs out of memory.
     """
     vocab_size = model.config.vocab_size
     check_prompts(prompts, vocab_size)
@@ -78,16 +88,43 @@ def generate(
     if eos_id is not None:
         _require(0 <= eos_id < vocab_size, f"eos_id {eos_id} is outside the vocabulary of {vocab_size}")
     _require(batch_size is None or batch_size >= 1, f"batch_size must be 1 or more, got {batch_size}")
-    if not prompts:
-        return []
+    _require(first >= 0, f"first must be 0 or more, got {first}")
     decoder, keys = model.decoder(), _row_keys(prompts, seed)
+    size = batch_size or len(prompts)
+    batches = [slice(start, start + size) for start in range(first, len(prompts), size or 1)]
+    _check_memory(decoder, [prompts[batch] for batch in batches], max_new_tokens)
     results: list[list[int]] = []
-    while len(results) < len(prompts):
-        first = len(results)
-        part = slice(first, len(prompts) if batch_size is None else first + batch_size)
-        blocks = _token_blocks(decoder, prompts[part], rule, keys[part], max_new_tokens, eos_id)
-        results += _collect(blocks, len(prompts[part]), first, on_tokens or (lambda row, tokens: None))
+    for batch in batches:
+        blocks = _token_blocks(decoder, prompts[batch], rule, keys[batch], max_new_tokens, eos_id)
+        try:
+            results += _collect(blocks, len(prompts[batch]), batch.start, on_tokens or (lambda row, tokens: None))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SamplingStopped(
+                f"{len(prompts[batch])} prompts at a time are more than the device has memory for: lower batch_size"
+            ) from None
     return results
+
+
+def _check_memory(decoder: Decoder, batches: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> None:
+    """Refuses caches that a device has no room for, before anything is computed."""
+    sizes = {(len(batch), max(map(len, batch))) for batch in batches}
+    for _, longest in sizes:
+        _require(
+            longest + max_new_tokens < 2**31,
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} are more than 2**31 - 1, up to which "
+            f"positions are counted",
+        )
+    free = free_bytes(jax.tree.leaves(decoder.params)[0].devices().pop())
+    for num_rows, longest in sizes if free is not None else ():
+        capacity = cache_capacity(longest + max_new_tokens - 1)
+        needed = cache_bytes(decoder.graphdef, decoder.params, num_rows, capacity)
+        _require(
+            needed <= free,
+            f"the caches of {num_rows} prompts of up to {longest:,} tokens with max_new_tokens {max_new_tokens:,} take "
+            f"{gib(needed)}, the device has {gib(free)} free: lower max_new_tokens or batch_size",
+        )
 
 
 def _collect(
@@ -101,7 +138,7 @@ def _collect(
             tokens = block[row]
             if _NOT_FINITE in tokens:
                 position = len(rows[row]) + int(np.argmax(tokens == _NOT_FINITE))
-                raise SamplingError(
+                raise SamplingStopped(
                     f"prompt {first_row + row}: the logits of new token {position} are not finite: the model's "
                     f"parameters are damaged, or too large for its dtype"
                 )
@@ -133,15 +170,27 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
 
 
 def _make_rule(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float) -> SamplingParams:
-    _require(0 <= temperature < math.inf, f"temperature must be 0 or more, got {temperature}")
+    _require(
+        temperature == 0 or SMALLEST <= temperature < math.inf,
+        f"temperature must be 0, which takes the likeliest token, or {SMALLEST} or more, got {temperature}",
+    )
     _require(top_k is None or top_k >= 1, f"top_k must be 1 or more, got {top_k}")
-    _require(top_p is None or 0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
-    _require(0 < repetition_penalty < math.inf, f"repetition_penalty must be above 0, got {repetition_penalty}")
+    _require(top_p is None or SMALLEST <= top_p <= 1, f"top_p must lie between {SMALLEST} and 1, got {top_p}")
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        _require(
+            value is None or temperature > 0,
+            f"{name} {value} has no effect at temperature 0, which always takes the likeliest token: give a "
+            f"temperature above 0, or leave {name} out",
+        )
+    _require(
+        1 / LARGEST_PENALTY <= repetition_penalty <= LARGEST_PENALTY,
+        f"repetition_penalty must lie between {1 / LARGEST_PENALTY} and {LARGEST_PENALTY}, got {repetition_penalty}",
+    )
     greedy = temperature == 0
     return SamplingParams(
         temperature=None if greedy else temperature,
-        top_k=None if greedy else top_k,  # the likeliest token is always kept
-        top_p=None if greedy or top_p == 1 else top_p,
+        top_k=top_k,
+        top_p=None if top_p == 1 else top_p,
         repetition_penalty=None if repetition_penalty == 1 else repetition_penalty,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from rat_jax.decoder import ModelCache
+from rat_jax.memory import tree_bytes
 from rat_jax.shapes import Array, Float, Int
 
 PREFILL_TOKENS = 1 << 14  # of all rows together, read in one call: what bounds the memory of long prompts
@@ -58,6 +59,12 @@ def cache_capacity(num_tokens: int) -> int:
     """Room for `num_tokens`, in few sizes: a multiple of an eighth of the next power of two."""
     unit = max(MIN_PREFILL_CHUNK, (1 << (num_tokens - 1).bit_length()) // 8)
     return -(-num_tokens // unit) * unit
+
+
+def cache_bytes(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int) -> int:
+    """What a cache takes, without making it; the arguments are those of `prefill`."""
+    shapes = jax.eval_shape(functools.partial(_empty, graphdef, num_rows=num_rows, capacity=capacity), params)
+    return tree_bytes(shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "num_rows", "capacity"))

@@ -7,6 +7,10 @@ import jax.numpy as jnp
 
 from rat_jax.shapes import Array, Bool, Float32, Int
 
+# Logits are float32: a smaller temperature or top-p would be 0 there, and larger factors infinite.
+SMALLEST = 1e-6
+LARGEST_PENALTY = 1e3
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,6 @@ from rat_jax.training.step import abstract_batch, abstract_state, train_step
 _GIB = 2**30
 
 
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether a device refused an allocation."""
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
 def explain_out_of_memory(config: Config, mesh: jax.sharding.Mesh, graphdef) -> str:
     """What a training step needs on each device, and the three settings most likely to help."""
     return "\n".join(["out of memory.", *_needs(config, mesh, graphdef), *_remedies(config)])

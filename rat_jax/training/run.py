@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -28,12 +29,13 @@ from rat_jax.data.workers import check_main
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import FileError, explain
 from rat_jax.interrupts import Interrupts, caught
+from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor
-from rat_jax.training.oom import explain_out_of_memory, is_out_of_memory
+from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.preemption import agreed
 from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
@@ -176,16 +178,15 @@ class _Run:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
 
     def _report(self, loss: float) -> None:
-        """Compares the last validation loss with the entropy of single bytes."""
-        entropy = self.corpus.total.byte_entropy_nats
+        """Says the last validation loss a token and a byte, and compares it with the entropy of single bytes."""
         _say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
-        if entropy is None:
+        bits = self.corpus.splits["validation"].bits_per_byte(loss, self.config.data.first_target_id)
+        if bits is None:
             return
-        is_bytes = self.corpus.tokenizer().kind == "bytes"
-        per_byte = loss if is_bytes else loss / self.corpus.splits["validation"].bytes_per_token
-        if not is_bytes:
-            _say(f"validation loss {per_byte:.4f} nats a byte")
-        _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {per_byte / entropy:.1%} of it")
+        entropy, nats = self.corpus.total.byte_entropy_nats, bits * math.log(2)
+        _say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
+        if entropy > 0:  # 0 of a text of one byte only
+            _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
 
 
 class _Loop:

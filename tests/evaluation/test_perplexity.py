@@ -10,10 +10,19 @@ from flax import nnx
 from rat_jax import loss
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.config import MeshConfig
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.evaluation import perplexity as evaluation
-from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, PositionSums, bucket_edges, evaluate, plot, table
+from rat_jax.evaluation.perplexity import (
+    Evaluation,
+    EvaluationError,
+    PositionSums,
+    bucket_edges,
+    check_fits,
+    evaluate,
+    plot,
+    table,
+)
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh
 from rat_jax.training.step import batch_loss
@@ -109,15 +118,18 @@ def test_max_batches_takes_a_part_of_the_split_or_all_of_it(loaded, corpus):
     assert f"loss on {100 * 8 / num_records:.3g} % of the validation split, evenly spread\n" in table([two])
 
 
-def make_evaluation(loss: list[float], weight: list[float], bytes_per_token: float | None = None) -> Evaluation:
-    return Evaluation(len(loss), 1.0, PositionSums(np.array(loss), np.array(weight)), bytes_per_token)
+def make_evaluation(loss: list[float], weight: list[float], num_bytes: int | None = None, **changes) -> Evaluation:
+    """Of a split with one document whose first token is the only one that is no target."""
+    statistics = Statistics(1, round(sum(weight)) + 1, num_bytes, None)
+    return Evaluation(len(loss), 1.0, PositionSums(np.array(loss), np.array(weight)), statistics, **changes)
 
 
 def test_bits_per_byte():
-    evaluation = make_evaluation([6.0, 2.0], [3.0, 1.0], bytes_per_token=4.0)
+    evaluation = make_evaluation([6.0, 2.0], [3.0, 1.0], num_bytes=16)
     assert evaluation.loss == 2.0
-    assert evaluation.bits_per_byte == pytest.approx(2.0 / math.log(2) / 4)
+    assert evaluation.bits_per_byte == pytest.approx(8.0 / math.log(2) / 16)  # all nats, all bytes
     assert make_evaluation([6.0], [3.0]).bits_per_byte is None
+    assert make_evaluation([6.0], [3.0], num_bytes=16, first_target_id=1).bits_per_byte is None
 
 
 def test_buckets_hold_every_position_once():
@@ -134,7 +146,7 @@ def test_buckets_hold_every_position_once():
 
 
 def test_the_table_names_every_context():
-    short, long = make_evaluation([16.0] * 20, [4.0] * 20, 2.0), make_evaluation([3.0] * 40, [2.0] * 20 + [0.0] * 20)
+    short, long = make_evaluation([16.0] * 20, [4.0] * 20, 160), make_evaluation([3.0] * 40, [2.0] * 20 + [0.0] * 20)
     lines = table([short, long]).splitlines()
     assert lines[0] == "loss on the whole validation split"
     assert lines[2].split() == ["20", "80", "4.0000", "54.598", f"{4 / math.log(2) / 2:.4f}"]
@@ -165,6 +177,7 @@ def test_a_model_that_is_not_finite_is_refused(loaded, corpus):
         ({"context_length": 0}, "context length must be 1 or more, got 0"),
         ({"batch_tokens": 0}, "batch_tokens must be 1 or more, got 0"),
         ({"max_batches": 0}, "max_batches must be 1 or more, got 0"),
+        ({"context_length": 10**7}, "context length 10,000,000 is longer than the validation split of"),
     ],
 )
 def test_settings_out_of_range_are_refused(loaded, corpus, settings, message):
@@ -178,3 +191,39 @@ def test_a_split_without_targets_is_refused(loaded, corpus):
     empty = batch._replace(loss_weights=np.zeros_like(batch.loss_weights))
     with pytest.raises(EvaluationError, match="no token of the validation split counts"):
         evaluation.sum_losses(loaded.model, [empty], mesh)
+
+
+@pytest.mark.parametrize(
+    ("context_length", "batch_tokens", "free", "message"),
+    [
+        (
+            400,
+            10**9,
+            10**9,
+            r"batches of 2,500,000 sequences need at least [\d,.]+ GiB .* has 0.9 GiB free; lower batch_",
+        ),
+        (400, 1, 100, "batches of 1 sequences need at least 0.0 GiB .*; choose a shorter context"),
+        (16, 64, 5000, "batches of 4 sequences need"),  # more than the least, less than what is compiled
+    ],
+)
+def test_memory_that_is_not_there_is_missed_before_the_work(
+    loaded, corpus, monkeypatch, context_length, batch_tokens, free, message
+):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    monkeypatch.setattr(evaluation, "sum_losses", None)
+    monkeypatch.setattr(evaluation, "free_bytes", lambda device: free)
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(loaded, corpus, mesh, context_length, batch_tokens=batch_tokens, max_batches=None)
+    monkeypatch.setattr(evaluation, "free_bytes", lambda device: None)  # a platform that does not tell
+    check_fits(loaded, corpus, mesh, context_length, batch_tokens)
+
+
+def test_a_device_that_runs_out_of_memory_is_a_message(loaded, corpus, monkeypatch):
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(evaluation, "sum_losses", refuse)
+    with pytest.raises(
+        EvaluationError, match="batches of 4 sequences need more memory than is free; lower batch_tokens"
+    ):
+        run(loaded, corpus)

@@ -1,17 +1,24 @@
 """The release's `.pth` files: there and back through workdirs, and what is refused."""
 
 import contextlib
+import json
+import math
 import os
 import pickle
+import re
 import sys
 import types
+import zipfile
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rat_jax import release
 from rat_jax.checkpoints.store import load_model
+from rat_jax.config import ConfigError
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.release import __main__ as commands
 from rat_jax.release import file as release_file
@@ -49,6 +56,27 @@ def write(path, contents, monkeypatch):
     with easydict_at_hand(monkeypatch):
         torch.save(contents, path)
     return path
+
+
+def nested(depth):
+    """A dictionary in a dictionary in a dictionary ..."""
+    values = {}
+    for _ in range(depth):
+        values = {"a": values}
+    return values
+
+
+def nest_in_file(path, text, depth):
+    """Puts `nested(depth)` where a file of torch.save says `text`: pickle itself does not write what is so deep."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in parts if name.endswith("data.pkl"))
+    before = b"X" + len(text).to_bytes(4, "little") + text.encode()
+    assert parts[name].count(before) == 1
+    parts[name] = parts[name].replace(before, b"}X\x01\0\0\0a" * depth + b"}" + b"s" * depth)
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content)
 
 
 def published(name, **changes):
@@ -144,18 +172,117 @@ def test_pickle_without_an_archive_runs_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": {}}, "backbone.layers.1.seq_layer.gate_bias: missing"),
+        ({"task": {}}, "embedding.wte.weight: missing, of shape (61, 32); backbone.layers.0"),
         ({"task": {"x": "y"}}, "task.x must be a tensor, got str"),
-        ({"config": {"data": 1}}, "has no config.model; it has data"),
+        ({"config": {"data": 1}}, "has no config.model; it has ['data']"),
         ({"config": 3}, "config must be a dictionary"),
         ({"step": -1}, "step must be a whole number"),
+        ({"step": 2**31}, "step must be a whole number of 0 or more, below 2**31, got 2147483648"),
+        ({"task": {3: "y"}}, "task.3 must be a tensor, got str"),
     ],
 )
 def test_file_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys, changes, message):
     source = write(tmp_path / "odd.pth", published("rnn", **changes), monkeypatch)
     assert commands.main(["import", str(source), str(tmp_path / "run")]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about kinds that it will drop
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "must be a dense tensor, got a torch.sparse_coo on cpu one"),
+        (lambda: torch.eye(3).to_sparse_csr(), "must be a dense tensor, got a torch.sparse_csr on cpu one"),
+        (
+            lambda: torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+            "must be a dense tensor, got a quantised",
+        ),
+        (lambda: torch.eye(3, device="meta"), "must be a dense tensor, got a torch.strided on meta one"),
+        (lambda: torch.eye(3).long(), "must be of real numbers, got torch.int64"),
+        (lambda: torch.eye(3) * 1j, "must be of real numbers, got torch.complex64"),
+        (lambda: torch.zeros(1).expand(10**14), "has shape (100000000000000,), more than is stored of it"),
+    ],
+)
+def test_tensors_that_are_no_plain_arrays_are_refused(tmp_path, monkeypatch, make, message):
+    source = write(tmp_path / "odd.pth", published("rnn", task={"x": make()}), monkeypatch)
+    with pytest.raises(release.ReleaseError, match=re.escape(f"{source}: task.x {message}")):
+        read_release_file(source)
+
+
+@pytest.mark.parametrize("config", ["DEEP", {"model": "DEEP"}, {"model": {"backbone": "DEEP"}}, {"model": ["DEEP"]}])
+def test_nesting_without_end_is_refused(tmp_path, monkeypatch, capsys, config):
+    source = write(tmp_path / "deep.pth", published("rnn", config=config), monkeypatch)
+    nest_in_file(source, "DEEP", 10_000)
+    assert commands.main(["import", str(source), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert len(error) < 500
+
+
+@pytest.mark.parametrize("where", ["anywhere", "in the weights"])
+def test_a_flipped_bit_is_noticed(tmp_path, monkeypatch, where):
+    """Most are in weights, where no other check than a checksum finds them; names and padding may hold some."""
+    source = write(tmp_path / "released.pth", published("rnn"), monkeypatch)
+    content, whole = source.read_bytes(), read_release_file(source)
+    random = np.random.default_rng(0)
+    positions = random.integers(0, len(content), 40)
+    if where == "in the weights":
+        start = content.index(whole.state_dict["_orig_mod.embedding.wte.weight"].tobytes())
+        positions = start + random.integers(0, whole.state_dict["_orig_mod.embedding.wte.weight"].nbytes, 10)
+    num_refused = 0
+    for position in positions.tolist():
+        changed = bytearray(content)
+        changed[position] ^= 1 << random.integers(8)
+        source.write_bytes(changed)
+        try:
+            found = read_release_file(source)
+        except release.ReleaseError as error:
+            num_refused += 1
+            assert str(source) in str(error) and "\n" not in str(error)
+        else:
+            assert (found.model_config, found.step) == (whole.model_config, whole.step)
+            for name, array in whole.state_dict.items():
+                np.testing.assert_array_equal(found.state_dict[name], array)
+    assert num_refused >= (10 if where == "in the weights" else 25)
+
+
+def test_files_that_were_cut_are_refused(tmp_path, monkeypatch):
+    source = write(tmp_path / "released.pth", published("rnn"), monkeypatch)
+    content = source.read_bytes()
+    for size in [0, 1, 30, *np.linspace(100, len(content) - 1, 20).astype(int).tolist()]:
+        source.write_bytes(content[:size])
+        with pytest.raises(release.ReleaseError, match=r"is damaged, or not a file of torch\.save"):
+            read_release_file(source)
+
+
+STRANGE = [None, True, -1, 0, 2**31, 10**5000, 1.5, math.nan, "", "x" * 500, [], {}, {3: 4}, (1,), b"x"]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_no_configuration_is_a_traceback(data):
+    _, model_config, _ = recording("rat_swa")
+    model_config = json.loads(json.dumps(model_config))
+    for _ in range(data.draw(st.integers(1, 3))):
+        group = model_config
+        while True:
+            name = data.draw(st.sampled_from([*group, "unknown"]))
+            if isinstance(group.get(name), dict) and data.draw(st.integers(0, 4)):
+                group = group[name]
+                continue
+            value = data.draw(st.sampled_from([*STRANGE, nested(2000), torch.ones(2)]))
+            value = dict(value) if isinstance(value, dict) else value  # it may be changed further
+            group.pop(name, None) if data.draw(st.booleans()) else group.update({name: value})
+            break
+        if not model_config:
+            break
+    try:
+        release.model_config_from_release(model_config)
+    except ConfigError as error:
+        assert len(str(error)) < 2000
 
 
 def test_missing_damaged_and_existing_files(tmp_path, monkeypatch, capsys):

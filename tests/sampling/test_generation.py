@@ -12,7 +12,7 @@ from flax import nnx
 
 from rat_jax.decoder import DecoderModule
 from rat_jax.sampling import generation, prefill
-from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, generate
+from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, SamplingStopped, generate
 from rat_jax.sampling.sampling_params import SamplingParams
 from tests.small import small_model
 
@@ -194,11 +194,22 @@ def test_no_prompts():
         ([[1], [2, VOCAB, 3]], {}, "prompt 1, position 1: token id 31 is outside the vocabulary of 31"),
         ([[1, 2, -1]], {}, "prompt 0, position 2: token id -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
-        ([[1]], {"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
-        ([[1]], {"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        (
+            [[1]],
+            {"temperature": -0.5},
+            "temperature must be 0, which takes the likeliest token, or 1e-06 or more, got -0.5",
+        ),
+        ([[1]], {"temperature": float("nan")}, "temperature must be 0, .* got nan"),
         ([[1]], {"top_k": 0}, "top_k must be 1 or more, got 0"),
-        ([[1]], {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must be above 0, got 0.0"),
+        ([[1]], {"temperature": 1e-40}, "temperature must be 0, .* got 1e-40"),
+        ([[1]], {"top_p": 0.0}, "top_p must lie between 1e-06 and 1, got 0.0"),
+        ([[1]], {"top_p": 1e-40, "temperature": 1.0}, "top_p must lie between 1e-06 and 1, got 1e-40"),
+        ([[1]], {"top_p": 0.9}, "top_p 0.9 has no effect at temperature 0, which always takes the likeliest token"),
+        ([[1]], {"top_k": 9}, "top_k 9 has no effect at temperature 0"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must lie between 0.001 and 1000.0, got 0.0"),
+        ([[1]], {"max_new_tokens": 2**31}, r"are more than 2\*\*31 - 1, up to which positions are counted"),
+        ([[1], [2]], {"max_new_tokens": 2**30}, r"the caches of 2 prompts .* take [\d,.]+ GiB, the device has .* free"),
+        ([[1]], {"first": -1}, "first must be 0 or more, got -1"),
         ([[1]], {"seed": -1}, "seed must lie between"),
         ([[1]], {"eos_id": VOCAB}, "eos_id 31 is outside the vocabulary of 31"),
         ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
@@ -207,6 +218,29 @@ def test_no_prompts():
 def test_what_cannot_be_sampled_is_refused(rat_model, prompts, settings, message):
     with pytest.raises(SamplingError, match=message):
         generate(rat_model, prompts, **{"max_new_tokens": 2} | settings)
+
+
+def test_what_was_continued_earlier_still_counts():
+    model = small_model(("rnn",))  # compiles quickly
+    prompts = [[1, 2], [3], [1, 2], [1, 2]]
+    shown: dict[int, list[int]] = {}
+    settings = {"max_new_tokens": 5, "batch_size": 1, **SAMPLED}
+    whole = generate(model, prompts, **settings)
+    rest = generate(
+        model, prompts, first=2, on_tokens=lambda row, tokens: shown.setdefault(row, []).extend(tokens), **settings
+    )
+    assert rest == whole[2:]
+    assert shown == {2: whole[2], 3: whole[3]}
+    assert generate(model, prompts, first=4, **settings) == []
+
+
+def test_a_device_that_runs_out_of_memory_is_a_message(rat_model, monkeypatch):
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(generation, "_collect", refuse)
+    with pytest.raises(SamplingStopped, match="2 prompts at a time are more than the device has memory for"):
+        generate(rat_model, [[1], [2]], max_new_tokens=2)
 
 
 def test_logits_that_are_not_finite_are_refused():

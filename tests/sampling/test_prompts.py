@@ -3,58 +3,122 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.data import DataError
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer
+from rat_jax.files import FileError
 from rat_jax.sampling.completions import CompletionWriter
-from rat_jax.sampling.prompts import PromptError, find_tokenizer, read_prompts
+from rat_jax.sampling.output_file import OutputFile
+from rat_jax.sampling.prompts import Prompt, PromptError, encode_prompts, find_tokenizer, read_prompts
 from tests.tiny_run import make_corpus, tiny_config
 
 
+def texts(path) -> list[str]:
+    return [prompt.text for prompt in read_prompts(path)]
+
+
 def test_prompts_of_a_text_file(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("one\r\n\n two \u2028 still two\nlast".encode())
-    assert read_prompts(tmp_path / "prompts.txt") == ["one", " two \u2028 still two", "last"]
+    (tmp_path / "prompts.txt").write_bytes("\ufeffone\r\n\n two \u2028 still two\nlast".encode())
+    assert texts(tmp_path / "prompts.txt") == ["one", " two \u2028 still two", "last"]
 
 
-def test_prompts_of_a_json_lines_file(tmp_path):
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
-    assert read_prompts(tmp_path / "prompts.jsonl") == ["a\nb", ""]
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.JSONL", "prompts.ndjson"])
+def test_prompts_of_a_json_lines_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"prompt": "a\\nb", "id": 1}\r\n\n  \n{"prompt": ""}\n')
+    prompts = read_prompts(tmp_path / name)
+    assert [prompt.text for prompt in prompts] == ["a\nb", ""]
+    assert [prompt.fields for prompt in prompts] == [{"prompt": "a\nb", "id": 1}, {"prompt": ""}]
+    assert prompts[1].place == f"{tmp_path / name}, line 4"
 
 
-@pytest.mark.parametrize("line", ["text", '{"text": "a"}', '{"prompt": 3}', '["a"]', "3"])
+def test_prompts_of_a_json_array(tmp_path):
+    (tmp_path / "prompts.json").write_text('["a", {"prompt": "b", "tags": [1, null]}]')
+    prompts = read_prompts(tmp_path / "prompts.json")
+    assert [prompt.fields for prompt in prompts] == [{"prompt": "a"}, {"prompt": "b", "tags": [1, None]}]
+    for content, message in (
+        ('{"prompt": "a"}', "expected an array of prompts, got {'prompt': 'a'}; JSON lines are called .jsonl"),
+        ('["a", 3]', "item 2: expected an object"),
+        ('["a"', "is not JSON"),
+        ('[{"prompt": "a"}]\n[{"prompt": "b"}]', "is not JSON: Extra data"),
+    ):
+        (tmp_path / "prompts.json").write_text(content)
+        with pytest.raises(PromptError, match=message):
+            read_prompts(tmp_path / "prompts.json")
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"}', '{"prompt": 3}', '["a"]', "3", "null"])
 def test_lines_that_hold_no_prompt_are_refused(tmp_path, line):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(PromptError, match="line 2: expected an object"):
         read_prompts(tmp_path / "prompts.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("text", "is not JSON: Expecting value"),
+        ('{"prompt": "a", "x": NaN}', "is not JSON: NaN is no number of JSON"),
+        ('{"prompt": "a", "x": 1e999}', "is not JSON: 1e999 is too large a number"),
+        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", "is not JSON: "),
+        ('{"prompt": "a", "x": ' + "[" * 10_000 + "]" * 10_000 + "}", "is not JSON: maximum recursion depth"),
+        (r'{"prompt": "a\ud83d"}', r"'\\ud83d' at position 1 is no character"),
+        ('{"prompt": "a", "completion": "b"}', "has a field 'completion', which the output adds"),
+    ],
+)
+def test_lines_that_no_output_could_hold_are_refused(tmp_path, line, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(PromptError, match=f"line 2: {message}"):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(PromptError, match=r"missing\.txt cannot be read: No such file"):
+    with pytest.raises(FileError, match=r"missing\.txt cannot be read: No such file"):
         read_prompts(tmp_path / "missing.txt")
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(PromptError, match=r"latin\.txt is not UTF-8"):
+    with pytest.raises(FileError, match="cannot be read: Is a directory"):
+        read_prompts(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"a\n\xe9t\xe9")
+    with pytest.raises(PromptError, match=r"latin\.txt, line 2: is not UTF-8"):
         read_prompts(tmp_path / "latin.txt")
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["p.txt", "p.json", "p.jsonl"]),
+    st.binary(max_size=40) | st.text(max_size=20).map(lambda text: json.dumps([text]).encode()),
+    st.sampled_from([b"", b'{"prompt": "a"}\n', b'["a", ', b'{"prompt": "a", "b": ', b"\xff\xfe"]),
+)
+def test_no_prompts_file_is_a_traceback(tmp_path_factory, name, content, before):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(before + content)
+    try:
+        prompts = read_prompts(path)
+    except PromptError as error:
+        assert str(error).startswith(str(path))
+    else:
+        json.dumps([[prompt.text.encode().decode(), prompt.fields] for prompt in prompts], allow_nan=False)
+
+
+def test_a_prompt_that_a_tokenizer_refuses_is_named():
+    prompts = [Prompt.of("1 2", "--prompt number 1"), Prompt.of("text", "--prompt number 2")]
+    with pytest.raises(PromptError, match="--prompt number 2: this tokenizer reads token ids"):
+        encode_prompts(prompts, IdTokenizer(29, 0))
+    assert encode_prompts([Prompt.of("", "")], IdTokenizer(29, 4)) == [[4]]
+
+
 def test_texts_grow_by_whole_characters(tmp_path, capsys):
-    texts = CompletionWriter(["é"], ByteTokenizer(), tmp_path / "texts.jsonl")
-    assert texts.prompt_ids == [[0xC3, 0xA9]]
+    prompts = [Prompt.of("é", "")]
+    output = OutputFile(tmp_path / "texts.jsonl", prompts)
+    writer = CompletionWriter(prompts, ByteTokenizer(), output)
+    assert writer.prompt_ids == [[0xC3, 0xA9]]
     shown = []
     for ids in ([0xE2, 0x82], [0xAC, 0x21], [0xC3], []):
-        texts.add(0, ids)
+        writer.add(0, ids)
         shown.append(capsys.readouterr().out)
     assert shown == ["é", "€!", "", "\ufffd\n"]
-    assert json.loads((tmp_path / "texts.jsonl").read_text()) == {"prompt": "é", "completion": "€!\ufffd"}
-
-
-def test_an_output_file_that_is_there_is_left_alone(tmp_path):
-    (tmp_path / "texts.jsonl").write_text("precious")
-    with pytest.raises(PromptError, match="is there already"):
-        CompletionWriter(["a"], ByteTokenizer(), tmp_path / "texts.jsonl")
-    texts = CompletionWriter(["a"], ByteTokenizer(), tmp_path / "missing" / "texts.jsonl")
-    with pytest.raises(PromptError, match="cannot be written: No such file"):
-        texts.add(0, [])
+    assert json.loads((tmp_path / "texts.jsonl").read_text())["completion"] == "€!\ufffd"
 
 
 def test_the_tokenizer_of_the_workdir_or_else_of_the_data(tmp_path):
@@ -63,7 +127,9 @@ def test_the_tokenizer_of_the_workdir_or_else_of_the_data(tmp_path):
     workdir = Workdir(tmp_path / "run")
     assert find_tokenizer(workdir, config, None) == IdTokenizer(29, 0)
     assert find_tokenizer(workdir, tiny_config("nowhere"), str(corpus)) == IdTokenizer(29, 0)
-    with pytest.raises(DataError, match="nowhere is not a prepared corpus"):
+    with pytest.raises(
+        DataError, match="nowhere, which the model was trained on, is not there: name a corpus with --data_path"
+    ):
         find_tokenizer(workdir, tiny_config("nowhere"), None)
     with pytest.raises(DataError, match="has a vocabulary of 29, but the model's is 30"):
         find_tokenizer(workdir, tiny_config(corpus, model__vocab_size=30), None)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.sampling.sampling_params import SamplingParams, adjust_logits, choose_tokens
+from rat_jax.sampling.sampling_params import SMALLEST, SamplingParams, adjust_logits, choose_tokens
 
 VOCAB = 50
 LOGITS = np.random.default_rng(0).normal(0, 2, (4, VOCAB)).astype(np.float32)
@@ -69,6 +69,13 @@ def test_equal_logits_stay_or_go_together():
 def test_greedy_takes_the_largest_logit():
     keys = jax.random.split(jax.random.key(0), 4)
     tokens = choose_tokens(jnp.asarray(LOGITS), None, keys, rule(temperature=None))
+    np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("rule", [rule(temperature=SMALLEST), rule(top_p=SMALLEST), rule(repetition_penalty=1e3)])
+def test_the_most_extreme_settings_are_followed(rule):
+    keys = jax.random.split(jax.random.key(0), 4)
+    tokens = choose_tokens(jnp.asarray(1e4 * LOGITS), jnp.zeros_like(SEEN), keys, rule)
     np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=-1))
 
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import ConfigError, config_to_dict
 from rat_jax.data import DataError
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.token_file import TokenFileWriter
 from rat_jax.data.tokenizer import load_tokenizer
@@ -497,22 +499,81 @@ class TestTrainStep:
         assert (train_step._cache_size(), batch_loss._cache_size()) == compiled
 
 
+def test_bits_per_byte_at_the_end_of_a_run_are_those_of_the_corpus(capsys):
+    statistics = Statistics(num_documents=3, num_tokens=20, num_bytes=33, byte_entropy_nats=2.0)
+    run = types.SimpleNamespace(
+        config=tiny_config("nowhere"),
+        corpus=types.SimpleNamespace(splits={"validation": statistics}, total=statistics),
+        validation=types.SimpleNamespace(fraction=1.0),
+    )
+    training._Run._report(run, 3.0)
+    nats = 3.0 * 17 / 33
+    assert f"{nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte\n" in capsys.readouterr().err
+    run.config = tiny_config("nowhere", data__first_target_id=3)  # not the loss of the text
+    training._Run._report(run, 3.0)
+    assert "a byte" not in capsys.readouterr().err
+
+
 class TestCommand:
     """train.py."""
 
     def test_an_error_has_no_traceback_and_exits_with_2(self, tmp_path):
         done = run_script("train.py", DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", "--config.model.wdth=3")
         assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert 'Did you mean "width" instead of "wdth"' in done.stderr
-        assert "Traceback" not in done.stderr
+        assert done.stderr == "error: config has no field model.wdth; did you mean config.model.width?\n"
         assert not (tmp_path / "run").exists()
 
     def test_data_that_is_not_there_is_such_an_error(self, tmp_path, capsys):
         arguments = [DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", "--config.data.path=nowhere"]
         assert call_script("train.py", *arguments) == 2
-        assert f"error: {pathlib.Path.cwd() / 'nowhere'} is not a prepared corpus" in capsys.readouterr().err
+        nowhere = pathlib.Path("nowhere").absolute()
+        assert capsys.readouterr().err.startswith(f"error: {nowhere} is not a prepared corpus")
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("flag", "message"),
+        [
+            ("--workdir=gs://bucket/run", "--workdir is 'gs://bucket/run': gs:// is not read directly"),
+            ("--distributed", "--distributed: the other hosts were not found: "),
+            ("--no_such_flag", "Unknown command line flag 'no_such_flag'"),
+        ],
+    )
+    def test_flags_that_are_wrong_are_named(self, tmp_path, capsys, flag, message):
+        assert call_script("train.py", DEFAULT_CONFIG, f"--workdir={tmp_path / 'run'}", flag) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}")
+        assert error.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_the_home_folder_is_understood(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        assert call_script("train.py", DEFAULT_CONFIG, "--workdir=~/full") == 2
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'full'} is not the workdir of a run")
+
+    def test_help_is_no_error(self, capsys):
+        assert call_script("train.py", "--help") == 0
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        for part in ("Trains a model", "--config:", "--workdir:", "--[no]distributed:"):
+            assert part in printed.out
+
+
+def test_data_that_cannot_be_read_on_the_way_stop_the_run(config, tmp_path, monkeypatch):
+    real = TrainData.__next__
+
+    def fail(data):
+        if data.state()["next_batch"] == 3:
+            raise DataError("id 99 is outside the vocabulary")
+        return real(data)
+
+    monkeypatch.setattr(TrainData, "__next__", fail)
+    with pytest.raises(RunStopped, match="id 99 is outside the vocabulary; checkpoints of earlier steps remain"):
+        training.train(config, tmp_path / "run")
+    assert issubclass(NonFiniteError, RunStopped)
+    monkeypatch.undo()
+    assert training.train(config, tmp_path / "run").finished
 
 
 def train_command(folder, config):

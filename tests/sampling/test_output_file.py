@@ -1,0 +1,99 @@
+"""The file of completions: whole lines in the order of the prompts, gone on with, never mixed with anything else."""
+
+import json
+
+import pytest
+
+from rat_jax.errors import RunStopped
+from rat_jax.files import FileError
+from rat_jax.sampling.output_file import OutputFile
+from rat_jax.sampling.prompts import Prompt, PromptError
+
+SETTINGS = {"step": 7, "temperature": 0.5, "top_k": None}
+PROMPTS = [Prompt.of_record({"id": i, "prompt": text}, f"line {i}") for i, text in enumerate(("é", "b", "c"), start=1)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "texts.jsonl"
+
+
+def finish(path, numbers) -> bytes:
+    output = OutputFile(path, PROMPTS)
+    output.go_on(SETTINGS)
+    for number in numbers:
+        output.write(number, f"text {number}\n")
+    return path.read_bytes()
+
+
+def test_lines_hold_all_fields_in_the_order_of_the_prompts(path):
+    output = OutputFile(path, PROMPTS)
+    assert (output.num_done, path.exists()) == (0, False)
+    output.go_on(SETTINGS)
+    done = []
+    for number in (1, 0, 2):
+        output.write(number, f"text {number}\n")
+        done.append(output.num_done)
+    assert done == [0, 2, 3]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [
+        prompt.fields | {"completion": f"text {i}\n", "sampling": SETTINGS} for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_it_goes_on_from_every_byte_at_which_a_kill_may_have_cut_it(path):
+    whole = finish(path, range(3))
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        done = OutputFile(path, PROMPTS).num_done
+        assert done == whole[:size].count(b"\n")
+        assert path.read_bytes() == whole[:size]  # until there is something to write
+        assert finish(path, range(done, 3)) == whole
+
+
+def test_other_settings_are_refused(path):
+    finish(path, [0])
+    output = OutputFile(path, PROMPTS)
+    with pytest.raises(PromptError, match=r"line 1, was made with other settings: temperature was 0\.5, is 0\.7; set"):
+        output.go_on(SETTINGS | {"temperature": 0.7})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: b"precious", "line 1: is no beginning of a completion"),
+        (lambda content: b"precious\n", "line 1: is not JSON"),
+        (lambda content: b"\xff\n", "line 1: is not text"),
+        (lambda content: b"3\n", "line 1: is no completion of line 1"),
+        (lambda content: b"\n" + content, "line 1: is not JSON"),
+        (lambda content: content.replace(b'"id": 2', b'"id": 3'), "line 2: is no completion of line 2"),
+        (lambda content: content.replace(b"completion", b"complexion"), "line 1: is no completion of line 1"),
+        (lambda content: b"".join(content.splitlines(True)[1:]), "line 1: is no completion of line 1"),
+        (lambda content: content + content, "line 4: there are only 3 prompts"),
+        (lambda content: content + b"{", "line 4: is no beginning of a completion"),
+    ],
+)
+def test_what_is_not_theirs_is_left_alone(path, change, message):
+    content = change(finish(path, range(3)))
+    path.write_bytes(content)
+    with pytest.raises(PromptError, match=message):
+        OutputFile(path, PROMPTS)
+    assert path.read_bytes() == content
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(path, tmp_path):
+    for place, message in (
+        (tmp_path / "missing" / "texts.jsonl", "cannot be written: No such file"),
+        (tmp_path, "cannot be read: Is a directory"),
+    ):
+        with pytest.raises(FileError, match=message):
+            OutputFile(place, PROMPTS)
+
+
+def test_a_write_that_fails_keeps_what_is_there(path):
+    finish(path, [0])
+    output = OutputFile(path, PROMPTS)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunStopped, match=r"cannot be written: Is a directory.*; 1 of 3 completions are there, and the"):
+        output.write(1, "text")

@@ -73,9 +73,14 @@ def stop_after(config: Config, workdir: pathlib.Path, step: int) -> None:
     raise AssertionError("the run was not stopped")
 
 
-def differences(workdir: pathlib.Path, other: pathlib.Path) -> str | None:
-    """How the end of a run differs from another's, bit for bit, logged figures included; None: it does not."""
-    if (left := figures(workdir)) != (right := figures(other)):
+def differences(workdir: pathlib.Path, other: pathlib.Path, *, logged_from: int = 0) -> str | None:
+    """How the end of a run differs from another's, bit for bit; None: it does not.
+
+    So do the figures logged after the step `logged_from`, and those before it that are there.
+    """
+    left, right = figures(workdir), figures(other)
+    right = {key: value for key, value in right.items() if key in left or key[0] > logged_from}
+    if left != right:
         return f"the log has {sorted(left.items() ^ right.items())[:3]}"
     models = load_model(workdir, report=lambda line: None), load_model(other, report=lambda line: None)
     if models[0].step != models[1].step:

@@ -11,7 +11,7 @@ import traceback
 
 from rat_jax.errors import RatJaxError
 from rat_jax.training import run as training
-from tests.faults.base import Base, copy, differences
+from tests.faults.base import STOPPED_AT, Base, copy, differences
 from tests.faults.damage import Case, Kind
 
 
@@ -39,7 +39,7 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
     try:
         corpus, workdir = copy(base, folder)
         done = kind.inject(Case(corpus, workdir, rng))
-        outcome, detail = _start_again(base, corpus, workdir)
+        outcome, detail = _start_again(base, corpus, workdir, STOPPED_AT if kind.takes_log else 0)
         if outcome in ("continued", "refused") and outcome not in kind.outcomes:
             detail, outcome = f"{outcome}: {detail}", f"wrongly {outcome}"
     finally:
@@ -47,14 +47,14 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
     return Verdict(kind.name, seed, done.replace(str(folder), ""), outcome, detail, time.monotonic() - start)
 
 
-def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path) -> tuple[str, str]:
+def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path, logged_from: int) -> tuple[str, str]:
     try:
         training.train(base.config(corpus), workdir)
     except RatJaxError as error:
         return "refused", str(error)
     except Exception:
         return "traceback", traceback.format_exc()
-    wrong = differences(workdir, base.whole)
+    wrong = differences(workdir, base.whole, logged_from=logged_from)
     return ("continued", "") if wrong is None else ("diverged", wrong)
 
 

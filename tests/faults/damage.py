@@ -39,17 +39,18 @@ class Kind:
     inject: Callable[[Case], str]  # returns what was done
     times: int
     outcomes: frozenset[str]  # of "continued", "refused"
+    takes_log: bool  # the fault itself takes figures of earlier steps away
 
 
 KINDS: list[Kind] = []
 EITHER = frozenset({"continued", "refused"})
 
 
-def kind(times: int, *outcomes: str):
+def kind(times: int, *outcomes: str, takes_log: bool = False):
     """Enters a function into `KINDS`; without outcomes either is right."""
 
     def enter(inject: Callable[[Case], str]) -> Callable[[Case], str]:
-        KINDS.append(Kind(inject.__name__.replace("_", " "), inject, times, frozenset(outcomes) or EITHER))
+        KINDS.append(Kind(inject.__name__.replace("_", " "), inject, times, frozenset(outcomes) or EITHER, takes_log))
         return inject
 
     return enter
@@ -156,7 +157,8 @@ def lines_of_the_log_damaged(case: Case) -> str:
         b'{"step": 1',
         b"\0" * 40,
     ]
-    lines.insert(at, case.rng.choice(junk))
+    piece = case.rng.choice(junk)
+    lines.insert(at, piece if at == len(lines) or piece.endswith(b"\n") else piece + b"\n")
     path.write_bytes(b"".join(lines))
     return f"line {at + 1}: {lines[at][:20]!r}"
 
@@ -260,7 +262,7 @@ def pictures_and_trackers_gone_or_damaged(case: Case) -> str:
     return str(path)
 
 
-@kind(8)
+@kind(8, takes_log=True)
 def a_folder_where_a_file_should_be(case: Case) -> str:
     path = case.rng.choice(
         [
@@ -276,7 +278,7 @@ def a_folder_where_a_file_should_be(case: Case) -> str:
     return str(path)
 
 
-@kind(6)
+@kind(6, takes_log=True)
 def dangling_or_circular_links(case: Case) -> str:
     path = case.rng.choice([case.workdir / "log.jsonl", case.workdir / "run.json", case.corpus / "train.bin"])
     path.unlink()

@@ -136,7 +136,10 @@ class Workdir:
                 f"choose another --workdir"
             ) from None
         except ContentError as error:
-            raise CheckpointError(f"{error}; choose another --workdir") from None
+            least = f'{{"{_FORMAT_KEY}": {FORMAT_VERSION}}}'
+            raise CheckpointError(
+                f"{error}; if {self.path} is a run's, write {least} into that file, else choose another --workdir"
+            ) from None
         version = values.get(_FORMAT_KEY)
         if version is None:
             raise CheckpointError(f"{self.run_file} is not a run's: it has no {_FORMAT_KEY}; choose another --workdir")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+import tqdm
 
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
@@ -328,4 +329,4 @@ def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start
 
 def _say(message: str) -> None:
     if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        tqdm.tqdm.write(message, file=sys.stderr)  # above a bar, if there is one

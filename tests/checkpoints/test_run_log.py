@@ -68,7 +68,7 @@ def test_lines_that_are_no_records_are_moved_and_named(path, line, place):
 
 def test_random_bytes(path):
     generator = random.Random(0)
-    for _ in range(300):
+    for _ in range(100):
         path.write_bytes(generator.randbytes(generator.randrange(200)))
         read_log(path)
         RunLog(path, 10).close()

@@ -504,7 +504,7 @@ class TestSaveModel:
     def test_round_trip(self, model, tmp_path):
         save_model(tmp_path / "run", CONFIG, model, 1234, ByteTokenizer())
         loaded = load_model(tmp_path / "run")
-        assert loaded.step == 1234
+        assert (loaded.step, loaded.config.data.path) == (1234, os.path.abspath("data"))
         assert_is_multiple(loaded.model, model, 1)
         assert load_tokenizer(tmp_path / "run/tokenizer").hash == ByteTokenizer().hash
 

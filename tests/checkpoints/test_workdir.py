@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -93,6 +94,16 @@ class TestRecord:
             with pytest.raises(CheckpointError, match=r"run\.json") as caught:
                 read()
             assert "\n" not in str(caught.value)
+
+    def test_what_its_error_tells_to_write_is_enough(self, workdir):
+        marked(workdir).run_file.write_text("{")
+        with pytest.raises(CheckpointError) as caught:
+            workdir.record()
+        least = re.search(r"write (\{.*\}) into that file", str(caught.value))[1]
+        workdir.run_file.write_text(least)
+        assert not workdir.is_new()
+        workdir.mark(CONFIG, 4)
+        assert workdir.record().saved_step == 4
 
     def test_what_was_saved_is_noted(self, workdir):
         marked(workdir)

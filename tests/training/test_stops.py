@@ -55,9 +55,7 @@ def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
         write(log, step, figures)
 
     monkeypatch.setattr(MetricLog, "write", write_or_error)
-    with pytest.raises(
-        RunStopped, match=r"log\.jsonl: No space left on device; make room on its disk\. Step 4 is saved"
-    ):
+    with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .* Step 4 is saved"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 4
 
@@ -91,6 +89,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_group_while_validation_starts_its_readers(corpus, tmp_path):
     config = tiny_config(corpus, data__num_workers=1, training__num_steps=10**6, training__checkpoint_every_steps=100)
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -112,5 +111,15 @@ def test_signals_to_the_whole_group_while_validation_starts_its_readers(corpus, 
     assert process.returncode == INTERRUPTED, said
     assert "Traceback" not in said
     assert load_model(tmp_path / "run").step == 4
-    with pytest.raises(ProcessLookupError):  # no reader is left
-        os.killpg(process.pid, 0)
+    until = time.monotonic() + 20  # readers are waited for; multiprocessing's own helper ends a little later
+    while is_there(process.pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def is_there(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -45,11 +45,17 @@ def read_tokenizer(path: pathlib.Path | str, eos_token: str | None) -> Tokenizer
 def _refuse_other_formats(path: pathlib.Path, content: bytes) -> None:
     if content.startswith(b"version https://git-lfs"):
         raise DataError(f"tokenizer {path} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
+    if content[:512].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(
+            f"tokenizer {path} is a web page, not the file: download it again, signed in where that is asked"
+        )
     if _is_tiktoken(content):
         raise DataError(
             f"tokenizer {path} is of tiktoken's format (LLaMA 3), which lacks the pattern that cuts text into words "
             f"and the special tokens: use the tokenizer.json that is published for the same model"
         )
+    if content.startswith(b"{") and b'"token_bytes"' in content[:4096]:
+        raise DataError(f"tokenizer {path} is of Mistral's format Tekken: use the tokenizer.json of the same model")
 
 
 def _is_tiktoken(content: bytes) -> bool:

@@ -162,10 +162,21 @@ def test_tiktoken_files_are_named(tmp_path):
             read_tokenizer(path, None)
 
 
-def test_pointers_of_git_lfs_are_named(tmp_path):
-    path = write(tmp_path / "tokenizer.model", "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1\n")
-    with pytest.raises(DataError, match="is a pointer of Git LFS, not the file"):
-        read_tokenizer(path, None)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1\n",
+            "is a pointer of Git LFS, not the file",
+        ),
+        ("\n<!DOCTYPE html><title>Sign in</title>", "is a web page, not the file"),
+        ('{"config": {"pattern": "x"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}', "of Mistral's format Tekken"),
+    ],
+)
+def test_what_is_often_there_instead_is_named(tmp_path, content, message):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        with pytest.raises(DataError, match=rf"{name} is .*{message}|{name} {message}"):
+            read_tokenizer(write(tmp_path / name, content), None)
 
 
 def use(path, eos_token) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rat_jax import release
 from rat_jax.checkpoints.store import load_model
 from rat_jax.config import ConfigError
-from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, load_tokenizer
 from rat_jax.release import __main__ as commands
 from rat_jax.release import file as release_file
 from rat_jax.release.file import read_release_file
@@ -124,7 +124,7 @@ def test_import_with_a_tokenizer(tmp_path, monkeypatch, capsys):
     assert commands.main(["import", str(source), str(tmp_path / "run"), "--tokenizer=bytes.model"]) == 2
     assert "bytes.model has 257 tokens, the model of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(ByteTokenizer, "vocab_size", 61)
+    tokenizer = IdTokenizer(61, 0)
     assert commands.main(["import", str(source), str(tmp_path / "run"), "--tokenizer=bytes.model"]) == 0
     assert load_tokenizer(tmp_path / "run" / "tokenizer").hash == tokenizer.hash
     assert load_model(tmp_path / "run").config.model.dtype == "bfloat16"

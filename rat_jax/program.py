@@ -7,6 +7,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -55,6 +56,9 @@ def exit_code(body: Callable[[], int | None]) -> int:
         return _failed(error, FAILED)
     except RatJaxError as error:
         return _failed(error, REFUSED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be printed goes nowhere
+        return _failed("what read the output has ended", FAILED)
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
         return _failed(f"{where}{explain(error)}", FAILED)

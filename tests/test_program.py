@@ -1,11 +1,15 @@
 """What the programs share: exit codes, and errors as one line."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 from rat_jax import program
 from rat_jax.errors import RatJaxError, RunStopped, shown
+from tests.commands import ROOT
 
 
 def outcome(capsys, error: BaseException | None) -> tuple[int, str]:
@@ -24,6 +28,15 @@ def test_exit_codes(capsys):
     assert outcome(capsys, full) == (1, "error: /some/file: No space left on device; make room on its disk\n")
     assert outcome(capsys, KeyboardInterrupt())[0] == 75
     assert program.exit_code(lambda: program.INTERRUPTED) == 75
+
+
+def test_a_reader_that_has_ended_is_one_line():
+    code = "from rat_jax import program; import sys; sys.exit(program.exit_code(lambda: print('x' * 100_000)))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "error: what read the output has ended\n")
 
 
 def test_bugs_are_tracebacks():

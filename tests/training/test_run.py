@@ -556,7 +556,7 @@ class TestCommand:
         assert call_script("train.py", "--help") == 0
         printed = capsys.readouterr()
         assert printed.err == ""
-        for part in ("Trains a model", "--config:", "--workdir:", "--[no]distributed:"):
+        for part in ("Trains a model", "--workdir:", "--[no]distributed:"):
             assert part in printed.out
 
 

@@ -19,18 +19,20 @@ from typing import Any
 import numpy as np
 
 from rat_jax.checkpoints.manifest import MANIFEST_FILE, Manifest
+from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import config_from_dict, config_to_dict
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.sources import ReadOptions, parse_source
-from rat_jax.data.token_file import HEADER_BYTES, Header
-from rat_jax.data.tokenizer import load_tokenizer, read_tokenizer
+from rat_jax.data.document import ReadOptions
+from rat_jax.data.sources import parse_source
+from rat_jax.data.token_header import HEADER_BYTES, Header
+from rat_jax.data.tokenizer import load_tokenizer
+from rat_jax.data.tokenizer_files import read_tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.release import model_from_release
 from rat_jax.release.file import ReleaseFile, read_release_file, write_release_file
 from rat_jax.release.model_config import release_model_config
 from rat_jax.sampling.prompts import read_prompts
-from rat_jax.training.metrics import read_log
 from tests.faults.base import Base
 from tests.faults.mutations import mutate_bytes, mutate_json, mutate_json_text
 
@@ -77,8 +79,7 @@ def _of_corpora(base: Base, folder: pathlib.Path) -> list[Reader]:
     header = (base.corpus / "train.bin").read_bytes()[:HEADER_BYTES]
 
     def read_header(content: bytes) -> Header:
-        (folder / "header.bin").write_bytes(content)
-        return Header.read(folder / "header.bin")
+        return Header.from_bytes(content, folder / "header.bin")
 
     def read_metadata(content: bytes) -> Any:
         (folder / "metadata.json").write_bytes(content)
@@ -110,7 +111,7 @@ def _of_corpora(base: Base, folder: pathlib.Path) -> list[Reader]:
     metadata, info = ((base.corpus / name).read_bytes() for name in ("metadata.json", "tokenizer_info.json"))
     return [
         Reader("token file header", header, damage_header, read_header, is_checked=True),
-        Reader("metadata.json", metadata, mutate_json_text, read_metadata),
+        Reader("metadata.json", metadata, mutate_json_text, read_metadata, is_checked=True),
         Reader("tokenizer_info.json", info, mutate_json_text, read_info, is_checked=True),
         Reader("tokenizer.json", tokenizer_json, mutate_json_text, read_tokenizer_json),
         Reader("tokenizer_config.json", config, mutate_json_text, read_tokenizer_config),

@@ -6,7 +6,9 @@ the process that a file names still lives is decided
 
   by the system's list of processes, where it is one of this machine and this container;
   by the advisory lock, where it is one of another container of this machine;
-  not at all where it is one of another machine: the folder counts as held, since nothing here could show the contrary.
+  by its sign of life where none of these tells, as on another machine: the owner touches the file every minute, and
+  one that is ten minutes old, by the clock of the file system, was left. An owner that slept that long looks before it
+  writes.
 
 A machine that was started again since holds nothing any more.
 """
@@ -22,6 +24,7 @@ import os
 import pathlib
 import platform
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 
@@ -31,6 +34,8 @@ from rat_jax.files import ContentError, FileError, explain, read_object, system_
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+_BEAT_SECS = 60.0  # between two signs of life
+_SILENT_SECS = 600.0  # after which an owner on another machine counts as gone
 _TRIES = 20  # of taking a folder that others take and leave meanwhile
 
 
@@ -94,6 +99,10 @@ class Holder:
             return not _is_running(self.pid, self.started)
         return self.locks and here.locks and self.device == here.device
 
+    def is_seen_by(self, here: "Holder") -> bool:
+        """Whether the list of processes tells, so that signs of life decide nothing."""
+        return self.boot is not None and (self.boot, self.container) == (here.boot, here.container)
+
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, since {self.since}"
 
@@ -105,6 +114,9 @@ class Owner:
         """Used by `owned` alone."""
         self._file = file
         self._descriptor = descriptor  # open, for the advisory lock
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="owner", daemon=True)
+        self._heart.start()
 
     def check(self) -> None:
         """Looks whether the folder is still this process's.
@@ -118,7 +130,15 @@ class Owner:
                 f"it any more"
             )
 
+    def _beat(self) -> None:
+        """Gives signs of life until the end."""
+        while not self._ended.wait(_BEAT_SECS):
+            with contextlib.suppress(OSError):  # of a file server that is away: the next one may come through
+                os.utime(self._descriptor)
+
     def release(self) -> None:
+        self._ended.set()
+        self._heart.join()
         if _is_at(self._descriptor, self._file):
             self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
@@ -233,7 +253,8 @@ def _clear_if_stale(folder: pathlib.Path, file: pathlib.Path) -> None:
             return
         except ContentError as error:
             raise HeldError(f"{error}; if no process uses {folder}, remove {file.name} in it") from None
-        if not holder.is_gone(Holder.here(folder, locked is True)):
+        here = Holder.here(folder, locked is True)
+        if not holder.is_gone(here) and (holder.is_seen_by(here) or not _is_silent(file, descriptor)):
             raise HeldError(_held(folder, file, holder))
         if locked is False:  # another process is just clearing it
             time.sleep(0.05)
@@ -247,6 +268,16 @@ def _clear_if_stale(folder: pathlib.Path, file: pathlib.Path) -> None:
             aside.unlink()
     finally:
         os.close(descriptor)
+
+
+def _is_silent(file: pathlib.Path, descriptor: int) -> bool:
+    """Whether the owner's last sign of life is long ago, by the clock that dates the files there."""
+    now = _partial(file)
+    try:
+        now.touch()
+        return now.stat().st_mtime - os.fstat(descriptor).st_mtime > _SILENT_SECS
+    finally:
+        now.unlink(missing_ok=True)
 
 
 def _partial(file: pathlib.Path) -> pathlib.Path:
@@ -264,7 +295,7 @@ def _open(file: pathlib.Path) -> int:
 def _held(folder: pathlib.Path, file: pathlib.Path, holder: Holder) -> str:
     return (
         f"{folder} is in use by {holder}; nothing was changed. Wait until it ends, or choose another --workdir; if "
-        f"that process surely runs no more, remove {file}"
+        f"that process surely runs no more, remove {file} (ten minutes after its end every machine sees that)"
     )
 
 

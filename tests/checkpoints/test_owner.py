@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -114,6 +115,34 @@ def test_who_is_gone(tmp_path, changes):
 def test_who_may_live(tmp_path, changes):
     left_by(tmp_path, **changes)
     assert_held(tmp_path)
+    silent_since(tmp_path, secs=300)
+    assert_held(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"host": "elsewhere", "boot": "another"}, {"boot": None}, {"container": "pid:[1]", "locks": False}]
+)
+def test_an_owner_that_cannot_be_seen_and_gives_no_sign_of_life_is_gone(tmp_path, changes):
+    left_by(tmp_path, **changes)
+    silent_since(tmp_path, secs=700)
+    assert_taken(tmp_path)
+
+
+def test_an_owner_gives_signs_of_life_and_is_seen_without_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("rat_jax.checkpoints.owner._BEAT_SECS", 0.01)
+    with owned(tmp_path):
+        silent_since(tmp_path, secs=700)
+        while (tmp_path / OWNER_FILE).stat().st_mtime < time.time() - 600:
+            time.sleep(0.01)
+    monkeypatch.setattr("rat_jax.checkpoints.owner._BEAT_SECS", 600)
+    with owned(tmp_path):
+        silent_since(tmp_path, secs=700)  # it sleeps, and is in the list of processes
+        assert_held(tmp_path)
+
+
+def silent_since(folder, secs):
+    then = time.time() - secs
+    os.utime(folder / OWNER_FILE, (then, then))
 
 
 def refuse(number):

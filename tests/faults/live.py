@@ -60,7 +60,7 @@ class LiveRun:
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
             start_new_session=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         )
 
     def end(self) -> tuple[int, str]:

@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from tests.faults.campaign import Verdict, judge, table
+from tests.faults import live
+from tests.faults.base import Base
+from tests.faults.campaign import Verdict, judge_named, table
 from tests.faults.damage import KINDS
 
 
@@ -36,13 +38,10 @@ def main() -> int:
 
 
 def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
-    from tests.faults import live
-    from tests.faults.base import Base
-
     reference = live.make_reference(folder / "live")
     base = Base.make(folder / "files")
     tasks: list[tuple[Callable[..., Verdict], object, str, int]] = []
-    for kinds, function, what in ((live.LIVE_KINDS, _live, reference), (KINDS, _files, base.path)):
+    for kinds, function, what in ((live.LIVE_KINDS, live.judge_named, reference), (KINDS, judge_named, base.path)):
         tasks += [(function, what, k.name, i) for k in kinds if flags.only in k.name for i in range(k.times)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, mp_context=context) as pool:
@@ -51,20 +50,6 @@ def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
             verdict = future.result()
             print(f"{number}/{len(running)} {verdict.secs:5.1f} s  {verdict.kind}: {verdict.outcome}", file=sys.stderr)
             yield verdict
-
-
-def _files(path: pathlib.Path, name: str, seed: int) -> Verdict:
-    from tests.faults.base import Base
-
-    with open(os.devnull, "w") as nowhere:
-        sys.stderr = nowhere
-        return judge(Base(path), next(kind for kind in KINDS if kind.name == name), seed)
-
-
-def _live(reference: pathlib.Path, name: str, seed: int) -> Verdict:
-    from tests.faults import live
-
-    return live.judge_live(reference, next(kind for kind in live.LIVE_KINDS if kind.name == name), seed)
 
 
 if __name__ == "__main__":

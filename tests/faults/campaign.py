@@ -1,7 +1,9 @@
 """Runs faults and judges what came of them."""
 
 import collections
+import contextlib
 import dataclasses
+import os
 import pathlib
 import random
 import shutil
@@ -12,7 +14,7 @@ import traceback
 from rat_jax.errors import RatJaxError
 from rat_jax.training import run as training
 from tests.faults.base import STOPPED_AT, Base, copy, differences
-from tests.faults.damage import Case, Kind
+from tests.faults.damage import KINDS, Case, Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,12 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Verdict(kind.name, seed, done.replace(str(folder), ""), outcome, detail, time.monotonic() - start)
+
+
+def judge_named(path: pathlib.Path, name: str, seed: int) -> Verdict:
+    """`judge` by the base's folder and the kind's name, silently: for a process of its own."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return judge(Base(path), next(kind for kind in KINDS if kind.name == name), seed)
 
 
 def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path, logged_from: int) -> tuple[str, str]:

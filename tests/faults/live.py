@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -44,13 +45,11 @@ class LiveRun:
     rng: random.Random
     num_workers: int = 0
     process: subprocess.Popen | None = None
-    said: str = ""  # on standard error by all starts that have ended
     repair: Callable[[], object] = lambda: None  # what the user does before the next start
     may_lose: int = 0  # steps: where the fault itself takes the newest checkpoint away
 
     def start(self) -> None:
         """Starts the command in a process group of its own."""
-        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `end`)
         command = [sys.executable, REPOSITORY / "train.py", f"--config={pathlib.Path(__file__).parent / 'config.py'}"]
         command += [f"--workdir={self.workdir}", f"--config.data.path={self.corpus}"]
         command += [f"--config.data.num_workers={self.num_workers}"]
@@ -58,10 +57,15 @@ class LiveRun:
             command,
             cwd=REPOSITORY,
             stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
+            stderr=subprocess.PIPE,  # not a file, whose size a fault may limit
+            text=True,
+            errors="replace",
             start_new_session=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         )
+        self._lines: list[str] = []
+        self._listener = threading.Thread(target=lambda: self._lines.extend(self.process.stderr), daemon=True)
+        self._listener.start()
 
     def end(self) -> tuple[int, str]:
         """Waits for the process; its exit code, and what it said.
@@ -76,10 +80,8 @@ class LiveRun:
             raise Wrong("hung", f"no end in {LIMIT_SECS} s") from None
         finally:
             self.kill_group()
-            self._stderr.seek(0)
-            said = self._stderr.read()
-            self._stderr.close()
-            self.said += said
+            self._listener.join(10)
+            said = "".join(self._lines)
         if "Traceback" in said:
             raise Wrong("traceback", said[said.index("Traceback") :][-1500:])
         _, alive = psutil.wait_procs(children, timeout=10)
@@ -263,7 +265,7 @@ def a_reader_killed(run: LiveRun) -> str:
 def started_a_second_time(run: LiveRun) -> str:
     run.start()
     step = run.wait_somewhere()
-    second = dataclasses.replace(run, said="")
+    second = dataclasses.replace(run)
     run.signal(signal.SIGSTOP)  # so that it is not finished before the second one has started
     before = run.saved_step()
     second.start()
@@ -343,6 +345,11 @@ def judge_live(reference: pathlib.Path, kind: LiveKind, seed: int) -> Verdict:
         run.kill_group()
         shutil.rmtree(folder, ignore_errors=True)
     return Verdict(kind.name, seed, done, outcome, detail, time.monotonic() - start, live=True)
+
+
+def judge_named(reference: pathlib.Path, name: str, seed: int) -> Verdict:
+    """`judge_live` by the kind's name: for a process of its own."""
+    return judge_live(reference, next(kind for kind in LIVE_KINDS if kind.name == name), seed)
 
 
 def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pathlib.Path) -> tuple[str, str]:

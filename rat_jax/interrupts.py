@@ -65,11 +65,11 @@ class Interrupts:
         """Does what "exit" means, in a thread.
 
         Args:
-          wakeup: descriptor from which a byte can be read for every signal.
+          wakeup: descriptor from which the number of every signal can be read, a byte.
         """
-        while os.read(wakeup, 1):
+        while number := os.read(wakeup, 1):
             with self._lock:  # what is noted from here on is seen in time
-                if self._mode == "exit":
+                if self._mode == "exit" and number[0] in _SIGNALS:
                     _write(NOTHING_LOST)
                     os._exit(INTERRUPTED)
 

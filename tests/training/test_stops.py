@@ -60,6 +60,26 @@ def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
     assert load_model(tmp_path / "run").step == 4
 
 
+def test_a_signal_before_the_first_step_of_a_start(corpus, tmp_path, monkeypatch):
+    """In library use; there is nothing to save."""
+    config = tiny_config(corpus)
+
+    def signal_and_step(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    for _ in range(2):  # the second start resumes
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "train_step", signal_and_step)
+            training.train(config, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            steps = iter([train_step, signal_and_step])
+            patch.setattr(training, "train_step", lambda *arguments, steps=steps: next(steps)(*arguments))
+            training.train(config, tmp_path / "run")
+    assert load_model(tmp_path / "run").step == 4
+    assert training.train(config, tmp_path / "run").finished
+
+
 def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
     def kill_reader_and_step(*arguments):
         for reader in multiprocessing.active_children():
@@ -68,7 +88,7 @@ def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train_step", kill_reader_and_step)
     with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .* Step \d is saved"):
-        training.train(tiny_config(corpus, data__num_workers=1), tmp_path / "run")
+        training.train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
     assert load_model(tmp_path / "run").step >= 1
     assert not multiprocessing.active_children()
 

@@ -41,7 +41,7 @@ def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
         return following(data)
 
     monkeypatch.setattr(TrainData, "__next__", next_or_error)
-    with pytest.raises(RunStopped, match=r"record 7: id 99 .*\. Step 3 is saved: the same command goes on from there"):
+    with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command goes"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
 
@@ -55,7 +55,7 @@ def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
         write(log, step, figures)
 
     monkeypatch.setattr(MetricLog, "write", write_or_error)
-    with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .* Step 4 is saved"):
+    with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .*; step 4 is saved"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 4
 
@@ -87,7 +87,7 @@ def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
         return train_step(*arguments)
 
     monkeypatch.setattr(training, "train_step", kill_reader_and_step)
-    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .* Step \d is saved"):
+    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .*; step \d is saved"):
         training.train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
     assert load_model(tmp_path / "run").step >= 1
     assert not multiprocessing.active_children()
@@ -104,8 +104,9 @@ def main():
     return 0 if finished else program.INTERRUPTED
 
 if __name__ == "__main__":
-    interrupts.catch()
-    sys.exit(program.exit_code(main))
+    with interrupts.of_program():
+        code = program.exit_code(main)
+    sys.exit(code)
 """
 
 

@@ -11,6 +11,7 @@ Signals within a second count as one. The second changes nothing, and the third 
 midst of a save too.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -65,11 +66,11 @@ class Interrupts:
         """Does what "exit" means, in a thread.
 
         Args:
-          wakeup: descriptor from which a byte can be read for every signal.
+          wakeup: descriptor from which the number of every signal can be read, a byte.
         """
-        while os.read(wakeup, 1):
+        while number := os.read(wakeup, 1):
             with self._lock:  # what is noted from here on is seen in time
-                if self._mode == "exit":
+                if self._mode == "exit" and number[0] in _SIGNALS:
                     _write(NOTHING_LOST)
                     os._exit(INTERRUPTED)
 
@@ -79,7 +80,7 @@ _of_program: Interrupts | None = None
 
 @contextlib.contextmanager
 def caught() -> Iterator[Interrupts]:
-    """Signals are handled in this block: as the program does already (`catch`), or beginning with "raise"."""
+    """Signals are handled in this block: as the program does already (`of_program`), or beginning with "raise"."""
     if _of_program is not None:
         yield _of_program
         return
@@ -93,20 +94,34 @@ def caught() -> Iterator[Interrupts]:
             signal.signal(number, handler)
 
 
-def catch() -> None:
-    """Signals are handled from here to the end of the process, beginning with "exit"."""
+@contextlib.contextmanager
+def of_program() -> Iterator[None]:
+    """The block is all that this process does: signals are handled in it, beginning with "exit".
+
+    After it they are ignored as soon as Python tidies up, where it would forget its handlers; after a signal they are
+    noted until then.
+    """
     global _of_program
-    _of_program = Interrupts("exit")
-    for number in _SIGNALS:
-        signal.signal(number, _of_program.handle)
+    _of_program = interrupts = Interrupts("exit")
     wakeup, end = os.pipe()
     os.set_blocking(end, False)
-    signal.set_wakeup_fd(end, warn_on_full_buffer=False)
-    threading.Thread(target=_of_program.watch, args=(wakeup,), name="signals", daemon=True).start()
+    threading.Thread(target=interrupts.watch, args=(wakeup,), name="signals", daemon=True).start()
+    previous = {number: signal.signal(number, interrupts.handle) for number in _SIGNALS}
+    descriptor = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        interrupts.note()
+        _of_program = None
+        if not interrupts.requested:
+            signal.set_wakeup_fd(descriptor)
+            os.close(end)  # which ends the thread
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        atexit.register(_ignore)
 
 
-def ignore() -> None:
-    """Signals do nothing from here to the end of the process, which is near: Python would forget its handlers."""
+def _ignore() -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import explain
-from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, catch, caught, ignore
+from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, caught, of_program
 
 FAILED, REFUSED = 1, 2
 
@@ -39,11 +39,10 @@ def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None
       body: the program; returns its exit code, None for 0.
       required: flags that must be given. They are checked after `--help`.
     """
-    catch()
     logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     app.define_help_flags()
-    code = exit_code(lambda: _parse_and_run(body, required))
-    ignore()
+    with of_program():
+        code = exit_code(lambda: _parse_and_run(body, required))
     sys.exit(code)
 
 

@@ -97,3 +97,16 @@ def test_a_program_that_has_done_nothing_ends_at_once(ends, capfd, noting):
 
 def test_the_code_is_the_documented_one():
     assert interrupts.INTERRUPTED == os.EX_TEMPFAIL
+
+
+def test_a_program_leaves_handlers_as_they_were(monkeypatch):
+    monkeypatch.setattr(interrupts.atexit, "register", lambda function: None)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    with interrupts.of_program(), interrupts.caught() as caught:
+        assert signal.getsignal(signal.SIGTERM) == caught.handle
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(descriptor) == descriptor
+    with interrupts.caught() as own:
+        assert own is not caught

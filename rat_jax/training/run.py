@@ -174,6 +174,13 @@ class _Run:
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step
 
+    def kept(self) -> str:
+        """What a run that ends too early leaves."""
+        newest = self.checkpoints.peek()
+        if newest is None or newest.data is None:
+            return "no step was saved yet"
+        return f"step {newest.step} is saved, and the same command goes on from there"
+
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
         if jax.process_index() == 0:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
@@ -215,7 +222,7 @@ class _Loop:
             return result
         except (RatJaxError, OSError) as error:
             kind = type(error) if isinstance(error, RunStopped) else RunStopped
-            raise kind(f"{_in_words(error)}. {self._rescue(error)}") from error
+            raise kind(f"{_in_words(error)}; {self._rescue(error)}") from error
 
     def _turn(self) -> TrainResult | None:
         """What is due after the steps done, and one step more; returns the result where none is to follow."""
@@ -282,11 +289,8 @@ class _Loop:
                 self._save()
             self._run.checkpoints.wait()
         except (RatJaxError, OSError) as another:
-            failures = f"{_in_words(another)}. "
-        newest = self._run.checkpoints.peek()
-        if newest is None or newest.data is None:
-            return f"{failures}No step is saved"
-        return f"{failures}Step {newest.step} is saved: the same command goes on from there"
+            failures = f"{_in_words(another)}; "
+        return f"{failures}{self._run.kept()}"
 
 
 def _in_words(error: Exception) -> str:

@@ -41,7 +41,7 @@ def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
         return following(data)
 
     monkeypatch.setattr(TrainData, "__next__", next_or_error)
-    with pytest.raises(RunStopped, match=r"record 7: id 99 .*\. Step 3 is saved: the same command goes on from there"):
+    with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command goes"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
 
@@ -55,9 +55,29 @@ def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
         write(log, step, figures)
 
     monkeypatch.setattr(MetricLog, "write", write_or_error)
-    with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .* Step 4 is saved"):
+    with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .*; step 4 is saved"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 4
+
+
+def test_a_signal_before_the_first_step_of_a_start(corpus, tmp_path, monkeypatch):
+    """In library use; there is nothing to save."""
+    config = tiny_config(corpus)
+
+    def signal_and_step(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    for _ in range(2):  # the second start resumes
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "train_step", signal_and_step)
+            training.train(config, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            steps = iter([train_step, signal_and_step])
+            patch.setattr(training, "train_step", lambda *arguments, steps=steps: next(steps)(*arguments))
+            training.train(config, tmp_path / "run")
+    assert load_model(tmp_path / "run").step == 4
+    assert training.train(config, tmp_path / "run").finished
 
 
 def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
@@ -67,8 +87,8 @@ def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
         return train_step(*arguments)
 
     monkeypatch.setattr(training, "train_step", kill_reader_and_step)
-    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .* Step \d is saved"):
-        training.train(tiny_config(corpus, data__num_workers=1), tmp_path / "run")
+    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .*; step \d is saved"):
+        training.train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
     assert load_model(tmp_path / "run").step >= 1
     assert not multiprocessing.active_children()
 
@@ -84,8 +104,9 @@ def main():
     return 0 if finished else program.INTERRUPTED
 
 if __name__ == "__main__":
-    interrupts.catch()
-    sys.exit(program.exit_code(main))
+    with interrupts.of_program():
+        code = program.exit_code(main)
+    sys.exit(code)
 """
 
 

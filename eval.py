@@ -24,7 +24,8 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import results
-from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate, plot, table
+from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate
+from rat_jax.evaluation.report import plot, table
 from rat_jax.files import FileError, write_json
 from rat_jax.paths import local_path
 from rat_jax.sharding import make_mesh

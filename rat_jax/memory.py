@@ -28,8 +28,8 @@ def gib(num_bytes: int) -> str:
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether a device refused an allocation."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether a device, or a CPU's host, refused an allocation."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 def _host_bytes() -> int | None:

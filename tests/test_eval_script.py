@@ -8,7 +8,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.corpus import Corpus
-from rat_jax.evaluation import perplexity
+from rat_jax.evaluation import perplexity, report
 from rat_jax.model import LanguageModel
 from tests.commands import call_script, run_script
 from tests.tiny_run import make_corpus, tiny_config
@@ -49,7 +49,7 @@ def test_it_prints_and_writes_the_losses(workdir):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Pictures take seconds."""
-    monkeypatch.setattr(perplexity, "plot", lambda evaluations, path, trained_length: None)
+    monkeypatch.setattr(report, "plot", lambda evaluations, path, trained_length: None)
 
 
 @pytest.mark.usefixtures("no_picture")

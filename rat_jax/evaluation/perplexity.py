@@ -1,11 +1,11 @@
 """How well a model predicts the validation split: loss, perplexity, and the loss at each position of the context."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,8 @@ from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus, Statistics
-from rat_jax.data.pipeline import Batch, ValidationData, describe_coverage
+from rat_jax.data.pipeline import Batch, ValidationData
 from rat_jax.errors import RatJaxError
-from rat_jax.files import system_errors
 from rat_jax.loss import position_losses
 from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
@@ -198,12 +197,8 @@ def evaluate(
         num_workers=0,
     )
     data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
-    try:
+    with _out_of_memory_as_message(mesh, context_length, batch_tokens):
         sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise EvaluationError(_too_large(mesh, context_length, batch_tokens, "more memory than is free")) from None
     return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"], config.first_target_id)
 
 
@@ -229,10 +224,21 @@ def check_fits(
         return
     needed = _least_bytes(loaded, mesh, context_length, batch_tokens)
     if needed <= free:
-        needed = _compiled_bytes(loaded, mesh, context_length, batch_tokens)
+        with _out_of_memory_as_message(mesh, context_length, batch_tokens):  # some compilers refuse what cannot fit
+            needed = _compiled_bytes(loaded, mesh, context_length, batch_tokens)
     if needed > free:
         what = f"at least {gib(needed)} on each device, which has {gib(free)} free"
         raise EvaluationError(_too_large(mesh, context_length, batch_tokens, what))
+
+
+@contextlib.contextmanager
+def _out_of_memory_as_message(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EvaluationError(_too_large(mesh, context_length, batch_tokens, "more memory than is free")) from None
 
 
 def _least_bytes(loaded: LoadedModel, mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:
@@ -272,57 +278,3 @@ def bucket_edges(context_length: int, per_octave: int) -> list[int]:
         edges += [first + first * part // per_octave for part in range(per_octave)]
         first *= 2
     return [edge for edge in edges if edge < context_length] + [context_length]
-
-
-def table(evaluations: Sequence[Evaluation]) -> str:
-    """Text: what was measured, one line for each context length, the loss by position with a column for each."""
-    lines = [f"loss on {coverage}" for coverage in dict.fromkeys(describe_coverage(e.fraction) for e in evaluations)]
-    lines.append(f"{'context':>10} {'tokens':>13} {'loss':>8} {'perplexity':>11} {'bits/byte':>10}")
-    for evaluation in evaluations:
-        bits = "" if evaluation.bits_per_byte is None else f"{evaluation.bits_per_byte:.4f}"
-        lines.append(
-            f"{evaluation.context_length:>10} {evaluation.num_targets:>13,} {evaluation.loss:>8.4f} "
-            f"{evaluation.perplexity:>11.3f} {bits:>10}"
-        )
-    longest = max(evaluations, key=lambda evaluation: evaluation.context_length)
-    lines += ["", "loss (nats a token) at the positions of a context of"]
-    lines.append(f"{'positions':>16}" + "".join(f"{evaluation.context_length:>10}" for evaluation in evaluations))
-    # A shorter context's last bucket may end before the range does.
-    by_first = [{bucket.first: bucket for bucket in evaluation.buckets()} for evaluation in evaluations]
-    for bucket in longest.buckets():
-        cells = [buckets.get(bucket.first) for buckets in by_first]
-        losses = "".join(f"{'-' if cell is None or cell.loss is None else f'{cell.loss:.4f}':>10}" for cell in cells)
-        lines.append(f"{bucket.first:>8} ..{bucket.last:>5}" + losses)
-    return "\n".join(lines)
-
-
-def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_length: int) -> None:
-    """Draws the loss by position, a curve for each context length; a line marks the length of training sequences.
-
-    Raises:
-      FileError: if the picture cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for evaluation in evaluations:
-        buckets = [bucket for bucket in evaluation.buckets(per_octave=4) if bucket.loss is not None]
-        axes.plot(
-            [bucket.middle for bucket in buckets],
-            [bucket.loss for bucket in buckets],
-            "o-",
-            markersize=3,
-            label=f"context {evaluation.context_length}: perplexity {evaluation.perplexity:.3f}",
-        )
-    axes.axvline(trained_length, color="gray", linestyle="--", linewidth=1, label=f"trained on {trained_length}")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("position in the context, tokens")
-    axes.set_ylabel("loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with system_errors(path, "written"):
-        figure.savefig(path, dpi=120)

@@ -27,6 +27,8 @@ class OutputFile:
         self._settings: Mapping[str, Any] = {}
         self._waiting: dict[int, str] = {}  # lines whose predecessors are not there yet
         exists = path.exists()
+        if exists and not path.is_file():
+            raise PromptError(f"output file {path} is no file: choose another name")
         with system_errors(path, "read"):
             content = path.read_bytes() if exists else b""
         *lines, rest = content.split(b"\n")
@@ -37,7 +39,7 @@ class OutputFile:
         with system_errors(path, "written"):
             path.open("ab").close()
             if not exists:
-                path.unlink()
+                path.resolve().unlink()  # what was just made, not a link to it
 
     @property
     def num_done(self) -> int:

@@ -20,9 +20,8 @@ from rat_jax.evaluation.perplexity import (
     bucket_edges,
     check_fits,
     evaluate,
-    plot,
-    table,
 )
+from rat_jax.evaluation.report import table
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh
 from rat_jax.training.step import batch_loss
@@ -143,25 +142,6 @@ def test_buckets_hold_every_position_once():
     assert [bucket.first for bucket in buckets[1:]] == [bucket.last + 1 for bucket in buckets[:-1]]
     assert sum(bucket.num_targets for bucket in buckets) == weight.sum()
     assert {bucket.loss for bucket in buckets} == {3.0}
-
-
-def test_the_table_names_every_context():
-    short, long = make_evaluation([16.0] * 20, [4.0] * 20, 160), make_evaluation([3.0] * 40, [2.0] * 20 + [0.0] * 20)
-    lines = table([short, long]).splitlines()
-    assert lines[0] == "loss on the whole validation split"
-    assert lines[2].split() == ["20", "80", "4.0000", "54.598", f"{4 / math.log(2) / 2:.4f}"]
-    assert lines[3].split()[:3] == ["40", "40", "3.0000"]
-    assert [line.split() for line in lines[6:]] == [
-        ["positions", "20", "40"],
-        ["0", "..", "15", "4.0000", "1.5000"],
-        ["16", "..", "31", "4.0000", f"{48 / 8:.4f}"],
-        ["32", "..", "39", "-", "-"],
-    ]
-
-
-def test_the_picture(tmp_path):
-    plot([make_evaluation([3.0] * 40, [2.0] * 39 + [0.0])], tmp_path / "losses.png", trained_length=16)
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_that_is_not_finite_is_refused(loaded, corpus):

@@ -1,6 +1,7 @@
 """The file of completions: whole lines in the order of the prompts, gone on with, never mixed with anything else."""
 
 import json
+import os
 
 import pytest
 
@@ -82,12 +83,19 @@ def test_what_is_not_theirs_is_left_alone(path, change, message):
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_at_once(path, tmp_path):
-    for place, message in (
-        (tmp_path / "missing" / "texts.jsonl", "cannot be written: No such file"),
-        (tmp_path, "cannot be read: Is a directory"),
-    ):
-        with pytest.raises(FileError, match=message):
+    with pytest.raises(FileError, match="cannot be written: No such file"):
+        OutputFile(tmp_path / "missing" / "texts.jsonl", PROMPTS)
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(PromptError, match=f"output file {place} is no file"):
             OutputFile(place, PROMPTS)
+
+
+def test_a_link_to_a_file_that_is_not_there_yet_is_followed(path, tmp_path):
+    path.symlink_to(tmp_path / "elsewhere.jsonl")
+    OutputFile(path, PROMPTS)
+    assert path.is_symlink() and not path.exists()
+    assert finish(path, range(3)) == (tmp_path / "elsewhere.jsonl").read_bytes()
 
 
 def test_a_write_that_fails_keeps_what_is_there(path):

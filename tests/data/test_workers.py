@@ -72,7 +72,9 @@ def test_a_worker_outlives_signals_but_not_its_parent(tmp_path, killed):
         parent.stdin.flush()
         assert int(parent.stdout.readline()) == -signal.SIGTERM
     parent.kill()
-    parent.communicate()
+    parent.wait()  # its pipes are the worker's, too
+    parent.stdin.close()
+    parent.stdout.close()
     assert ends(pid)
 
 

@@ -9,6 +9,11 @@ checkpoint or the data do not fit; 1 if a later length failed or a file could no
 is printed.
 """
 
+from rat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.exit_while_importing()
+
 import json
 import pathlib
 import sys

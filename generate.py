@@ -9,6 +9,11 @@ again goes on after the lines that are there. Exit codes: 0; 2 if flags, the wor
 output file do not fit, and nothing was changed; 75 if Ctrl-C ended it; 1 if the output file could not be written.
 """
 
+from rat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.exit_while_importing()
+
 import sys
 
 from absl import flags

@@ -7,6 +7,11 @@ Exit codes: 0 the run is finished; 2 the flags, the config, the data or the work
 75 a signal (SIGTERM or Ctrl-C) ended it after a checkpoint: start it again; 1 the run could not go on.
 """
 
+from rat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.exit_while_importing()
+
 import jax
 from absl import flags
 

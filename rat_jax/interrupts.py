@@ -94,6 +94,17 @@ def caught() -> Iterator[Interrupts]:
             signal.signal(number, handler)
 
 
+def exit_while_importing() -> None:
+    """Signals end the process with a line and code 75 until `of_program`: for programs whose imports take seconds."""
+    for number in _SIGNALS:
+        signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    _write(NOTHING_LOST)
+    os._exit(INTERRUPTED)
+
+
 @contextlib.contextmanager
 def of_program() -> Iterator[None]:
     """The block is all that this process does: signals are handled in it, beginning with "exit".

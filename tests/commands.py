@@ -3,6 +3,7 @@
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -27,12 +28,15 @@ def call_script(name: str, *arguments: object) -> int:
     app.define_help_flags()  # once for all scripts: absl defines them once in a process
     known, verbosity = set(flags.FLAGS), logging.get_verbosity()
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     except SystemExit as end:
         return end.code
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         logging.set_verbosity(verbosity)
         for flag in known:
             flags.FLAGS[flag].unparse()  # --help given to one script is not given to the next

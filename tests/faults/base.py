@@ -1,9 +1,11 @@
 """What faults are tried on: a small corpus, a run that was stopped half way, and the same run never stopped."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,10 +97,19 @@ def differences(workdir: pathlib.Path, other: pathlib.Path, *, logged_from: int 
 def figures(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     """All logged figures that two runs must share, by step and name."""
     found = {}
-    for line in (workdir / "log.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for line in (workdir / "log.jsonl").read_text(errors="replace").splitlines():
+        record = _record(line)
         found |= {(record["step"], name): record[name] for name in EXACT_FIGURES if name in record}
     return found
+
+
+def _record(line: str) -> dict[str, Any]:
+    """What a line of a log holds; nothing if it is a damaged one, as a run leaves them that has nothing to log."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return record
+    return {}
 
 
 def _flat(model):

@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of all moments and damages (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time (default one a core)")
-    parser.add_argument("--only", default="", help="kinds whose names hold this")
+    parser.add_argument("--only", nargs="+", default=[""], help="kinds whose names hold one of these")
     parser.add_argument("--out", type=pathlib.Path, help="where trainings to compare with are kept for the next time")
     flags = parser.parse_args()
     start = time.monotonic()
@@ -42,7 +42,12 @@ def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
     base = Base.make(folder / "files")
     tasks: list[tuple[Callable[..., Verdict], object, str, int]] = []
     for kinds, function, what in ((live.LIVE_KINDS, live.judge_named, reference), (KINDS, judge_named, base.path)):
-        tasks += [(function, what, k.name, i) for k in kinds if flags.only in k.name for i in range(k.times)]
+        tasks += [
+            (function, what, k.name, i)
+            for k in kinds
+            if any(map(k.name.__contains__, flags.only))
+            for i in range(k.times)
+        ]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(flags.jobs, mp_context=context) as pool:
         running = [pool.submit(f, what, name, 1000 * flags.seed + i) for f, what, name, i in tasks]

@@ -47,6 +47,7 @@ class LiveRun:
     process: subprocess.Popen | None = None
     repair: Callable[[], object] = lambda: None  # what the user does before the next start
     may_lose: int = 0  # steps: where the fault itself takes the newest checkpoint away
+    takes_log: bool = False  # the fault itself takes records of the log away
 
     def start(self) -> None:
         """Starts the command in a process group of its own."""
@@ -307,7 +308,8 @@ def log_damaged_while_it_is_written(run: LiveRun) -> str:
     run.start()
     step = run.wait_somewhere()
     with (run.workdir / "log.jsonl").open("ab") as file:
-        file.write(run.rng.choice([b"\n", b"{\n", b"\0" * 9 + b"\n", b"torn"]))
+        file.write(run.rng.choice([b"\n", b"{\n", b"\0" * 9 + b"\n", b"torn"]))  # the last takes the next record along
+    run.takes_log = True
     run.signal(signal.SIGTERM)
     return f"after step {step}"
 
@@ -371,7 +373,7 @@ def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pat
             break
     else:
         return "never finished", said[-1500:]
-    wrong = differences(run.workdir, reference)
+    wrong = differences(run.workdir, reference, logged_from=NUM_STEPS if run.takes_log else 0)
     return ("finished", "") if wrong is None else ("diverged", wrong)
 
 

@@ -16,7 +16,7 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.workers import check_main
 from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.files import explain
+from rat_jax.files import FileError, explain
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
@@ -153,8 +153,12 @@ class _Run:
         return f"step {newest.step} is saved, and the same command goes on from there"
 
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        try:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
+        except FileError as error:  # what becomes of the batch does not depend on it
+            _say(f"{error}; batch {step - 1}: {action}")
 
     def _report(self, loss: float) -> None:
         """Compares the last validation loss with the entropy of single bytes."""

@@ -182,8 +182,12 @@ class _Run:
         return f"step {newest.step} is saved, and the same command goes on from there"
 
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        try:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
+        except FileError as error:  # what becomes of the batch does not depend on it
+            _say(f"{error}; batch {step - 1}: {action}")
 
     def _report(self, loss: float) -> None:
         """Says the last validation loss a token and a byte, and compares it with the entropy of single bytes."""

@@ -11,6 +11,7 @@ import pytest
 
 from rat_jax.config import ConfigError, TrainingConfig
 from rat_jax.data.pipeline import TrainData
+from rat_jax.files import FileError
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import BadBatchesError, NonFiniteError
 from rat_jax.training import run as training
@@ -122,6 +123,16 @@ class TestRun:
         (record,) = lines(tmp_path / "run/bad_batches.jsonl")
         assert (record["step"], record["loss"], record["action"]) == (4, None, "stopped")
         assert training.train(tiny_config(corpus, training__on_non_finite="skip"), tmp_path / "run").finished
+
+    def test_what_cannot_be_written_down_ends_the_run_all_the_same(self, corpus, tmp_path, monkeypatch, capfd):
+        def refuse(*arguments):
+            raise FileError("bad_batches.jsonl cannot be written")
+
+        monkeypatch.setattr(training, "write_bad_batch", refuse)
+        spoil(monkeypatch, {4: no_number})
+        with pytest.raises(NonFiniteError, match="step 2 is saved"):
+            training.train(tiny_config(corpus), tmp_path / "run")
+        assert "bad_batches.jsonl cannot be written; batch 3: stopped" in capfd.readouterr().err
 
     def test_too_many_in_a_row(self, corpus, tmp_path, monkeypatch):
         changes = {"training__on_non_finite": "skip", "training__max_skips_in_a_row": 2}

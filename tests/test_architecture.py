@@ -72,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.files",
         "rat_jax.model",
         "rat_jax.paths",
+        "rat_jax.program",
         "rat_jax.sharding",
     },
     "rat_jax.training": {

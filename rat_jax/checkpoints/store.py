@@ -308,9 +308,9 @@ def save_model(
     if config.model != model.config:
         raise CheckpointError("config.model is not the config of the model that is to be saved")
     config = with_absolute_paths(config)
-    _require_unused(workdir)
+    require_unused(workdir)
     with owned(workdir.path) as owner:
-        _require_unused(workdir)
+        require_unused(workdir)
         workdir.mark(config, None)
         if tokenizer is not None:
             workdir.save_tokenizer(tokenizer)
@@ -323,7 +323,7 @@ def save_model(
     return workdir.checkpoints / MODEL_ONLY_FOLDER
 
 
-def _require_unused(workdir: Workdir) -> None:
+def require_unused(workdir: Workdir) -> None:
     """Refuses a folder that holds anything but what a start leaves that was killed before it had saved anything."""
     message = f"{workdir.path} is there already and not empty; it is left as it is"
     try:

@@ -75,6 +75,17 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.program",
         "rat_jax.sharding",
     },
+    "rat_jax.release": {
+        "rat_jax.checkpoints",
+        "rat_jax.config",
+        "rat_jax.data",
+        "rat_jax.errors",
+        "rat_jax.files",
+        "rat_jax.mixers",
+        "rat_jax.model",
+        "rat_jax.paths",
+        "rat_jax.program",
+    },
     "rat_jax.training": {
         "rat_jax.checkpoints",
         "rat_jax.config",
@@ -88,6 +99,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.mesh",
         "rat_jax.model",
         "rat_jax.paths",
+        "rat_jax.release",
         "rat_jax.shapes",
         "rat_jax.sharding",
     },
@@ -114,17 +126,6 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.model",
         "rat_jax.paths",
         "rat_jax.shapes",
-    },
-    "rat_jax.release": {
-        "rat_jax.checkpoints",
-        "rat_jax.config",
-        "rat_jax.data",
-        "rat_jax.errors",
-        "rat_jax.files",
-        "rat_jax.mixers",
-        "rat_jax.model",
-        "rat_jax.paths",
-        "rat_jax.program",
     },
 }
 

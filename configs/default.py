@@ -95,6 +95,11 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh = config_dict.ConfigDict()
     config.mesh.data = 1
     config.mesh.fsdp = -1
+
+    config.init = config_dict.ConfigDict()
+    config.init.path = config_dict.placeholder(str)  # random parameters
+    config.init.step = config_dict.placeholder(int)  # the newest
+    config.init.optimizer = False
     return config
 
 

@@ -189,6 +189,25 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from instead of random parameters. A run that resumes does not read it again.
+
+    The schedule of the learning rate and the order of the data begin anew; another `seed` gives another order.
+    """
+
+    # A workdir, a folder of safetensors files (`rat_jax.checkpoints.weights`) or a `.pth` file of the PyTorch release;
+    # None: random parameters.
+    path: str | None = None
+    step: int | None = None  # of a workdir; None: its newest good checkpoint
+    optimizer: bool = False  # True: the optimizer's running means and their count, too; of the workdir of a run
+
+    def __post_init__(self):
+        require(self.step is None or self.step >= 0, f"step must be 0 or more, got {self.step}")
+        for name, given in (("step", self.step is not None), ("optimizer", self.optimizer)):
+            require(self.path is not None or not given, f"{name} is of what path names, and path is None")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes."""
 
@@ -197,6 +216,7 @@ class Config:
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    init: InitConfig = InitConfig()
     seed: int = 0  # of the initial parameters and of the order of the data
 
     def __post_init__(self):

@@ -36,8 +36,11 @@ def define_config_flag() -> Callable[[], Config]:
 
     def config() -> Config:
         config = config_from_dict(holder.value)
-        path = local_path(config.data.path, "config.data.path")
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
+        data, init = config.data, config.init
+        data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
+        if init.path is not None:
+            init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
+        return dataclasses.replace(config, data=data, init=init)
 
     return config
 

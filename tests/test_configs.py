@@ -69,6 +69,7 @@ def test_round_trip():
         ("optimizer.accumulation_steps", 3, "data.global_batch_size must be a multiple of optimizer.accumulation_"),
         ("data.first_target_id", 2048, "config.data.first_target_id must be below model.vocab_size 2048, or no target"),
         ("training.on_spike", "stop", "config.training.on_spike must be one of 'ignore', 'report', 'skip'"),
+        ("init.step", 3, "config.init.step is of what path names, and path is None"),
         ("mesh.data", 0, "config.mesh.data must be 1 or more, or -1, got 0"),
     ],
 )
@@ -96,7 +97,7 @@ def test_unknown_and_missing_keys_are_named():
 def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
     """`configs/default.py` says a reason for every other value, and for no value that is none."""
     config, differing = config_from_dict(default.get_config()), set()
-    for group in (config.model, config.data, config.optimizer, config.training, config.mesh):
+    for group in (config.model, config.data, config.optimizer, config.training, config.mesh, config.init):
         name = next(field.name for field in dataclasses.fields(config) if getattr(config, field.name) is group)
         for field in dataclasses.fields(group):
             if field.default is not dataclasses.MISSING and getattr(group, field.name) != field.default:
@@ -197,6 +198,9 @@ def test_a_model_in_python_alone():
 # Options that no shipped config sets to another value than the default, and the file that tests other values.
 OPTIONS = {
     "data.segment_documents": "tests/data/test_pipeline.py",
+    "init.optimizer": "tests/training/test_origin.py",
+    "init.path": "tests/training/test_origin.py",
+    "init.step": "tests/training/test_origin.py",
     "mesh.data": "tests/test_sharding.py",
     "mesh.fsdp": "tests/test_sharding.py",
     "model.gated_deltanet.conv_size": "tests/mixers/test_gated_deltanet.py",
@@ -228,7 +232,7 @@ OPTIONS = {
 
 def test_every_field_is_set_by_a_config_or_is_an_option_with_a_test():
     """A field that nothing sets and nothing tests has no business in a config."""
-    groups, everything, used = ("model", "data", "optimizer", "training", "mesh"), set(), set()
+    groups, everything, used = ("model", "data", "optimizer", "training", "mesh", "init"), set(), set()
     for file in FILES:
         values = importlib.import_module(f"configs.{file.stem}").get_config().to_dict()
         config = config_from_dict(values)

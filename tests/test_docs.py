@@ -32,6 +32,7 @@ WRONG = {
     "python benchmarks/no_such.py": "no_such",
     "python -m rat_jax.data.prepare --source texts --tokenizer bytes": "--out",
     "python -m rat_jax.no_such": "no_such",
+    "python -m rat_jax.checkpoints exports runs/x weights": "invalid choice",
     "python -m rat_jax.release imports a.pth runs/x": "invalid choice",
     "pip install -r requirements-no-such.txt": "requirements-no-such.txt",
     "make no-such-target": "no-such-target",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import pytest
 
-from rat_jax.checkpoints import manifest, workdir
+from rat_jax.checkpoints import manifest, weights, workdir
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config
 from rat_jax.data import corpus, token_header
@@ -52,6 +52,7 @@ def formats() -> dict[str, dict[str, Any]]:
         **{name: {"version": manifest.FORMAT_VERSION, "fields": found} for name, found in (mixers | arrays).items()},
         "config": {"version": manifest.FORMAT_VERSION, "fields": fields(Config)},
         "workdir": {"version": workdir.FORMAT_VERSION, "fields": fields(Config)},
+        "weights": {"version": weights.FORMAT_VERSION, "fields": {key: ["text", True] for key in weights.HEADER_KEYS}},
         "token file": {"version": token_header.FORMAT_VERSION, "fields": fields(token_header.Header)},
         "corpus": {"version": corpus.FORMAT_VERSION, "fields": fields(corpus.Corpus) | fields(corpus.Statistics)},
     }

@@ -81,6 +81,7 @@ def tiny_config(corpus: pathlib.Path | str, **changes: Any) -> Config:
             "wandb_project": None,
         },
         "mesh": {"data": 1, "fsdp": 1},
+        "init": {"path": None, "step": None, "optimizer": False},
     }
     for name, value in changes.items():
         *groups, field = name.split("__")

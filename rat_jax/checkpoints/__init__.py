@@ -9,10 +9,22 @@ owner       the one process that may write in a workdir      manifest  what a ch
 hosts       what the first of several hosts does for all     arrays    a checkpoint's arrays on disk, by Orbax
 workdir     the folder of a run, run.json                    folder    what is in checkpoints/, set aside or removed
 run_log     log.jsonl                                        store     saving, resuming and loading
+weights     a model's weights as safetensors files, for `python -m rat_jax.checkpoints`
 """
 
 from rat_jax.checkpoints.manifest import Manifest
 from rat_jax.checkpoints.store import Checkpoints, LoadedModel, load_model, save_model
+from rat_jax.checkpoints.weights import Weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 
-__all__ = ["CheckpointError", "Checkpoints", "LoadedModel", "Manifest", "Workdir", "load_model", "save_model"]
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "LoadedModel",
+    "Manifest",
+    "Weights",
+    "Workdir",
+    "load_model",
+    "save_model",
+    "write_weights",
+]

@@ -74,14 +74,8 @@ def restore_arrays(path: pathlib.Path, saved: dict[str, list[Any]], target: Any)
       CheckpointError: if they have other names, shapes or dtypes, or cannot be read.
     """
     wanted = named(target)
-    here = description(wanted)
-    differing = [
-        f"{name}: {saved.get(name)} there, {here.get(name)} here"
-        for name in sorted({*saved, *here})
-        if saved.get(name) != here.get(name)
-    ]
-    if differing:
-        raise CheckpointError(f"{path} holds other arrays than this code makes: {'; '.join(differing[:5])}")
+    if differing := differences(saved, description(wanted)):
+        raise CheckpointError(f"{path} holds other arrays than this code makes: {differing}")
     try:
         with _quiet(), ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(path, wanted)
@@ -101,6 +95,17 @@ def named(tree: Any) -> dict[str, Any]:
 def description(arrays: dict[str, Any]) -> dict[str, list[Any]]:
     """Shape and dtype of each array, as a manifest has them."""
     return {name: [list(x.shape), str(np.dtype(x.dtype))] for name, x in arrays.items()}
+
+
+def differences(there: dict[str, list[Any]], here: dict[str, list[Any]]) -> str:
+    """Names, shapes and dtypes in which two descriptions differ, the first five of them; empty if they do not."""
+    differing = [
+        f"{name}: {there.get(name)} there, {here.get(name)} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    return "; ".join(differing[:5]) + more
 
 
 @contextlib.contextmanager

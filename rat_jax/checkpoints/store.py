@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -39,6 +39,8 @@ from rat_jax.paths import local_path
 from rat_jax.sharding import shardings
 
 __all__ = ["CheckpointError", "Checkpoints", "LoadedModel", "Manifest", "load_model", "save_model"]
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -246,7 +248,33 @@ def load_model(
     Raises:
       CheckpointError: if the folder is missing or not a run's, or has no good checkpoint (of that step).
     """
+
+    def load(path: pathlib.Path, manifest: Manifest) -> LoadedModel:
+        graphdef, target = abstract_model(manifest.config.model)
+        params = restore_arrays(path / "params", manifest.arrays["params"], _placed(target, mesh))
+        return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path)
+
+    return _walk(Workdir(local_path(workdir, "workdir")), step, report, load)
+
+
+def find_checkpoint(
+    workdir: pathlib.Path | str, step: int | None, report: Callable[[str], None]
+) -> tuple[pathlib.Path, Manifest]:
+    """A run's newest good checkpoint, or that of a certain step, as of `load_model`. All hosts must call this together.
+
+    Raises:
+      CheckpointError: as `load_model`.
+    """
     workdir = Workdir(local_path(workdir, "workdir"))
+    name = on_first_host(lambda: _walk(workdir, step, report, lambda path, manifest: path.name))
+    path = workdir.checkpoints / name
+    return path, Manifest.read(path)
+
+
+def _walk(
+    workdir: Workdir, step: int | None, report: Callable[[str], None], use: Callable[[pathlib.Path, Manifest], T]
+) -> T:
+    """What `use` makes of the newest good checkpoint, or of that of a certain step."""
     workdir.require_run()
     folder = workdir.checkpoints
     while True:  # a run that goes on meanwhile adds and removes checkpoints
@@ -255,7 +283,7 @@ def load_model(
             raise CheckpointError(f"{workdir.path} has no checkpoint of step {step}; it has {steps or 'none'}")
         for path in folders if step is None else [folder / str(step)]:
             try:
-                return _load(path, mesh)
+                return use(path, _good(path))
             except (CheckpointError, FileError) as error:
                 if not path.is_dir():
                     report(f"{path} was removed while it was read: its run goes on; looking again")
@@ -271,16 +299,14 @@ class _UnusableError(CheckpointError):
     """A checkpoint that is damaged or was not finished."""
 
 
-def _load(path: pathlib.Path, mesh: jax.sharding.Mesh | None) -> LoadedModel:
-    """The model of a checkpoint."""
+def _good(path: pathlib.Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all as they were written."""
     try:
         manifest = Manifest.read(path)
         manifest.verify(path)
     except CheckpointError as error:
         raise _UnusableError(str(error)) from None
-    graphdef, target = abstract_model(manifest.config.model)
-    params = restore_arrays(path / "params", manifest.arrays["params"], _placed(target, mesh))
-    return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path)
+    return manifest
 
 
 def save_model(
@@ -308,9 +334,9 @@ def save_model(
     if config.model != model.config:
         raise CheckpointError("config.model is not the config of the model that is to be saved")
     config = with_absolute_paths(config)
-    _require_unused(workdir)
+    require_unused(workdir)
     with owned(workdir.path) as owner:
-        _require_unused(workdir)
+        require_unused(workdir)
         workdir.mark(config, None)
         if tokenizer is not None:
             workdir.save_tokenizer(tokenizer)
@@ -323,7 +349,7 @@ def save_model(
     return workdir.checkpoints / MODEL_ONLY_FOLDER
 
 
-def _require_unused(workdir: Workdir) -> None:
+def require_unused(workdir: Workdir) -> None:
     """Refuses a folder that holds anything but what a start leaves that was killed before it had saved anything."""
     message = f"{workdir.path} is there already and not empty; it is left as it is"
     try:

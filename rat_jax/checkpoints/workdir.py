@@ -2,7 +2,8 @@
 
 owner.json            while a process owns the folder, see `rat_jax.checkpoints.owner`
 run.json              marks the folder as a run's: the config of its latest start, the newest step that was saved
-                      ("saved_step": 0 if a model alone, null if nothing yet), and its id at Weights & Biases
+                      ("saved_step": 0 if a model alone, null if nothing yet), its id at Weights & Biases, and where
+                      its first parameters came from ("origin", null if they were drawn; `rat_jax.training.origin`)
 tokenizer/            of the data
 checkpoints/STEP/     see `rat_jax.checkpoints.store`
 log.jsonl             one JSON object a line: figures of training steps and of validations, null where one is no number
@@ -23,7 +24,7 @@ import secrets
 import shutil
 from typing import Any
 
-from rat_jax.config import Config, config_to_dict
+from rat_jax.config import Config, ModelConfig, config_to_dict
 from rat_jax.data import DataError
 from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rat_jax.errors import RatJaxError
@@ -55,6 +56,11 @@ _FREE_FIELDS = (
     "mesh.data",
     "mesh.fsdp",
 )
+
+
+# Of a model that a run starts from.
+_FREE_MODEL_FIELDS = ("model.remat", "model.scan_unroll", "model.dtype")
+_ADVICE = "Set it back, or choose another --workdir"
 
 
 class CheckpointError(RatJaxError, ValueError):
@@ -145,44 +151,52 @@ class Workdir:
             raise CheckpointError(f"{self.run_file} is not a run's: it has no {_FORMAT_KEY}; choose another --workdir")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{self.run_file} has format version {version}; this code reads {FORMAT_VERSION}")
-        step, wandb_id = values.get("saved_step"), values.get("wandb_id")
+        step, wandb_id, origin = values.get("saved_step"), values.get("wandb_id"), values.get("origin")
         if not (step is None or (type(step) is int and step >= 0)) or not isinstance(wandb_id, str | None):
             raise CheckpointError(
                 f"{self.run_file} is damaged: saved_step must be a number of steps and wandb_id a name, or null, got "
                 f"{step!r} and {wandb_id!r}"
             )
+        if not isinstance(origin, dict | None):
+            raise CheckpointError(f"{self.run_file} is damaged: origin must be an object or null, got {origin!r}")
         config = values["config"] if isinstance(values.get("config"), dict) else {}
         training = config["training"] if isinstance(config.get("training"), dict) else {}
         if "wandb_id" not in values and training.get("wandb_project") is not None:
             wandb_id = self.path.name  # which it was before it was written down
         every = training.get("checkpoint_every_steps")
         every = every if type(every) is int and every > 0 else None
-        return RunRecord(config, step, wandb_id, every, "saved_step" in values)
+        return RunRecord(config, step, wandb_id, every, "saved_step" in values, origin)
 
-    def mark(self, config: Config, saved_step: int | None) -> None:
+    def mark(self, config: Config, saved_step: int | None, origin: dict[str, Any] | None = None) -> None:
         """Makes the folder a run's, with an id at Weights & Biases if the config asks for one and it has none yet.
 
         Args:
           config: of this start.
           saved_step: the newest one that was saved; 0: a model alone; None: nothing yet.
+          origin: where the parameters came from that this start begins with; None: as it is written there, if it is.
 
         Raises:
           FileError: if the system refuses.
         """
-        wandb_id = None if self.is_new() else self.record().wandb_id
+        record = None if self.is_new() else self.record()
+        wandb_id = None if record is None else record.wandb_id
+        if origin is None and record is not None and saved_step is not None:
+            origin = record.origin
         if wandb_id is None and config.training.wandb_project is not None:
             wandb_id = secrets.token_hex(8)
         with system_errors(self.path, "made"):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._write(config_to_dict(config), saved_step, wandb_id)
+        self._write(config_to_dict(config), saved_step, wandb_id, origin)
 
     def note_saved(self, step: int) -> None:
         """Writes down that a checkpoint of `step` is complete; errors as of `record`."""
         record = self.record()
-        self._write(record.config, step, record.wandb_id)
+        self._write(record.config, step, record.wandb_id, record.origin)
 
-    def _write(self, config: dict[str, Any], saved_step: int | None, wandb_id: str | None) -> None:
-        values = {"config": config, "saved_step": saved_step, "wandb_id": wandb_id}
+    def _write(
+        self, config: dict[str, Any], saved_step: int | None, wandb_id: str | None, origin: dict[str, Any] | None
+    ) -> None:
+        values = {"config": config, "saved_step": saved_step, "wandb_id": wandb_id, "origin": origin}
         write_json(self.run_file, {_FORMAT_KEY: FORMAT_VERSION, **values})
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -222,6 +236,7 @@ class RunRecord:
     wandb_id: str | None
     checkpoint_every_steps: int | None  # of its latest start
     notes_saves: bool  # False: written by code that did not note them
+    origin: dict[str, Any] | None = None  # where its first parameters came from; None: they were drawn, or not noted
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -230,8 +245,11 @@ def with_absolute_paths(config: Config) -> Config:
     Raises:
       PathError: if one names nothing that can be opened.
     """
-    path = str(local_path(config.data.path, "config.data.path"))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    data, init = config.data, config.init
+    data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
+    if init.path is not None:
+        init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
+    return dataclasses.replace(config, data=data, init=init)
 
 
 def _is_leftover(path: pathlib.Path) -> bool:
@@ -247,42 +265,41 @@ def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
     """Refuses to resume from a checkpoint with a config that computes something else.
 
     Raises:
-      CheckpointError: naming the fields that differ, with both values.
+      CheckpointError: naming the fields that differ, with both values; of more steps, also the flags of a new run.
     """
-    hint = ""
-    if current.training.num_steps > saved.training.num_steps:
-        hint = (
-            ". A schedule cannot be made longer afterwards; to train its model on, save the model to a new workdir "
-            "(`rat_jax.checkpoints.load_model` and `save_model`) and train there, under a schedule of its own"
+    advice = _ADVICE
+    more = current.training.num_steps - saved.training.num_steps
+    if more > 0:
+        advice += (
+            f". A schedule cannot be made longer afterwards; to train its model on, start a new run from it: "
+            f"--workdir=ANOTHER --config.init.path={path} --config.init.optimizer=True "
+            f"--config.training.num_steps={more}"
         )
-    _refuse(_differences(saved, current, _FREE_FIELDS), path, "was trained with another config", hint)
+    if differing := _differences(config_to_dict(saved), config_to_dict(current), _FREE_FIELDS):
+        raise CheckpointError(f"{path} was trained with another config: {differing}. {advice}")
 
 
-def check_same_model(saved: Config, current: Config, path: pathlib.Path) -> None:
+def check_same_model(saved: ModelConfig, current: ModelConfig, path: pathlib.Path, advice: str = _ADVICE) -> None:
     """Refuses to start from the parameters of another model.
 
     Raises:
-      CheckpointError: naming the fields that differ, with both values.
+      CheckpointError: naming the fields that differ, with both values, and giving the advice.
     """
-    current = dataclasses.replace(saved, model=current.model)
-    _refuse(
-        _differences(saved, current, ("model.remat", "model.scan_unroll", "model.dtype")), path, "holds another model"
-    )
+    for name, meaning in (("mlp_width", "mlp_hidden"), ("num_kv_heads", "kv_heads")):  # None stands for a number
+        if getattr(saved, meaning) == getattr(current, meaning):
+            saved = dataclasses.replace(saved, **{name: getattr(current, name)})
+    there, here = {"model": config_to_dict(saved)}, {"model": config_to_dict(current)}
+    if differing := _differences(there, here, _FREE_MODEL_FIELDS):
+        raise CheckpointError(f"{path} holds another model: {differing}. {advice}")
 
 
-def _refuse(differences: list[str], path: pathlib.Path, problem: str, hint: str = "") -> None:
-    if differences:
-        what = "; ".join(differences)
-        raise CheckpointError(f"{path} {problem}: {what}. Set it back, or choose another --workdir{hint}")
-
-
-def _differences(saved: Config, current: Config, free: tuple[str, ...]) -> list[str]:
-    there, here = _flatten(config_to_dict(saved), ""), _flatten(config_to_dict(current), "")
-    return [
+def _differences(saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> str:
+    there, here = _flatten(saved, ""), _flatten(current, "")
+    return "; ".join(
         f"config.{name} is {there.get(name, 'not set')!r} there, {here.get(name, 'not set')!r} now"
         for name in {**here, **there}
         if there.get(name) != here.get(name) and name not in free
-    ]
+    )
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:

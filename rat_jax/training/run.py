@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +38,7 @@ from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor
 from rat_jax.training.oom import explain_out_of_memory
+from rat_jax.training.origin import Origin, open_origin
 from rat_jax.training.preemption import agreed
 from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
 
@@ -85,6 +87,9 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
+    origin = open_origin(config, _say) if newest is None else None
+    if origin is not None and origin.tokenizer is not None:
+        corpus.check_tokenizer(origin.tokenizer)
     data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
     validation = ValidationData(
         config.data, vocab_size=config.model.vocab_size, max_batches=config.training.validation_batches
@@ -94,7 +99,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     try:
         corpus.verify(max_bytes=WHOLE_BYTES, say=_say)
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation).finish(interrupts)
+            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
     finally:
         data.close()
 
@@ -102,7 +107,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 class _Run:
     """A run whose settings were found to fit."""
 
-    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation):
+    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation, origin):
         self.config: Config = config
         self.workdir: Workdir = workdir
         self.checkpoints: Checkpoints = checkpoints
@@ -110,12 +115,13 @@ class _Run:
         self.mesh: jax.sharding.Mesh = mesh
         self.data: TrainData = data
         self.validation: ValidationData = validation
+        self.origin: Origin | None = origin
         self.graphdef = abstract_model(config.model)[0]
         self.guard = Guard(config.training, self._note_bad_batch)
 
     def finish(self, interrupts: Interrupts) -> TrainResult:
         """Does the steps that remain."""
-        state, start = self._restore()
+        state, start, note = self._restore()
         num_steps = self.config.training.num_steps
         loss = _validation_loss(self.workdir, num_steps)
         if start >= num_steps and loss is not None:
@@ -124,7 +130,7 @@ class _Run:
             return TrainResult(num_steps, True, loss)
         is_first_host = jax.process_index() == 0
         if is_first_host:
-            self.workdir.mark(self.config, self.checkpoints.saved_step)
+            self.workdir.mark(self.config, self.checkpoints.saved_step, note)
             self.workdir.save_tokenizer(self.corpus.tokenizer())
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         _say(_summary(self.config, self.mesh, num_parameters, start))
@@ -154,17 +160,17 @@ class _Run:
             return "no step was saved yet"
         return f"step {step} is saved, and the same command goes on from there"
 
-    def _restore(self) -> tuple[TrainState, int]:
-        """The state to resume from, and the steps it has done."""
+    def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
+        """The state to begin with, the steps it has done, and where a new run's state came from."""
         found = self.checkpoints.latest()
-        if found is None:
-            return initial_state(self.config, self.mesh), 0
-        path, manifest = found
         target = abstract_state(self.config, self.mesh)
+        if found is None:
+            return self._begin(target)
+        path, manifest = found
         params = self.checkpoints.restore(path, manifest, "params", target.params)
         if manifest.data is None:
             _say(f"starting from the model in {path}")
-            return initial_state(self.config, self.mesh, params), 0
+            return initial_state(self.config, self.mesh, params), 0, None
         self.data.restore(manifest.data)
         if "guard" in manifest.data:  # runs of earlier versions had none
             self.guard.restore(manifest.data["guard"])
@@ -172,7 +178,18 @@ class _Run:
         if manifest.step < self.config.training.num_steps:
             _say(f"going on from {path}")
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
-        return TrainState(step, params, opt_state), manifest.step
+        return TrainState(step, params, opt_state), manifest.step, None
+
+    def _begin(self, target: TrainState) -> tuple[TrainState, int, dict[str, Any] | None]:
+        """As `_restore`, of a run that has saved nothing yet."""
+        origin, self.origin = self.origin or open_origin(self.config, _say), None  # what it holds is not kept
+        if origin is None:
+            return initial_state(self.config, self.mesh), 0, None
+        start = origin.load(target, self.config.init, _say)
+        if start.opt_state is None:
+            return initial_state(self.config, self.mesh, start.params), 0, start.note
+        step = jax.device_put(np.int32(0), target.step.sharding)
+        return TrainState(step, start.params, start.opt_state), 0, start.note
 
     def kept(self) -> str:
         """What a run that ends too early leaves."""
@@ -305,7 +322,12 @@ def _in_words(error: Exception) -> str:
 
 def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
     if newest.data is None:
-        check_same_model(newest.config, config, workdir.path)
+        if config.init.path is not None:
+            raise CheckpointError(
+                f"{workdir.path} holds a model to start from, and config.init.path names another: leave that out, or "
+                f"choose another --workdir"
+            )
+        check_same_model(newest.config.model, config.model, workdir.path)
     else:
         check_same_run(newest.config, config, workdir.path)
 

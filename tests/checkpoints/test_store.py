@@ -162,10 +162,10 @@ class TestLoadModel:
         file.write_text(json.dumps(values))
         loaded = load_model(run)
         assert loaded.step == 30
-        check_same_model(loaded.config, CONFIG, run)
-        other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, mlp_kind="geglu"))
+        check_same_model(loaded.config.model, CONFIG.model, run)
+        other = dataclasses.replace(CONFIG.model, mlp_kind="geglu")
         with pytest.raises(CheckpointError, match=r"config\.model\.mlp_kind is 'gelu' there, 'geglu' now"):
-            check_same_model(loaded.config, other, run)
+            check_same_model(loaded.config.model, other, run)
 
     def test_a_certain_step(self, saved, model):
         assert_is_multiple(load_model(saved, step=10).model, model, 10)

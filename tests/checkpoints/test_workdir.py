@@ -200,7 +200,9 @@ def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
 
 def test_more_steps_for_a_run_are_refused_with_the_way_to_go():
     more = tiny_config("data", training__num_steps=600)
-    with pytest.raises(CheckpointError, match=r"num_steps is 6 there, 600 now.*save the model to a new workdir"):
+    with pytest.raises(
+        CheckpointError, match=r"num_steps is 6 there, 600 now.*--workdir=ANOTHER --config.init.path=run "
+    ):
         check_same_run(CONFIG, more, "run")
     with pytest.raises(CheckpointError, match=r"seed is 0 there, 1 now\. Set it back, or choose another --workdir$"):
         check_same_run(CONFIG, tiny_config("data", seed=1), "run")

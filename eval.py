@@ -171,20 +171,26 @@ def _evaluate_tasks(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.Me
     } | dataclasses.asdict(settings)
     path = results.tasks_path(workdir.path, loaded.step, tasks.names, measured)
 
-    def give_out(done: dict[str, dict[str, Any]]) -> None:
-        if not _JSON.value:
-            *_, name = done
-            print(harness.table({name: done[name]}, header=len(done) == 1), flush=True)
-        if all("error" in values for values in done.values()):
-            return
-        try:
-            write_json(path, results.tasks_as_json(loaded, measured, done))
-        except FileError as error:
-            raise RunStopped(str(error)) from None
+    done: dict[str, dict[str, Any]] = {}
 
-    done = harness.run_tasks(tasks, model, num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value, on_result=give_out)
+    def give_out(name: str, values: dict[str, Any]) -> None:
+        done[name] = values
+        if not _JSON.value:
+            print(harness.table({name: values}, header=len(done) == 1), flush=True)
+        if any("error" not in values for values in done.values()):
+            write_json(path, results.tasks_as_json(loaded, measured, done))
+
+    stopped = None
+    try:
+        harness.run_tasks(tasks, model, num_fewshot=_NUM_FEWSHOT.value, limit=_LIMIT.value, on_result=give_out)
+    except (FileError, KeyboardInterrupt) as error:
+        if not done:
+            raise
+        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if _JSON.value:
         print(json.dumps(results.tasks_as_json(loaded, measured, done)), flush=True)
+    if stopped is not None:
+        raise RunStopped(f"only {', '.join(done)} of the tasks {'is' if len(done) == 1 else 'are'} done: {stopped}")
     failed = [values["error"] for values in done.values() if "error" in values]
     if len(failed) == len(done):
         raise EvaluationError("; ".join(failed))

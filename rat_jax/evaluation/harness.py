@@ -220,13 +220,16 @@ class Tasks:
         """A task, a group, or the tasks of a tag, with their data.
 
         Raises:
-          EvaluationError: if the data cannot be loaded, or a task does not fit them; the message says which they are.
+          EvaluationError: if the data cannot be loaded, a task does not fit them, or needs a package that is not there.
         """
         try:
             loaded = self._manager.load([name])
         except jinja2.TemplateError as error:
             raise self._misfit(name, error) from None
-        except (OSError, ValueError, LookupError, ImportError, DatasetsError) as error:
+        except ImportError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise EvaluationError(f"task {name} needs a package that is not installed: {reason}") from None
+        except (OSError, ValueError, LookupError, DatasetsError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise EvaluationError(
                 f"task {name}: {self._data_of(name)} cannot be loaded: {reason}; {_PLACING}"
@@ -295,16 +298,16 @@ def run_tasks(
     *,
     num_fewshot: int | None,
     limit: int | None,
-    on_result: Callable[[dict[str, dict[str, Any]]], None],
-) -> dict[str, dict[str, Any]]:
-    """Results of all tasks by name; of one that failed `{"error": message}`, which does not stop the others.
+    on_result: Callable[[str, dict[str, Any]], None],
+) -> None:
+    """Runs all tasks; one that fails does not stop the others.
 
     Args:
       tasks: to run.
       model: what is evaluated.
       num_fewshot: examples before each question; None: what each task says.
       limit: documents of each task; None: all.
-      on_result: called with all results so far whenever there is one more.
+      on_result: called with a task's name and its results when they are there, `{"error": message}` if it failed.
 
     Raises:
       EvaluationError: if a number is out of range.
@@ -313,14 +316,12 @@ def run_tasks(
         raise EvaluationError(f"num_fewshot must be 0 or more, got {num_fewshot}")
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit must be 1 or more, got {limit}")
-    results: dict[str, dict[str, Any]] = {}
     for name in tasks.names:
         try:
-            results[name] = tasks.run(name, model, num_fewshot=num_fewshot, limit=limit)
+            values = tasks.run(name, model, num_fewshot=num_fewshot, limit=limit)
         except RatJaxError as error:
-            results[name] = {"error": str(error)}
-        on_result(results)
-    return results
+            values = {"error": str(error)}
+        on_result(name, values)
 
 
 def table(results: dict[str, dict[str, Any]], *, header: bool) -> str:

@@ -69,6 +69,10 @@ def folder(tmp_path_factory):
     write_task(folder, "wrong_column", QUESTIONS, **choice | {"doc_to_text": "{{no_such}}"})
     write_task(folder, "no_file", QUESTIONS, **choice)
     (folder / "no_file.jsonl").unlink()
+    (folder / "needs.py").write_text("import no_such_package\n\ndef text(doc):\n    return doc['question']\n")
+    write_task(folder, "no_package", QUESTIONS, **choice)
+    text = (folder / "no_package.yaml").read_text()
+    (folder / "no_package.yaml").write_text(text.replace('"{{question}}"', "!function needs.text"))
     write_task(
         folder,
         "rolling",
@@ -283,16 +287,19 @@ def test_names_that_are_not_known(folder, tmp_path):
 
 
 def test_one_failing_task_does_not_lose_the_others(bigrams, folder):
-    seen = []
-    done = run_tasks(
-        Tasks(["no_file", "choice", "wrong_column"], folder),
+    done = {}
+    run_tasks(
+        Tasks(["no_file", "choice", "wrong_column", "no_package"], folder),
         make_model(bigrams),
         num_fewshot=0,
         limit=2,
-        on_result=lambda results: seen.append(list(results)),
+        on_result=done.__setitem__,
     )
-    assert seen == [["no_file"], ["no_file", "choice"], ["no_file", "choice", "wrong_column"]]
+    assert list(done) == ["no_file", "choice", "wrong_column", "no_package"]
     assert "acc,none" in done["choice"]["results"]["choice"]
+    assert done["no_package"] == {
+        "error": "task no_package needs a package that is not installed: No module named 'no_such_package'"
+    }
     message = done["no_file"]["error"]
     assert message.startswith(
         f"task no_file: the data set json ({{'test': '{folder}/no_file.jsonl'}}) cannot be loaded: "
@@ -325,7 +332,7 @@ def workdir(tmp_path_factory, bigrams):
     return folder
 
 
-def test_the_program(workdir, folder, capsys):
+def test_the_program(workdir, folder, capsys, monkeypatch):
     arguments = ["--workdir", workdir, "--tasks_dir", folder, "--context_lengths=48", "--limit=2"]
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 0
     printed = capsys.readouterr()
@@ -352,6 +359,21 @@ def test_the_program(workdir, folder, capsys):
     assert json.loads(printed.out)["tasks"].keys() == {"choice", "no_file"}
     assert printed.err.splitlines()[-1].startswith("error: 1 of 2 tasks failed: task no_file: the data set json")
     assert len(list(workdir.glob("tasks-*.json"))) == 2
+
+    def interrupt(tasks, name, *rest, **settings):
+        if name == "until":
+            raise KeyboardInterrupt
+        return {"results": {}, "n-samples": {}, "num_truncated": 0}
+
+    monkeypatch.setattr(Tasks, "run", interrupt)
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
+    assert capsys.readouterr().err.endswith("error: only choice of the tasks is done: interrupted\n")
+    assert list(json.loads(file.read_text())["tasks"]) == ["choice"]
+    file.unlink()
+    file.mkdir()  # a place that cannot be written to, whoever runs the tests
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
+    assert f"only choice of the tasks is done: {file}" in capsys.readouterr().err
+    monkeypatch.undo()
 
     assert call_script("eval.py", *arguments, "--tasks=no_file") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: task no_file: the data set json")

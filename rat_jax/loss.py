@@ -1,4 +1,4 @@
-"""The next-token loss of a batch, without ever holding all its logits."""
+"""The next-token loss of a batch and of each of its tokens, without ever holding all its logits."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.mesh import replicate, rows_per_device
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 # Logits that a device holds at a time. Large enough that products over a vocabulary of 32,000 run at full speed
 # (2,048 tokens), small enough that their float32 copies (256 MiB each) fit beside a model.
@@ -22,6 +22,13 @@ class LossSums(NamedTuple):
     def mean(self) -> Float32[Array, ""]:
         """Loss a target token; 0 where there is none."""
         return self.loss / jnp.where(self.weight > 0, self.weight, 1.0)
+
+
+class TokenScores(NamedTuple):
+    """What a model says of each target."""
+
+    log_probs: Float32[Array, "B T"]  # log p(target), in nats
+    greedy: Bool[Array, "B T"]  # whether the target has the largest logit, of equal ones the lowest id
 
 
 def next_token_loss(
@@ -64,6 +71,22 @@ def position_losses(
     return losses.reshape(-1)[: hidden.shape[1]]
 
 
+def token_scores(
+    hidden: Float[Array, "B T D"], embedding: Float32[Array, "V D"], targets: Int[Array, "B T"]
+) -> TokenScores:
+    """log p(y_t) = h_t . E_{y_t} - logsumexp_v(h_t . E_v), and whether y_t = argmax_v(h_t . E_v), of every token.
+
+    The arguments, and how logits are made, are those of `next_token_loss`; a derivative of this would keep all logits.
+    """
+
+    def block_scores(block):
+        logits, losses = _logits_and_losses(embedding, *block)
+        return -losses, jnp.argmax(logits, axis=-1) == block[1]
+
+    blocks = _blocks(hidden, targets, jnp.ones(targets.shape, jnp.float32), embedding.shape[0])
+    return TokenScores(*(_joined(x, hidden.shape[1]) for x in jax.lax.map(block_scores, blocks)))
+
+
 @jax.custom_vjp
 def _sum_loss(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
     return position_losses(hidden, embedding, targets, weights).sum()
@@ -84,9 +107,7 @@ def _sum_loss_fwd(hidden, embedding, targets, weights):
     start = (jnp.float32(0), jnp.zeros_like(embedding))
     blocks = _blocks(hidden, targets, weights, embedding.shape[0])
     (total, d_embedding), d_hidden = jax.lax.scan(add_block, start, blocks)
-    batch_size, num_tokens, width = hidden.shape
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch_size, -1, width)[:, :num_tokens]
-    return total, (d_hidden, d_embedding)
+    return total, (_joined(d_hidden, hidden.shape[1]), d_embedding)
 
 
 def _sum_loss_bwd(gradients, d_total):
@@ -117,3 +138,9 @@ def _blocks(hidden: Array, targets: Array, weights: Array, vocab_size: int) -> t
         return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length, *x.shape[2:]), 1, 0)
 
     return cut(hidden), cut(targets), cut(weights.astype(jnp.float32))
+
+
+def _joined(blocks: Array, num_tokens: int) -> Array:
+    """Blocks [C, B, L, ...] as rows [B, T, ...], without the padding."""
+    rows = jnp.moveaxis(blocks, 0, 1)
+    return rows.reshape(rows.shape[0], -1, *rows.shape[3:])[:, :num_tokens]

@@ -1,13 +1,15 @@
-"""Two training steps on each of several meshes; run on four devices by test_sharding.py, it prints JSON."""
+"""Two training steps, and scores of tokens, on several meshes; run on four devices by test_sharding.py, prints JSON."""
 
 import json
 import sys
 
 import jax
 import numpy as np
+from flax import nnx
 
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.data.pipeline import Batch
+from rat_jax.evaluation.scoring import Scorer
 from rat_jax.sharding import global_batch, leaf_names, make_mesh
 from rat_jax.training.step import initial_state, train_step
 from tests.tiny_run import tiny_config
@@ -41,6 +43,8 @@ def run(data: int, fsdp: int, parts: int) -> dict:
         for _ in range(2):
             state, metrics = train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
             losses.append(float(metrics.loss))
+    pairs = [([1] * length, [2, length]) for length in (20, 3, 9, 14, 5)]
+    scorer = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=16, batch_tokens=1024)
     arrays = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
     moments = arrays["opt_state.adam.mu.blocks.00_rat.mixer.in_proj.kernel"]
     return {
@@ -49,6 +53,7 @@ def run(data: int, fsdp: int, parts: int) -> dict:
         "params": [np.asarray(x).tolist() for x in jax.tree.leaves(state.params)],
         "moments_on_a_device": moments.addressable_shards[0].data.size / moments.size,
         "compiled": train_step._cache_size() - compiled,
+        "log_probs": [score.log_probs.tolist() for score in scorer.score(pairs if data == fsdp else [])],
     }
 
 

@@ -103,18 +103,6 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.shapes",
         "rat_jax.sharding",
     },
-    "rat_jax.evaluation": {
-        "rat_jax.checkpoints",
-        "rat_jax.data",
-        "rat_jax.errors",
-        "rat_jax.files",
-        "rat_jax.loss",
-        "rat_jax.memory",
-        "rat_jax.mesh",
-        "rat_jax.model",
-        "rat_jax.shapes",
-        "rat_jax.sharding",
-    },
     "rat_jax.sampling": {
         "rat_jax.checkpoints",
         "rat_jax.config",
@@ -126,6 +114,19 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.model",
         "rat_jax.paths",
         "rat_jax.shapes",
+    },
+    "rat_jax.evaluation": {
+        "rat_jax.checkpoints",
+        "rat_jax.data",
+        "rat_jax.errors",
+        "rat_jax.files",
+        "rat_jax.loss",
+        "rat_jax.memory",
+        "rat_jax.mesh",
+        "rat_jax.model",
+        "rat_jax.sampling",
+        "rat_jax.shapes",
+        "rat_jax.sharding",
     },
 }
 

@@ -1,5 +1,6 @@
 """eval.py as a user runs it."""
 
+import importlib.util
 import json
 import math
 
@@ -107,6 +108,15 @@ def test_contexts_longer_than_the_split_are_refused_before_any_is_computed(workd
     assert "error: context length 10,000,000 is longer than the validation split" in capsys.readouterr().err
 
 
+def test_tasks_without_the_harness(workdir, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
+    assert call_script("eval.py", "--workdir", workdir, "--tasks=piqa") == 2
+    assert capsys.readouterr().err.endswith(
+        "error: --tasks needs the lm-evaluation-harness: pip install -r requirements-eval.txt\n"
+    )
+
+
 def test_errors_are_one_line(workdir, tmp_path, capsys):
     done = run_script("eval.py", "--workdir", tmp_path / "missing")
     assert (done.returncode, done.stderr) == (2, f"error: there is no workdir {tmp_path / 'missing'}\n")
@@ -117,6 +127,9 @@ def test_errors_are_one_line(workdir, tmp_path, capsys):
         (["--data_path", other], f"{other} was made by another tokenizer"),
         (["--context_lengths=16,x"], "--context_lengths wants numbers with commas between"),
         (["--step=1.5"], "flag --step=1.5"),
+        (["--limit=5"], "--limit has no effect without --tasks"),
+        (["--tasks=piqa", "--max_batches=5"], "--max_batches has no effect with --tasks"),
+        (["--tasks=piqa", "--context_lengths=16,32"], "--tasks wants one context length, got 16, 32"),
         (["--data_path=gs://bucket/corpus"], "--data_path is 'gs://bucket/corpus': gs:// is not read directly"),
     ):
         assert call_script("eval.py", "--workdir", workdir, *arguments) == 2

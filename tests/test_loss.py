@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rat_jax import loss as loss_module
-from rat_jax.loss import LossSums, next_token_loss, position_losses
+from rat_jax.loss import LossSums, next_token_loss, position_losses, token_scores
 
 B, T, D, V = 3, 13, 8, 17
 
@@ -73,6 +73,24 @@ def test_losses_by_position(block_tokens):
     np.testing.assert_allclose(losses(hidden, embedding, targets, weights), expected, rtol=1e-5)
 
 
+def test_scores_of_tokens(block_tokens):
+    hidden, embedding, targets, _ = inputs()
+    logits = np.asarray(hidden, np.float64) @ np.asarray(embedding, np.float64).T
+    targets = jnp.where(jnp.arange(T)[None] % 2 == 0, targets, jnp.int32(logits.argmax(-1)))
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    scores = jax.jit(lambda *arrays: token_scores(*arrays))(hidden, embedding, targets)
+    want = np.take_along_axis(log_probs, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(scores.log_probs, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scores.greedy, logits.argmax(-1) == targets)
+    assert 0 < np.mean(scores.greedy) < 1
+
+
+def test_of_equal_logits_the_first_is_greedy():
+    scores = token_scores(jnp.ones((1, 3, 2)), jnp.ones((4, 2)), jnp.asarray([[0, 1, 3]]))
+    np.testing.assert_array_equal(scores.greedy, [[True, False, False]])
+    np.testing.assert_allclose(scores.log_probs, np.full((1, 3), -np.log(4)), rtol=1e-6)
+
+
 def test_weight_is_the_sum_of_weights():
     arrays = inputs()
     assert next_token_loss(*arrays).weight == arrays[3].sum()
@@ -97,15 +115,22 @@ def test_extreme_logits_stay_finite():
     assert jnp.isfinite(gradient).all()
 
 
-def test_all_logits_are_never_in_memory(monkeypatch):
+@pytest.mark.parametrize(
+    "function",
+    [
+        jax.grad(lambda *a: next_token_loss(*a).loss, argnums=(0, 1)),
+        lambda hidden, embedding, targets, weights: token_scores(hidden, embedding, targets),
+    ],
+    ids=["gradients", "scores"],
+)
+def test_all_logits_are_never_in_memory(monkeypatch, function):
     monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", 4 * 2000)
     shapes = [(4, 256, 4), (2000, 4), (4, 256), (4, 256)]
     arguments = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in zip(shapes, (jnp.float32, jnp.float32, jnp.int32, jnp.float32), strict=True)
     ]
-    step = jax.jit(jax.grad(lambda *a: next_token_loss(*a).loss, argnums=(0, 1)))
-    needs = step.lower(*arguments).compile().memory_analysis()
+    needs = jax.jit(function).lower(*arguments).compile().memory_analysis()
     assert needs.temp_size_in_bytes < 4 * 256 * 2000 * 4 / 8
 
 

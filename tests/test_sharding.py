@@ -146,5 +146,9 @@ class TestFourDevices:
     def test_the_optimizer_state_is_cut_like_its_parameters(self, results, mesh, part):
         assert results[mesh]["moments_on_a_device"] == part
 
+    def test_scores_of_tokens(self, results):
+        np.testing.assert_allclose(results["2x2"]["log_probs"], results["1x1"]["log_probs"], atol=1e-4)
+        assert np.std(results["1x1"]["log_probs"]) > 0.01
+
     def test_a_second_step_compiles_nothing(self, results):
         assert {result["compiled"] for result in results.values()} == {1}

@@ -11,7 +11,7 @@ from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus
 from rat_jax.evaluation.perplexity import Evaluation
 
-_MAX_NAME = 40  # characters of a corpus, and of lengths, in the name of a file
+_MAX_NAME = 40  # characters of a corpus, of lengths, and of tasks, in the name of a file
 
 
 def as_json(loaded: LoadedModel, corpus: Corpus, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
@@ -34,10 +34,34 @@ def results_path(folder: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
     """
     lengths = [evaluation["context_length"] for evaluation in results["evaluations"]]
     fractions = [evaluation["split_fraction"] for evaluation in results["evaluations"]]
-    measured = json.dumps([results["data_hash"], lengths, fractions])
-    digest = hashlib.sha256(measured.encode()).hexdigest()[:8]
-    corpus = re.sub(r"[^A-Za-z0-9._]", "_", pathlib.Path(results["data_path"]).name)[:_MAX_NAME]
+    digest = _digest([results["data_hash"], lengths, fractions])
+    corpus = _part_of_a_name(pathlib.Path(results["data_path"]).name)
     named = "_".join(map(str, lengths))
     if len(named) > _MAX_NAME:
         named = f"{lengths[0]}_to_{lengths[-1]}"
     return folder / f"evaluation-{results['step']}-{corpus}-{named}-{digest}"
+
+
+def tasks_as_json(loaded: LoadedModel, measured: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results of tasks by name, and all that they depend on: the checkpoint and what `measured` says."""
+    return {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "trained_length": loaded.config.data.seq_len,
+        "measured": measured,
+        "tasks": tasks,
+    }
+
+
+def tasks_path(folder: pathlib.Path, step: int, names: Sequence[str], measured: dict[str, Any]) -> pathlib.Path:
+    """Where results of tasks belong: tasks-STEP-NAMES-DIGEST.json; the digest is of the names and `measured`."""
+    digest = _digest([list(names), measured])
+    return folder / f"tasks-{step}-{_part_of_a_name('_'.join(names))}-{digest}.json"
+
+
+def _digest(measured: Any) -> str:
+    return hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:8]
+
+
+def _part_of_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]", "_", text)[:_MAX_NAME]

@@ -46,7 +46,7 @@ def generate(
     eos_id: int | None = None,
     batch_size: int | None = None,
     first: int = 0,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_tokens: Callable[[int, list[int]], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt, or those from `first` on.
 
@@ -70,7 +70,7 @@ def generate(
       first: index of the first prompt that is continued. Those before it were continued earlier, and only count as
         equal prompts.
       on_tokens: called with a prompt's index and its next new tokens as soon as they are there, and with an empty list
-        when there will be no more.
+        when there will be no more. If it returns True the prompt gets no more tokens.
 
     Returns:
       The new tokens of each prompt that was continued, without the prompt.
@@ -128,7 +128,7 @@ def _check_memory(decoder: Decoder, batches: Sequence[Sequence[Sequence[int]]], 
 
 
 def _collect(
-    blocks: Iterator[np.ndarray], num_rows: int, first_row: int, on_tokens: Callable[[int, list[int]], None]
+    blocks: Iterator[np.ndarray], num_rows: int, first_row: int, on_tokens: Callable[[int, list[int]], bool | None]
 ) -> list[list[int]]:
     """The tokens of each row of a batch, from its blocks."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
@@ -144,11 +144,12 @@ def _collect(
                 )
             new = tokens[tokens != _FINISHED].tolist()
             rows[row] += new
-            if new:
-                on_tokens(first_row + row, new)
-            if len(new) < len(tokens):
+            has_enough = bool(new) and on_tokens(first_row + row, new)
+            if has_enough or len(new) < len(tokens):
                 del open_rows[row]
                 on_tokens(first_row + row, [])
+        if not open_rows:
+            break
     for row in open_rows:
         on_tokens(first_row + row, [])
     return rows

@@ -1,0 +1,300 @@
+"""What a model says of given tokens: log-probabilities of continuations and of long texts, in few compiled shapes."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.loss import TokenScores, token_scores
+from rat_jax.memory import is_out_of_memory
+from rat_jax.mesh import constrain_rows, replicate
+from rat_jax.model import LanguageModel
+from rat_jax.shapes import Array, Int
+from rat_jax.sharding import batch_sharding
+
+_SHORTEST = 16  # tokens of a padded row
+
+Ids = Sequence[int] | np.ndarray
+Pair = tuple[Ids, Ids]  # a context, and its continuation
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model says of n tokens, each after all that come before it."""
+
+    log_probs: np.ndarray  # float32 [n], in nats
+    greedy: np.ndarray  # bool [n]: whether the token is the likeliest one
+    num_dropped: int  # tokens of the context that were not read, since the context length has no room for them
+
+    @property
+    def total(self) -> float:
+        """log p of all tokens together."""
+        return float(self.log_probs.sum(dtype=np.float64))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding would give these tokens."""
+        return bool(self.greedy.all())
+
+
+class RowBatch(NamedTuple):
+    """Rows of one padded length; padding follows a row's tokens, which do not see it."""
+
+    tokens: Int[Array, "B T"] | np.ndarray
+    targets: Int[Array, "B T"] | np.ndarray  # the token after each
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Which rows are computed together, and the shape they are padded to."""
+
+    rows: list[int]
+    num_rows: int  # padding included
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    name: str  # for messages
+    ids: np.ndarray  # all but the last are read
+    num_targets: int  # the last ones
+    num_dropped: int
+
+
+Progress = Callable[[Iterable[RowBatch], int], Iterable[RowBatch]]
+
+
+def _no_progress(batches: Iterable[RowBatch], num_batches: int) -> Iterable[RowBatch]:
+    return batches
+
+
+class Scorer:
+    """Scores tokens with a model: rows of similar length together, cut among the devices of a mesh.
+
+    Rows are sorted by length and padded to one of four lengths an octave, so that few programs are compiled. A score
+    follows from its own tokens alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`).
+    """
+
+    def __init__(self, model: LanguageModel, mesh: jax.sharding.Mesh | None, *, context_length: int, batch_tokens: int):
+        """Computes nothing yet.
+
+        Args:
+          model: on the mesh, as `rat_jax.checkpoints.store.load_model` puts it.
+          mesh: whose devices divide the rows; all hosts score the same tokens together. None: the model's own device.
+          context_length: the most tokens that are read at a time; may exceed the length of training sequences.
+          batch_tokens: tokens computed at a time, padding included, but one row for each device at least.
+
+        Raises:
+          EvaluationError: if a number is below 1.
+        """
+        for name, value in (("context_length", context_length), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise EvaluationError(f"{name} must be 1 or more, got {value}")
+        self.context_length = context_length
+        self.batch_tokens = batch_tokens
+        self._mesh = mesh
+        self._vocab_size = model.config.vocab_size
+        self._graphdef, self._params = nnx.split(model)
+
+    def score(self, pairs: Sequence[Pair], progress: Progress = _no_progress) -> list[Score]:
+        """log p(token | context, earlier tokens of the continuation) of every token of each continuation.
+
+        Of a context that is too long the end is read: `context_length` tokens up to the last but one of the
+        continuation, of which the last is only predicted.
+
+        Args:
+          pairs: context and continuation, each of at least one id in [0, V). To start from nothing, give the id that
+            ends documents as context.
+          progress: wraps the batches, of which the number is given.
+
+        Returns:
+          A score for each pair, in their order.
+
+        Raises:
+          EvaluationError: naming a pair without context or continuation, with an id outside the vocabulary, with a
+            continuation longer than `context_length`, or whose result is not finite; or too little memory.
+        """
+        return self._score_rows([self._pair_row(f"pair {index}", *pair) for index, pair in enumerate(pairs)], progress)
+
+    def score_rolling(self, documents: Sequence[Ids], start_id: int, progress: Progress = _no_progress) -> list[Score]:
+        """log p of every token of texts of any length, each token predicted once, in `rolling_windows`.
+
+        Args:
+          documents: ids in [0, V), at least one each.
+          start_id: what the first token follows: the id that ends documents, or that of a BOS.
+          progress: wraps the batches, of which the number is given.
+
+        Returns:
+          A score for each document, in their order.
+
+        Raises:
+          EvaluationError: as `score`, naming the document; or a `start_id` outside the vocabulary.
+        """
+        self._checked("start_id", [start_id])
+        rows: list[_Row] = []
+        num_windows = []
+        for index, document in enumerate(documents):
+            name = f"document {index}"
+            if len(document) == 0:
+                raise EvaluationError(f"{name} has no tokens: nothing to score")
+            windows = list(rolling_windows(self._checked(name, document), start_id, self.context_length))
+            rows += [_Row(name, np.concatenate(window), len(window[1]), 0) for window in windows]
+            num_windows.append(len(windows))
+        scores = iter(self._score_rows(rows, progress))
+        return [_joined([next(scores) for _ in range(count)]) for count in num_windows]
+
+    def _pair_row(self, name: str, context: Ids, continuation: Ids) -> _Row:
+        if len(context) == 0:
+            raise EvaluationError(
+                f"{name}: the context has no tokens: give at least one, such as the end of a document"
+            )
+        if len(continuation) == 0:
+            raise EvaluationError(f"{name}: the continuation has no tokens: nothing to score")
+        if len(continuation) > self.context_length:
+            raise EvaluationError(
+                f"{name}: the continuation has {len(continuation):,} tokens, more than the context length of "
+                f"{self.context_length:,}: raise the context length, or score it in windows"
+            )
+        ids = np.concatenate(
+            [self._checked(f"{name}, context", context), self._checked(f"{name}, continuation", continuation)]
+        )
+        num_dropped = max(0, len(ids) - 1 - self.context_length)
+        return _Row(name, ids[num_dropped:], len(continuation), num_dropped)
+
+    def _checked(self, name: str, ids: Ids) -> np.ndarray:
+        ids = np.asarray(ids, np.int64)
+        is_outside = (ids < 0) | (ids >= self._vocab_size)
+        if is_outside.any():
+            position = int(np.argmax(is_outside))
+            raise EvaluationError(
+                f"{name}, position {position}: token id {ids[position]} is outside the vocabulary of {self._vocab_size}"
+            )
+        return ids.astype(np.int32)
+
+    def _score_rows(self, rows: Sequence[_Row], progress: Progress) -> list[Score]:
+        num_devices = 1 if self._mesh is None else self._mesh.size
+        lengths = [len(row.ids) - 1 for row in rows]
+        plan = plan_batches(lengths, self.context_length, self.batch_tokens, num_devices)
+        batches = (_row_batch(planned, rows) for planned in plan)
+        scores: dict[int, Score] = {}
+        under_way = None
+        try:
+            with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+                for planned, batch in zip(plan, progress(batches, len(plan)), strict=True):
+                    started = planned, batch_scores(self._graphdef, self._params, self._on_devices(batch))
+                    if under_way is not None:  # while the device computes
+                        scores.update(_scores_of_rows(*under_way, rows))
+                    under_way = started
+            if under_way is not None:
+                scores.update(_scores_of_rows(*under_way, rows))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise EvaluationError(
+                f"batches of {self.batch_tokens:,} tokens need more memory than is free; lower batch_tokens, or the "
+                f"context length of {self.context_length:,}"
+            ) from None
+        return [scores[index] for index in range(len(rows))]
+
+    def _on_devices(self, batch: RowBatch) -> RowBatch:
+        if self._mesh is None:
+            return batch
+        sharding = batch_sharding(self._mesh)  # every host has all rows and gives its devices theirs
+        return RowBatch(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch))
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def batch_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: RowBatch) -> TokenScores:
+    """What a model says of every target of a batch.
+
+    Args:
+      graphdef: of the model, from `nnx.split`.
+      params: of the model, float32.
+      batch: with rows for all devices of the mesh in use, if any.
+    """
+    model = nnx.merge(graphdef, params)
+    hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens)))
+    scores = token_scores(hidden, model.embedding[...], batch.targets)
+    return TokenScores(*map(replicate, scores))
+
+
+def rolling_windows(
+    document: np.ndarray, start_id: int, context_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Context and continuation of windows that predict each token of a document once.
+
+    Each continuation is the next `context_length` tokens, or all that are left. Its context is the token before it
+    (`start_id` before the first) and, where fewer are left, so many more that the window reads `context_length` tokens.
+    A document that fits is one window.
+    """
+    ids = np.concatenate([np.asarray([start_id], document.dtype), document])
+    for start in range(0, len(document), context_length):
+        end = min(start + context_length, len(document))
+        yield ids[max(0, end - context_length) : start + 1], ids[start + 1 : end + 1]
+
+
+def plan_batches(
+    lengths: Sequence[int], context_length: int, batch_tokens: int, num_devices: int
+) -> list[PlannedBatch]:
+    """Rows of similar length together, the longest first, in few shapes.
+
+    A batch is as long as its longest row, rounded up to a multiple of an eighth of the next power of two, and has as
+    many rows as `batch_tokens` hold at that length; the last one has fewer, a power of two for each device.
+
+    Args:
+      lengths: tokens to read of each row.
+      context_length: no batch is longer.
+      batch_tokens: of a batch, padding included; exceeded where one row for each device is more.
+      num_devices: what the rows of a batch are a multiple of.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    plan, start = [], 0
+    while start < len(order):
+        length = _padded_length(lengths[order[start]], context_length)
+        per_device = max(1, batch_tokens // (length * num_devices))
+        rows = order[start : start + per_device * num_devices]
+        needed = -(-len(rows) // num_devices)
+        plan.append(PlannedBatch(rows, min(per_device, 1 << (needed - 1).bit_length()) * num_devices, length))
+        start += len(rows)
+    return plan
+
+
+def _padded_length(num_tokens: int, context_length: int) -> int:
+    unit = max(_SHORTEST, (1 << (num_tokens - 1).bit_length()) // 8)
+    return min(-(-num_tokens // unit) * unit, context_length)
+
+
+def _row_batch(planned: PlannedBatch, rows: Sequence[_Row]) -> RowBatch:
+    batch = RowBatch(*(np.zeros((planned.num_rows, planned.length), np.int32) for _ in range(2)))
+    for place, index in enumerate(planned.rows):
+        ids = rows[index].ids
+        batch.tokens[place, : len(ids) - 1] = ids[:-1]
+        batch.targets[place, : len(ids) - 1] = ids[1:]
+    return batch
+
+
+def _scores_of_rows(planned: PlannedBatch, computed: TokenScores, rows: Sequence[_Row]) -> Iterator[tuple[int, Score]]:
+    log_probs, greedy = (np.asarray(x) for x in computed)
+    for place, index in enumerate(planned.rows):
+        row = rows[index]
+        end = len(row.ids) - 1
+        targets = slice(end - row.num_targets, end)
+        score = Score(log_probs[place, targets].copy(), greedy[place, targets].copy(), row.num_dropped)
+        if not np.isfinite(score.log_probs).all():
+            raise EvaluationError(
+                f"{row.name}: a log-probability is not finite: the model's parameters are damaged, or too large for "
+                f"its dtype"
+            )
+        yield index, score
+
+
+def _joined(scores: Sequence[Score]) -> Score:
+    return Score(
+        np.concatenate([score.log_probs for score in scores]), np.concatenate([score.greedy for score in scores]), 0
+    )

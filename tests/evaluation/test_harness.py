@@ -1,0 +1,380 @@
+"""Tasks of the lm-evaluation-harness: exact numbers on a model whose distribution is known, and what can go wrong."""
+
+import functools
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.checkpoints.store import save_model
+from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
+from rat_jax.evaluation import EvaluationError
+from tests.commands import call_script
+from tests.small import small_model
+from tests.tiny_run import tiny_config
+
+pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
+
+from lm_eval.api.instance import Instance
+
+from rat_jax.evaluation import harness
+from rat_jax.evaluation.harness import HarnessModel, Tasks, TextSettings, run_tasks
+
+TOKENIZER = ByteTokenizer()
+END = TOKENIZER.eos_id
+QUESTIONS = [
+    {"question": "Is it warm?", "options": ["yes", "no", "größer 日本"], "answer": 0},
+    {"question": "A long one " * 5, "options": ["b", " c ", "d"], "answer": 1},
+    {"question": "?", "options": ["x", "yy", "zzz"], "answer": 2},
+]
+TEXTS = [{"text": "one short text"}, {"text": "a text of more than the context length. " * 4}]
+PROMPTS = [{"question": "Q: a\nA:", "answer": "x"}, {"question": "bb", "answer": "y"}]
+
+
+def write_task(folder, name, rows, **config):
+    (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    values = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "test_split": "test",
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(values | config))  # JSON is YAML
+
+
+def metric(name, **more):
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True} | more
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Task files of every kind of request, and some that fail."""
+    folder = tmp_path_factory.mktemp("tasks")
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "answer",
+        "metric_list": [metric("acc"), metric("acc_norm")],
+    }
+    write_task(folder, "choice", QUESTIONS, **choice)
+    write_task(folder, "wrong_column", QUESTIONS, **choice | {"doc_to_text": "{{no_such}}"})
+    write_task(folder, "no_file", QUESTIONS, **choice)
+    (folder / "no_file.jsonl").unlink()
+    (folder / "needs.py").write_text("import no_such_package\n\ndef text(doc):\n    return doc['question']\n")
+    write_task(folder, "no_package", QUESTIONS, **choice)
+    text = (folder / "no_package.yaml").read_text()
+    (folder / "no_package.yaml").write_text(text.replace('"{{question}}"', "!function needs.text"))
+    write_task(
+        folder,
+        "rolling",
+        TEXTS,
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+    )
+    write_task(
+        folder,
+        "until",
+        PROMPTS,
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["\n", ""], "max_gen_toks": 8, "do_sample": False, "top_p": 0.9, "num_beams": 1},
+        metric_list=[metric("exact_match")],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bigrams():
+    """A model in which only the last token decides what is next, and log p(next | last) [V, V] in float64."""
+    model = small_model(("rnn",), vocab_size=257, num_layers=1)
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        if path[-2:] in (("out_proj", "kernel"), ("down", "kernel")):
+            param[...] = jnp.zeros_like(param[...])
+    embedding = np.asarray(model.embedding[...], np.float64)
+    scale = np.asarray(model.final_norm.scale[...], np.float64)
+    hidden = embedding / np.sqrt(np.square(embedding).mean(axis=-1, keepdims=True) + 1e-6) * scale
+    logits = hidden @ embedding.T
+    return model, logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def make_model(bigrams, tokenizer=TOKENIZER, **settings):
+    settings = TextSettings(**{"context_length": 64} | settings)
+    return HarnessModel(bigrams[0], tokenizer, None, settings, batch_tokens=1024)
+
+
+def log_prob(table, text: str, start: int) -> float:
+    """log p of the bytes of a text after the id `start`."""
+    ids = [start, *text.encode()]
+    return table[ids[:-1], ids[1:]].sum()
+
+
+def instances(kind, *arguments):
+    return [Instance(kind, {}, args, index, ("t", index, 1)) for index, args in enumerate(arguments)]
+
+
+def test_options_are_judged_by_their_probability(bigrams, folder):
+    table = bigrams[1]
+    right = right_norm = 0
+    for row in QUESTIONS:
+        # The harness writes a space between a question and its options, and moves spaces to the option.
+        stem = row["question"].rstrip()
+        spaces = row["question"][len(stem) :]
+        totals = [log_prob(table, f"{spaces} {option}", stem.encode()[-1]) for option in row["options"]]
+        per_character = [total / len(option) for total, option in zip(totals, row["options"], strict=True)]
+        right += np.argmax(totals) == row["answer"]
+        right_norm += np.argmax(per_character) == row["answer"]
+    model = make_model(bigrams)
+    found = Tasks(["choice"], folder).run("choice", model, num_fewshot=None, limit=None)
+    assert found["results"]["choice"]["acc,none"] == pytest.approx(right / 3)
+    assert found["results"]["choice"]["acc_norm,none"] == pytest.approx(right_norm / 3)
+    assert found["n-samples"]["choice"] == {"original": 3, "effective": 3}
+    assert found["num_truncated"] == 0
+
+
+def test_texts_in_windows(bigrams, folder):
+    found = Tasks(["rolling"], folder).run("rolling", make_model(bigrams), num_fewshot=None, limit=None)
+    texts = [row["text"] for row in TEXTS]
+    nats = sum(log_prob(bigrams[1], text, END) for text in texts)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert found["results"]["rolling"]["bits_per_byte,none"] == pytest.approx(-nats / np.log(2) / num_bytes, rel=1e-5)
+
+
+def test_generated_texts(bigrams, folder):
+    model = make_model(bigrams)
+    found = Tasks(["until"], folder).run("until", model, num_fewshot=None, limit=1)
+    assert found["results"]["until"]["exact_match,none"] in (0.0, 1.0)
+    assert found["n-samples"]["until"]["effective"] == 1
+    # What follows each byte is the likeliest one.
+    table = bigrams[1]
+    want, last = b"", ord("b")
+    for _ in range(8):
+        last = int(table[last].argmax())
+        want += bytes([last])
+    arguments = {"until": ["\n\n"], "max_gen_toks": 8}
+    whole, stopped = model.generate_until(
+        instances(
+            "generate_until", ("ab", arguments), ("cb", arguments | {"until": [want.decode(errors="replace")[2]]})
+        )
+    )
+    assert whole == want.decode(errors="replace")
+    assert stopped == whole[: whole.index(whole[2])]
+
+
+def test_numbers_of_single_requests(bigrams):
+    table = bigrams[1]
+    model = make_model(bigrams)
+    pairs = [("a", "b"), ("a ", "b"), ("", "bc"), ("a", "日本"), (" ", "b")]
+    want = [
+        log_prob(table, "b", ord("a")),
+        log_prob(table, " b", ord("a")),  # the space belongs to the continuation
+        log_prob(table, "bc", END),
+        log_prob(table, "日本", ord("a")),
+        log_prob(table, " b", END),
+    ]
+    found = model.loglikelihood(instances("loglikelihood", *pairs))
+    np.testing.assert_allclose([total for total, _ in found], want, rtol=1e-5)
+    likeliest = int(table[ord("a"), :128].argmax())
+    ((_, greedy),) = model.loglikelihood(instances("loglikelihood", ("a", chr(likeliest))))
+    assert greedy == (likeliest == table[ord("a")].argmax())
+    assert model.loglikelihood_rolling(instances("loglikelihood_rolling", ("",))) == [0.0]
+    apart = make_model(bigrams, joint_tokenization=False)
+    ((total, _),) = apart.loglikelihood(instances("loglikelihood", ("a ", "b")))
+    assert total == pytest.approx(log_prob(table, "b", ord(" ")), rel=1e-5)
+
+
+def test_joint_tokenisation_cuts_where_the_context_ends(bigrams):
+    bpe = train_bpe(["the cat sat on the mat, the cat sat on the hat"], 270)
+    joint, apart = (make_model(bigrams, bpe, joint_tokenization=value) for value in (True, False))
+    context, continuation = "the cat", " sat on the mat"
+    whole = bpe.encode(context + continuation)
+    assert joint._encode_pair(context + " ", continuation[1:]) == (
+        bpe.encode(context),
+        whole[len(bpe.encode(context)) :],
+    )
+    assert apart._encode_pair(context + " ", continuation[1:]) == (bpe.encode("the cat "), bpe.encode(continuation[1:]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "context", "room", "want"),
+    [
+        ({}, [1, 2, 3], 3, [1, 2, 3]),
+        ({}, [1, 2, 3, 4, 5], 3, [3, 4, 5]),
+        ({"truncation": "right"}, [1, 2, 3, 4, 5], 3, [1, 2, 3]),
+        ({"truncation": "middle"}, [1, 2, 3, 4, 5, 6], 3, [1, 5, 6]),
+        ({"truncation": "middle"}, [1, 2, 3], 1, [3]),
+        ({}, [], 3, [END]),
+        ({"bos": "always"}, [1, 2], 3, [END, 1, 2]),
+        ({"bos": "always"}, [END], 3, [END]),
+        ({"bos": "always"}, [1, 2, 3, 4, 5], 3, [END, 4, 5]),
+        ({"bos": "always", "truncation": "right"}, [1, 2, 3, 4], 3, [END, 1, 2]),
+        ({"bos": "always"}, [1, 2], 1, [END]),
+    ],
+)
+def test_contexts_are_cut_to_their_room(bigrams, settings, context, room, want):
+    model = make_model(bigrams, **settings)
+    assert model._fitted(context, room) == want
+    assert model.num_truncated == (len(want) < len(context) + (END in want and END not in context and context != []))
+
+
+def test_a_context_too_long_is_counted(bigrams):
+    model = make_model(bigrams, context_length=8)
+    ((total, _),) = model.loglikelihood(instances("loglikelihood", ("abcdefghij", "kl")))
+    assert total == pytest.approx(log_prob(bigrams[1], "kl", ord("j")), rel=1e-5)
+    assert model.num_truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"until": ["\n"], "max_gen_toks": 64},
+            "task t generates up to 64 tokens, which leave no room .* length of 64",
+        ),
+        ({"until": [], "num_beams": 4}, "generation_kwargs have num_beams, which is not supported"),
+        (
+            {"until": [], "max_gen_toks": 4, "typical_p": 0.5},
+            "generation_kwargs have typical_p, which is not supported",
+        ),
+    ],
+)
+def test_generation_that_is_not_possible(bigrams, arguments, message):
+    with pytest.raises(EvaluationError, match=message):
+        make_model(bigrams, max_new_tokens=5).generate_until(instances("generate_until", ("a", arguments)))
+
+
+def test_requests_and_settings_that_make_no_sense(bigrams):
+    with pytest.raises(EvaluationError, match="task t, document 0: the continuation is empty"):
+        make_model(bigrams).loglikelihood(instances("loglikelihood", ("a", "")))
+    with pytest.raises(EvaluationError, match="bos must be one of empty, always, got 'never'"):
+        TextSettings(64, bos="never")
+    with pytest.raises(EvaluationError, match="truncation must be one of left, middle, right, got 'none'"):
+        TextSettings(64, truncation="none")
+    with pytest.raises(EvaluationError, match="max_new_tokens must be 1 or more, got 0"):
+        TextSettings(64, max_new_tokens=0)
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """The harness's own task files take many seconds to read."""
+    monkeypatch.setattr(harness, "TaskManager", functools.partial(OwnTaskManager))
+
+
+class OwnTaskManager(harness.TaskManager):
+    def __init__(self, include_path=None, include_defaults=False):
+        super().__init__(include_path=include_path, include_defaults=False)
+
+
+@pytest.mark.usefixtures("own_tasks_only")
+def test_names_that_are_not_known(folder, tmp_path):
+    with pytest.raises(EvaluationError, match=r"there is no task 'choise' .*; did you mean choice\?"):
+        Tasks(["choice", "choise"], folder)
+    with pytest.raises(EvaluationError, match=r"there is no folder .*/missing of task files"):
+        Tasks(["choice"], tmp_path / "missing")
+    with pytest.raises(EvaluationError, match="name one or several different tasks, got choice, choice"):
+        Tasks(["choice", "choice"], folder)
+
+
+def test_one_failing_task_does_not_lose_the_others(bigrams, folder):
+    done = {}
+    run_tasks(
+        Tasks(["no_file", "choice", "wrong_column", "no_package"], folder),
+        make_model(bigrams),
+        num_fewshot=0,
+        limit=2,
+        on_result=done.__setitem__,
+    )
+    assert list(done) == ["no_file", "choice", "wrong_column", "no_package"]
+    assert "acc,none" in done["choice"]["results"]["choice"]
+    assert done["no_package"] == {
+        "error": "task no_package needs a package that is not installed: No module named 'no_such_package'"
+    }
+    message = done["no_file"]["error"]
+    assert message.startswith(
+        f"task no_file: the data set json ({{'test': '{folder}/no_file.jsonl'}}) cannot be loaded: "
+    )
+    assert "--tasks_dir" in message
+    assert "\n" not in message
+    assert done["wrong_column"]["error"].startswith("task wrong_column does not fit the data set json")
+    assert "'no_such' is undefined" in done["wrong_column"]["error"]
+
+
+def test_data_that_cannot_be_downloaded(folder, monkeypatch, tmp_path):
+    def refuse(*arguments, **settings):
+        raise ConnectionError("Couldn't reach 'owner/data' on the Hub")
+
+    write_task(tmp_path, "remote", QUESTIONS, dataset_path="owner/data", dataset_name="part", dataset_kwargs={})
+    tasks = Tasks(["remote"], tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(
+        EvaluationError,
+        match=r"task remote: the data set owner/data part cannot be loaded: Couldn't reach .*huggingface\.co/datasets",
+    ):
+        tasks.load("remote")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, bigrams):
+    folder = tmp_path_factory.mktemp("harness") / "run"
+    config = tiny_config("nowhere", model__pattern=("rnn",), model__vocab_size=257)
+    save_model(folder, config, harness.LanguageModel(config.model, rngs=nnx.Rngs(0)), step=3, tokenizer=TOKENIZER)
+    return folder
+
+
+def test_the_program(workdir, folder, capsys, monkeypatch):
+    arguments = ["--workdir", workdir, "--tasks_dir", folder, "--context_lengths=48", "--limit=2"]
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert [line.split()[:3] for line in lines[:3]] == [
+        ["task", "metric", "documents"],
+        ["choice", "acc", "2"],
+        ["choice", "acc_norm", "2"],
+    ]
+    assert lines[3].split() == ["choice", "3", "contexts", "were", "too", "long", "and", "cut"]
+    assert lines[4].split()[:3] == ["until", "exact_match", "2"]
+    (file,) = workdir.glob("tasks-3-choice_until-*.json")
+    assert printed.err.endswith(f"written to {file}\n")
+    values = json.loads(file.read_text())
+    measured = values["measured"]
+    assert (measured["bos"], measured["truncation"], measured["joint_tokenization"]) == ("empty", "left", True)
+    assert (measured["context_length"], measured["limit"], measured["num_fewshot"]) == (48, 2, None)
+    assert measured["tokenizer_hash"] == TOKENIZER.hash
+    assert values["step"] == 3
+    assert values["tasks"]["choice"]["versions"] == {"choice": 1.0}
+
+    assert call_script("eval.py", *arguments, "--tasks=choice,no_file", "--bos=always", "--json") == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["tasks"].keys() == {"choice", "no_file"}
+    assert printed.err.splitlines()[-1].startswith("error: 1 of 2 tasks failed: task no_file: the data set json")
+    assert len(list(workdir.glob("tasks-*.json"))) == 2
+
+    def interrupt(tasks, name, *rest, **settings):
+        if name == "until":
+            raise KeyboardInterrupt
+        return {"results": {}, "n-samples": {}, "num_truncated": 0}
+
+    monkeypatch.setattr(Tasks, "run", interrupt)
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
+    assert capsys.readouterr().err.endswith("error: only choice of the tasks is done: interrupted\n")
+    assert list(json.loads(file.read_text())["tasks"]) == ["choice"]
+    file.unlink()
+    file.mkdir()  # a place that cannot be written to, whoever runs the tests
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
+    assert f"only choice of the tasks is done: {file}" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    assert call_script("eval.py", *arguments, "--tasks=no_file") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: task no_file: the data set json")
+    assert len(list(workdir.glob("tasks-*.json"))) == 2

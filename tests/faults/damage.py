@@ -128,7 +128,7 @@ def checkpoint_under_the_number_of_another_step(case: Case) -> str:
     return str(other)
 
 
-@kind(8, "continued")
+@kind(8)
 def foreign_files_among_the_checkpoints(case: Case) -> str:
     name = case.rng.choice(["9", "notes.txt", ".nfs000", "8.orbax-checkpoint-tmp-1", "12", "latest", "4 (copy)"])
     path = case.workdir / "checkpoints" / name

@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -213,7 +214,10 @@ def _write_file(path: pathlib.Path, final: pathlib.Path, arrays: dict[str, np.nd
     for name in sorted(arrays):
         checksum.add(name, arrays[name])
     try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
         save_file(arrays, path, metadata | {_CHECKSUM_KEY: checksum.hex()})
+        path.chmod(mode)  # as any new file's; the library makes files that their owner alone may read
     except (OSError, SafetensorError) as error:
         raise FileError(f"{final} cannot be written: {explain(error)}") from error
 

@@ -59,8 +59,8 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
     start as `rat_jax.interrupts.caught` says.
 
     Raises:
-      ConfigError, CheckpointError, DataError, FileError: if something does not fit, or another process owns the
-        workdir, before anything is written.
+      ConfigError, CheckpointError, DataError, ReleaseError, FileError: if something does not fit, or another process
+        owns the workdir, before anything is written.
       RunStopped: if what had begun cannot go on; the message says why, and which step is saved. NonFiniteError is of
         this kind: the loss or its gradient is no finite number.
     """
@@ -163,10 +163,10 @@ class _Run:
     def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state to begin with, the steps it has done, and where a new run's state came from."""
         found = self.checkpoints.latest()
-        target = abstract_state(self.config, self.mesh)
         if found is None:
-            return self._begin(target)
+            return self._begin()
         path, manifest = found
+        target = abstract_state(self.config, self.mesh)
         params = self.checkpoints.restore(path, manifest, "params", target.params)
         if manifest.data is None:
             _say(f"starting from the model in {path}")
@@ -180,11 +180,12 @@ class _Run:
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step, None
 
-    def _begin(self, target: TrainState) -> tuple[TrainState, int, dict[str, Any] | None]:
+    def _begin(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """As `_restore`, of a run that has saved nothing yet."""
         origin, self.origin = self.origin or open_origin(self.config, _say), None  # what it holds is not kept
         if origin is None:
             return initial_state(self.config, self.mesh), 0, None
+        target = abstract_state(self.config, self.mesh)
         start = origin.load(target, self.config.init, _say)
         if start.opt_state is None:
             return initial_state(self.config, self.mesh, start.params), 0, start.note

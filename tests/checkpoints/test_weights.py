@@ -1,6 +1,7 @@
 """Weights as safetensors: what is written comes back bit for bit, what is damaged or of others is refused by name."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -123,6 +124,18 @@ class TestRoundTrip:
             held = load_file(sharded / file)
             assert len(held) == 1 or sum(array.nbytes for array in held.values()) <= 6_000
             assert all(index["weight_map"][name] == file for name in held)
+
+    def test_whoever_may_read_new_files_may_read_them(self, written, tmp_path):
+        (tmp_path / "file").touch()
+        assert (written / ONE_FILE).stat().st_mode == (tmp_path / "file").stat().st_mode
+
+    def test_a_folder_of_the_first_version(self):
+        """Written once; its arrays count in eighths."""
+        weights = Weights.open(pathlib.Path(__file__).parents[1] / "testdata/weights_v1")
+        assert (weights.step, weights.config.model.pattern, weights.dtypes) == (7, ("rnn",), ["bfloat16"])
+        for array in weights.read().values():
+            want = (np.arange(array.size) / 8).astype(jnp.bfloat16).astype(np.float32).reshape(array.shape)
+            np.testing.assert_array_equal(array, want)
 
     def test_parts(self, sharded, model):
         assert_equal(Weights.open(sharded).read(), arrays(model))

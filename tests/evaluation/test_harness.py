@@ -228,10 +228,11 @@ def test_contexts_are_cut_to_their_room(bigrams, settings, context, room, want):
     assert model.num_truncated == (len(want) < len(context) + (END in want and END not in context and context != []))
 
 
-def test_a_context_too_long_is_counted(bigrams):
-    model = make_model(bigrams, context_length=8)
+@pytest.mark.parametrize(("truncation", "last"), [("left", "j"), ("right", "g"), ("middle", "j")])
+def test_a_context_too_long_leaves_room_for_the_continuation(bigrams, truncation, last):
+    model = make_model(bigrams, context_length=8, truncation=truncation)
     ((total, _),) = model.loglikelihood(instances("loglikelihood", ("abcdefghij", "kl")))
-    assert total == pytest.approx(log_prob(bigrams[1], "kl", ord("j")), rel=1e-5)
+    assert total == pytest.approx(log_prob(bigrams[1], "kl", ord(last)), rel=1e-5)
     assert model.num_truncated == 1
 
 

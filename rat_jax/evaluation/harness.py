@@ -35,6 +35,7 @@ from rat_jax.sampling import generate_text
 Bos = Literal["empty", "always"]
 Truncation = Literal["left", "middle", "right"]
 
+_FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of tasks whose data are local files
 _SAMPLING_KEYS = ("top_k", "top_p", "repetition_penalty")  # of a task's generation_kwargs, as `generate` has them
 
 
@@ -232,7 +233,7 @@ class Tasks:
         except (OSError, ValueError, LookupError, DatasetsError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise EvaluationError(
-                f"task {name}: {self._data_of(name)} cannot be loaded: {reason}; {_PLACING}"
+                f"task {name}: {self._data_of(name)} cannot be loaded: {reason}; {self._remedy(name)}"
             ) from None
         if name in loaded["groups"]:
             return [loaded["groups"][name]]
@@ -270,6 +271,16 @@ class Tasks:
             "num_truncated": model.num_truncated - num_truncated
         }
 
+    def _remedy(self, name: str) -> str:
+        """How to place the data of a task that could not be loaded."""
+        path = (self._manager.task_index[name].cfg or {}).get("dataset_path", "")
+        if path in _FILE_FORMATS:
+            return "put the files there, or mend dataset_kwargs in the task's file"
+        return (
+            f"it is downloaded from huggingface.co/datasets/{path}: run this once where there is a network and copy "
+            f"the folder of HF_HOME here, or write a task file with dataset_path: json and your own files (--tasks_dir)"
+        )
+
     def _misfit(self, name: str, error: Exception) -> EvaluationError:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return EvaluationError(
@@ -284,12 +295,6 @@ class Tasks:
         parts = [str(config["dataset_path"]), str(config.get("dataset_name") or "")]
         files = (config.get("dataset_kwargs") or {}).get("data_files")
         return f"the data set {' '.join(filter(None, parts))}" + (f" ({files})" if files else "")
-
-
-_PLACING = (
-    "OWNER/NAME is downloaded from huggingface.co/datasets: run this once where there is a network and copy "
-    "the folder of HF_HOME here, or write a task file with dataset_path: json and files of your own (--tasks_dir)"
-)
 
 
 def run_tasks(

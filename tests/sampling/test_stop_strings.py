@@ -5,7 +5,7 @@ import random
 import pytest
 
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.sampling import SamplingError, generate_text
+from rat_jax.sampling import SamplingError, generate_text, generation
 from rat_jax.sampling.generation import STEPS_PER_CALL, generate
 from rat_jax.sampling.stop_strings import StoppedText
 from tests.small import small_model
@@ -96,8 +96,15 @@ def test_texts_are_those_of_generate_up_to_the_string(model, settings):
     assert (whole[1] == whole[3]) == (not settings)  # equal prompts are samples of their own
 
 
-def test_a_batch_ends_with_its_last_text(model):
-    seen = []
+def test_a_batch_ends_with_its_last_text(model, monkeypatch):
+    seen, calls = [], []
+    real = generation._next_tokens
+
+    def count(*arguments):
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "_next_tokens", count)
 
     def enough_after_one_call(index, ids):
         seen.append((index, len(ids)))
@@ -105,4 +112,5 @@ def test_a_batch_ends_with_its_last_text(model):
 
     ids = generate(model, PROMPTS[:2], max_new_tokens=NEW, on_tokens=enough_after_one_call)
     assert [len(x) for x in ids] == [1 + STEPS_PER_CALL] * 2
+    assert len(calls) == 2  # the second was under way; all tokens would take four
     assert seen == [(0, 1), (1, 1), (0, STEPS_PER_CALL), (0, 0), (1, STEPS_PER_CALL), (1, 0)]

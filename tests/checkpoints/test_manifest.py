@@ -107,7 +107,7 @@ FILE = ("files", "params/_METADATA")
         (put(["step"], 600), r"data\.next_batch must be step, 600"),
         (put(["config", "training", "num_steps"], 4), r"step must lie in 1 \.\. config\.training\.num_steps, 4, got 5"),
         (put(["config", "training", "num_steps"], "6"), r"config\.training\.num_steps must be of type int"),
-        (put(["config", "optimizer", "learning_rate"], 10**400), "learning_rate must be finite"),
+        (put(["config", "optimizer", "learning_rate"], 10**400), r"learning_rate must be below 2\*\*32"),
         (put(["config", "optimizer", "learning_rate"], float("nan")), "learning_rate must be finite"),
         (put(["config", "model", "pattern"], [["rat"]]), r"pattern\[0\] must be of type str"),
         (put(["config"], 3), "config must be an object"),

@@ -24,6 +24,7 @@ from rat_jax.data.prepare_flags import parse_flags
 from rat_jax.data.splits import split_of
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, train_bpe
 from rat_jax.files import FileError
+from tests.data import format_1
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -301,7 +302,7 @@ def test_interrupted_run_leaves_all_as_it_was(corpus, text_folder, monkeypatch, 
     beside = sorted(corpus.path.parent.iterdir())
     monkeypatch.setattr("rat_jax.data.prepare.encode", interrupted)
     assert main(command(text_folder, corpus.path, "--overwrite", "--field", "body")) == 75
-    assert "interrupted before anything was changed; the same command starts again" in capsys.readouterr().err
+    assert "interrupted, and nothing is lost; the same command starts again" in capsys.readouterr().err
     assert contents(corpus.path) == before
     assert sorted(corpus.path.parent.iterdir()) == beside
 
@@ -387,7 +388,7 @@ def test_verify(corpus, capsys):
     content[-100] ^= 1
     (corpus.path / "train.bin").write_bytes(content)
     assert main(["--out", str(corpus.path), "--verify"]) == 2
-    assert "train.bin was changed after it was written" in capsys.readouterr().err
+    assert "is not what was written there: the file was changed" in capsys.readouterr().err
 
 
 def test_paths_are_absolute(settings, text_folder, tmp_path, monkeypatch, capsys):
@@ -401,6 +402,7 @@ def test_paths_are_absolute(settings, text_folder, tmp_path, monkeypatch, capsys
         capsys.readouterr()
         assert main(command(source, out)) == 0
         assert "already prepared" in capsys.readouterr().out
+    format_1.rewrite_corpus(tmp_path / "corpus")
     path = tmp_path / "corpus" / "metadata.json"
     values = json.loads(path.read_text())
     values["settings"]["source"] = ["texts"]
@@ -555,7 +557,7 @@ def test_out_that_cannot_be_made(settings, text_folder, tmp_path, monkeypatch):
         (tmp_path / "file" / "out", r"--out .*out lies below .*file, which is a file: choose"),
         (tmp_path / "file" / "a" / "out", r"lies below .*file, which is a file: choose another place"),
         (tmp_path / "link", "link is a link to .*gone, which does not exist"),
-        (tmp_path / ("x" * 250), "cannot be written: File name too long; choose a shorter name"),
+        (tmp_path / ("x" * 250), "cannot be made: File name too long; choose a shorter name"),
     ):
         with pytest.raises((DataError, FileError), match=message):
             run(settings, out)

@@ -265,13 +265,14 @@ def test_every_name_that_does_not_fit_is_listed():
     state_dict["_orig_mod.embedding.wte.weight"] = state_dict["embedding.wte.weight"]
     with pytest.raises(ReleaseError) as error:
         model_from_release(state_dict, model_config)
-    assert str(error.value).splitlines()[1:] == [
-        "  embedding.wte.weight: there twice, with and without '_orig_mod.'",
-        "  backbone.layers.0.seq_layer.gate_bias: missing, of shape (32,)",
-        "  backbone.layers.1.hidden_layer.fc1.weight: has shape (32, 128), not (128, 32)",
-        "  backbone.ln.weight: missing, of shape (32,)",
-        "  backbone.layers.1.seq_layer.gate_bias: not a parameter of this model",
+    problems = [
+        "embedding.wte.weight: there twice, with and without '_orig_mod.'",
+        "backbone.layers.0.seq_layer.gate_bias: missing, of shape (32,)",
+        "backbone.layers.1.hidden_layer.fc1.weight: has shape (32, 128), not (128, 32)",
+        "backbone.ln.weight: missing, of shape (32,)",
+        "backbone.layers.1.seq_layer.gate_bias: not a parameter of this model",
     ]
+    assert str(error.value) == f"the weights are not those of the configuration: {'; '.join(problems)}"
 
 
 def test_head_that_is_not_tied_is_refused():

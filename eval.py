@@ -136,9 +136,9 @@ def _evaluate_losses(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.M
 
 def _check_task_flags(lengths: list[int]) -> None:
     """Refuses flags that have no effect with, or without, --tasks."""
-    others = [_MAX_BATCHES] if _TASKS.value else [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT]
-    for flag in others:
-        if flag.value is not None:
+    of_tasks = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
+    for flag in [_MAX_BATCHES] if _TASKS.value else of_tasks:
+        if flags.FLAGS[flag.name].present:
             raise EvaluationError(f"--{flag.name} has no effect {'with' if _TASKS.value else 'without'} --tasks")
     if _TASKS.value and len(lengths) > 1:
         raise EvaluationError(f"--tasks wants one context length, got {', '.join(map(str, lengths))}")
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, required=["workdir"])
+    program.run(main, required=["workdir"], interrupts="raise")

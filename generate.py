@@ -98,4 +98,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.run(main, required=["workdir"])
+    program.run(main, required=["workdir"], interrupts="raise")

@@ -26,6 +26,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several hosts: fi
 
 
 def _find_hosts() -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `rat_jax.interrupts`
     try:
         jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:

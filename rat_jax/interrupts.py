@@ -5,7 +5,8 @@ What a signal does depends on what could be lost:
 exit     ends the process at once, with a line and code 75. A thread does it, since the main thread may be in a long
          call (a compiler's), and an exception in the midst of one can get lost or leave a wreck
 note     is noted, and the program looks at `requested` where it can save
-raise    KeyboardInterrupt, as Python does for Ctrl-C: in library use, where the process is not ours to end
+raise    KeyboardInterrupt, as Python does for Ctrl-C: in library use, where the process is not ours to end, and in
+         programs that give out what they have by then
 
 Signals within a second count as one. The second changes nothing, and the third ends the process as it stands, in the
 midst of a save too.
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Interrupts:
             with self._lock:  # what is noted from here on is seen in time
                 if self._mode == "exit" and number[0] in _SIGNALS:
                     _write(NOTHING_LOST)
-                    os._exit(INTERRUPTED)
+                    _leave()
 
 
 _of_program: Interrupts | None = None
@@ -105,15 +106,35 @@ def _exit(number: int, frame: FrameType | None) -> None:
     os._exit(INTERRUPTED)
 
 
+_last_acts: list[Callable[[], None]] = []
+
+
 @contextlib.contextmanager
-def of_program() -> Iterator[None]:
-    """The block is all that this process does: signals are handled in it, beginning with "exit".
+def before_exit(act: Callable[[], None]) -> Iterator[None]:
+    """What is done if a signal ends the process within this block, in a thread; errors of the system are ignored."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
+def _leave() -> None:
+    for act in reversed(_last_acts):
+        with contextlib.suppress(OSError):
+            act()
+    os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def of_program(mode: Literal["exit", "raise"] = "exit") -> Iterator[None]:
+    """The block is all that this process does: signals are handled in it, beginning with `mode`.
 
     After it they are ignored as soon as Python tidies up, where it would forget its handlers; after a signal they are
     noted until then.
     """
     global _of_program
-    _of_program = interrupts = Interrupts("exit")
+    _of_program = interrupts = Interrupts(mode)
     wakeup, end = os.pipe()
     os.set_blocking(end, False)
     threading.Thread(target=interrupts.watch, args=(wakeup,), name="signals", daemon=True).start()

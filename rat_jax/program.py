@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from absl import app, flags, logging
 
@@ -32,16 +32,22 @@ class ArgumentParser(argparse.ArgumentParser):
         raise FlagError(f"{message}; {self.prog} --help lists the flags")
 
 
-def run(body: Callable[[], int | None], *, required: Sequence[str] = ()) -> None:
+def run(
+    body: Callable[[], int | None],
+    *,
+    required: Sequence[str] = (),
+    interrupts: Literal["exit", "raise"] = "exit",
+) -> None:
     """Reads the flags of absl, runs a program and ends the process.
 
     Args:
       body: the program; returns its exit code, None for 0.
       required: flags that must be given. They are checked after `--help`.
+      interrupts: what signals do at first, see `rat_jax.interrupts`.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     app.define_help_flags()
-    with of_program():
+    with of_program(interrupts):
         code = exit_code(lambda: _parse_and_run(body, required))
     sys.exit(code)
 

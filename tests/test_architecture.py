@@ -70,6 +70,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.data",
         "rat_jax.errors",
         "rat_jax.files",
+        "rat_jax.interrupts",
         "rat_jax.model",
         "rat_jax.paths",
         "rat_jax.program",

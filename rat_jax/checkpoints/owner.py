@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
 from rat_jax.files import ContentError, FileError, explain, read_object, system_errors
+from rat_jax.interrupts import before_exit
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
@@ -92,7 +93,7 @@ class Holder:
         """Whether the process surely has ended; `here.locks` says that this one could take the file's advisory lock."""
         same_host = (self.host, self.machine) == (here.host, here.machine)
         if self.boot != here.boot:
-            return same_host and None not in (self.boot, here.boot)
+            return same_host and None not in (self.boot, here.boot, self.machine)
         if self.boot is None and not same_host:
             return False
         if self.container == here.container:
@@ -136,11 +137,16 @@ class Owner:
             with contextlib.suppress(OSError):  # of a file server that is away: the next one may come through
                 os.utime(self._descriptor)
 
-    def release(self) -> None:
-        self._ended.set()
-        self._heart.join()
+    def leave(self) -> None:
+        """Takes the file away, if it is still this process's."""
         if _is_at(self._descriptor, self._file):
             self._file.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Ends the ownership."""
+        self._ended.set()
+        self._heart.join()
+        self.leave()
         os.close(self._descriptor)
 
 
@@ -172,7 +178,8 @@ def _owned(folder: pathlib.Path) -> Iterator[Owner]:
         except OSError as error:
             raise FileError(f"{folder} cannot be written in: {explain(error)}") from error
         try:
-            yield owner
+            with before_exit(owner.leave):
+                yield owner
         finally:
             with system_errors(folder / OWNER_FILE, "removed"):
                 owner.release()

@@ -88,7 +88,7 @@ class Windows:
 
     def has_target(self, index: int) -> bool:
         """Whether a target of a record counts in the loss."""
-        ids = self.file.tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+        ids = self.file.read(index * self.seq_len, min((index + 1) * self.seq_len + 1, len(self.file)))
         return bool(((ids[1:] >= self.first_target_id) & (ids[:-1] != self.file.header.eos_id)).any())
 
     def _check(self, ids: np.ndarray, index: int) -> None:

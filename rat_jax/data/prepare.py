@@ -102,8 +102,6 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
     with system_errors(out, "written"), new_folder(out) as folder:
         corpus = _encode(settings, collection, folder, num_workers) if collection else _wrap_release(settings, folder)
         corpus.write_metadata()
-        if not is_there and _is_there(out):
-            raise DataError(f"{out} was made by another program in the meantime; it is left alone")
     return Corpus.open(out)
 
 

@@ -1,11 +1,11 @@
 """The command line of `rat_jax.data.prepare`."""
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from typing import NoReturn
 
+from rat_jax.data.workers import available_cpus
 from rat_jax.program import FlagError
 
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
@@ -72,7 +72,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--eos_token", help="the token that ends a document, if the tokenizer's file does not say it")
     parser.add_argument("--invalid_utf8", choices=("refuse", "replace"), default="refuse", help="(default refuse)")
-    parser.add_argument("--num_workers", type=int, default=_num_cores(), help="processes (default one a core)")
+    parser.add_argument("--num_workers", type=int, default=available_cpus(), help="processes (default one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus prepared with other settings")
     parser.add_argument("--verify", action="store_true", help="read the finished corpus again and compare its hashes")
     flags = parser.parse_args(arguments)
@@ -93,8 +93,3 @@ def _unescape(text: str) -> str:
         return _ESCAPES[escape[0]]
 
     return re.sub(r"\\.?", character, text, flags=re.DOTALL)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use; a scheduler may have given it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

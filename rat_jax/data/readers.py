@@ -1,5 +1,6 @@
 """Batches that are read ahead, by a thread or by worker processes."""
 
+import contextlib
 import re
 from collections.abc import Generator
 from typing import Any
@@ -34,7 +35,7 @@ def read(batches: grain.MapDataset, first: int, num_workers: int) -> Generator[A
         dataset = dataset.mp_prefetch(ahead, worker_init_fn=_start_worker)
     iterator = iter(dataset)
     try:
-        with shielded():  # the first batch starts the processes, all at once
+        with shielded() if num_workers else contextlib.nullcontext():  # the first batch starts all processes
             batch = _next(iterator)
         while batch is not None:
             yield batch

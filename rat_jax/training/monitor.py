@@ -159,8 +159,11 @@ class TrainMonitor:
             yield
             return
         self._paused, start = True, time.perf_counter()
-        yield
-        self._paused, secs = False, time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._paused = False
+        secs = time.perf_counter() - start
         self._clock_secs += secs
         if not self._bar.disable:
             self._bar.start_t += secs

@@ -148,17 +148,17 @@ class _Run:
                 _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
             raise
         except (CheckpointError, DataError, FileError) as error:
-            raise RunStopped(f"{error}; {self._kept()}") from error
+            raise RunStopped(f"{error}; {self.kept()}") from error
         if result.finished:
             self._report(result.validation_loss)
         return result
 
-    def _kept(self) -> str:
+    def kept(self) -> str:
         """What a run that ends too early leaves."""
         step = self.checkpoints.saved_step
         if not step:
             return "no step was saved yet"
-        return f"step {step} is saved, and the same command goes on from there"
+        return f"step {step} is saved, and the same command resumes there"
 
     def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state to begin with, the steps it has done, and where a new run's state came from."""
@@ -191,13 +191,6 @@ class _Run:
             return initial_state(self.config, self.mesh, start.params), 0, start.note
         step = jax.device_put(np.int32(0), target.step.sharding)
         return TrainState(step, start.params, start.opt_state), 0, start.note
-
-    def kept(self) -> str:
-        """What a run that ends too early leaves."""
-        newest = self.checkpoints.peek()
-        if newest is None or newest.data is None:
-            return "no step was saved yet"
-        return f"step {newest.step} is saved, and the same command goes on from there"
 
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
         if jax.process_index() != 0:

@@ -134,6 +134,7 @@ class TestRun:
             training.train(tiny_config(corpus), tmp_path / "run")
         assert "bad_batches.jsonl cannot be written; batch 3: stopped" in capfd.readouterr().err
 
+    @pytest.mark.slow
     def test_too_many_in_a_row(self, corpus, tmp_path, monkeypatch):
         changes = {"training__on_non_finite": "skip", "training__max_skips_in_a_row": 2}
         spoil(monkeypatch, dict.fromkeys((3, 4, 5), no_number))
@@ -148,6 +149,7 @@ class TestRun:
             training.train(tiny_config(corpus), tmp_path / "run")
         assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()
 
+    @pytest.mark.slow
     def test_reported_spikes_change_nothing(self, corpus, tmp_path, monkeypatch, capfd):
         spoil(monkeypatch, {5: other_targets})
         assert training.train(tiny_config(corpus), tmp_path / "ignored").finished

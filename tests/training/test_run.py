@@ -263,7 +263,7 @@ class TestWorkdir:
         monkeypatch.setattr(Manifest, "write", fail)
         message = (
             r"checkpoints/4 could not be written: No space left on device; make room on its disk; step 2 is saved, and "
-            r"the same command goes on from there$"
+            r"the same command resumes there$"
         )
         with pytest.raises(RunStopped, match=message):
             training.train(config, tmp_path / "run")

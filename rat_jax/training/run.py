@@ -120,7 +120,16 @@ class _Run:
         self.guard = Guard(config.training, self._note_bad_batch)
 
     def finish(self, interrupts: Interrupts) -> TrainResult:
-        """Does the steps that remain."""
+        """Does the steps that remain; where memory is lacking, says what to change."""
+        try:
+            return self._finish(interrupts)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
+            raise RunStopped(f"a device has too little memory, see above; {self.kept()}") from error
+
+    def _finish(self, interrupts: Interrupts) -> TrainResult:
         state, start, note = self._restore()
         num_steps = self.config.training.num_steps
         loss = _validation_loss(self.workdir, num_steps)
@@ -143,10 +152,6 @@ class _Run:
                     stack.callback(log.close)
                 stack.callback(progress.close)
                 result = _Loop(self, state, start, progress, interrupts).run()
-        except jax.errors.JaxRuntimeError as error:
-            if is_out_of_memory(error):
-                _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
-            raise
         except (CheckpointError, DataError, FileError) as error:
             raise RunStopped(f"{error}; {self.kept()}") from error
         if result.finished:
@@ -296,6 +301,7 @@ class _Loop:
         """Saves what was done before an error, if that is good and not what failed; says what is saved."""
         failures = ""
         is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
+        is_good &= self._run.data.state()["next_batch"] == self._done  # else the batch under way would be lost
         try:
             # Saving is done by all hosts together, and the others may not know of the error.
             if is_good and self._done > self._saved and jax.process_count() == 1:

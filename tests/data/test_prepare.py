@@ -582,7 +582,7 @@ def test_out_that_another_program_made_meanwhile(settings, tmp_path, monkeypatch
         return encode(*arguments, **keywords)
 
     monkeypatch.setattr("rat_jax.data.prepare.encode", made_meanwhile)
-    with pytest.raises(DataError, match="was made by another program in the meantime; it is left alone"):
+    with pytest.raises(DataError, match="was made by another process in the meantime; it is left as it is"):
         run(settings, tmp_path / "out")
     assert list(contents(tmp_path / "out")) == ["x"]
 

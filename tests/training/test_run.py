@@ -439,7 +439,7 @@ class TestBadFigures:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 byte")
 
         stop_at(monkeypatch, 2, refuse)
-        with pytest.raises(jax.errors.JaxRuntimeError):
+        with pytest.raises(RunStopped, match="a device has too little memory, see above; no step was saved yet"):
             training.train(config, tmp_path / "run")
         said = capfd.readouterr().err
         for words in ("GiB for gradients and activations", "accumulation_steps, now 1", "remat, now 'none'", "fsdp"):

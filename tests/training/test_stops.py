@@ -41,7 +41,7 @@ def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
         return following(data)
 
     monkeypatch.setattr(TrainData, "__next__", next_or_error)
-    with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command goes"):
+    with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command resumes"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
 

@@ -5,8 +5,8 @@
 
 Prints a table, then writes it into the workdir, as evaluation-STEP-CORPUS-LENGTHS-DIGEST.json and .png: results of
 other data, lengths or parts of the split have files of their own. Exit codes: 0; 2 if flags, the workdir, its
-checkpoint or the data do not fit; 1 if a later length failed or a file could not be written, after what was computed
-is printed.
+checkpoint or the data do not fit; 1 if a later length failed, a signal came after the first, or a file could not be
+written, after what was computed is printed; 75 if a signal came before.
 
 Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt), and on task files of your own:
 

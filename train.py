@@ -4,7 +4,8 @@
   python train.py --config=configs/default.py --workdir=runs/wide --config.model.width=256
 
 Exit codes: 0 the run is finished; 2 the flags, the config, the data or the workdir do not fit, and nothing was changed;
-75 a signal (SIGTERM or Ctrl-C) ended it after a checkpoint: start it again; 1 the run could not go on.
+75 a signal (SIGTERM or Ctrl-C) ended it, with the last step saved if there was one: start it again; 1 the run could not
+go on.
 """
 
 from rat_jax import interrupts

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all moments and damages (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="faults at a time (default one a core)")
     parser.add_argument("--only", nargs="+", default=[""], help="kinds whose names hold one of these")
+    parser.add_argument("--sort", choices=("live", "files"), help="faults on live runs, or in files; left out: both")
     parser.add_argument("--out", type=pathlib.Path, help="where trainings to compare with are kept for the next time")
     flags = parser.parse_args()
     start = time.monotonic()
@@ -38,10 +39,11 @@ def main() -> int:
 
 
 def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
-    reference = live.make_reference(folder / "live")
+    reference = None if flags.sort == "files" else live.make_reference(folder / "live")
     base = Base.make(folder / "files")
     tasks: list[tuple[Callable[..., Verdict], object, str, int]] = []
-    for kinds, function, what in ((live.LIVE_KINDS, live.judge_named, reference), (KINDS, judge_named, base.path)):
+    sorts = {"live": (live.LIVE_KINDS, live.judge_named, reference), "files": (KINDS, judge_named, base.path)}
+    for kinds, function, what in [sorts[flags.sort]] if flags.sort else sorts.values():
         tasks += [
             (function, what, k.name, i)
             for k in kinds

@@ -212,7 +212,7 @@ def splits_swapped(case: Case) -> str:
 def header_of_a_token_file_changed(case: Case) -> str:
     path = case.corpus / case.rng.choice(["train.bin", "validation.bin"])
     content = path.read_bytes()
-    start = content.index(b"{")
+    start = content.index(b'{"')
     end = content.rindex(b"}", 0, HEADER_BYTES) + 1
     fields = json.dumps(mutate_json(json.loads(content[start:end]), case.rng)).encode()
     path.write_bytes((content[:start] + fields).ljust(HEADER_BYTES)[:HEADER_BYTES] + content[HEADER_BYTES:])

@@ -103,7 +103,7 @@ def _of_corpora(base: Base, folder: pathlib.Path) -> list[Reader]:
     def damage_header(content: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             return mutate_bytes(content[:1000], rng).ljust(HEADER_BYTES)[:HEADER_BYTES]
-        start, end = content.index(b"{"), content.rindex(b"}") + 1
+        start, end = content.index(b'{"'), content.rindex(b"}") + 1
         changed = json.dumps(mutate_json(json.loads(content[start:end]), rng)).encode()
         return (content[:start] + changed).ljust(HEADER_BYTES)[:HEADER_BYTES]
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import pathlib
 import re
 
@@ -91,6 +92,7 @@ def _read_sentencepiece(path: pathlib.Path, content: bytes, eos_token: str | Non
 def _read_huggingface(path: pathlib.Path, content: bytes, eos_token: str | None) -> HuggingFaceTokenizer:
     import tokenizers
 
+    _refuse_prefix(path, content)
     with library_errors(f"tokenizer {path} is not a tokenizer.json"):
         model = tokenizers.Tokenizer.from_buffer(content)
     eos_token = eos_token or _configured_end(path.parent / "tokenizer_config.json")
@@ -104,6 +106,22 @@ def _read_huggingface(path: pathlib.Path, content: bytes, eos_token: str | None)
     tokenizer = HuggingFaceTokenizer(content, eos_id)
     _refuse_end_in_text(path, tokenizer, eos_token)
     return tokenizer
+
+
+def _refuse_prefix(path: pathlib.Path, content: bytes) -> None:
+    """Refuses a BPE whose merges lack its `continuing_subword_prefix`, at which the library ends the process."""
+    try:
+        model = json.loads(content)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model["merges"]
+        seconds = [(merge.split(" ") if isinstance(merge, str) else merge)[1] for merge in merges] if prefix else []
+        fits = all(second.startswith(prefix) for second in seconds)
+    except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):  # the library says what it is
+        return
+    if not fits:
+        raise DataError(
+            f"tokenizer {path} is damaged: model.continuing_subword_prefix is {prefix[:20]!r}, with which its merges "
+            f"do not begin"
+        )
 
 
 def _configured_end(path: pathlib.Path) -> str | None:

@@ -209,3 +209,11 @@ def test_damaged_files_are_refused_or_tokenizers(bpe, sentencepiece_model, tmp_p
                 refused += 1
                 assert str(path) in str(error)
     assert 50 < refused < 300
+
+
+def test_a_prefix_that_the_merges_lack_is_refused_before_the_library_ends_the_process(tmp_path):
+    content = json.loads(train_bpe(["import os\nimport re\n"], 262).model[1])
+    content["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="continuing_subword_prefix is '##', with which its merges do not begin"):
+        read_tokenizer(tmp_path / "tokenizer.json", "<|endoftext|>")

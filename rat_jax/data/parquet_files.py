@@ -39,7 +39,7 @@ class ParquetReader(FileReader):
                     row += 1
                     name = f"{path}, row {row}"
                     yield Document(name, "" if value is None else decode(value, name, self.options.invalid_utf8))
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}, after row {row}, cannot be read: {printable(error)}") from None
 
     def _open(self, path: pathlib.Path):
@@ -52,7 +52,7 @@ class ParquetReader(FileReader):
         try:
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are any
             schema = file.schema_arrow
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a Parquet file that can be read: {printable(error)}") from None
         name = self.options.field
         names = [name] if name in schema.names else name.split(".")

@@ -105,7 +105,7 @@ def test_what_a_killed_process_moved_aside_comes_back(tmp_path, capsys):
         raise RuntimeError
     assert names(tmp_path) == ["a"]
     assert names(tmp_path / "a") == ["x"]
-    assert "a is back from " in capsys.readouterr().err
+    assert f"a is back from {old}, where a run that was killed had moved it" in capsys.readouterr().err
     old.mkdir()  # killed after its new folder had its name
     with new_folder(tmp_path / "a") as folder:
         (folder / "y").touch()

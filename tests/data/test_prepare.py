@@ -388,7 +388,9 @@ def test_verify(corpus, capsys):
     content[-100] ^= 1
     (corpus.path / "train.bin").write_bytes(content)
     assert main(["--out", str(corpus.path), "--verify"]) == 2
-    assert "is not what was written there: the file was changed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "train.bin" in error
+    assert "is not what was written there: the file was changed" in error
 
 
 def test_paths_are_absolute(settings, text_folder, tmp_path, monkeypatch, capsys):

@@ -261,7 +261,7 @@ def test_files_that_were_cut_are_refused(tmp_path, monkeypatch):
 STRANGE = [None, True, -1, 0, 2**31, 10**5000, 1.5, math.nan, "", "x" * 500, [], {}, {3: 4}, (1,), b"x"]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_no_configuration_is_a_traceback(data):
     _, model_config, _ = recording("rat_swa")

@@ -84,7 +84,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         read_prompts(tmp_path / "latin.txt")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["p.txt", "p.json", "p.jsonl"]),
     st.binary(max_size=40) | st.text(max_size=20).map(lambda text: json.dumps([text]).encode()),

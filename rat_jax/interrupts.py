@@ -72,7 +72,6 @@ class Interrupts:
         while number := os.read(wakeup, 1):
             with self._lock:  # what is noted from here on is seen in time
                 if self._mode == "exit" and number[0] in _SIGNALS:
-                    _write(NOTHING_LOST)
                     _leave()
 
 
@@ -98,12 +97,7 @@ def caught() -> Iterator[Interrupts]:
 def exit_while_importing() -> None:
     """Signals end the process with a line and code 75 until `of_program`: for programs whose imports take seconds."""
     for number in _SIGNALS:
-        signal.signal(number, _exit)
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    _write(NOTHING_LOST)
-    os._exit(INTERRUPTED)
+        signal.signal(number, lambda number, frame: _leave())
 
 
 _last_acts: list[Callable[[], None]] = []
@@ -120,6 +114,7 @@ def before_exit(act: Callable[[], None]) -> Iterator[None]:
 
 
 def _leave() -> None:
+    _write(NOTHING_LOST)
     for act in reversed(_last_acts):
         with contextlib.suppress(OSError):
             act()

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import re
 from typing import Any
 
 from rat_jax.checkpoints.arrays import REQUIRED_FILES
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
+from rat_jax.data.json_object import checksum, is_digest
 from rat_jax.files import ContentError, FileError, explain, read_object, write_json
 
 FORMAT_VERSION = 4
@@ -20,7 +20,6 @@ _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
 MODEL_ONLY_FOLDER = "0"  # where a model alone is saved, whatever its step: a run that starts from it saves later steps
 ITEMS = ("params", "optimizer")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class VersionError(CheckpointError):
@@ -58,7 +57,7 @@ class Manifest:
             known = ", ".join(map(str, _READ_VERSIONS))
             raise VersionError(f"{file} has format version {version}; this code reads {known}")
         try:
-            if version >= 4 and values.pop("checksum", None) != _checksum(values):
+            if version >= 4 and values.pop("checksum", None) != checksum(values):
                 raise _Damage("its content has changed since it was written (the checksum differs)")
             manifest = cls._checked(values)
         except (_Damage, ConfigError) as error:
@@ -81,7 +80,7 @@ class Manifest:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["config"] = config_to_dict(self.config)
         values = json.loads(json.dumps(values))  # tuples become lists, as they will be when it is read
-        write_json(path / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "checksum": _checksum(values), **values})
+        write_json(path / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "checksum": checksum(values), **values})
 
     @classmethod
     def _checked(cls, values: dict[str, Any]) -> "Manifest":
@@ -192,17 +191,12 @@ def _check_files(files: Any, arrays: dict[str, Any]) -> None:
             and len(value) == 2
             and _is_count(value[0])
             and isinstance(value[1], str)
-            and _SHA256.fullmatch(value[1]) is not None,
+            and is_digest(value[1]),
             f"files.{name} must be a size and a SHA-256",
         )
     for item in arrays:
         for name in REQUIRED_FILES:
             _require(f"{item}/{name}" in files, f"files lacks {item}/{name}, without which there are no arrays")
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's fields, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def sha256(file: pathlib.Path) -> str:

@@ -3,10 +3,9 @@
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rat_jax.data.workers import available_cpus
-from rat_jax.program import FlagError
+from rat_jax.program import ArgumentParser
 
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
@@ -39,18 +38,13 @@ What is stopped leaves nothing behind, and starts from the beginning when the co
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise FlagError(f"{message}; --help lists the flags")
-
-
 def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The values of all flags; None reads those of this process.
 
     Raises:
       FlagError: naming the flag.
     """
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m rat_jax.data.prepare",
         description="Turns text into token files.",
         epilog=_SOURCES,

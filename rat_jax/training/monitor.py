@@ -17,6 +17,12 @@ from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
 
 
+def say(message: str) -> None:
+    """Prints a line, above a bar if there is one, on the first host."""
+    if jax.process_index() == 0:
+        tqdm.tqdm.write(message, file=sys.stderr)
+
+
 class TrainMonitor:
     """Follows the steps of a run one step late, so that the device never waits for the host.
 
@@ -81,7 +87,7 @@ class TrainMonitor:
         figures = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
         updated = bool(figures.pop("updated"))
         if (message := self._guard.judge(done, figures, updated=updated)) is not None:
-            self.say(message)
+            say(message)
         if updated:
             self._losses.append(figures["loss"])
         self._bar.update(1)
@@ -124,20 +130,13 @@ class TrainMonitor:
                 f"the usual remedy"
             )
         perplexity = math.exp(min(loss, 700.0))
-        self.say(
-            f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}, on {describe_coverage(fraction)}"
-        )
+        say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}, on {describe_coverage(fraction)}")
         if self._log is not None:
             self._log.write(
                 done,
                 {"validation_loss": loss, "validation_perplexity": perplexity, "validation_fraction": fraction},
             )
             self._log.plot()
-
-    def say(self, message: str) -> None:
-        """Prints a line above the bar, on the first host."""
-        if jax.process_index() == 0:
-            tqdm.tqdm.write(message, file=sys.stderr)
 
     @contextlib.contextmanager
     def calling(self, program: str) -> Iterator[None]:
@@ -146,11 +145,11 @@ class TrainMonitor:
             yield
             return
         self._called.add(program)
-        self.say(f"compiling the {program}, which can take a minute or two ...")
+        say(f"compiling the {program}, which can take a minute or two ...")
         start = time.perf_counter()
         with self.pause():
             yield
-        self.say(f"compiled the {program} in {time.perf_counter() - start:.1f} s")
+        say(f"compiled the {program} in {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
@@ -36,7 +34,7 @@ from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, global_batch, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.metrics import MetricLog, check_wandb
-from rat_jax.training.monitor import TrainMonitor
+from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.origin import Origin, open_origin
 from rat_jax.training.preemption import agreed
@@ -77,7 +75,7 @@ def _start(config: Config, workdir: Workdir, interrupts: Interrupts) -> TrainRes
 
 
 def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: Interrupts) -> TrainResult:
-    checkpoints = Checkpoints(workdir, config, _say, owner)
+    checkpoints = Checkpoints(workdir, config, say, owner)
     newest = None if workdir.is_new() else checkpoints.peek()
     if newest is not None:
         _check_fits(newest, config, workdir)
@@ -87,7 +85,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
-    origin = open_origin(config, _say) if newest is None else None
+    origin = open_origin(config, say) if newest is None else None
     if origin is not None and origin.tokenizer is not None:
         corpus.check_tokenizer(origin.tokenizer)
     data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
@@ -97,7 +95,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
-        corpus.verify(max_bytes=WHOLE_BYTES, say=_say)
+        corpus.verify(max_bytes=WHOLE_BYTES, say=say)
         with jax.set_mesh(mesh):
             return _Run(config, workdir, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
     finally:
@@ -126,7 +124,7 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            _say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
+            say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
             raise RunStopped(f"a device has too little memory, see above; {self.kept()}") from error
 
     def _finish(self, interrupts: Interrupts) -> TrainResult:
@@ -134,7 +132,7 @@ class _Run:
         num_steps = self.config.training.num_steps
         loss = _validation_loss(self.workdir, num_steps)
         if start >= num_steps and loss is not None:
-            _say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
+            say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
             return TrainResult(num_steps, True, loss)
         is_first_host = jax.process_index() == 0
@@ -142,8 +140,8 @@ class _Run:
             self.workdir.mark(self.config, self.checkpoints.saved_step, note)
             self.workdir.save_tokenizer(self.corpus.tokenizer())
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        _say(_summary(self.config, self.mesh, num_parameters, start))
-        log = MetricLog(self.workdir, self.config, start, _say) if is_first_host else None
+        say(_summary(self.config, self.mesh, num_parameters, start))
+        log = MetricLog(self.workdir, self.config, start, say) if is_first_host else None
         progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
@@ -174,24 +172,24 @@ class _Run:
         target = abstract_state(self.config, self.mesh)
         params = self.checkpoints.restore(path, manifest, "params", target.params)
         if manifest.data is None:
-            _say(f"starting from the model in {path}")
+            say(f"starting from the model in {path}")
             return initial_state(self.config, self.mesh, params), 0, None
         self.data.restore(manifest.data)
         if "guard" in manifest.data:  # runs of earlier versions had none
             self.guard.restore(manifest.data["guard"])
         opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
         if manifest.step < self.config.training.num_steps:
-            _say(f"going on from {path}")
+            say(f"going on from {path}")
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step, None
 
     def _begin(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """As `_restore`, of a run that has saved nothing yet."""
-        origin, self.origin = self.origin or open_origin(self.config, _say), None  # what it holds is not kept
+        origin, self.origin = self.origin or open_origin(self.config, say), None  # what it holds is not kept
         if origin is None:
             return initial_state(self.config, self.mesh), 0, None
         target = abstract_state(self.config, self.mesh)
-        start = origin.load(target, self.config.init, _say)
+        start = origin.load(target, self.config.init, say)
         if start.opt_state is None:
             return initial_state(self.config, self.mesh, start.params), 0, start.note
         step = jax.device_put(np.int32(0), target.step.sharding)
@@ -203,18 +201,18 @@ class _Run:
         try:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
         except FileError as error:  # what becomes of the batch does not depend on it
-            _say(f"{error}; batch {step - 1}: {action}")
+            say(f"{error}; batch {step - 1}: {action}")
 
     def _report(self, loss: float) -> None:
         """Says the last validation loss a token and a byte, and compares it with the entropy of single bytes."""
-        _say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
+        say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
         bits = self.corpus.splits["validation"].bits_per_byte(loss, self.config.data.first_target_id)
         if bits is None:
             return
         entropy, nats = self.corpus.total.byte_entropy_nats, bits * math.log(2)
-        _say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
+        say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
         if entropy > 0:  # 0 of a text of one byte only
-            _say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
+            say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
 
 
 class _Loop:
@@ -258,7 +256,7 @@ class _Loop:
             if done > self._saved:
                 self._save()
             self._run.checkpoints.wait()
-            progress.say(f"interrupted after step {done}; the same command resumes there")
+            say(f"interrupted after step {done}; the same command resumes there")
             return TrainResult(done, False, None)
         batch = global_batch(next(self._run.data), self._run.mesh)
         with progress.calling("training step"):
@@ -355,8 +353,3 @@ def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start
             f"steps       {start} of {config.training.num_steps} done",
         ]
     )
-
-
-def _say(message: str) -> None:
-    if jax.process_index() == 0:
-        tqdm.tqdm.write(message, file=sys.stderr)  # above a bar, if there is one

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from configs import default
@@ -45,3 +47,16 @@ def small_model(pattern: tuple[str, ...], seed: int = 0, **changes) -> LanguageM
         if path[-1] in ("meta_key", "meta_value"):
             param[...] = param[...] * 50
     return model
+
+
+def bigram_model(**changes) -> tuple[LanguageModel, np.ndarray]:
+    """A model in which only the last token decides what is next, and log p(next | last) [V, V] in float64."""
+    model = small_model(("rnn",), num_layers=1, **changes)
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        if path[-2:] in (("out_proj", "kernel"), ("down", "kernel")):
+            param[...] = jnp.zeros_like(param[...])
+    embedding = np.asarray(model.embedding[...], np.float64)
+    scale = np.asarray(model.final_norm.scale[...], np.float64)
+    hidden = embedding / np.sqrt(np.square(embedding).mean(axis=-1, keepdims=True) + 1e-6) * scale
+    logits = hidden @ embedding.T
+    return model, logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

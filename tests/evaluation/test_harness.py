@@ -3,7 +3,6 @@
 import functools
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +11,7 @@ from rat_jax.checkpoints.store import save_model
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
 from rat_jax.evaluation import EvaluationError
 from tests.commands import call_script
-from tests.small import small_model
+from tests.small import bigram_model
 from tests.tiny_run import tiny_config
 
 pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
@@ -97,16 +96,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bigrams():
-    """A model in which only the last token decides what is next, and log p(next | last) [V, V] in float64."""
-    model = small_model(("rnn",), vocab_size=257, num_layers=1)
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        if path[-2:] in (("out_proj", "kernel"), ("down", "kernel")):
-            param[...] = jnp.zeros_like(param[...])
-    embedding = np.asarray(model.embedding[...], np.float64)
-    scale = np.asarray(model.final_norm.scale[...], np.float64)
-    hidden = embedding / np.sqrt(np.square(embedding).mean(axis=-1, keepdims=True) + 1e-6) * scale
-    logits = hidden @ embedding.T
-    return model, logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return bigram_model(vocab_size=257)
 
 
 def make_model(bigrams, tokenizer=TOKENIZER, **settings):

@@ -1,7 +1,6 @@
 """Scores of given tokens: exact numbers, whatever else is in the batch, in few compiled shapes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,7 +9,7 @@ from rat_jax.evaluation import scoring
 from rat_jax.evaluation.scoring import EvaluationError, Scorer, batch_scores, plan_batches, rolling_windows
 from rat_jax.model import LanguageModel
 from rat_jax.release.weights import release_state_dict
-from tests.small import small_model
+from tests.small import bigram_model, small_model
 from tests.test_twin import make_twin, random_config
 
 torch = pytest.importorskip("torch")
@@ -29,16 +28,7 @@ def random_ids(rng, count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def bigrams():
-    """A model in which only the last token decides what is next, and log p(next | last) [V, V] in float64."""
-    model = small_model(("rnn",), num_layers=1)
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        if path[-2:] in (("out_proj", "kernel"), ("down", "kernel")):
-            param[...] = jnp.zeros_like(param[...])
-    embedding = np.asarray(model.embedding[...], np.float64)
-    scale = np.asarray(model.final_norm.scale[...], np.float64)
-    hidden = embedding / np.sqrt(np.square(embedding).mean(axis=-1, keepdims=True) + 1e-6) * scale
-    logits = hidden @ embedding.T
-    return model, logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return bigram_model()
 
 
 def test_scores_are_those_of_a_known_distribution(bigrams):

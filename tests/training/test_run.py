@@ -560,22 +560,6 @@ class TestCommand:
             assert part in printed.out
 
 
-def test_data_that_cannot_be_read_on_the_way_stop_the_run(config, tmp_path, monkeypatch):
-    real = TrainData.__next__
-
-    def fail(data):
-        if data.state()["next_batch"] == 3:
-            raise DataError("id 99 is outside the vocabulary")
-        return real(data)
-
-    monkeypatch.setattr(TrainData, "__next__", fail)
-    with pytest.raises(RunStopped, match="id 99 is outside the vocabulary; step 3 is saved"):
-        training.train(config, tmp_path / "run")
-    assert issubclass(NonFiniteError, RunStopped)
-    monkeypatch.undo()
-    assert training.train(config, tmp_path / "run").finished
-
-
 def train_command(folder, config):
     """The command of a run in `folder`/run."""
     file = folder / "config.py"

@@ -18,6 +18,7 @@ from rat_jax.data import DataError
 from rat_jax.data.pipeline import TrainData
 from rat_jax.errors import RunStopped
 from rat_jax.interrupts import INTERRUPTED
+from rat_jax.training import NonFiniteError
 from rat_jax.training import run as training
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import train_step
@@ -44,6 +45,9 @@ def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
     with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command resumes"):
         training.train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
+    assert issubclass(NonFiniteError, RunStopped)
+    monkeypatch.undo()
+    assert training.train(tiny_config(corpus), tmp_path / "run").finished
 
 
 def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):

@@ -29,6 +29,11 @@ if ON_CPU or importlib.util.find_spec("beartype") is not None:
     jaxtyping.install_import_hook(["rat_jax"], "tests.annotations.checked")
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes are named by their argument: gzip writes the time into its output, and pytest-xdist wants equal names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def annotations_unchecked():
     """For tests of what the code itself says to arguments of other shapes than it names."""

@@ -81,7 +81,7 @@ def train_step(
         is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= max_loss)
         updates, opt_state = make_optimizer(optimizer, num_steps).update(grads, state.opt_state, state.params)
         new = optax.apply_updates(state.params, updates), opt_state
-        params, opt_state = jax.tree.map(functools.partial(jnp.where, is_good), new, (state.params, state.opt_state))
+        params, opt_state = _kept_if(is_good, new, (state.params, state.opt_state))
     metrics = StepMetrics(
         loss=loss,
         grad_norm=grad_norm,
@@ -131,6 +131,10 @@ def _make_state(config: Config, params: nnx.State | None) -> TrainState:
         params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)))
     opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
     return TrainState(jnp.int32(0), constrain(params), constrain(opt_state))
+
+
+def _kept_if(is_good: Bool[Array, ""], new: Any, old: Any) -> Any:
+    return jax.tree.map(functools.partial(jnp.where, is_good), new, old)
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:

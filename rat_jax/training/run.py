@@ -1,7 +1,6 @@
 """A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -26,28 +25,19 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.workers import check_main
-from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.files import FileError, explain
+from rat_jax.errors import RunStopped
+from rat_jax.files import FileError
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
-from rat_jax.sharding import check_divides, global_batch, make_mesh
+from rat_jax.sharding import check_divides, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
+from rat_jax.training.loop import TrainLoop, TrainResult, kept
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.origin import Origin, open_origin
-from rat_jax.training.preemption import agreed
-from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """How far a run has come."""
-
-    step: int  # optimizer steps done
-    finished: bool  # False: a signal ended it before the last step; the same command resumes
-    validation_loss: float | None  # after the last step, on `training.validation_batches`; None if not finished
+from rat_jax.training.step import TrainState, abstract_state, initial_state
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
@@ -114,7 +104,6 @@ class _Run:
         self.data: TrainData = data
         self.validation: ValidationData = validation
         self.origin: Origin | None = origin
-        self.graphdef = abstract_model(config.model)[0]
         self.guard = Guard(config.training, self._note_bad_batch)
 
     def finish(self, interrupts: Interrupts) -> TrainResult:
@@ -124,8 +113,8 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
-            raise RunStopped(f"a device has too little memory, see above; {self.kept()}") from error
+            say(explain_out_of_memory(self.config, self.mesh, abstract_model(self.config.model)[0]))
+            raise RunStopped(f"a device has too little memory, see above; {kept(self.checkpoints)}") from error
 
     def _finish(self, interrupts: Interrupts) -> TrainResult:
         state, start, note = self._restore()
@@ -149,19 +138,25 @@ class _Run:
                 if log is not None:
                     stack.callback(log.close)
                 stack.callback(progress.close)
-                result = _Loop(self, state, start, progress, interrupts).run()
+                loop = TrainLoop(
+                    config=self.config,
+                    mesh=self.mesh,
+                    data=self.data,
+                    validation=self.validation,
+                    checkpoints=self.checkpoints,
+                    guard=self.guard,
+                    progress=progress,
+                    interrupts=interrupts,
+                    state=state,
+                    start=start,
+                    is_validated=_validation_loss(self.workdir, start) is not None,
+                )
+                result = loop.run()
         except (CheckpointError, DataError, FileError) as error:
-            raise RunStopped(f"{error}; {self.kept()}") from error
+            raise RunStopped(f"{error}; {kept(self.checkpoints)}") from error
         if result.finished:
             self._report(result.validation_loss)
         return result
-
-    def kept(self) -> str:
-        """What a run that ends too early leaves."""
-        step = self.checkpoints.saved_step
-        if not step:
-            return "no step was saved yet"
-        return f"step {step} is saved, and the same command resumes there"
 
     def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state to begin with, the steps it has done, and where a new run's state came from."""
@@ -213,109 +208,6 @@ class _Run:
         say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
         if entropy > 0:  # 0 of a text of one byte only
             say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
-
-
-class _Loop:
-    """The steps of a run, from the state that one start found to the end of that start."""
-
-    def __init__(self, run: _Run, state: TrainState, start: int, progress: TrainMonitor, interrupts: Interrupts):
-        self._run = run
-        self._training = run.config.training
-        self._state = state
-        self._done = self._saved = start  # steps: started, and handed to the checkpoints
-        self._progress = progress
-        self._interrupts = interrupts
-        self._validated = _validation_loss(run.workdir, start) is not None  # else a kill came between the two
-
-    def run(self) -> TrainResult:
-        """Steps, saves and validates as the config says, until the last step or a signal.
-
-        Raises:
-          RunStopped: whatever the reason, saying which step is saved; that of the last good state where it can be.
-        """
-        try:
-            while (result := self._turn()) is None:
-                pass
-            self._run.checkpoints.wait()
-            return result
-        except (RatJaxError, OSError) as error:
-            kind = type(error) if isinstance(error, RunStopped) else RunStopped
-            raise kind(f"{_in_words(error)}; {self._rescue(error)}") from error
-
-    def _turn(self) -> TrainResult | None:
-        """What is due after the steps done, and one step more; returns the result where none is to follow."""
-        done, training, progress = self._done, self._training, self._progress
-        if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
-            self._save()
-        loss, is_due = None, done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
-        if is_due and not self._validated:
-            loss = self._validate()
-        if done == training.num_steps and loss is not None:
-            return TrainResult(done, True, loss)
-        if agreed(self._interrupts, done, training.log_every_steps):
-            if done > self._saved:
-                self._save()
-            self._run.checkpoints.wait()
-            say(f"interrupted after step {done}; the same command resumes there")
-            return TrainResult(done, False, None)
-        batch = global_batch(next(self._run.data), self._run.mesh)
-        with progress.calling("training step"):
-            self._state, metrics = train_step(
-                self._run.graphdef,
-                self._run.config.optimizer,
-                training.num_steps,
-                self._state,
-                batch,
-                self._run.guard.max_loss(done + 1),
-            )
-        self._interrupts.note()  # there is a step to save
-        self._done, self._validated = done + 1, False
-        progress.step(done + 1, metrics)
-        return None
-
-    def _save(self) -> None:
-        self._progress.settle()  # nothing is saved after a step that was not finite
-        data = self._run.data.state() | {"guard": self._run.guard.state()}
-        with self._progress.pause():
-            self._run.checkpoints.save(self._done, self._state.params, self._state.opt_state, data)
-        self._saved = self._done
-
-    def _validate(self) -> float | None:
-        """Mean loss of the validation data; None if a signal came meanwhile."""
-        self._progress.settle()
-        sums = []
-        with self._progress.pause(), contextlib.closing(iter(self._run.validation)) as batches:
-            for batch in batches:
-                if jax.process_count() == 1 and self._interrupts.requested:
-                    return None
-                with self._progress.calling("validation loss"):
-                    batch = global_batch(batch, self._run.mesh)
-                    sums.append(batch_loss(self._run.graphdef, self._state.params, batch))
-            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
-        self._progress.validation(self._done, loss, self._run.validation.fraction)
-        return loss
-
-    def _rescue(self, error: Exception) -> str:
-        """Saves what was done before an error, if that is good and not what failed; says what is saved."""
-        failures = ""
-        is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
-        is_good &= self._run.data.state()["next_batch"] == self._done  # else the batch under way would be lost
-        try:
-            # Saving is done by all hosts together, and the others may not know of the error.
-            if is_good and self._done > self._saved and jax.process_count() == 1:
-                with contextlib.suppress(OSError):  # of the log, which does not make the state a bad one
-                    self._progress.settle()
-                self._save()
-            self._run.checkpoints.wait()
-        except (RatJaxError, OSError) as another:
-            failures = f"{_in_words(another)}; "
-        return f"{failures}{self._run.kept()}"
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, RatJaxError):
-        return f"{error.filename or 'the system'}: {explain(error)}"
-    return str(error)
 
 
 def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:

@@ -10,7 +10,7 @@ from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.files import explain
+from rat_jax.files import in_words
 from rat_jax.interrupts import Interrupts
 from rat_jax.sharding import global_batch
 from rat_jax.training.guards import Guard
@@ -58,6 +58,8 @@ class TrainLoop:
 
         Raises:
           RunStopped: whatever the reason, saying which step is saved; that of the last good state where it can be.
+          JaxRuntimeError: of a device. The state may be lost or wrong and is not saved; what was being saved is waited
+            for.
         """
         try:
             while (result := self._turn()) is None:
@@ -66,7 +68,11 @@ class TrainLoop:
             return result
         except (RatJaxError, OSError) as error:
             kind = type(error) if isinstance(error, RunStopped) else RunStopped
-            raise kind(f"{_in_words(error)}; {self._rescue(error)}") from error
+            raise kind(f"{in_words(error)}; {self._rescue(error)}") from error
+        except jax.errors.JaxRuntimeError:
+            with contextlib.suppress(RatJaxError, OSError, jax.errors.JaxRuntimeError):  # the first one is reported
+                self.checkpoints.wait()
+            raise
 
     def _turn(self) -> TrainResult | None:
         """What is due after the steps done, and one step more; returns the result where none is to follow."""
@@ -134,7 +140,7 @@ class TrainLoop:
                 self._save()
             self.checkpoints.wait()
         except (RatJaxError, OSError) as another:
-            failures = f"{_in_words(another)}; "
+            failures = f"{in_words(another)}; "
         return f"{failures}{kept(self.checkpoints)}"
 
 
@@ -144,9 +150,3 @@ def kept(checkpoints: Checkpoints) -> str:
     if not step:
         return "no step was saved yet"
     return f"step {step} is saved, and the same command resumes there"
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, RatJaxError):
-        return f"{error.filename or 'the system'}: {explain(error)}"
-    return str(error)

@@ -1,4 +1,4 @@
-"""A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
+"""A training run: from a config and a workdir to the last checkpoint; it resumes where an earlier start ended."""
 
 import contextlib
 import math
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
@@ -20,13 +21,12 @@ from rat_jax.checkpoints.workdir import (
     with_absolute_paths,
 )
 from rat_jax.config import Config
-from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.workers import check_main
-from rat_jax.errors import RunStopped
-from rat_jax.files import FileError
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
@@ -59,14 +59,14 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
 
 def _start(config: Config, workdir: Workdir, interrupts: Interrupts) -> TrainResult:
     check_wandb(config)
-    workdir.is_new()  # what is no run's is left before anything is written there
+    on_first_host(workdir.is_new)  # what is no run's is left before anything is written there
     with owned(workdir.path) as owner:
         return _train(config, workdir, owner, interrupts)
 
 
 def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: Interrupts) -> TrainResult:
     checkpoints = Checkpoints(workdir, config, say, owner)
-    newest = None if workdir.is_new() else checkpoints.peek()
+    newest = checkpoints.peek()
     if newest is not None:
         _check_fits(newest, config, workdir)
     corpus = Corpus.open(config.data.path)
@@ -87,7 +87,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     try:
         corpus.verify(max_bytes=WHOLE_BYTES, say=say)
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
+            return _Run(config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
     finally:
         data.close()
 
@@ -95,9 +95,10 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 class _Run:
     """A run whose settings were found to fit."""
 
-    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation, origin):
+    def __init__(self, config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin):
         self.config: Config = config
         self.workdir: Workdir = workdir
+        self.owner: Owner | None = owner  # None on hosts other than the first
         self.checkpoints: Checkpoints = checkpoints
         self.corpus: Corpus = corpus
         self.mesh: jax.sharding.Mesh = mesh
@@ -107,11 +108,17 @@ class _Run:
         self.guard = Guard(config.training, self._note_bad_batch)
 
     def finish(self, interrupts: Interrupts) -> TrainResult:
-        """Does the steps that remain; where memory is lacking, says what to change."""
+        """Does the steps that remain; where memory is lacking, says what to change.
+
+        Raises:
+          RunStopped: where memory is lacking, too.
+          JaxRuntimeError: of a device that fails otherwise. Its trace is of use, and ends with what is saved.
+        """
         try:
             return self._finish(interrupts)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
+                error.add_note(kept(self.checkpoints))
                 raise
             say(explain_out_of_memory(self.config, self.mesh, abstract_model(self.config.model)[0]))
             raise RunStopped(f"a device has too little memory, see above; {kept(self.checkpoints)}") from error
@@ -124,19 +131,14 @@ class _Run:
             say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
             return TrainResult(num_steps, True, loss)
-        is_first_host = jax.process_index() == 0
-        if is_first_host:
-            self.workdir.mark(self.config, self.checkpoints.saved_step, note)
-            self.workdir.save_tokenizer(self.corpus.tokenizer())
+        on_first_host(lambda: self._mark(note))
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         say(_summary(self.config, self.mesh, num_parameters, start))
-        log = MetricLog(self.workdir, self.config, start, say) if is_first_host else None
-        progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
                 stack.callback(self.checkpoints.close)
-                if log is not None:
-                    stack.callback(log.close)
+                log = self._open_log(start, stack)
+                progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
                 stack.callback(progress.close)
                 loop = TrainLoop(
                     config=self.config,
@@ -152,11 +154,30 @@ class _Run:
                     is_validated=_validation_loss(self.workdir, start) is not None,
                 )
                 result = loop.run()
-        except (CheckpointError, DataError, FileError) as error:
-            raise RunStopped(f"{error}; {kept(self.checkpoints)}") from error
+        except RunStopped:
+            raise
+        except (RatJaxError, OSError) as error:
+            raise RunStopped(f"{in_words(error)}; {kept(self.checkpoints)}") from error
         if result.finished:
             self._report(result.validation_loss)
         return result
+
+    def _mark(self, note: dict[str, Any] | None) -> None:
+        """The first thing that is written. An error leaves all as it was."""
+        self.owner.check()
+        self.workdir.mark(self.config, self.checkpoints.saved_step, note)
+
+    def _open_log(self, start: int, stack: contextlib.ExitStack) -> MetricLog | None:
+        """Writes what else belongs into a workdir, and opens the log on the first host, to be closed by `stack`."""
+        logs = []
+
+        def open_log() -> None:
+            self.workdir.save_tokenizer(self.corpus.tokenizer())
+            logs.append(MetricLog(self.workdir, self.config, start, say, self.owner))
+            stack.callback(logs[0].close)
+
+        on_first_host(open_log)
+        return logs[0] if logs else None
 
     def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state to begin with, the steps it has done, and where a new run's state came from."""
@@ -174,7 +195,7 @@ class _Run:
             self.guard.restore(manifest.data["guard"])
         opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
         if manifest.step < self.config.training.num_steps:
-            say(f"going on from {path}")
+            say(f"resuming from {path}")
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step, None
 
@@ -193,6 +214,7 @@ class _Run:
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
         if jax.process_index() != 0:
             return
+        self.owner.check()
         try:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
         except FileError as error:  # what becomes of the batch does not depend on it
@@ -223,13 +245,20 @@ def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
 
 
 def _validation_loss(workdir: Workdir, step: int) -> float | None:
-    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again."""
-    losses = [
-        record["validation_loss"]
-        for record in read_log(workdir.log_file)
-        if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
-    ]
-    return losses[-1] if losses else None
+    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again.
+
+    All hosts must call this together.
+    """
+
+    def look() -> float | None:
+        losses = [
+            record["validation_loss"]
+            for record in read_log(workdir.log_file)
+            if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
+        ]
+        return losses[-1] if losses else None
+
+    return on_first_host(look)
 
 
 def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:

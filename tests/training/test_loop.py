@@ -2,6 +2,7 @@
 
 import json
 import re
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import evaluate
+from rat_jax.program import exit_code
 from rat_jax.sharding import make_mesh
 from rat_jax.training import NonFiniteError, loop, train
 from rat_jax.training.step import train_step
-from tests.stopped_run import figures, stop_at
+from tests.stopped_run import assert_same_run, figures, stop_at
 from tests.tiny_run import NUM_STEPS, tiny_config
 
 
@@ -79,3 +81,20 @@ class TestBadFigures:
         said = capfd.readouterr().err
         for words in ("GiB for gradients and activations", "accumulation_steps, now 1", "remat, now 'none'", "fsdp"):
             assert words in said
+
+    def test_a_device_that_fails_is_a_trace_that_ends_with_what_is_saved(
+        self, config, uninterrupted, tmp_path, monkeypatch
+    ):
+        def fail():
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
+
+        stop_at(monkeypatch, 6, fail)  # step 5 was done, but nothing of it is to be relied on
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost") as caught:
+            exit_code(lambda: train(config, tmp_path / "run").step)
+        monkeypatch.undo()
+        printed = "".join(traceback.format_exception(caught.value)).splitlines()
+        assert "the device is lost" in "".join(printed)
+        assert printed[-1] == "step 4 is saved, and the same command resumes there"
+        assert load_model(tmp_path / "run").step == 4
+        assert train(config, tmp_path / "run").finished
+        assert_same_run(tmp_path / "run", uninterrupted)

@@ -6,17 +6,15 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from rat_jax.checkpoints.store import load_model, save_model
-from rat_jax.config import config_to_dict
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.training import TrainResult, loop, train
 from tests.stopped_run import Killed, assert_same_run, figures, kill, stop_at, tree
-from tests.tiny_run import NUM_STEPS, tiny_config
+from tests.tiny_run import NUM_STEPS, tiny_config, train_command
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -78,7 +76,7 @@ class TestResume:
         assert train(config, finished_run).finished
         said = capfd.readouterr().err
         assert "checkpoints/6 is damaged" in said
-        assert "going on from" in said
+        assert "resuming from" in said
         assert_same_run(finished_run, uninterrupted)
 
     def test_a_finished_run_says_so_and_changes_nothing(self, config, finished_run, capfd):
@@ -112,13 +110,3 @@ class TestResume:
         changed = tiny_config(corpus, training__log_every_steps=3, training__checkpoints_to_keep=1)
         shutil.rmtree(finished_run / "checkpoints/6")
         assert train(changed, finished_run).finished
-
-
-def train_command(folder, config):
-    """The command of a run in `folder`/run."""
-    file = folder / "config.py"
-    file.write_text(
-        f"from ml_collections import config_dict\n\n"
-        f"def get_config():\n    return config_dict.ConfigDict({config_to_dict(config)!r})\n"
-    )
-    return [sys.executable, "train.py", f"--config={file}", f"--workdir={folder / 'run'}"]

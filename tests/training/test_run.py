@@ -12,7 +12,7 @@ import pytest
 
 from rat_jax.checkpoints.manifest import Manifest
 from rat_jax.checkpoints.owner import owned
-from rat_jax.checkpoints.run_log import RunLog
+from rat_jax.checkpoints.run_log import RunLog, read_log
 from rat_jax.checkpoints.store import load_model, save_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import ConfigError
@@ -21,7 +21,10 @@ from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.token_file import TokenFileWriter
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
+from rat_jax.program import exit_code
 from rat_jax.training import run, train
+from rat_jax.training.guards import Guard
+from tests.full_disk import fill_disk
 from tests.stopped_run import Killed, assert_same_run, kill, stop_at, tree
 from tests.tiny_run import make_corpus, tiny_config
 
@@ -74,6 +77,49 @@ class TestWorkdir:
         (tmp_path / "run/run.json.partial").write_text("{")
         assert train(config, tmp_path / "run").finished
         assert_same_run(tmp_path / "run", uninterrupted)
+
+    @pytest.mark.parametrize(
+        ("name", "code"), [("run.json", 2), ("tokenizer_info.json", 1), ("log.jsonl", 1)], ids=lambda value: str(value)
+    )
+    def test_a_disk_that_fills_before_the_first_step(self, config, tmp_path, monkeypatch, capsys, name, code):
+        with monkeypatch.context() as patch:
+            fill_disk(patch, name)
+            assert exit_code(lambda: train(config, tmp_path / "run").step) == code
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and name in error
+        assert "cannot be written: No space left on device; make room on its disk" in error
+        assert error.endswith("; no step was saved yet") == (code == 1)
+        assert (tmp_path / "run").exists() == (code == 1)
+        assert exit_code(lambda: 0 if train(config, tmp_path / "run").finished else 75) == 0
+
+    def test_nothing_is_written_once_another_process_has_the_workdir(self, corpus, tmp_path, monkeypatch):
+        never = {f"training__{name}_every_steps": 6 for name in ("checkpoint", "validate")}
+        files, before = tmp_path / "run", {}
+        monkeypatch.setattr("rat_jax.checkpoints.owner._LOOK_SECS", 0.0)
+
+        def lose():
+            (files / "owner.json").unlink()
+            before.update(tree(files))
+
+        stop_at(monkeypatch, 3, lose)
+        message = r"owner\.json was removed or replaced: .* writes nothing in it any more; no step was saved yet$"
+        with pytest.raises(RunStopped, match=message):
+            train(tiny_config(corpus, **never), files)
+        assert tree(files) == before
+        assert [line["step"] for line in read_log(files / "log.jsonl")] == [1]
+
+    def test_bad_batches_are_not_written_either(self, config, tmp_path, monkeypatch):
+        monkeypatch.setattr("rat_jax.checkpoints.owner._LOOK_SECS", 0.0)
+        judged = Guard.judge
+
+        def lose_and_judge(self, step, figures, *, updated):
+            (tmp_path / "run/owner.json").unlink()
+            return judged(self, step, dict(figures, loss=math.nan), updated=updated)
+
+        monkeypatch.setattr(Guard, "judge", lose_and_judge)
+        with pytest.raises(RunStopped, match=r"owner\.json was removed or replaced"):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run/bad_batches.jsonl").exists()
 
     def test_a_save_that_fails_stops_the_run_and_says_what_is_kept(self, config, uninterrupted, tmp_path, monkeypatch):
         write = Manifest.write

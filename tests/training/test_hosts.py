@@ -69,7 +69,7 @@ def end(hosts, signalled):
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
 def test_a_signal_to_any_host_ends_all_after_a_step_that_is_saved(command, tmp_path, signalled):
-    """Also with jax's own watch over SIGTERM, which `train.py` switches off: it would take the signal away."""
+    """jax's own watch over SIGTERM, which train.py switches off, would take the signal away."""
     log, saved = tmp_path / "run/log.jsonl", 0
     for _ in range(2 if signalled == (0, 1) else 1):  # the second start resumes
         hosts = start(command)

@@ -26,7 +26,7 @@ from rat_jax.training import run, train
 from rat_jax.training.guards import Guard
 from tests.full_disk import fill_disk
 from tests.stopped_run import Killed, assert_same_run, kill, stop_at, tree
-from tests.tiny_run import make_corpus, tiny_config
+from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
 
 
 class TestWorkdir:
@@ -251,6 +251,16 @@ class TestRefusals:
         with pytest.raises(error, match=message):
             train(tiny_config(corpus, **change), tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_hosts_go_by_the_log_that_the_first_sees(as_host, finished_run, monkeypatch):
+    def look():
+        return run._validation_loss(Workdir(finished_run), NUM_STEPS)
+
+    loss = as_host(0, look)
+    assert isinstance(loss, float) and loss == look()
+    monkeypatch.setattr(run, "read_log", pytest.fail)
+    assert as_host(1, look) == loss
 
 
 def test_bits_per_byte_at_the_end_of_a_run_are_those_of_the_corpus(capsys):

@@ -129,12 +129,13 @@ class Owner:
         Raises:
           HeldError: if somebody took the file away, or the folder is gone.
         """
-        self._looked_secs = time.clock_gettime(_CLOCK)
+        now = time.clock_gettime(_CLOCK)
         if not _is_at(self._descriptor, self._file):
             raise HeldError(
                 f"{self._file} was removed or replaced: this process no longer owns the folder and writes nothing in "
                 f"it any more"
             )
+        self._looked_secs = now
 
     def check_often(self) -> None:
         """`check`, for what is written at every step: looks once a second at most.

@@ -242,8 +242,9 @@ def test_an_owner_that_writes_often_looks_once_a_second(tmp_path, monkeypatch):
             owner.check_often()
             now[0] += 0.3
         now[0] += 600.0  # it sleeps
-        with pytest.raises(HeldError, match="no longer owns the folder"):
-            owner.check_often()
+        for _ in range(2):
+            with pytest.raises(HeldError, match="no longer owns the folder"):
+                owner.check_often()
 
 
 def test_a_file_that_cannot_be_removed_is_said_where_nothing_else_went_wrong(tmp_path, monkeypatch):

@@ -8,14 +8,14 @@ into the frozen dataclasses below. Their defaults are the only ones in the proje
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from rat_jax.errors import ConfigError, require, shown
+from rat_jax.fields import describe, fits
 from rat_jax.mixers import MIXERS, MixerConfig, ModelShape, kind_of
+from rat_jax.paths import local_path
 
 _LARGEST_NUMBER = 2**32  # whole numbers of a config are below it: counts and seeds, which devices hold in 32 bits
 
@@ -255,6 +255,19 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return values | groups
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The config with paths that mean the same wherever a later command is given.
+
+    Raises:
+      PathError: if one names nothing that can be opened.
+    """
+    data, init = config.data, config.init
+    data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
+    if init.path is not None:
+        init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
+    return dataclasses.replace(config, data=data, init=init)
+
+
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     if not hasattr(values, "items"):
         raise ConfigError(f"{path} must be a group of fields, got {shown(values)}")
@@ -308,22 +321,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
-    if origin in (typing.Union, types.UnionType):  # only `X | None` is used
-        return None if value is None else _convert(arguments[0], value, path)
-    if origin is Literal:
-        if value not in arguments:
-            raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}; got {shown(value)}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (tuple, list)):
-            raise ConfigError(f"{path} must be a tuple, got {shown(value)}")
+    if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) >= _LARGEST_NUMBER:
-            raise ConfigError(f"{path} must be below 2**32, got {shown(value)}")
-        value = float(value) if hint is float else value
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be of type {hint.__name__}, got {shown(value)}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{path} must be finite, got {shown(value)}")
-    return value
+    if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
+        raise ConfigError(f"{path} must be below 2**32, got {shown(value)}")
+    require(fits(hint, value), f"{path} must be {describe(hint)}, got {shown(value)}")
+    return float(value) if hint is float else value

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from rat_jax.config import Config, config_from_dict
+from rat_jax.config import Config, config_from_dict, with_absolute_paths
 from rat_jax.errors import ConfigError, RatJaxError, require, shown
 from rat_jax.paths import local_path
 
@@ -34,15 +34,7 @@ def define_config_flag() -> Callable[[], Config]:
     holder = config_flags.DEFINE_config_file(_NAME, None, "file with get_config()", sys_argv=arguments)
     flags.FLAGS[_NAME].parser = _FileParser(arguments)
 
-    def config() -> Config:
-        config = config_from_dict(holder.value)
-        data, init = config.data, config.init
-        data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
-        if init.path is not None:
-            init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
-        return dataclasses.replace(config, data=data, init=init)
-
-    return config
+    return lambda: with_absolute_paths(config_from_dict(holder.value))
 
 
 def load_config_file(argument: str, name: str) -> config_dict.ConfigDict:

@@ -1,14 +1,14 @@
-"""Checks the fields of dataclasses against their annotations: Python does not."""
+"""Values against the annotations of the fields that hold them: Python does not look."""
 
 import dataclasses
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rat_jax.errors import require
+from rat_jax.errors import require, shown
 
 
 def check_types(instance: Any) -> None:
@@ -19,7 +19,7 @@ def check_types(instance: Any) -> None:
     """
     for name, hint in _hints(type(instance)).items():
         value = getattr(instance, name)
-        require(_fits(hint, value), f"{name} must be {_describe(hint)}, got {value!r}")
+        require(fits(hint, value), f"{name} must be {describe(hint)}, got {shown(value)}")
 
 
 @functools.cache
@@ -28,27 +28,29 @@ def _hints(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of the type that an annotation names: a bool is no number, and numbers are finite."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(argument, value) for argument in arguments)
+        return any(fits(argument, value) for argument in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_fits(arguments[0], item) for item in value)
+        return isinstance(value, (tuple, list)) and all(fits(arguments[0], item) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """An annotation in words, for "must be ..., got ..."."""
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
     names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in typing.get_args(hint))
+        return " or ".join(describe(argument) for argument in typing.get_args(hint))
     if hint is types.NoneType:
         return "None"
-    return names.get(hint, f"of type {str(hint).removeprefix('typing.')}")
+    return names.get(hint, f"of type {str(hint).replace('typing.', '')}")

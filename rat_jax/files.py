@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from rat_jax.errors import RatJaxError
+from rat_jax.errors import RatJaxError, shown
 
 
 class FileError(RatJaxError, OSError):
@@ -82,14 +82,27 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise FileError(f"{path} cannot be read: {explain(error)}") from error
+    return parse_object(content, str(path))
+
+
+def parse_object(content: bytes, name: str) -> dict[str, Any]:
+    """The JSON object of a UTF-8 text.
+
+    Args:
+      content: the text.
+      name: of what holds it, for the message: "the header of train.bin".
+
+    Raises:
+      ContentError: if it is anything else.
+    """
     try:
         values = json.loads(content.decode())
     except RecursionError:
-        raise ContentError(f"{path} is damaged: it is nested too deeply") from None
-    except ValueError as error:  # of JSON, UTF-8, or numbers that are too long
-        raise ContentError(f"{path} is damaged: {error}") from None
+        raise ContentError(f"{name} is damaged: it is nested too deeply") from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of too many digits
+        raise ContentError(f"{name} is damaged: {error}") from None
     if not isinstance(values, dict):
-        raise ContentError(f"{path} is damaged: it holds no JSON object")
+        raise ContentError(f"{name} is damaged: expected a JSON object, got {shown(values)}")
     return values
 
 

@@ -72,6 +72,21 @@ def exit_code(body: Callable[[], int | None]) -> int:
         return INTERRUPTED
 
 
+def run_command(parser: ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """The exit code of a program of commands, each of which has set its function as the default `run`.
+
+    Args:
+      parser: its functions take what was parsed.
+      arguments: of the command line; None: those of the process.
+    """
+
+    def body() -> None:
+        parsed = parser.parse_args(arguments)
+        parsed.run(parsed)
+
+    return exit_code(body)
+
+
 def _failed(error: Exception | str, code: int) -> int:
     line = "; ".join(part.strip() for part in str(error).splitlines() if part.strip())
     print(f"error: {line}", file=sys.stderr, flush=True)

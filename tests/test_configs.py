@@ -13,9 +13,11 @@ import pytest
 from flax import nnx
 
 from configs import default
-from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict
+from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
 from rat_jax.mixers import MIXERS, RatConfig
 from rat_jax.model import LanguageModel
+from rat_jax.paths import PathError
+from tests.tiny_run import tiny_config
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 MILLIONS = {
@@ -64,8 +66,15 @@ def test_round_trip():
         ("model.rat.chunk_size", 0, "config.model.rat.chunk_size must be 1 or more, got 0"),
         ("model.pattern", ("rat", "atention"), r"config.model.pattern\[1\] must be one of 'attention'"),
         ("model.dtype", "float16", "config.model.dtype must be one of 'float32', 'bfloat16'"),
-        ("model.width", 128.5, "config.model.width must be of type int, got 128.5"),
-        ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate must be finite"),
+        ("model.width", 128.5, "config.model.width must be a whole number, got 128.5"),
+        ("model.width", True, "config.model.width must be a whole number, got True"),
+        ("model.width", 2**32, r"config.model.width must be below 2\*\*32, got 4294967296"),
+        ("model.pattern", "rat", r"config.model.pattern must be of type tuple\[str, ...\], got 'rat'"),
+        ("model.pattern", ("rat", 3), r"config.model.pattern\[1\] must be text, got 3"),
+        ("training.wandb_project", 3, "config.training.wandb_project must be text or None, got 3"),
+        ("optimizer.learning_rate", "1", "config.optimizer.learning_rate must be a finite number, got '1'"),
+        ("optimizer.learning_rate", 2**40, r"config.optimizer.learning_rate must be below 2\*\*32, got 1099"),
+        ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate must be a finite number, got nan"),
         ("optimizer.accumulation_steps", 3, "data.global_batch_size must be a multiple of optimizer.accumulation_"),
         ("data.first_target_id", 2048, "config.data.first_target_id must be below model.vocab_size 2048, or no target"),
         ("training.on_spike", "stop", "config.training.on_spike must be one of 'ignore', 'report', 'skip'"),
@@ -92,6 +101,15 @@ def test_unknown_and_missing_keys_are_named():
     del values["model"]["widht"], values["data"]["path"]
     with pytest.raises(ConfigError, match=r"config\.data\.path is missing"):
         config_from_dict(values)
+
+
+def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = with_absolute_paths(tiny_config("data/mine"))
+    assert config.data.path == str(tmp_path / "data/mine")
+    assert with_absolute_paths(config) == config
+    with pytest.raises(PathError, match=r"config\.data\.path is 'gs://bucket/data': gs:// is not read directly: mount"):
+        with_absolute_paths(tiny_config("gs://bucket/data"))
 
 
 def test_the_defaults_of_the_project_are_those_of_the_dataclasses():

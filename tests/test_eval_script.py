@@ -38,7 +38,8 @@ def test_it_prints_and_writes_the_losses(workdir):
     assert results["step"] == 7
     assert [evaluation["context_length"] for evaluation in results["evaluations"]] == [16, 40]
     corpus = Corpus.open(workdir.parent / "corpus")
-    ids, statistics = corpus.token_file("validation").tokens, corpus.splits["validation"]
+    file, statistics = corpus.token_file("validation"), corpus.splits["validation"]
+    ids = file.read(0, len(file))
     for evaluation in results["evaluations"]:
         assert evaluation["num_targets"] == len(ids) - 1 - (ids[:-1] == 0).sum() == statistics.num_targets
         assert 20 < evaluation["perplexity"] < 40  # a new model: the vocabulary has 29 ids

@@ -146,7 +146,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> program.ArgumentParser:
     parser = program.ArgumentParser(prog="python -m rat_jax.checkpoints", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="{export,import,list,verify}")
     command = commands.add_parser("export", help="write a model's weights as a folder of safetensors files")
@@ -166,17 +166,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         command.add_argument("path", help="a workdir, or a folder of safetensors files")
         command.set_defaults(run=run)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-
-    def body() -> None:
-        parsed = _parse(arguments)
-        parsed.run(parsed)
-
-    return program.exit_code(body)
+    return program.run_command(_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ from collections.abc import Iterator
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
 from rat_jax.errors import RunStopped
+from rat_jax.fields import fits
 from rat_jax.files import ContentError, FileError, explain, read_object, system_errors
 from rat_jax.interrupts import before_exit
+from rat_jax.processes import is_running, start_time
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
@@ -71,7 +73,7 @@ class Holder:
             boot=_text("/proc/sys/kernel/random/boot_id"),
             container=_container(),
             pid=os.getpid(),
-            started=None if (state := _state(os.getpid())) is None else state[1],
+            started=start_time(os.getpid()),
             user=_user(),
             since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             device=folder.stat().st_dev,
@@ -88,7 +90,7 @@ class Holder:
         """
         values = read_object(file)
         hints = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(values) != set(hints) or not all(type(values[name]) in _types(hint) for name, hint in hints.items()):
+        if set(values) != set(hints) or not all(fits(hint, values[name]) for name, hint in hints.items()):
             raise ContentError(f"{file} is damaged: it does not say who holds the folder")
         return cls(**values)
 
@@ -100,7 +102,7 @@ class Holder:
         if self.boot is None and not same_host:
             return False
         if self.container == here.container:
-            return not _is_running(self.pid, self.started)
+            return not is_running(self.pid, self.started)
         return self.locks and here.locks and self.device == here.device
 
     def is_seen_by(self, here: "Holder") -> bool:
@@ -352,28 +354,6 @@ def _is_at(descriptor: int, file: pathlib.Path) -> bool:
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
 
-def _is_running(pid: int, started: int | None) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        pass
-    state = _state(pid)
-    if state is None:  # a system that does not say
-        return True
-    return state[0] not in "ZX" and started in (None, state[1])  # not ended, and not another one of the same number
-
-
-def _state(pid: int) -> tuple[str, int] | None:
-    """State of a process and when it started, in clock ticks since the machine did; None if the system does not say."""
-    text = _text(f"/proc/{pid}/stat")
-    if text is None:
-        return None
-    words = text.rpartition(")")[2].split()  # fields 3 and up; the name before may hold anything
-    return words[0], int(words[19])
-
-
 def _container() -> str | None:
     try:
         return os.readlink("/proc/self/ns/pid")
@@ -393,8 +373,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a number without a name
         return str(os.getuid())
-
-
-def _types(hint: type) -> set[type]:
-    """The types that an annotation allows."""
-    return set(getattr(hint, "__args__", (hint,)))

@@ -35,8 +35,8 @@ from rat_jax.checkpoints.manifest import (
 )
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
-from rat_jax.checkpoints.workdir import CheckpointError, Workdir, with_absolute_paths
-from rat_jax.config import Config, ModelConfig
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir
+from rat_jax.config import Config, ModelConfig, with_absolute_paths
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError

@@ -29,7 +29,6 @@ from rat_jax.data import DataError
 from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.files import ContentError, read_object, system_errors, write_json
-from rat_jax.paths import local_path
 
 FORMAT_VERSION = 1
 OWNER_FILE = "owner.json"
@@ -237,19 +236,6 @@ class RunRecord:
     checkpoint_every_steps: int | None  # of its latest start
     notes_saves: bool  # False: written by code that did not note them
     origin: dict[str, Any] | None = None  # where its first parameters came from; None: they were drawn, or not noted
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The config with paths that mean the same wherever a later command is given.
-
-    Raises:
-      PathError: if one names nothing that can be opened.
-    """
-    data, init = config.data, config.init
-    data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
-    if init.path is not None:
-        init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
-    return dataclasses.replace(config, data=data, init=init)
 
 
 def _is_leftover(path: pathlib.Path) -> bool:

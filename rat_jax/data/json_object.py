@@ -3,15 +3,15 @@
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from rat_jax import files
 from rat_jax.data import DataError
-from rat_jax.files import explain
+from rat_jax.errors import shown
+from rat_jax.fields import describe, fits
 
 T = TypeVar("T")
 
@@ -25,28 +25,15 @@ def read_bytes(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {explain(error)}") from None
+        raise DataError(f"{path} cannot be read: {files.explain(error)}") from None
 
 
 def parse_object(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON object of a UTF-8 text.
-
-    Args:
-      content: the text.
-      name: of what holds it, for the message: "the header of train.bin".
-
-    Raises:
-      DataError: if it is anything else.
-    """
+    """`rat_jax.files.parse_object` of data: what is wrong is a `DataError`."""
     try:
-        values = json.loads(content.decode())
-    except RecursionError:
-        raise DataError(f"{name} is damaged: brackets are nested too deep") from None
-    except ValueError as error:  # no UTF-8, no JSON, a number of too many digits
-        raise DataError(f"{name} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{name} is damaged: expected a JSON object, got {_shown(values)}")
-    return values
+        return files.parse_object(content, name)
+    except files.ContentError as error:
+        raise DataError(str(error)) from None
 
 
 def build(cls: type[T], values: Any, name: str) -> T:
@@ -56,7 +43,7 @@ def build(cls: type[T], values: Any, name: str) -> T:
       DataError: if a field is missing or unknown, or of another type than it is declared with; numbers must be finite.
     """
     if not isinstance(values, dict):
-        raise DataError(f"{name} is damaged: expected a JSON object, got {_shown(values)}")
+        raise DataError(f"{name} is damaged: expected a JSON object, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = [field for field in fields.values() if field.default is dataclasses.MISSING]
     if missing := [field.name for field in required if field.name not in values]:
@@ -65,8 +52,8 @@ def build(cls: type[T], values: Any, name: str) -> T:
         raise DataError(f"{name} is damaged: unknown field {unknown[0][:80]!r}")
     hints = typing.get_type_hints(cls)
     for field, value in values.items():
-        if not _fits(value, hints[field]):
-            raise DataError(f"{name} is damaged: {field} is {_shown(value)}, expected {_described(hints[field])}")
+        if not fits(hints[field], value):
+            raise DataError(f"{name} is damaged: {field} must be {describe(hints[field])}, got {shown(value)}")
     return cls(**values)
 
 
@@ -85,22 +72,3 @@ def checksum(values: Mapping[str, Any]) -> str:
 def is_digest(text: str) -> bool:
     """Whether a text is a SHA-256 in hexadecimal as this package writes it."""
     return len(text) == 64 and not set(text) - set("0123456789abcdef")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    match typing.get_origin(hint):
-        case typing.Union | types.UnionType:
-            return any(_fits(value, part) for part in typing.get_args(hint))
-        case origin if origin is not None:
-            return isinstance(value, origin)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is hint  # a bool is no int
-
-
-def _described(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:80] if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from rat_jax.data import DataError
 from rat_jax.files import system_errors
+from rat_jax.processes import is_running
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ def _clean_up(path: pathlib.Path) -> None:
             pid = leftover.name.removeprefix(prefix)
             if not leftover.name.startswith(prefix) or not pid.isdecimal():
                 continue
-            if int(pid) != os.getpid() and _is_running(int(pid)):
+            if int(pid) != os.getpid() and is_running(int(pid)):
                 continue
             if kind == "old" and not path.exists():
                 print(f"{path} is back from {leftover}, where a run that was killed had moved it", file=sys.stderr)
@@ -95,15 +96,3 @@ def _sync_one(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    except OverflowError:  # no process has such a number
-        return False
-    return True

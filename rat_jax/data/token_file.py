@@ -113,11 +113,6 @@ class TokenFile:
             )
 
     @property
-    def tokens(self) -> np.ndarray:
-        """All ids in memory; the rest is as for `read`."""
-        return self.read(0, len(self))
-
-    @property
     def _data_path(self) -> pathlib.Path:
         return self.path if self.header.data_file is None else pathlib.Path(self.header.data_file)
 

@@ -34,7 +34,7 @@ def _recipe(model: ModelConfig, seq_len: int) -> Config:
     )
 
 
-def _import(arguments: argparse.Namespace) -> str:
+def _import(arguments: argparse.Namespace) -> None:
     file, workdir = local_path(arguments.file, "FILE"), local_path(arguments.workdir, "WORKDIR")
     require_unused(Workdir(workdir))
     tokenizer = None
@@ -50,19 +50,19 @@ def _import(arguments: argparse.Namespace) -> str:
     seq_len = contents.model_config["embedding"]["seq_len"]
     save_model(workdir, _recipe(model.config, seq_len), model, contents.step, tokenizer)
     hint = "" if tokenizer else "\nwithout --tokenizer the workdir has no tokenizer; generate.py then wants --data_path"
-    return f"{workdir}: {', '.join(model.config.pattern)}, step {contents.step}{hint}"
+    print(f"{workdir}: {', '.join(model.config.pattern)}, step {contents.step}{hint}")
 
 
-def _export(arguments: argparse.Namespace) -> str:
+def _export(arguments: argparse.Namespace) -> None:
     workdir, file = local_path(arguments.workdir, "WORKDIR"), local_path(arguments.file, "FILE")
     check_new(file)
     loaded = load_model(workdir)
     model_config = release_model_config(loaded.config.model, loaded.config.data.seq_len)
     write_release_file(file, ReleaseFile(release_state_dict(loaded.model), model_config, loaded.step))
-    return f"{file}: {loaded.path}"
+    print(f"{file}: {loaded.path}")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> program.ArgumentParser:
     parser = program.ArgumentParser(prog="python -m rat_jax.release", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="{import,export}")
     command = commands.add_parser("import", help="make a workdir from a file of the release")
@@ -76,17 +76,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("workdir")
     command.add_argument("file", help="new file")
     command.set_defaults(run=_export)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-
-    def body() -> None:
-        parsed = _parse(arguments)
-        print(parsed.run(parsed))
-
-    return program.exit_code(body)
+    return program.run_command(_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ _COMPLETION, _SAMPLING = OUTPUT_FIELDS
 
 
 class OutputFile:
-    """A line for each prompt: the fields of its record, `completion`, and `sampling`, the settings."""
+    """A line for each prompt: the fields of its record, `completion`, and `sampling`, the settings.
+
+    Line i is of prompt i. Whole lines that are there stay as they are and are not made again; the beginning of a line
+    that a kill left is written anew. Equal prompts have a line each. A line that stands there twice would be of two
+    prompts: it is refused unless they are equal.
+    """
 
     def __init__(self, path: pathlib.Path, prompts: Sequence[Prompt]):
         """Looks at what is there, and whether the file can be written; changes nothing.
@@ -33,7 +38,7 @@ class OutputFile:
             content = path.read_bytes() if exists else b""
         *lines, rest = content.split(b"\n")
         self._kept_bytes: int | None = len(content) - len(rest)  # a line that was cut short is written again
-        self._records = [self._read(number, line) for number, line in enumerate(lines)]
+        self._made_with = [self._read(number, line)[_SAMPLING] for number, line in enumerate(lines)]  # of each line
         if rest:
             self._check_cut_line(rest)
         with system_errors(path, "written"):
@@ -44,7 +49,7 @@ class OutputFile:
     @property
     def num_done(self) -> int:
         """Prompts whose lines are there."""
-        return len(self._records)
+        return len(self._made_with)
 
     def go_on(self, settings: Mapping[str, Any]) -> None:
         """Says with which settings the next lines are made, as values that JSON can hold.
@@ -52,8 +57,7 @@ class OutputFile:
         Raises:
           PromptError: if lines that are there were made with others.
         """
-        for number, record in enumerate(self._records, start=1):
-            there = record[_SAMPLING]
+        for number, there in enumerate(self._made_with, start=1):
             changes = [
                 f"{name} was {there.get(name)!r}, is {settings.get(name)!r}"
                 for name in {**settings, **there}
@@ -82,7 +86,7 @@ class OutputFile:
                 while (line := self._waiting.pop(self.num_done, None)) is not None:
                     file.write(line.encode())
                     file.flush()
-                    self._records.append(record)
+                    self._made_with.append(self._settings)
         except FileError as error:
             raise RunStopped(
                 f"{error}; {self.num_done} of {len(self._prompts)} completions are there, and the same command goes on"

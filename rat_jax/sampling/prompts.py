@@ -135,8 +135,8 @@ def find_tokenizer(workdir: Workdir, config: Config, data_path: str | None) -> T
     corpus = None if data_path is None else local_path(data_path, "--data_path")
     if workdir.tokenizer.is_dir():
         folder, tokenizer = workdir.tokenizer, load_tokenizer(workdir.tokenizer)
-        if corpus is not None and Corpus.open(corpus).tokenizer_hash != tokenizer.hash:
-            raise DataError(f"{corpus} was made by another tokenizer than the model's, which is in {folder}")
+        if corpus is not None:
+            Corpus.open(corpus).check_tokenizer(folder)
     else:
         folder = corpus or pathlib.Path(config.data.path)
         if corpus is None and not folder.exists():

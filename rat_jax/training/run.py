@@ -18,9 +18,8 @@ from rat_jax.checkpoints.workdir import (
     Workdir,
     check_same_model,
     check_same_run,
-    with_absolute_paths,
 )
-from rat_jax.config import Config
+from rat_jax.config import Config, with_absolute_paths
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage

@@ -70,7 +70,8 @@ def test_right_answers_are_counted_apart(corpus, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "__call__", logits)
     row = recall.measure(LoadedModel(config, model, step=3, path=corpus.path))
-    documents = corpus.token_file("validation").tokens.reshape(-1, 81)
+    file = corpus.token_file("validation")
+    documents = file.read(0, len(file)).reshape(-1, 81)
     far = documents[:, 73:81:2]
     assert row == recall.Row("rnn", 3, "float32", 100.0, pytest.approx(100 * (far == 45).mean()))
     assert 0 < row.far < 100

@@ -88,6 +88,7 @@ def test_a_process_that_sleeps_holds_it_and_one_that_was_killed_does_not(tmp_pat
     "changes",
     [
         {"pid": 2**22 + 1},  # beyond what Linux gives
+        {"pid": 10**30},  # beyond what it can ask about
         {"started": 1},  # the number was given to this process since
         {"boot": "before the last start of the machine"},
         {"container": "pid:[1]"},  # ended, as its lock is gone

@@ -1,11 +1,9 @@
 """Checkpoints: what was saved comes back, what was damaged is noticed."""
 
-import contextlib
 import dataclasses
 import errno
 import json
 import os
-import resource
 import shutil
 
 import jax
@@ -19,223 +17,26 @@ from rat_jax.checkpoints import manifest as manifest_module
 from rat_jax.checkpoints import store as checkpoint
 from rat_jax.checkpoints.owner import owned
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model, load_model, save_model
-from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_model
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
-from rat_jax.model import LanguageModel
+from tests.checkpoints.saved_run import (
+    CONFIG,
+    DAMAGES,
+    assert_is_multiple,
+    files_up_to,
+    forget_saves,
+    kill,
+    largest_file,
+    new_run,
+    remove_manifest,
+    save,
+    steps,
+    times,
+    tree,
+)
 from tests.tiny_run import tiny_config
-
-CONFIG = tiny_config("data", model__pattern=("rnn",), training__checkpoints_to_keep=3, training__num_steps=100)
-
-
-def save(checkpoints, step, params):
-    """Starts to save a step of a run whose optimizer's state is the step."""
-    checkpoints.save(step, params, {"count": jnp.int32(step)}, {"next_batch": step, "fingerprint": {"seed": 0}})
-
-
-def new_run(folder):
-    workdir = Workdir(folder)
-    workdir.mark(CONFIG, None)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel(CONFIG.model, rngs=nnx.Rngs(0))
-
-
-def times(model, factor):
-    return jax.tree.map(lambda x: x * factor, nnx.state(model))
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    """A workdir with checkpoints of steps 10, 20 and 30, whose parameters are multiples."""
-    workdir = new_run(tmp_path_factory.mktemp("runs") / "run")
-    checkpoints = Checkpoints(workdir, CONFIG, lambda message: None)
-    for step in (10, 20, 30):
-        save(checkpoints, step, times(model, step))
-    checkpoints.close()
-    return workdir.path
-
-
-@pytest.fixture
-def run(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "run")
-
-
-def steps(run):
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def tree(folder):
-    """Every file of a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def kill(*arguments):
-    raise KeyboardInterrupt
-
-
-def forget_saves(run):
-    """Makes run.json one of code that did not note what was saved."""
-    values = json.loads((run / "run.json").read_text())
-    del values["saved_step"]
-    (run / "run.json").write_text(json.dumps(values))
-
-
-@contextlib.contextmanager
-def files_up_to(num_bytes):
-    """Within the block, this process can write no larger file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def largest_file(run, step):
-    files = (run / "checkpoints" / str(step) / "params").rglob("*")
-    return max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
-
-
-def flip_bit(run):
-    content = bytearray(largest_file(run, 30).read_bytes())
-    content[len(content) // 3] ^= 4
-    largest_file(run, 30).write_bytes(content)
-
-
-def cut_short(run):
-    content = largest_file(run, 30).read_bytes()
-    largest_file(run, 30).write_bytes(content[: len(content) // 2])
-
-
-def remove_file(run):
-    largest_file(run, 30).unlink()
-
-
-def remove_optimizer(run):
-    shutil.rmtree(run / "checkpoints/30/optimizer")
-
-
-def remove_manifest(run):
-    (run / "checkpoints/30/manifest.json").unlink()
-
-
-def tear_manifest(run):
-    manifest = run / "checkpoints/30/manifest.json"
-    manifest.write_text(manifest.read_text()[:200])
-
-
-def empty_folder(run):
-    shutil.rmtree(run / "checkpoints/30")
-    (run / "checkpoints/30").mkdir()
-
-
-DAMAGES = [flip_bit, cut_short, remove_file, remove_optimizer, remove_manifest, tear_manifest, empty_folder]
-
-
-def assert_is_multiple(loaded, model, factor):
-    for a, b in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(times(model, factor)), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
-
-
-class TestLoadModel:
-    """Reading for evaluation and generation."""
-
-    def test_newest(self, saved, model):
-        loaded = load_model(saved)
-        assert (loaded.step, loaded.config) == (30, CONFIG)
-        assert loaded.path == saved / "checkpoints/30"
-        assert_is_multiple(loaded.model, model, 30)
-        assert loaded.model(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, CONFIG.model.vocab_size)
-
-    def test_version_1_had_fewer_fields(self, run):
-        file = run / "checkpoints/30/manifest.json"
-        values = json.loads(file.read_text()) | {"format_version": 1}
-        del values["checksum"]
-        for name in ("num_kv_heads", "qk_norm", "mlp_kind", "scan_unroll"):
-            del values["config"]["model"][name]
-        del values["config"]["data"]["first_target_id"]
-        file.write_text(json.dumps(values))
-        loaded = load_model(run)
-        assert loaded.step == 30
-        check_same_model(loaded.config.model, CONFIG.model, run)
-        other = dataclasses.replace(CONFIG.model, mlp_kind="geglu")
-        with pytest.raises(CheckpointError, match=r"config\.model\.mlp_kind is 'gelu' there, 'geglu' now"):
-            check_same_model(loaded.config.model, other, run)
-
-    def test_a_certain_step(self, saved, model):
-        assert_is_multiple(load_model(saved, step=10).model, model, 10)
-        with pytest.raises(CheckpointError, match=r"no checkpoint of step 15; it has \[10, 20, 30\]"):
-            load_model(saved, step=15)
-
-    @pytest.mark.parametrize("damage", DAMAGES)
-    def test_walks_back_and_says_so(self, run, model, damage):
-        damage(run)
-        said = []
-        assert_is_multiple(load_model(run, report=said.append).model, model, 20)
-        assert len(said) == 1
-        assert "checkpoints/30" in said[0]
-        with pytest.raises(CheckpointError, match="checkpoints/30"):
-            load_model(run, step=30)
-
-    def test_missing_foreign_and_empty_workdirs(self, run, tmp_path):
-        with pytest.raises(CheckpointError, match="there is no workdir"):
-            load_model(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match=r"not the workdir of a run: it has no run\.json"):
-            load_model(tmp_path)
-        shutil.rmtree(run / "checkpoints")
-        with pytest.raises(CheckpointError, match="has no checkpoint yet"):
-            load_model(run)
-
-    def test_beside_the_process_that_owns_it_and_without_changing_anything(self, run):
-        damaged = largest_file(run, 30)
-        damaged.write_bytes(b"other")
-        with owned(run):
-            before = tree(run)
-            assert load_model(run, report=lambda message: None).step == 20
-            assert tree(run) == before
-
-    @pytest.mark.parametrize("moment", ["before its files are compared", "before its arrays are read"])
-    def test_a_checkpoint_that_is_removed_meanwhile(self, run, model, monkeypatch, moment):
-        """The run saves step 40 and removes all others, while 30 is being read."""
-        name = "verify" if "compared" in moment else "restore_arrays"
-        owner = Manifest if "compared" in moment else checkpoint
-        function = getattr(owner, name)
-
-        def removed(*arguments):
-            if (run / "checkpoints/30").exists():
-                checkpoints = Checkpoints(Workdir(run), CONFIG, print)
-                save(checkpoints, 40, times(model, 4))
-                checkpoints.close()
-                for step in (20, 30):
-                    shutil.rmtree(run / f"checkpoints/{step}")
-            return function(*arguments)
-
-        monkeypatch.setattr(owner, name, removed)
-        said = []
-        assert load_model(run, report=said.append).step == 40
-        assert said == [f"{run / 'checkpoints/30'} was removed while it was read: its run goes on; looking again"]
-
-    def test_a_certain_step_that_is_removed_meanwhile(self, run, monkeypatch):
-        def removed(*arguments):
-            shutil.rmtree(run / "checkpoints/20")
-            return verify(*arguments)
-
-        verify = Manifest.verify
-        monkeypatch.setattr(Manifest, "verify", removed)
-        with pytest.raises(CheckpointError, match=r"no checkpoint of step 20; it has \[10, 30\]"):
-            load_model(run, step=20, report=lambda message: None)
-
-    def test_all_damaged(self, run):
-        for step in (10, 20, 30):
-            largest_file(run, step).unlink()
-        with pytest.raises(CheckpointError, match="no good checkpoint"):
-            load_model(run, report=lambda message: None)
 
 
 class TestCheckpoints:

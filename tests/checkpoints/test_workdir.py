@@ -6,10 +6,9 @@ import re
 
 import pytest
 
-from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_run, with_absolute_paths
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_run
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer, load_tokenizer
 from rat_jax.files import FileError
-from rat_jax.paths import PathError
 from tests.tiny_run import tiny_config
 
 CONFIG = tiny_config("data")
@@ -187,15 +186,6 @@ class TestTokenizer:
         with pytest.raises(KeyboardInterrupt):
             workdir.save_tokenizer(ByteTokenizer())
         assert not workdir.tokenizer.exists()
-
-
-def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = with_absolute_paths(tiny_config("data/mine"))
-    assert config.data.path == str(tmp_path / "data/mine")
-    assert with_absolute_paths(config) == config
-    with pytest.raises(PathError, match=r"config\.data\.path is 'gs://bucket/data': gs:// is not read directly: mount"):
-        with_absolute_paths(tiny_config("gs://bucket/data"))
 
 
 def test_more_steps_for_a_run_are_refused_with_the_way_to_go():

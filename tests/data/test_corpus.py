@@ -11,7 +11,7 @@ import pytest
 
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
-from rat_jax.data.corpus import SPLITS, Corpus, Statistics
+from rat_jax.data.corpus import SPLITS, Corpus, Statistics, byte_entropy
 from rat_jax.data.json_object import checksum
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.data.prepare import prepare
@@ -76,7 +76,7 @@ def test_missing_and_unreadable(corpus, tmp_path):
         ({"splits": {}}, r"metadata\.json is damaged: splits are not of train and validation"),
         ({"splits": {"train": 1, "validation": 2}}, r"metadata\.json, train is damaged: expected a JSON object, got 1"),
         ({"total": {"num_bytes": 3}}, r"metadata\.json, total is damaged: it has no num_documents"),
-        ({"settings": []}, r"metadata\.json is damaged: settings is a list"),
+        ({"settings": []}, r"metadata\.json is damaged: settings must be of type dict\[str, Any\], got \[\]"),
         ({"header_hashes": None}, r"metadata\.json is damaged: header_hashes are of another version"),
         ({"color": "red"}, r"metadata\.json is damaged: unknown field 'color'"),
     ],
@@ -93,6 +93,11 @@ def test_figures_that_cannot_be(corpus):
         train = values["splits"]["train"] | {field: value}
         write_metadata(corpus, values | {"splits": values["splits"] | {"train": train}})
         with pytest.raises(DataError, match=rf"metadata\.json, train is damaged: {field} is {value}"):
+            Corpus.open(corpus.path)
+    for value in (10**400, math.nan, True):
+        train = values["splits"]["train"] | {"byte_entropy_nats": value}
+        write_metadata(corpus, values | {"splits": values["splits"] | {"train": train}})
+        with pytest.raises(DataError, match=r"byte_entropy_nats must be a finite number or None, got (1000|nan|True)"):
             Corpus.open(corpus.path)
     total = values["total"] | {"num_bytes": values["total"]["num_bytes"] + 1}
     write_metadata(corpus, values | {"total": total})
@@ -257,3 +262,9 @@ def test_the_targets_of_a_split_are_those_that_count(settings, tmp_path, tokeniz
     assert statistics.num_targets == counted
     assert statistics.num_bytes == 33
     assert statistics.bits_per_byte(1.0) == pytest.approx(counted / math.log(2) / 33)
+
+
+def test_byte_entropy():
+    assert byte_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(math.log(4))
+    assert byte_entropy(np.array([0, 7])) == 0
+    assert byte_entropy(np.array([0])) == 0

@@ -289,8 +289,8 @@ def test_load_refuses_what_was_changed(tokenizers, tmp_path):
     ("changes", "message"),
     [
         ({"kind": "words"}, "unknown kind of tokenizer 'words'"),
-        ({"kind": None}, "kind is None, expected str"),
-        ({"vocab_size": "300"}, "vocab_size is '300', expected int"),
+        ({"kind": None}, "kind must be text, got None"),
+        ({"vocab_size": "300"}, "vocab_size must be a whole number, got '300'"),
         ({"eos_id": 300}, "eos_id 300, vocab_size 300"),
         ({"eos_id": -1}, "eos_id -1, vocab_size 300"),
         ({"hash": "x"}, "hash is no SHA-256"),

@@ -54,7 +54,8 @@ def run(loaded, corpus, context_length: int = 16, batch_tokens: int = 64, max_ba
 def test_losses_equal_the_definition(corpus, segment_documents):
     loaded = make_loaded(corpus, data__segment_documents=segment_documents)
     result = run(loaded, corpus)
-    ids = corpus.token_file("validation").tokens.astype(np.int32)
+    file = corpus.token_file("validation")
+    ids = file.read(0, len(file)).astype(np.int32)
     loss, weight = np.zeros(16), np.zeros(16)
     graphdef, params = nnx.split(loaded.model)
     forward = jax.jit(lambda params, tokens, segments: nnx.merge(graphdef, params)(tokens, segments))

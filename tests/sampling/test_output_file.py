@@ -19,8 +19,8 @@ def path(tmp_path):
     return tmp_path / "texts.jsonl"
 
 
-def finish(path, numbers) -> bytes:
-    output = OutputFile(path, PROMPTS)
+def finish(path, numbers, prompts=PROMPTS) -> bytes:
+    output = OutputFile(path, prompts)
     output.go_on(SETTINGS)
     for number in numbers:
         output.write(number, f"text {number}\n")
@@ -52,6 +52,18 @@ def test_it_goes_on_from_every_byte_at_which_a_kill_may_have_cut_it(path):
         assert finish(path, range(done, 3)) == whole
 
 
+def test_equal_prompts_have_a_line_each(path):
+    """Also where equal lines stand in the file."""
+    prompts = [Prompt.of("a", "line 1"), Prompt.of("a", "line 2"), Prompt.of("b", "line 3")]
+    whole = finish(path, range(3), prompts)
+    first, second, _ = whole.splitlines(True)
+    assert (json.loads(first)["completion"], json.loads(second)["completion"]) == ("text 0\n", "text 1\n")
+    path.write_bytes(first + first)
+    assert OutputFile(path, prompts).num_done == 2
+    path.write_bytes(first)
+    assert finish(path, [1, 2], prompts) == whole
+
+
 def test_other_settings_are_refused(path):
     finish(path, [0])
     output = OutputFile(path, PROMPTS)
@@ -71,6 +83,7 @@ def test_other_settings_are_refused(path):
         (lambda content: content.replace(b"completion", b"complexion"), "line 1: is no completion of line 1"),
         (lambda content: b"".join(content.splitlines(True)[1:]), "line 1: is no completion of line 1"),
         (lambda content: content + content, "line 4: there are only 3 prompts"),
+        (lambda content: content.splitlines(True)[0] * 2, "line 2: is no completion of line 2"),
         (lambda content: content + b"{", "line 4: is no beginning of a completion"),
     ],
 )

@@ -125,6 +125,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.memory",
         "rat_jax.mesh",
         "rat_jax.model",
+        "rat_jax.paths",
         "rat_jax.sampling",
         "rat_jax.shapes",
         "rat_jax.sharding",

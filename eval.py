@@ -50,22 +50,31 @@ _MAX_BATCHES = flags.DEFINE_integer(
     "max_batches", None, "batches of each context length, evenly spread over the split; left out: the whole split"
 )
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 16_384, "tokens computed at a time, over all devices")
-_TASKS = flags.DEFINE_list("tasks", None, "tasks, groups or tags of the lm-evaluation-harness, instead of the loss")
+_TASKS = flags.DEFINE_list("tasks", None, "groups as csr, or tasks of the lm-evaluation-harness, instead of the loss")
 _TASKS_DIR = flags.DEFINE_string("tasks_dir", None, "folder of task files (YAML) beside the harness's own")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "examples before each question of a task; left out: as each task says"
+    "num_fewshot", None, "examples before each question of a task; left out: as the task or its group says"
 )
 _LIMIT = flags.DEFINE_integer("limit", None, "documents of each task; left out: all")
 _BOS = flags.DEFINE_enum(
-    "bos", "empty", ["empty", "always"], "where the id that ends documents comes first: before nothing else, or always"
+    "bos",
+    None,
+    ["empty", "always"],
+    "where the id that ends documents comes first: before nothing else, or always; left out: as the task's group says, "
+    "or empty",
 )
 _TRUNCATION = flags.DEFINE_enum(
-    "truncation", "left", ["left", "middle", "right"], "what is taken out of a task's context that is too long"
+    "truncation",
+    None,
+    ["left", "middle", "right"],
+    "what is taken out of a task's context that is too long; left out: as the task's group says, or left",
 )
 _JOINT_TOKENIZATION = flags.DEFINE_bool(
-    "joint_tokenization", True, "tokenise a task's context and continuation as one text"
+    "joint_tokenization", None, "tokenise a task's context and continuation as one text; left out: true"
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "of generated texts, where a task does not say")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "of generated texts, where a task does not say; left out: 256"
+)
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
 
@@ -75,10 +84,6 @@ def _context_lengths() -> list[int]:
         return sorted({int(length) for length in _CONTEXT_LENGTHS.value or []})
     except ValueError as error:
         raise EvaluationError(f"--context_lengths wants numbers with commas between: {error}") from None
-
-
-def _context_length(subject: Subject) -> int:
-    return (_context_lengths() or [subject.loaded.config.data.seq_len])[0]
 
 
 def _progress(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
@@ -97,19 +102,20 @@ def _losses(subject: Subject) -> None:
 
 
 def _tasks(subject: Subject) -> None:
+    text = {
+        "context_length": next(iter(_context_lengths()), None),
+        "bos": _BOS.value,
+        "truncation": _TRUNCATION.value,
+        "joint_tokenization": _JOINT_TOKENIZATION.value,
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+    }
     evaluate_tasks(
         subject,
         _TASKS.value,
         folder=None if _TASKS_DIR.value is None else local_path(_TASKS_DIR.value, "--tasks_dir"),
         num_fewshot=_NUM_FEWSHOT.value,
         limit=_LIMIT.value,
-        text={
-            "context_length": _context_length(subject),
-            "bos": _BOS.value,
-            "truncation": _TRUNCATION.value,
-            "joint_tokenization": _JOINT_TOKENIZATION.value,
-            "max_new_tokens": _MAX_NEW_TOKENS.value,
-        },
+        text={name: value for name, value in text.items() if value is not None},
         batch_tokens=_BATCH_TOKENS.value,
         print_json=_JSON.value,
         progress=_progress,

@@ -5,16 +5,18 @@ import importlib.util
 import json
 import math
 import pathlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from lm_eval.api.group import Group
-from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from rat_jax.errors import RatJaxError
@@ -23,6 +25,7 @@ from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.perplexity import EvaluationError
 
 _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of tasks whose data are local files
+_SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}  # those of the harness's own programs
 _OUR_FILES = pathlib.Path(__file__).parent / "tasks"
 _HARNESS_FILES = pathlib.Path(importlib.util.find_spec("lm_eval.tasks").origin).parent
 _KNOWN = {task.name: (group, task) for name, group in GROUPS.items() for task in group.tasks}
@@ -70,7 +73,7 @@ class Tasks:
         """The group whose settings a task has."""
         return self._specs[name][0] if name in self._specs else None
 
-    def load(self, name: str) -> list[Task | Group]:
+    def load(self, name: str) -> TaskDict:
         """A task, a group, or the tasks of a tag, with their data.
 
         Raises:
@@ -80,7 +83,8 @@ class Tasks:
         changes = {} if spec is None else self._changes(spec)
         try:
             if changes:
-                loaded = self._manager.load([{"group": "changed", "task": [{"task": name, **changes}]}])
+                in_group = self._manager.load([{"group": "changed", "task": [{"task": name, **changes}]}])
+                loaded = self._manager.load([in_group["tasks"][name]])
             else:
                 loaded = self._manager.load([name])
         except jinja2.TemplateError as error:
@@ -93,12 +97,10 @@ class Tasks:
             raise EvaluationError(
                 f"task {name}: {self._data_of(name)} cannot be loaded: {reason}; {self._remedy(name)}"
             ) from None
-        if name in loaded["groups"]:
-            return [loaded["groups"][name]]
         if spec is not None and spec.answer_ends is not None:
             config = loaded["tasks"][name].config
             config.process_results = _ending_at(spec.answer_ends, config.process_results)
-        return list(loaded["tasks"].values())
+        return loaded
 
     def run(self, name: str, model: HarnessModel, *, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
         """The harness's results of one name, as values that JSON can hold.
@@ -115,19 +117,16 @@ class Tasks:
           EvaluationError: if data cannot be loaded, or the task does not fit them.
           RatJaxError: as the model's functions do.
         """
-        items = self.load(name)
+        loaded = self.load(name)
         num_truncated, num_left_out = model.num_truncated, 0
+        for task in loaded["tasks"].values():
+            _choose_examples(task, num_fewshot)
         try:
             if name in self._specs and self._specs[name][1].cut is not None:
-                num_left_out = _cut(items[0], self._specs[name][1], model)
-            found = simple_evaluate(
-                model=model,
-                tasks=items,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=self._manager,
-                log_samples=False,
-            )
+                num_left_out = _cut(loaded["tasks"][name], self._specs[name][1], model)
+            random.seed(_SEEDS["random"])
+            np.random.seed(_SEEDS["numpy"])  # noqa: NPY002  # what tasks draw from
+            found = evaluate(model, loaded, limit=limit, log_samples=False)
         except (LookupError, jinja2.TemplateError) as error:
             raise self._misfit(name, error) from None
         kept = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -205,6 +204,14 @@ def _ending_at(ends: Sequence[str], judge: Callable[..., dict[str, float]]) -> C
         return judge(doc, [answer])
 
     return judge_cut
+
+
+def _choose_examples(task: ConfigurableTask, num_fewshot: int | None) -> None:
+    """Sets how many examples a task shows, and which; a task whose file says 0 shows none, as in the harness."""
+    of_file = task.get_config("num_fewshot")
+    if of_file is None or (of_file != 0 and num_fewshot is not None):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed=_SEEDS["fewshot"])
 
 
 def _cut(task: ConfigurableTask, spec: GroupTask, model: HarnessModel) -> int:

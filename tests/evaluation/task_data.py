@@ -102,11 +102,8 @@ CHOICES = {
                 [("Ann called Eve, as Ann", " was ill."), ("Ann called Eve, as Eve", " was ill.")], ["was ill."] * 2, 1
             ),
             Choice(
-                [
-                    ("The cup fell off the box since cup", " was small."),
-                    ("The cup fell off the box since box", " was small."),
-                ],
-                ["was small."] * 2,
+                [("The cup is on the box: cup", " is big."), ("The cup is on the box: box", " is big.")],
+                ["is big."] * 2,
                 1,
             ),
             Choice([("Bob beat Tom so Bob", " won it."), ("Bob beat Tom so Tom", " won it.")], ["won it."] * 2, 0),

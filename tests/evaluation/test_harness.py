@@ -6,23 +6,18 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from lm_eval.api.instance import Instance
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.evaluation import EvaluationError
-from tests.commands import call_script
-from tests.small import bigram_model
-from tests.tiny_run import tiny_config
-
-pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
-
-from lm_eval.api.instance import Instance
-
-from rat_jax.evaluation import harness_tasks
+from rat_jax.evaluation import EvaluationError, harness_tasks
 from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks, run_tasks
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
+from tests.commands import call_script
+from tests.small import bigram_model
+from tests.tiny_run import make_corpus, tiny_config
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.eos_id
@@ -249,6 +244,8 @@ def test_generation_that_is_not_possible(bigrams, arguments, message):
 
 
 def test_requests_and_settings_that_make_no_sense(bigrams):
+    with pytest.raises(EvaluationError, match="the continuation has 9 tokens, more than the context length of 8"):
+        make_model(bigrams, context_length=8).loglikelihood(instances("loglikelihood", ("a", "b" * 9)))
     with pytest.raises(EvaluationError, match="task t, document 0: the continuation is empty"):
         make_model(bigrams).loglikelihood(instances("loglikelihood", ("a", "")))
     with pytest.raises(EvaluationError, match="bos must be one of empty, always, got 'never'"):
@@ -368,6 +365,10 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
     assert f"only choice of the tasks is done: {file}" in capsys.readouterr().err
     monkeypatch.undo()
+
+    other = make_corpus(folder.parent / "other", vocab_size=257)
+    assert call_script("eval.py", *arguments, "--tasks=choice", "--data_path", other) == 2
+    assert f"error: {other} was made by another tokenizer than the model's" in capsys.readouterr().err
 
     assert call_script("eval.py", *arguments, "--tasks=no_file") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: task no_file: the data set json")

@@ -1,5 +1,8 @@
 """Every task of every group on rows of its data set: prompts, options, targets, metrics and settings."""
 
+import functools
+import json
+
 import datasets
 import numpy as np
 import pyarrow.parquet
@@ -9,8 +12,11 @@ from lm_eval.api.model import LM
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.evaluation import EvaluationError, harness_tasks
 from rat_jax.evaluation.groups import GROUPS
+from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks
+from rat_jax.evaluation.tasks import recall_prompts
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
 from tests.commands import call_script

@@ -8,9 +8,11 @@ other data, lengths or parts of the split have files of their own. Exit codes: 0
 checkpoint or the data do not fit; 1 if a later length failed, a signal came after the first, or a file could not be
 written, after what was computed is printed; 75 if a signal came before.
 
-Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt), and on task files of your own:
+Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt), on groups of tasks by the protocols of
+papers (docs/evaluation.md), and on task files of your own:
 
   python eval.py --workdir=runs/default --tasks=arc_easy,hellaswag --limit=100
+  python eval.py --workdir=runs/default --tasks=csr,longbench,recall
   python eval.py --workdir=runs/default --tasks=mine --tasks_dir=folder/of/yaml
 
 Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task

@@ -20,8 +20,10 @@ def table(results: dict[str, dict[str, Any]], *, header: bool) -> str:
                 error = metrics.get(f"{metric.partition(',')[0]}_stderr,{of}")
                 cells = [f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in (value, error)]
                 lines.append(f"{task:<32} {label:<20} {count:>9} {cells[0]:>9} {cells[1]:>9}")
-        if values["num_left_out"]:
-            lines.append(f"{name:<32} {values['num_left_out']} documents are left out by the protocol")
+        if count := values["num_left_out"]:
+            lines.append(
+                f"{name:<32} {count} {'document is' if count == 1 else 'documents are'} left out by the protocol"
+            )
         if values["num_truncated"]:
             lines.append(f"{name:<32} {values['num_truncated']} contexts were too long and cut")
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """Every task of every group on rows of its data set: prompts, options, targets, metrics and settings."""
 
-import functools
 import json
 
 import datasets
@@ -230,7 +229,7 @@ def test_tasks_named_twice(names, message):
 
 def test_near_names_of_groups_are_offered(monkeypatch):
     # The harness's thousands of files take many seconds to read.
-    monkeypatch.setattr(harness_tasks, "TaskManager", functools.partial(OwnTaskManager))
+    monkeypatch.setattr(harness_tasks, "TaskManager", OwnTaskManager)
     with pytest.raises(EvaluationError, match=r"there is no task 'recal' .*; did you mean recall"):
         Tasks(["recal"])
 
@@ -261,7 +260,7 @@ def test_the_program_on_a_group(workdir, hub, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["task", "metric", "documents", "value", "stderr"]
     assert lines[1].split()[:4] == ["recall_swde", "contains", "3", "0.6667"]
-    assert lines[2] == f"{'recall_swde':<32} 1 documents are left out by the protocol"
+    assert lines[2] == f"{'recall_swde':<32} 1 document is left out by the protocol"
     mean = np.mean([2 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3])
     assert lines[-1] == f"{'recall':<32} mean of 6 tasks {mean:.4f}"
     assert [model.settings.context_length for model in made] == [2048, 16]  # of the group, and of the training

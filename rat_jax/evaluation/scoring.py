@@ -28,6 +28,8 @@ from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Int
 from rat_jax.sharding import batch_sharding
 
+_MOST_OPTIONS = 16  # continuations of a context that are computed together
+
 Ids = Sequence[int] | np.ndarray
 Pair = tuple[Ids, Ids]  # a context, and its continuation
 
@@ -156,9 +158,13 @@ class Scorer:
         """
         rows = [self._pair_row(f"pair {index}", *pair) for index, pair in enumerate(pairs)]
         apart = self._plan_rows(rows, range(len(rows)))
-        contexts = _contexts_of(rows)
-        alone = [context.rows[0] for context in contexts if len(context.rows) == 1]
-        contexts = [context for context in contexts if len(context.rows) > 1]
+        room = self.batch_tokens // self._num_devices
+        contexts, alone = [], []
+        for context in _contexts_of(rows):
+            if len(context.rows) > 1 and context.room(self.context_length) <= room:
+                contexts.append(context)
+            else:
+                alone += context.rows
         together = [
             *plan_contexts(contexts, self.context_length, self.batch_tokens, self._num_devices),
             *self._plan_rows(rows, alone),
@@ -330,12 +336,17 @@ def plan_batches(
 
 
 def _contexts_of(rows: Sequence[_Row]) -> list[SharedContext]:
+    """Rows by their contexts; one that very many have comes several times."""
     members: dict[bytes, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         members[row.context.tobytes()].append(index)
-    return [
-        SharedContext(rows[group[0]].context, [rows[index].continuation for index in group], group)
+    groups = [
+        group[start : start + _MOST_OPTIONS]
         for group in members.values()
+        for start in range(0, len(group), _MOST_OPTIONS)
+    ]
+    return [
+        SharedContext(rows[group[0]].context, [rows[index].continuation for index in group], group) for group in groups
     ]
 
 

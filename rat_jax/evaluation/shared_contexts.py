@@ -30,6 +30,11 @@ class SharedContext(NamedTuple):
     options: Sequence[np.ndarray]
     rows: Sequence[int]  # the caller's numbers of the options
 
+    def room(self, context_length: int) -> int:
+        """Tokens that the caches of its continuations take, padding included."""
+        longest = max(len(option) - 1 for option in self.options)
+        return len(self.options) * (padded_length(len(self.ids), context_length) + _padded_option(longest))
+
 
 class OptionScores(NamedTuple):
     """What a model says of each token of each continuation; see `TokenScores`."""
@@ -93,22 +98,38 @@ def plan_contexts(
         is more.
       num_devices: what the contexts of a batch are a multiple of.
     """
-    order = sorted(range(len(contexts)), key=lambda i: (len(contexts[i].options), -len(contexts[i].ids)))
-    plan, start = [], 0
-    while start < len(order):
-        num_options = len(contexts[order[start]].options)
-        length = padded_length(len(contexts[order[start]].ids), context_length)
-        alike = [index for index in order[start:] if len(contexts[index].options) == num_options]
-        longest = max(len(option) - 1 for index in alike for option in contexts[index].options)
-        read = 0 if longest == 0 else max(_SHORTEST_OPTION, 1 << (longest - 1).bit_length())
-        # A cache of the whole length for each continuation is what takes memory.
-        room = num_options * (length + read) if read else length
-        per_device = max(1, batch_tokens // (room * num_devices))
-        members = alike[: per_device * num_devices]
-        count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
-        plan.append(PlannedContexts(members, count, length, num_options, read))
-        start += len(members)
+    plan = []
+    counts = [len(context.options) for context in contexts]
+    for num_options in sorted(set(counts)):
+        alike = [index for index, count in enumerate(counts) if count == num_options]
+        lengths = _option_lengths([max(len(option) - 1 for option in contexts[index].options) for index in alike])
+        order = sorted(zip(lengths, alike, strict=True), key=lambda pair: (-pair[0], -len(contexts[pair[1]].ids)))
+        start = 0
+        while start < len(order):
+            option_length, first = order[start]
+            length = padded_length(len(contexts[first].ids), context_length)
+            # A cache of the whole length for each continuation is what takes memory.
+            room = num_options * (length + option_length) if option_length else length
+            per_device = max(1, batch_tokens // (room * num_devices))
+            members = [i for need, i in order[start : start + per_device * num_devices] if need == option_length]
+            count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
+            plan.append(PlannedContexts(members, count, length, num_options, option_length))
+            start += len(members)
     return plan
+
+
+def _option_lengths(needed: Sequence[int]) -> list[int]:
+    """What the continuations of each context are padded to: one length for nine of ten contexts, one for the others.
+
+    Args:
+      needed: tokens to read of each context's longest continuation.
+    """
+    usual, longest = (_padded_option(int(np.quantile(needed, part, method="higher"))) for part in (0.9, 1.0))
+    return [usual if need <= usual else longest for need in needed]
+
+
+def _padded_option(num_tokens: int) -> int:
+    return 0 if num_tokens == 0 else max(_SHORTEST_OPTION, 1 << (num_tokens - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -77,6 +77,19 @@ def test_what_would_be_more_to_compute_is_scored_apart():
     assert scorer.num_tokens == 2 * 16  # the context's one token is padded to 16 where it is read by itself
 
 
+def test_caches_that_are_larger_than_a_batch_are_not_made():
+    rng = np.random.default_rng(7)
+    model, table = bigram_model()
+    # Texts that nothing precedes have one context, however many there are.
+    pairs = [([0], rng.integers(0, V, 2).tolist()) for _ in range(40)]
+    fits, too_large = (scorer_of(model, batch_tokens=16 * (16 + 8) - less) for less in (0, 1))
+    for scorer in (fits, too_large):
+        for (_, continuation), score in zip(pairs, scorer.score(pairs), strict=True):
+            assert score.total == pytest.approx(table[[0, continuation[0]], continuation].sum(), abs=1e-4)
+    assert fits.num_tokens == 2 * (16 + 16 * 8) + (16 + 8 * 8)
+    assert too_large.num_tokens == (23 + 16) * 16 + (16 + 8 * 8)  # the first 32 are rows of 16 by themselves
+
+
 def test_contexts_that_are_cut_differently_are_different():
     """A longer continuation leaves less room, so that less of the context is read."""
     model = small_model(("rnn",), num_layers=1)
@@ -112,7 +125,16 @@ def test_plans_hold_every_context_once_in_few_shapes_and_bounded_memory(num_devi
         assert planned.num_contexts % num_devices == 0
         room = planned.num_options * (planned.length + planned.option_length)
         assert planned.num_contexts * room <= max(batch_tokens, num_devices * room)
-    assert len({(planned.num_options, planned.length, planned.option_length) for planned in plan}) <= 2 * 4 * 7
+    assert len({(planned.num_options, planned.option_length) for planned in plan}) <= 2 * 2
+    assert len({planned.length for planned in plan}) <= 4 * 6  # octaves from 16 to 700
+
+
+def test_a_few_long_continuations_do_not_lengthen_the_others():
+    contexts = [
+        SharedContext(np.zeros(20, np.int32), [np.zeros(length, np.int32)] * 2, []) for length in [8] * 19 + [100]
+    ]
+    plan = plan_contexts(contexts, 200, 10_000, 1)
+    assert [(planned.contexts, planned.option_length) for planned in plan] == [([19], 128), (list(range(19)), 8)]
 
 
 def test_equal_shapes_are_compiled_once():

@@ -79,7 +79,7 @@ def evaluate_tasks(
     if tasks.groups:
         measured["groups"] = {
             name: {
-                "tasks": [task.name for task in group.tasks],
+                "metrics": {task.name: task.metric for task in group.tasks},
                 "source": group.source,
                 "num_fewshot": group.num_fewshot,
             }
@@ -90,12 +90,18 @@ def evaluate_tasks(
 
     done: dict[str, dict[str, Any]] = {}
 
+    def as_json() -> dict[str, Any]:
+        means = (
+            {"group_means": {name: group.mean(done) for name, group in tasks.groups.items()}} if tasks.groups else {}
+        )
+        return results.tasks_as_json(loaded, measured, done) | means
+
     def give_out(name: str, values: dict[str, Any]) -> None:
         done[name] = values | {"settings": dataclasses.asdict(settings_of(tasks.group_of(name)))}
         if not print_json:
             print(table({name: values}, header=len(done) == 1), flush=True)
         if any("error" not in values for values in done.values()):
-            write_json(path, results.tasks_as_json(loaded, measured, done))
+            write_json(path, as_json())
 
     def model_of(name: str) -> HarnessModel:
         return model_with(settings_of(tasks.group_of(name)))
@@ -108,7 +114,7 @@ def evaluate_tasks(
             raise
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if print_json:
-        print(json.dumps(results.tasks_as_json(loaded, measured, done)), flush=True)
+        print(json.dumps(as_json()), flush=True)
     else:
         for name, group in tasks.groups.items():
             if (mean := group.mean(done)) is not None:

@@ -7,7 +7,7 @@ results         files in the workdir, and their names     padding           leng
 mode            what eval.py measures, by its flags       subject           what it is measured on
 loss_evaluation, task_evaluation                          the measurements themselves
 
-groups          tasks that papers report together         harness           a model as the lm-evaluation-harness calls it
+groups          tasks that papers report together         harness           a model as the harness calls it
 document_cut    documents of the recall tasks             harness_tasks     tasks by name: loaded, changed, run
 tasks/          task files of ours                        text_settings     how texts become what a model reads
                                                           task_report       results of tasks as a table

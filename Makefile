@@ -67,7 +67,7 @@ $(VENV)/ready: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/ready-for-tests: requirements.txt requirements-test.txt
+$(VENV)/ready-for-tests: requirements.txt requirements-test.txt requirements-eval.txt
 	$(call new-venv,$(VENV))
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	@touch $@ $(VENV)/ready

@@ -18,9 +18,10 @@ IMPORT_ALL = """
 import importlib, importlib.metadata, pathlib, pkgutil, sys
 import rat_jax
 sys.modules["torch"] = None  # cannot be imported: users need not have it
-needs_more = "rat_jax.evaluation.harness"  # which eval.py imports where requirements-eval.txt is installed
+# What eval.py imports where requirements-eval.txt is installed.
+needs_more = {"rat_jax.evaluation.harness", "rat_jax.evaluation.harness_tasks"}
 for module in pkgutil.walk_packages(rat_jax.__path__, "rat_jax."):
-    if not module.name.endswith("__main__") and module.name != needs_more:
+    if not module.name.endswith("__main__") and module.name not in needs_more:
         importlib.import_module(module.name)
 assert not {"configs", "benchmarks", "tests"} & set(sys.modules)
 print(pathlib.Path(rat_jax.__file__).parent.parent, rat_jax.__version__, importlib.metadata.version("rat_jax"))
@@ -44,11 +45,16 @@ def wheel(tmp_path_factory):
     return file
 
 
-def test_the_wheel_holds_every_module(wheel):
+def test_the_wheel_holds_every_module_and_task_file(wheel):
     with zipfile.ZipFile(wheel) as file:
-        packed = {name for name in file.namelist() if name.endswith(".py")}
-    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    assert packed == modules
+        packed = {name for name in file.namelist() if name.endswith((".py", ".yaml"))}
+    files = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for ending in ("*.py", "*.yaml")
+        for path in (ROOT / package).rglob(ending)
+    }
+    assert packed == files
 
 
 def test_the_wheel_requires_what_requirements_txt_lists(wheel):

@@ -1,4 +1,17 @@
-"""What a trained model is worth: loss and perplexity by position, and what it says of given tokens."""
+"""What a trained model is worth: loss and perplexity by position, what it says of given tokens, and tasks.
+
+perplexity      the loss of the validation split          scoring           log p of given tokens
+report          it as a table and a picture               shared_contexts   of continuations of the same context
+results         files in the workdir, and their names     padding           lengths that rows are padded to
+
+mode            what eval.py measures, by its flags       subject           what it is measured on
+loss_evaluation, task_evaluation                          the measurements themselves
+
+groups          tasks that papers report together         harness           a model as the harness calls it
+document_cut    documents of the recall tasks             harness_tasks     tasks by name: loaded, changed, run
+tasks/          task files of ours                        text_settings     how texts become what a model reads
+                                                          task_report       results of tasks as a table
+"""
 
 from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, evaluate
 from rat_jax.evaluation.scoring import Score, Scorer

@@ -3,14 +3,24 @@
 import contextlib
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from rat_jax.evaluation.padding import padded_count, padded_length
 from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.shared_contexts import (
+    ContextBatch,
+    OptionScores,
+    PlannedContexts,
+    SharedContext,
+    context_scores,
+    plan_contexts,
+)
 from rat_jax.loss import TokenScores, token_scores
 from rat_jax.memory import is_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
@@ -18,7 +28,7 @@ from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Int
 from rat_jax.sharding import batch_sharding
 
-_SHORTEST = 16  # tokens of a padded row
+_MOST_OPTIONS = 16  # continuations of a context that are computed together
 
 Ids = Sequence[int] | np.ndarray
 Pair = tuple[Ids, Ids]  # a context, and its continuation
@@ -58,6 +68,20 @@ class PlannedBatch:
     num_rows: int  # padding included
     length: int
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read, padding included."""
+        return self.num_rows * self.length
+
+    def batch(self, rows: Sequence["_Row"]) -> RowBatch:
+        """The arrays."""
+        batch = RowBatch(*(np.zeros((self.num_rows, self.length), np.int32) for _ in range(2)))
+        for place, index in enumerate(self.rows):
+            ids = rows[index].ids
+            batch.tokens[place, : len(ids) - 1] = ids[:-1]
+            batch.targets[place, : len(ids) - 1] = ids[1:]
+        return batch
+
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
@@ -66,11 +90,20 @@ class _Row:
     num_targets: int  # the last ones
     num_dropped: int
 
+    @property
+    def context(self) -> np.ndarray:
+        return self.ids[: len(self.ids) - self.num_targets]
 
-Progress = Callable[[Iterable[RowBatch], int], Iterable[RowBatch]]
+    @property
+    def continuation(self) -> np.ndarray:
+        return self.ids[len(self.ids) - self.num_targets :]
 
 
-def _no_progress(batches: Iterable[RowBatch], num_batches: int) -> Iterable[RowBatch]:
+Planned = PlannedBatch | PlannedContexts
+Progress = Callable[[Iterable[RowBatch | ContextBatch], int], Iterable[RowBatch | ContextBatch]]
+
+
+def _no_progress(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
     return batches
 
 
@@ -78,8 +111,11 @@ class Scorer:
     """Scores tokens with a model: rows of similar length together, cut among the devices of a mesh.
 
     Rows are sorted by length and padded to one of four lengths an octave, so that few programs are compiled. A score
-    follows from its own tokens alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`).
+    follows from its own tokens alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context
+    that several continuations have is read once (`rat_jax.evaluation.shared_contexts`) where that is less to compute.
     """
+
+    num_tokens = 0  # computed so far, padding included
 
     def __init__(self, model: LanguageModel, mesh: jax.sharding.Mesh | None, *, context_length: int, batch_tokens: int):
         """Computes nothing yet.
@@ -120,7 +156,22 @@ class Scorer:
           EvaluationError: naming a pair without context or continuation, with an id outside the vocabulary, with a
             continuation longer than `context_length`, or whose result is not finite; or too little memory.
         """
-        return self._score_rows([self._pair_row(f"pair {index}", *pair) for index, pair in enumerate(pairs)], progress)
+        rows = [self._pair_row(f"pair {index}", *pair) for index, pair in enumerate(pairs)]
+        apart = self._plan_rows(rows, range(len(rows)))
+        room = self.batch_tokens // self._num_devices
+        contexts, alone = [], []
+        for context in _contexts_of(rows):
+            if len(context.rows) > 1 and context.room(self.context_length) <= room:
+                contexts.append(context)
+            else:
+                alone += context.rows
+        together = [
+            *plan_contexts(contexts, self.context_length, self.batch_tokens, self._num_devices),
+            *self._plan_rows(rows, alone),
+        ]
+        if sum(planned.num_tokens for planned in together) < sum(planned.num_tokens for planned in apart):
+            return self._compute(together, rows, progress, contexts)
+        return self._compute(apart, rows, progress)
 
     def score_rolling(self, documents: Sequence[Ids], start_id: int, progress: Progress = _no_progress) -> list[Score]:
         """log p of every token of texts of any length, each token predicted once, in `rolling_windows`.
@@ -146,7 +197,7 @@ class Scorer:
             windows = list(rolling_windows(self._checked(name, document), start_id, self.context_length))
             rows += [_Row(name, np.concatenate(window), len(window[1]), 0) for window in windows]
             num_windows.append(len(windows))
-        scores = iter(self._score_rows(rows, progress))
+        scores = iter(self._compute(self._plan_rows(rows, range(len(rows))), rows, progress))
         return [_joined([next(scores) for _ in range(count)]) for count in num_windows]
 
     def _pair_row(self, name: str, context: Ids, continuation: Ids) -> _Row:
@@ -177,22 +228,41 @@ class Scorer:
             )
         return ids.astype(np.int32)
 
-    def _score_rows(self, rows: Sequence[_Row], progress: Progress) -> list[Score]:
-        num_devices = 1 if self._mesh is None else self._mesh.size
-        lengths = [len(row.ids) - 1 for row in rows]
-        plan = plan_batches(lengths, self.context_length, self.batch_tokens, num_devices)
-        batches = (_row_batch(planned, rows) for planned in plan)
+    @property
+    def _num_devices(self) -> int:
+        return 1 if self._mesh is None else self._mesh.size
+
+    def _plan_rows(self, rows: Sequence[_Row], chosen: Sequence[int]) -> list[PlannedBatch]:
+        lengths = [len(rows[index].ids) - 1 for index in chosen]
+        plan = plan_batches(lengths, self.context_length, self.batch_tokens, self._num_devices)
+        return [dataclasses.replace(planned, rows=[chosen[place] for place in planned.rows]) for planned in plan]
+
+    def _compute(
+        self,
+        plan: Sequence[Planned],
+        rows: Sequence[_Row],
+        progress: Progress,
+        contexts: Sequence[SharedContext] = (),
+    ) -> list[Score]:
+        def collect(planned: Planned, computed: TokenScores | OptionScores) -> None:
+            log_probs, greedy = map(np.asarray, computed)
+            for index, place in _places(planned, rows, contexts):
+                scores[index] = _score(rows[index], log_probs[place], greedy[place])
+
+        batches = (planned.batch(contexts if isinstance(planned, PlannedContexts) else rows) for planned in plan)
         scores: dict[int, Score] = {}
         under_way = None
         try:
             with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 for planned, batch in zip(plan, progress(batches, len(plan)), strict=True):
-                    started = planned, batch_scores(self._graphdef, self._params, self._on_devices(batch))
+                    compute = context_scores if isinstance(planned, PlannedContexts) else batch_scores
+                    started = planned, compute(self._graphdef, self._params, self._on_devices(batch))
+                    self.num_tokens += planned.num_tokens
                     if under_way is not None:  # while the device computes
-                        scores.update(_scores_of_rows(*under_way, rows))
+                        collect(*under_way)
                     under_way = started
             if under_way is not None:
-                scores.update(_scores_of_rows(*under_way, rows))
+                collect(*under_way)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -202,11 +272,11 @@ class Scorer:
             ) from None
         return [scores[index] for index in range(len(rows))]
 
-    def _on_devices(self, batch: RowBatch) -> RowBatch:
+    def _on_devices(self, batch: RowBatch | ContextBatch) -> RowBatch | ContextBatch:
         if self._mesh is None:
             return batch
         sharding = batch_sharding(self._mesh)  # every host has all rows and gives its devices theirs
-        return RowBatch(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch))
+        return type(batch)(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -256,42 +326,51 @@ def plan_batches(
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     plan, start = [], 0
     while start < len(order):
-        length = _padded_length(lengths[order[start]], context_length)
+        length = padded_length(lengths[order[start]], context_length)
         per_device = max(1, batch_tokens // (length * num_devices))
         rows = order[start : start + per_device * num_devices]
-        needed = -(-len(rows) // num_devices)
-        plan.append(PlannedBatch(rows, min(per_device, 1 << (needed - 1).bit_length()) * num_devices, length))
+        count = padded_count(-(-len(rows) // num_devices), per_device)
+        plan.append(PlannedBatch(rows, count * num_devices, length))
         start += len(rows)
     return plan
 
 
-def _padded_length(num_tokens: int, context_length: int) -> int:
-    unit = max(_SHORTEST, (1 << (num_tokens - 1).bit_length()) // 8)
-    return min(-(-num_tokens // unit) * unit, context_length)
+def _contexts_of(rows: Sequence[_Row]) -> list[SharedContext]:
+    """Rows by their contexts; one that very many have comes several times."""
+    members: dict[bytes, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        members[row.context.tobytes()].append(index)
+    groups = [
+        group[start : start + _MOST_OPTIONS]
+        for group in members.values()
+        for start in range(0, len(group), _MOST_OPTIONS)
+    ]
+    return [
+        SharedContext(rows[group[0]].context, [rows[index].continuation for index in group], group) for group in groups
+    ]
 
 
-def _row_batch(planned: PlannedBatch, rows: Sequence[_Row]) -> RowBatch:
-    batch = RowBatch(*(np.zeros((planned.num_rows, planned.length), np.int32) for _ in range(2)))
-    for place, index in enumerate(planned.rows):
-        ids = rows[index].ids
-        batch.tokens[place, : len(ids) - 1] = ids[:-1]
-        batch.targets[place, : len(ids) - 1] = ids[1:]
-    return batch
+def _places(
+    planned: Planned, rows: Sequence[_Row], contexts: Sequence[SharedContext]
+) -> Iterator[tuple[int, tuple[int | slice, ...]]]:
+    """Each row of a batch, and where its targets are in the batch's results."""
+    if isinstance(planned, PlannedContexts):
+        for place, context in enumerate(planned.contexts):
+            for number, index in enumerate(contexts[context].rows):
+                yield index, (place, number, slice(rows[index].num_targets))
+    else:
+        for place, index in enumerate(planned.rows):
+            end = len(rows[index].ids) - 1
+            yield index, (place, slice(end - rows[index].num_targets, end))
 
 
-def _scores_of_rows(planned: PlannedBatch, computed: TokenScores, rows: Sequence[_Row]) -> Iterator[tuple[int, Score]]:
-    log_probs, greedy = (np.asarray(x) for x in computed)
-    for place, index in enumerate(planned.rows):
-        row = rows[index]
-        end = len(row.ids) - 1
-        targets = slice(end - row.num_targets, end)
-        score = Score(log_probs[place, targets].copy(), greedy[place, targets].copy(), row.num_dropped)
-        if not np.isfinite(score.log_probs).all():
-            raise EvaluationError(
-                f"{row.name}: a log-probability is not finite: the model's parameters are damaged, or too large for "
-                f"its dtype"
-            )
-        yield index, score
+def _score(row: _Row, log_probs: np.ndarray, greedy: np.ndarray) -> Score:
+    if not np.isfinite(log_probs).all():
+        raise EvaluationError(
+            f"{row.name}: a log-probability is not finite: the model's parameters are damaged, or too large for its "
+            f"dtype"
+        )
+    return Score(log_probs.copy(), greedy.copy(), row.num_dropped)
 
 
 def _joined(scores: Sequence[Score]) -> Score:

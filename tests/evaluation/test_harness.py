@@ -6,20 +6,18 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from lm_eval.api.instance import Instance
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.evaluation import EvaluationError
+from rat_jax.evaluation import EvaluationError, harness_tasks
+from rat_jax.evaluation.harness import HarnessModel
+from rat_jax.evaluation.harness_tasks import Tasks, run_tasks
+from rat_jax.evaluation.text_settings import TextSettings
+from rat_jax.model import LanguageModel
 from tests.commands import call_script
 from tests.small import bigram_model
-from tests.tiny_run import tiny_config
-
-pytest.importorskip("lm_eval", reason="needs requirements-eval.txt")
-
-from lm_eval.api.instance import Instance
-
-from rat_jax.evaluation import harness
-from rat_jax.evaluation.harness import HarnessModel, Tasks, TextSettings, run_tasks
+from tests.tiny_run import make_corpus, tiny_config
 
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.eos_id
@@ -246,6 +244,8 @@ def test_generation_that_is_not_possible(bigrams, arguments, message):
 
 
 def test_requests_and_settings_that_make_no_sense(bigrams):
+    with pytest.raises(EvaluationError, match="the continuation has 9 tokens, more than the context length of 8"):
+        make_model(bigrams, context_length=8).loglikelihood(instances("loglikelihood", ("a", "b" * 9)))
     with pytest.raises(EvaluationError, match="task t, document 0: the continuation is empty"):
         make_model(bigrams).loglikelihood(instances("loglikelihood", ("a", "")))
     with pytest.raises(EvaluationError, match="bos must be one of empty, always, got 'never'"):
@@ -259,10 +259,10 @@ def test_requests_and_settings_that_make_no_sense(bigrams):
 @pytest.fixture
 def own_tasks_only(monkeypatch):
     """The harness's own task files take many seconds to read."""
-    monkeypatch.setattr(harness, "TaskManager", functools.partial(OwnTaskManager))
+    monkeypatch.setattr(harness_tasks, "TaskManager", functools.partial(OwnTaskManager))
 
 
-class OwnTaskManager(harness.TaskManager):
+class OwnTaskManager(harness_tasks.TaskManager):
     def __init__(self, include_path=None, include_defaults=False):
         super().__init__(include_path=include_path, include_defaults=False)
 
@@ -281,7 +281,7 @@ def test_one_failing_task_does_not_lose_the_others(bigrams, folder):
     done = {}
     run_tasks(
         Tasks(["no_file", "choice", "wrong_column", "no_package"], folder),
-        make_model(bigrams),
+        lambda name: make_model(bigrams),
         num_fewshot=0,
         limit=2,
         on_result=done.__setitem__,
@@ -319,7 +319,7 @@ def test_data_that_cannot_be_downloaded(folder, monkeypatch, tmp_path):
 def workdir(tmp_path_factory, bigrams):
     folder = tmp_path_factory.mktemp("harness") / "run"
     config = tiny_config("nowhere", model__pattern=("rnn",), model__vocab_size=257)
-    save_model(folder, config, harness.LanguageModel(config.model, rngs=nnx.Rngs(0)), step=3, tokenizer=TOKENIZER)
+    save_model(folder, config, LanguageModel(config.model, rngs=nnx.Rngs(0)), step=3, tokenizer=TOKENIZER)
     return folder
 
 
@@ -354,7 +354,7 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     def interrupt(tasks, name, *rest, **settings):
         if name == "until":
             raise KeyboardInterrupt
-        return {"results": {}, "n-samples": {}, "num_truncated": 0}
+        return {"results": {}, "n-samples": {}, "num_truncated": 0, "num_left_out": 0}
 
     monkeypatch.setattr(Tasks, "run", interrupt)
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
@@ -365,6 +365,10 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
     assert f"only choice of the tasks is done: {file}" in capsys.readouterr().err
     monkeypatch.undo()
+
+    other = make_corpus(folder.parent / "other", vocab_size=257)
+    assert call_script("eval.py", *arguments, "--tasks=choice", "--data_path", other) == 2
+    assert f"error: {other} was made by another tokenizer than the model's" in capsys.readouterr().err
 
     assert call_script("eval.py", *arguments, "--tasks=no_file") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: task no_file: the data set json")

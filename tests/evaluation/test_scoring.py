@@ -193,7 +193,7 @@ def test_batches_are_shown_as_they_go(bigrams):
             seen.append((batch.tokens.shape, num_batches))
             yield batch
 
-    pairs = [([1] * 20, [2])] * 3 + [([1] * 5, [2])]
+    pairs = [([first] + [1] * 19, [2]) for first in range(3)] + [([1] * 5, [2])]
     make_scorer(bigrams[0], batch_tokens=64).score(pairs, progress)
     assert seen == [((2, 32), 2), ((2, 32), 2)]
     assert make_scorer(bigrams[0]).score([]) == make_scorer(bigrams[0]).score_rolling([], START) == []

@@ -1,0 +1,77 @@
+"""The loss of a checkpoint on the validation split at several context lengths: printed, then written."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import Batch
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.evaluation import perplexity, report, results
+from rat_jax.evaluation.perplexity import Evaluation, EvaluationError
+from rat_jax.evaluation.subject import Subject
+from rat_jax.files import FileError, write_json
+from rat_jax.paths import local_path
+
+
+def evaluate_losses(
+    subject: Subject,
+    lengths: Sequence[int],
+    *,
+    batch_tokens: int,
+    max_batches: int | None,
+    print_json: bool,
+    progress: Callable[[Iterable[Batch], int], Iterable[Batch]],
+) -> None:
+    """Prints a table, then writes it and a picture into the workdir.
+
+    Args:
+      subject: what is evaluated.
+      lengths: of contexts, all checked before the first is computed.
+      batch_tokens: tokens computed at a time, over all devices.
+      max_batches: of each length, evenly spread over the split; None: the whole split.
+      print_json: instead of the table.
+      progress: as of `evaluate`.
+
+    Raises:
+      RatJaxError: if nothing could be computed.
+      RunStopped: if a later length failed, or a file could not be written.
+    """
+    corpus = _open_corpus(subject)
+    for length in lengths:
+        perplexity.check_fits(subject.loaded, corpus, subject.mesh, length, batch_tokens)
+    settings = {"batch_tokens": batch_tokens, "max_batches": max_batches, "progress": progress}
+    evaluations: list[Evaluation] = []
+    try:
+        for length in lengths:
+            evaluations.append(perplexity.evaluate(subject.loaded, corpus, subject.mesh, length, **settings))
+    except (RatJaxError, KeyboardInterrupt) as error:
+        if not evaluations:
+            raise
+        _give_out(subject, corpus, evaluations, print_json)
+        what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise RunStopped(f"only the context lengths above are done: {what}") from None
+    _give_out(subject, corpus, evaluations, print_json)
+
+
+def _open_corpus(subject: Subject) -> Corpus:
+    path = local_path(subject.data_path or subject.loaded.config.data.path, "--data_path")
+    if subject.data_path is None and not path.exists():
+        raise EvaluationError(f"{path}, which the model was trained on, is not there: name a corpus with --data_path")
+    corpus = Corpus.open(path)
+    corpus.check_tokenizer(subject.workdir.tokenizer)
+    return corpus
+
+
+def _give_out(subject: Subject, corpus: Corpus, evaluations: Sequence[Evaluation], print_json: bool) -> None:
+    values = results.as_json(subject.loaded, corpus, evaluations)
+    print(json.dumps(values) if print_json else report.table(evaluations), flush=True)
+    path = results.results_path(subject.workdir.path, values)
+    json_file, picture = pathlib.Path(f"{path}.json"), pathlib.Path(f"{path}.png")
+    try:
+        write_json(json_file, values)
+        report.plot(evaluations, picture, trained_length=subject.loaded.config.data.seq_len)
+    except FileError as error:
+        raise RunStopped(str(error)) from None
+    print(f"written to {json_file} and {picture}", file=sys.stderr)

@@ -1,0 +1,173 @@
+"""Continuations of the same context: it is read once, and each continuation goes on from its cache.
+
+A question of T tokens with K options of S tokens each is read in T + K (S - 1) tokens instead of K (T + S - 1).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rat_jax.decoder import DecoderModule
+from rat_jax.evaluation.padding import padded_count, padded_length
+from rat_jax.loss import token_scores
+from rat_jax.mesh import constrain_rows, replicate
+from rat_jax.shapes import Array, Bool, Float32, Int
+
+_CHUNK = 1024  # tokens of a context read at a time
+_SHORTEST_OPTION = 8  # tokens of a padded continuation, unless none of the batch needs any
+
+
+class SharedContext(NamedTuple):
+    """A context and what may follow it, each of at least one token."""
+
+    ids: np.ndarray
+    options: Sequence[np.ndarray]
+    rows: Sequence[int]  # the caller's numbers of the options
+
+    def room(self, context_length: int) -> int:
+        """Tokens that the caches of its continuations take, padding included."""
+        longest = max(len(option) - 1 for option in self.options)
+        return len(self.options) * (padded_length(len(self.ids), context_length) + _padded_option(longest))
+
+
+class OptionScores(NamedTuple):
+    """What a model says of each token of each continuation; see `TokenScores`."""
+
+    log_probs: Float32[Array, "Q K S1"]
+    greedy: Bool[Array, "Q K S1"]
+
+
+class ContextBatch(NamedTuple):
+    """Q contexts with K continuations each; padding follows what it fills up."""
+
+    tokens: Int[Array, "Q T"] | np.ndarray  # of the contexts
+    num_tokens: Int[Array, " Q"] | np.ndarray
+    read: Int[Array, "Q K S"] | np.ndarray  # continuations without their last tokens; S may be 0
+    targets: Int[Array, "Q K S1"] | np.ndarray  # the continuations; S1 = S + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedContexts:
+    """Which contexts are computed together, and the shapes they are padded to."""
+
+    contexts: list[int]
+    num_contexts: int  # padding included
+    length: int  # of contexts
+    num_options: int  # of each
+    option_length: int  # tokens that are read of a continuation
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read, padding included."""
+        return self.num_contexts * (self.length + self.num_options * self.option_length)
+
+    def batch(self, contexts: Sequence[SharedContext]) -> ContextBatch:
+        """The arrays."""
+        num_rows, num_options, length = self.num_contexts, self.num_options, self.option_length
+        batch = ContextBatch(
+            tokens=np.zeros((num_rows, self.length), np.int32),
+            num_tokens=np.ones(num_rows, np.int32),
+            read=np.zeros((num_rows, num_options, length), np.int32),
+            targets=np.zeros((num_rows, num_options, length + 1), np.int32),
+        )
+        for place, index in enumerate(self.contexts):
+            ids, options, _ = contexts[index]
+            batch.tokens[place, : len(ids)] = ids
+            batch.num_tokens[place] = len(ids)
+            for number, option in enumerate(options):
+                batch.read[place, number, : len(option) - 1] = option[:-1]
+                batch.targets[place, number, : len(option)] = option
+        return batch
+
+
+def plan_contexts(
+    contexts: Sequence[SharedContext], context_length: int, batch_tokens: int, num_devices: int
+) -> list[PlannedContexts]:
+    """Contexts with equally many continuations and of similar length together, the longest first, in few shapes.
+
+    Args:
+      contexts: to plan.
+      context_length: no context with a continuation is longer.
+      batch_tokens: what the tokens of a batch and the room in its caches stay below, unless one context for each device
+        is more.
+      num_devices: what the contexts of a batch are a multiple of.
+    """
+    plan = []
+    counts = [len(context.options) for context in contexts]
+    for num_options in sorted(set(counts)):
+        alike = [index for index, count in enumerate(counts) if count == num_options]
+        lengths = _option_lengths([max(len(option) - 1 for option in contexts[index].options) for index in alike])
+        order = sorted(zip(lengths, alike, strict=True), key=lambda pair: (-pair[0], -len(contexts[pair[1]].ids)))
+        start = 0
+        while start < len(order):
+            option_length, first = order[start]
+            length = padded_length(len(contexts[first].ids), context_length)
+            # A cache of the whole length for each continuation is what takes memory.
+            room = num_options * (length + option_length) if option_length else length
+            per_device = max(1, batch_tokens // (room * num_devices))
+            members = [i for need, i in order[start : start + per_device * num_devices] if need == option_length]
+            count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
+            plan.append(PlannedContexts(members, count, length, num_options, option_length))
+            start += len(members)
+    return plan
+
+
+def _option_lengths(needed: Sequence[int]) -> list[int]:
+    """What the continuations of each context are padded to: one length for nine of ten contexts, one for the others.
+
+    Args:
+      needed: tokens to read of each context's longest continuation.
+    """
+    usual, longest = (_padded_option(int(np.quantile(needed, part, method="higher"))) for part in (0.9, 1.0))
+    return [usual if need <= usual else longest for need in needed]
+
+
+def _padded_option(num_tokens: int) -> int:
+    return 0 if num_tokens == 0 else max(_SHORTEST_OPTION, 1 << (num_tokens - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def context_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: ContextBatch) -> OptionScores:
+    """What a model says of every token of every continuation.
+
+    Args:
+      graphdef: of the model, from `nnx.split`.
+      params: of the model, float32.
+      batch: with contexts for all devices of the mesh in use, if any.
+    """
+    model = nnx.merge(graphdef, params)
+    embedding = model.embedding[...]
+    decoder = DecoderModule(model)
+    num_rows, length = batch.tokens.shape
+    num_options, option_length = batch.read.shape[1:]
+    tokens = constrain_rows(batch.tokens)
+    cache = decoder.init_cache(num_rows, length + option_length)
+    last = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)  # hidden state of the context's last token
+    for start in range(0, length, _CHUNK):
+        part = tokens[:, start : start + _CHUNK]
+        left = batch.num_tokens[:, None] - start
+        is_token = jnp.arange(part.shape[1], dtype=jnp.int32)[None] < left
+        hidden, cache = decoder.hidden(part, cache, is_token.astype(jnp.int32))
+        place = jnp.clip(left - 1, 0, part.shape[1] - 1)[:, :, None]
+        ends_here = (left >= 1) & (left <= part.shape[1])
+        last = jnp.where(ends_here, jnp.take_along_axis(hidden, place, axis=1)[:, 0], last)
+    last = constrain_rows(jnp.broadcast_to(last[:, None], (num_rows, num_options, last.shape[-1])))
+    first = token_scores(last, embedding, batch.targets[:, :, 0])
+    if option_length == 0:
+        return OptionScores(*(replicate(x[:, :, None]) for x in first))
+    cache = constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, num_options, axis=0), cache))
+    read = constrain_rows(batch.read.reshape(num_rows * num_options, option_length))
+    hidden, _ = decoder.hidden(read, cache)
+    later = token_scores(constrain_rows(hidden), embedding, batch.targets[:, :, 1:].reshape(read.shape))
+    return OptionScores(
+        *(
+            replicate(jnp.concatenate([x[:, :, None], y.reshape(num_rows, num_options, option_length)], axis=-1))
+            for x, y in zip(first, later, strict=True)
+        )
+    )

@@ -1,0 +1,59 @@
+"""Which measurement the flags of a command choose, and which flags it refuses."""
+
+import pytest
+from absl import flags
+
+from rat_jax.evaluation import EvaluationError
+from rat_jax.evaluation.mode import Mode, chosen_mode
+
+
+@pytest.fixture
+def modes():
+    values = flags.FlagValues()
+    first, second, of_loss, of_first, of_both, _of_all = (
+        flags.DEFINE_string(name, None, "", flag_values=values)
+        for name in ("first", "second", "of_loss", "of_first", "of_both", "of_all")
+    )
+    table = [
+        Mode(None, [of_loss], print),
+        Mode(first, [of_first, of_both], print),
+        Mode(second, [of_both], print),
+    ]
+
+    def chosen(*arguments):
+        values(["program", *arguments])
+        mode = chosen_mode(table)
+        return [mode is other for other in table].index(True)  # flags cannot be compared
+
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        (["--of_all=x"], 0),
+        (["--of_loss=x", "--of_all=x"], 0),
+        (["--first=x", "--of_first=x", "--of_both=x", "--of_all=x"], 1),
+        (["--second=x", "--of_both=x"], 2),
+        (["--second="], 2),
+    ],
+    ids=str,
+)
+def test_flags_choose(modes, arguments, mode):
+    assert modes(*arguments) == mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--of_first=x"], "--of_first has no effect without --first"),
+        (["--of_both=x"], "--of_both has no effect without --first or --second"),
+        (["--second=x", "--of_first=x"], "--of_first has no effect without --first"),
+        (["--second=x", "--of_loss=x"], "--of_loss has no effect with --second"),
+        (["--first=x", "--second=x"], "--first and --second are different measurements: give one at a time"),
+    ],
+    ids=str,
+)
+def test_flags_of_other_modes_are_refused(modes, arguments, message):
+    with pytest.raises(EvaluationError, match=f"^{message}$"):
+        modes(*arguments)

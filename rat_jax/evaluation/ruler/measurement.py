@@ -1,0 +1,132 @@
+"""Answers to RULER's tasks, scored: what is right by task, context length and depth."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.errors import RatJaxError
+from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.ruler.examples import Example, Settings, check_task, make_example
+from rat_jax.evaluation.ruler.scoring import METRICS, found, scores
+
+NUM_DEPTHS = 11  # of a heat map: 0, 10 % .. 100 %
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthCount:
+    """Answers whose needles stand at about one depth."""
+
+    depth: float
+    num_answers: int
+    num_found: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One task at one context length."""
+
+    task: str
+    context_length: int
+    examples: Sequence[Example]
+    predictions: Sequence[str]
+
+    def mean(self, metric: str) -> float:
+        """The mean of a metric over the examples, in percent."""
+        return 100 * sum(self._scores(metric)) / len(self.examples)
+
+    def standard_error(self, metric: str) -> float | None:
+        """Of the mean, in percent; None for a single example."""
+        values = self._scores(metric)
+        if len(values) < 2:
+            return None
+        mean = sum(values) / len(values)
+        return 100 * math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+    def by_depth(self) -> list[DepthCount]:
+        """Answers found, by the depth of their needles; empty for tasks without needles."""
+        hits: dict[int, list[bool]] = {}
+        for example, prediction in zip(self.examples, self.predictions, strict=True):
+            for depth, hit in zip(example.depths, found(prediction, example.answers), strict=bool(example.depths)):
+                hits.setdefault(round(depth * (NUM_DEPTHS - 1)), []).append(hit)
+        return [DepthCount(bin_ / (NUM_DEPTHS - 1), len(hits[bin_]), sum(hits[bin_])) for bin_ in sorted(hits)]
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, and each prediction beside its answers, as values that JSON can hold."""
+        tokens = [example.prompt_tokens for example in self.examples]
+        return {
+            "task": self.task,
+            "context_length": self.context_length,
+            "num_examples": len(self.examples),
+            "prompt_tokens": [min(tokens), max(tokens)],
+            "answer_tokens": max(example.answer_tokens for example in self.examples),
+            "scores": {metric: self.mean(metric) for metric in METRICS},
+            "standard_errors": {metric: self.standard_error(metric) for metric in METRICS},
+            "by_depth": [dataclasses.asdict(count) for count in self.by_depth()],
+            "predictions": [
+                {
+                    "index": example.index,
+                    "depths": [round(depth, 4) for depth in example.depths],
+                    "answers": list(example.answers),
+                    "prediction": prediction,
+                }
+                for example, prediction in zip(self.examples, self.predictions, strict=True)
+            ],
+        }
+
+    def _scores(self, metric: str) -> list[float]:
+        pairs = zip(self.predictions, self.examples, strict=True)
+        return [scores(prediction, example.answers)[metric] for prediction, example in pairs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A task at a context length that has no result."""
+
+    task: str
+    context_length: int
+    message: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"task": self.task, "context_length": self.context_length, "error": self.message}
+
+
+Result = Measurement | Failure
+
+
+def measure(
+    answer: Callable[[Sequence[Example]], list[str]],
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    settings: Iterable[Settings],
+    num_examples: int,
+    on_result: Callable[[Result], None],
+) -> list[Result]:
+    """Every task at the context length of each of the settings; one that fails does not stop the others.
+
+    Args:
+      answer: the texts after the prompts of examples.
+      tokenizer: prompts are filled by its tokens.
+      tasks: names.
+      settings: of the examples, one for each context length.
+      num_examples: of each task and length, numbered from 0.
+      on_result: called with each result as soon as it is there.
+
+    Raises:
+      EvaluationError: if a task is unknown or the number of examples is below 1.
+    """
+    if num_examples < 1:
+        raise EvaluationError(f"the number of examples must be 1 or more, got {num_examples}")
+    for task in tasks:
+        check_task(task)
+    results: list[Result] = []
+    for part in settings:
+        for task in tasks:
+            try:
+                examples = [make_example(task, index, tokenizer, part) for index in range(num_examples)]
+                results.append(Measurement(task, part.context_length, examples, answer(examples)))
+            except RatJaxError as error:
+                results.append(Failure(task, part.context_length, str(error)))
+            on_result(results[-1])
+    return results

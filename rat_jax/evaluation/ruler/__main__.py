@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = local_path(flags.out, "--out")
     tokenizer, settings = _tokenizer(flags), _settings(flags)
     facts = {"length": flags.length, **describe(settings, tokenizer)}
+    del facts["answer_tokens"]  # each example says its own
     num = flags.num * len(tasks)
     examples = (make_example(task, index, tokenizer, settings) for index in range(flags.num) for task in tasks)
     _write(tqdm.tqdm(examples, total=num, disable=not sys.stderr.isatty(), leave=False), facts, out)

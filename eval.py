@@ -13,8 +13,13 @@ Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt),
   python eval.py --workdir=runs/default --tasks=arc_easy,hellaswag --limit=100
   python eval.py --workdir=runs/default --tasks=mine --tasks_dir=folder/of/yaml
 
-Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task
-that fails does not stop the others; the exit code is then 1, or 2 where none has a result.
+Or on RULER's tasks (docs/evaluation.md), which need no data and take several context lengths:
+
+  python eval.py --workdir=runs/default --tasks=ruler --ruler_essay=texts --context_lengths=1024,2048 --limit=100
+
+Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on; RULER's as
+ruler-STEP-NAMES-DIGEST.json, and a picture of depth and length. A task that fails does not stop the others; the exit
+code is then 1, or 2 where none has a result.
 """
 
 from rat_jax import interrupts
@@ -41,7 +46,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.evaluation import results
+from rat_jax.evaluation import results, ruler
 from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate
 from rat_jax.evaluation.report import plot, table
 from rat_jax.files import FileError, write_json
@@ -75,6 +80,20 @@ _JOINT_TOKENIZATION = flags.DEFINE_bool(
     "joint_tokenization", True, "tokenise a task's context and continuation as one text"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "of generated texts, where a task does not say")
+_RULER_TEMPLATES = flags.DEFINE_enum(
+    "ruler_templates",
+    "harness",
+    ["harness", "own"],
+    "RULER's sentences, of the harness that is installed, or short ones",
+)
+_RULER_ESSAY = flags.DEFINE_string("ruler_essay", None, "text that RULER's needles are hidden in: a file or folder")
+_RULER_SPLIT = flags.DEFINE_enum(
+    "ruler_split", "validation", ["train", "validation"], "whose keys, values and sentences RULER's examples have"
+)
+_RULER_SEED = flags.DEFINE_integer("ruler_seed", 0, "of RULER's examples")
+_RULER_ANSWER_TOKENS = flags.DEFINE_integer(
+    "ruler_answer_tokens", None, "room for an answer of RULER in the context; left out: RULER's of each task"
+)
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
 
@@ -135,12 +154,18 @@ def _evaluate_losses(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.M
 
 
 def _check_task_flags(lengths: list[int]) -> None:
-    """Refuses flags that have no effect with, or without, --tasks."""
+    """Refuses flags that have no effect with, or without, --tasks, and with or without those of RULER."""
+    is_ruler = ruler.are_ruler_tasks(_TASKS.value or [])
+    of_ruler = [_RULER_TEMPLATES, _RULER_ESSAY, _RULER_SPLIT, _RULER_SEED, _RULER_ANSWER_TOKENS]
+    of_harness = [_TASKS_DIR, _NUM_FEWSHOT, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
+    for flag in of_harness if is_ruler else of_ruler:
+        if flags.FLAGS[flag.name].present:
+            raise EvaluationError(f"--{flag.name} has no effect {'with' if is_ruler else 'without'} tasks of RULER")
     of_tasks = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
     for flag in [_MAX_BATCHES] if _TASKS.value else of_tasks:
         if flags.FLAGS[flag.name].present:
             raise EvaluationError(f"--{flag.name} has no effect {'with' if _TASKS.value else 'without'} --tasks")
-    if _TASKS.value and len(lengths) > 1:
+    if _TASKS.value and len(lengths) > 1 and not is_ruler:
         raise EvaluationError(f"--tasks wants one context length, got {', '.join(map(str, lengths))}")
 
 
@@ -205,6 +230,25 @@ def _evaluate_tasks(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.Me
         raise RunStopped(f"{len(failed)} of {len(done)} tasks failed: {'; '.join(failed)}")
 
 
+def _evaluate_ruler(loaded: LoadedModel, workdir: Workdir, lengths: list[int]) -> None:
+    ruler.evaluate_checkpoint(
+        loaded,
+        workdir.path,
+        find_tokenizer(workdir, loaded.config, _DATA_PATH.value),
+        tasks=_TASKS.value,
+        print_json=_JSON.value,
+        context_lengths=lengths,
+        batch_tokens=_BATCH_TOKENS.value,
+        templates=_RULER_TEMPLATES.value,
+        essay=_RULER_ESSAY.value,
+        split=_RULER_SPLIT.value,
+        seed=_RULER_SEED.value,
+        answer_tokens=_RULER_ANSWER_TOKENS.value,
+        bos=_BOS.value == "always",
+        **({} if _LIMIT.value is None else {"num_examples": _LIMIT.value}),
+    )
+
+
 def main() -> None:
     lengths = _context_lengths()
     _check_task_flags(lengths)
@@ -212,7 +256,9 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
     lengths = lengths or [loaded.config.data.seq_len]
-    if _TASKS.value:
+    if ruler.are_ruler_tasks(_TASKS.value or []):
+        _evaluate_ruler(loaded, workdir, lengths)
+    elif _TASKS.value:
         _evaluate_tasks(loaded, workdir, mesh, lengths[0])
     else:
         _evaluate_losses(loaded, workdir, mesh, lengths)

@@ -125,6 +125,8 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.memory",
         "rat_jax.mesh",
         "rat_jax.model",
+        "rat_jax.paths",
+        "rat_jax.program",
         "rat_jax.sampling",
         "rat_jax.shapes",
         "rat_jax.sharding",

@@ -102,7 +102,10 @@ def run_ruler(
         )
         for length in context_lengths
     ]
-    measured = describe(settings[0], tokenizer) | {"num_examples": num_examples}
+    measured = describe(settings[0], tokenizer) | {
+        "context_lengths": list(context_lengths),
+        "num_examples": num_examples,
+    }
     so_far: list[Result] = []
 
     def answer(examples: Sequence[Example]) -> list[str]:

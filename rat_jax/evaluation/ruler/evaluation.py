@@ -69,7 +69,7 @@ def run_ruler(
       tokenizer: the model's.
       tasks: names of `TASKS`, or `ruler` for all of them.
       context_lengths: tokens of the prompt and the room for its answer.
-      batch_tokens: of the prompts that are continued at a time, and their answers; one at least.
+      batch_tokens: of the contexts that are read and continued at a time; one at least.
       num_examples: of each task and length.
       templates: `harness`, RULER's own sentences, or `own`, short ones whose figures are not RULER's.
       essay: the text that some tasks hide needles in, as a `--source` of `rat_jax.data.prepare`. None: they fail.
@@ -88,42 +88,48 @@ def run_ruler(
     if not context_lengths or len(set(context_lengths)) < len(context_lengths):
         raise EvaluationError(f"name one or several different context lengths, got {list(context_lengths)}")
     sentences = find_templates(templates)
-    settings = [
-        Settings(
-            context_length=length,
-            split=split,
-            seed=seed,
-            templates=sentences,
-            words=find_words(words, official=sentences is not OWN),
-            essay=None if essay is None else Essay.read(essay),
-            num_depths=NUM_DEPTHS,
-            answer_tokens=answer_tokens,
-            bos=bos,
-        )
-        for length in context_lengths
-    ]
-    measured = describe(settings[0], tokenizer) | {
+    first = Settings(
+        context_length=context_lengths[0],
+        split=split,
+        seed=seed,
+        templates=sentences,
+        words=find_words(words, official=sentences is not OWN),
+        essay=None if essay is None else Essay.read(essay),
+        num_depths=NUM_DEPTHS,
+        answer_tokens=answer_tokens,
+        bos=bos,
+    )
+    settings = [dataclasses.replace(first, context_length=length) for length in context_lengths]
+    measured = describe(first, tokenizer) | {
         "context_lengths": list(context_lengths),
         "num_examples": num_examples,
     }
     so_far: list[Result] = []
 
-    def answer(examples: Sequence[Example]) -> list[str]:
-        length = max(example.prompt_tokens + example.answer_tokens for example in examples)
+    def answer(examples: Sequence[Example], batch_size: int) -> list[str]:
         return generate_text(
             model,
             tokenizer,
             [prompt_ids(example, tokenizer, bos=bos) for example in examples],
             stop=(),
             max_new_tokens=max(example.answer_tokens for example in examples),
-            batch_size=max(1, batch_tokens // length),
+            batch_size=batch_size,
         )
 
     def give_out(result: Result) -> None:
         so_far.append(result)
         on_result(RulerResults(measured, tuple(so_far)))
 
-    return RulerResults(measured, measure(answer, tokenizer, tasks, settings, num_examples, give_out))
+    found = measure(
+        answer,
+        tokenizer,
+        tasks,
+        settings,
+        num_examples=num_examples,
+        batch_tokens=batch_tokens,
+        on_result=give_out,
+    )
+    return RulerResults(measured, found)
 
 
 def task_names(names: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """A model on RULER's tasks, from prompts to scores."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from rat_jax.evaluation import EvaluationError
 from rat_jax.evaluation.ruler import Settings, evaluation, make_example, run_ruler
 from rat_jax.evaluation.ruler.examples import prompt_ids
 from rat_jax.evaluation.ruler.haystacks import Essay
+from rat_jax.evaluation.ruler.measurement import NUM_DEPTHS, Answered
 from rat_jax.evaluation.ruler.templates import OWN
 from rat_jax.evaluation.ruler.words import GeneratedWords
 from tests.evaluation.ruler.conftest import ESSAY
@@ -21,6 +24,8 @@ SETTINGS = {
     "templates": "own",
     "answer_tokens": 40,
 }
+
+MADE = Settings(448, "validation", 0, OWN, GeneratedWords(), None, NUM_DEPTHS, 40, False)  # what SETTINGS make
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +58,16 @@ def test_a_model_from_start_to_end(together):
     assert together.measured["templates"] == "rat_jax (Apache-2.0)"
     assert together.measured["words"] == "generated"
     for one in together.measurements:
-        assert len(one.predictions) == 3
+        assert len(one.answered) == 3
         assert all(one.predictions)
         assert one.mean("exact_match") == 0
 
 
 def test_padding_is_not_read(model, essay):
     """Each prompt alone has the answer that it has among others, which are of other lengths."""
-    settings = SETTINGS | {"tasks": ["niah_single_2"], "essay": essay, "num_examples": 6}
+    settings = SETTINGS | {"tasks": ["niah_single_2"], "essay": essay, "seed": 4}
     together = run_ruler(model, TOKENIZER, batch_tokens=4096, **settings)
-    assert len({example.prompt_tokens for example in together.measurements[0].examples}) > 1
+    assert len({one.prompt_tokens for one in together.measurements[0].answered}) > 1
     assert len(set(together.measurements[0].predictions)) > 1
     alone = run_ruler(model, TOKENIZER, batch_tokens=1, **settings)
     assert predictions(alone) == predictions(together)
@@ -80,7 +85,10 @@ def test_the_ids_that_a_model_reads(monkeypatch, model):
         results = run_ruler(model, TOKENIZER, batch_tokens=1000, bos=bos, **SETTINGS | {"tasks": ["niah_single_1"]})
         (one,) = results.measurements
         prompts, settings = read[-1]
-        assert prompts == [prompt_ids(example, TOKENIZER, bos=bos) for example in one.examples]
+        made = dataclasses.replace(MADE, bos=bos)
+        examples = [make_example("niah_single_1", index, TOKENIZER, made) for index in range(3)]
+        assert prompts == [prompt_ids(example, TOKENIZER, bos=bos) for example in examples]
+        assert [answered.answers for answered in one.answered] == [example.answers for example in examples]
         assert [prompt.count(TOKENIZER.eos_id) for prompt in prompts] == [int(bos)] * 3
         assert settings == {"stop": (), "max_new_tokens": 40, "batch_size": 2}
         assert max(map(len, prompts)) + 40 <= 448
@@ -116,9 +124,9 @@ def test_examples_are_those_of_the_settings(monkeypatch, model, essay):
     monkeypatch.setattr(evaluation, "generate_text", no_answers)
     changes = {"tasks": ["niah_single_2"], "split": "train", "seed": 5, "essay": essay, "bos": True}
     results = run_ruler(model, TOKENIZER, batch_tokens=1, **SETTINGS | changes)
-    settings = Settings(448, "train", 5, OWN, GeneratedWords(), Essay.read(essay), 11, 40, True)
+    settings = dataclasses.replace(MADE, split="train", seed=5, essay=Essay.read(essay), bos=True)
     made = [make_example("niah_single_2", index, TOKENIZER, settings) for index in range(3)]
-    assert list(results.measurements[0].examples) == made
+    assert list(results.measurements[0].answered) == [Answered.of(example, "") for example in made]
     assert (results.measured["essay"], results.measured["split"], results.measured["seed"]) == (essay, "train", 5)
 
 

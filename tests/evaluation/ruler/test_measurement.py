@@ -21,16 +21,17 @@ LENGTHS = (1024, 2048)
 def run(answer, tokenizers, settings, tasks=TASKS, lengths=LENGTHS, num_examples=11):
     parts = [settings(context_length=length, num_depths=11) for length in lengths]
     given = []
-    found = measure(answer, tokenizers["bytes"], tasks, parts, num_examples, given.append)
+    settings = {"num_examples": num_examples, "batch_tokens": 4 * 1024, "on_result": given.append}
+    found = measure(answer, tokenizers["bytes"], tasks, parts, **settings)
     assert given == found
     return RulerResults(describe(parts[0], tokenizers["bytes"]) | {"num_examples": num_examples}, found)
 
 
-def oracle(examples):
+def oracle(examples, batch_size=1):
     return [", ".join(sorted(read_answers(example.prompt))) for example in examples]
 
 
-def near_reader(examples):
+def near_reader(examples, batch_size):
     """Finds what stands in the second half of the haystack."""
     return [" ".join(v for v in read_answers(e.prompt) if place_of(e.prompt, v) > 0.55) for e in examples]
 
@@ -48,7 +49,9 @@ def test_a_reader_of_the_prompt_is_always_right(perfect):
 
 
 def test_a_constant_answer_is_never_right(tokenizers, settings):
-    found = run(lambda examples: ["The answer is 42."] * len(examples), tokenizers, settings, lengths=(1024,))
+    found = run(
+        lambda examples, batch_size: ["The answer is 42."] * len(examples), tokenizers, settings, lengths=(1024,)
+    )
     for measurement in found.measurements:
         assert {metric: measurement.mean(metric) for metric in METRICS} == dict.fromkeys(METRICS, 0.0)
 
@@ -90,7 +93,7 @@ def test_results_as_json(perfect):
 
 
 def test_one_task_that_fails_does_not_stop_the_others(tokenizers, settings):
-    def answer(examples):
+    def answer(examples, batch_size):
         if examples[0].task == "fwe":
             raise RatJaxError("no memory")
         return oracle(examples)
@@ -104,6 +107,25 @@ def test_one_task_that_fails_does_not_stop_the_others(tokenizers, settings):
     assert "mean" not in text  # of tasks that are not all there
     assert found.as_json()["results"][0]["error"].startswith("cwe does not fit")
     assert found.measurements[0].standard_error("exact_match") is None
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "sizes"), [(1, {(64, 1), (6, 1)}), (3072, {(66, 3), (4, 3)}), (10**6, {(70, 976)})]
+)
+def test_examples_are_made_a_group_at_a_time(tokenizers, settings, batch_tokens, sizes):
+    asked, indices = [], []
+
+    def answer(examples, batch_size):
+        asked.append((len(examples), batch_size))
+        indices.extend(example.index for example in examples)
+        return oracle(examples)
+
+    parts = [settings(context_length=1024)]
+    measured = {"num_examples": 70, "batch_tokens": batch_tokens, "on_result": lambda result: None}
+    (one,) = measure(answer, tokenizers["bytes"], ["niah_single_1"], parts, **measured)
+    assert set(asked) == sizes
+    assert indices == [answered.index for answered in one.answered] == list(range(70))
+    assert one.mean("exact_match") == 100
 
 
 def test_tasks_without_needles_have_no_map(tokenizers, settings):

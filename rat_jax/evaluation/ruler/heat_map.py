@@ -45,7 +45,7 @@ def draw_heat_map(results: RulerResults, path: pathlib.Path) -> None:
         axes.set_visible(False)
     for axes, task in zip(panels, tasks, strict=False):
         lengths, grid = heat_grid(results, task)
-        image = axes.imshow(np.ma.masked_invalid(grid), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axes.imshow(np.ma.masked_invalid(grid), vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_facecolor("lightgray")
         axes.set_title(task, fontsize=10)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
@@ -55,7 +55,9 @@ def draw_heat_map(results: RulerResults, path: pathlib.Path) -> None:
         axes.set_xlabel("context, tokens", fontsize=8)
         axes.set_ylabel("depth of the needle, %", fontsize=8)
         for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
-            axes.text(column, row, f"{100 * grid[row, column]:.0f}", ha="center", va="center", fontsize=7)
+            share = grid[row, column]
+            color = "black" if share > 0.6 else "white"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=panels.tolist(), label="answers found", shrink=0.8)
     with system_errors(path, "written"):
         figure.savefig(path, dpi=120)

@@ -17,7 +17,8 @@ def table(results: RulerResults) -> str:
     ]
     by_place = {(one.task, one.context_length): one for one in results.measurements}
     lengths = list(dict.fromkeys(length for _, length in by_place))
-    tasks = list(dict.fromkeys(task for task, _ in by_place))
+    measured_tasks = {task for task, _ in by_place}
+    tasks = [task for task in dict.fromkeys(one.task for one in results.results) if task in measured_tasks]
     for metric in METRICS if by_place else ():
         lines += ["", f"{metric + ', %':<24}" + "".join(f"{length:>10}" for length in lengths)]
         for task in tasks:

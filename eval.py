@@ -15,8 +15,13 @@ papers (docs/evaluation.md), and on task files of your own:
   python eval.py --workdir=runs/default --tasks=csr,longbench,recall
   python eval.py --workdir=runs/default --tasks=mine --tasks_dir=folder/of/yaml
 
-Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task
-that fails does not stop the others; the exit code is then 1, or 2 where none has a result.
+Or on RULER's tasks (docs/evaluation.md), which need no data and take several context lengths:
+
+  python eval.py --workdir=runs/default --tasks=ruler --ruler_essay=texts --context_lengths=1024,2048 --limit=100
+
+Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on; RULER's as
+ruler-STEP-NAMES-DIGEST.json, and a picture of depth and length. A task that fails does not stop the others; the exit
+code is then 1, or 2 where none has a result.
 """
 
 from rat_jax import interrupts
@@ -34,7 +39,7 @@ from absl import flags
 from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.config import MeshConfig
-from rat_jax.evaluation import EvaluationError
+from rat_jax.evaluation import EvaluationError, ruler
 from rat_jax.evaluation.loss_evaluation import evaluate_losses
 from rat_jax.evaluation.mode import Mode, chosen_mode
 from rat_jax.evaluation.subject import Subject
@@ -76,6 +81,20 @@ _JOINT_TOKENIZATION = flags.DEFINE_bool(
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "of generated texts, where a task does not say; left out: 256"
+)
+_RULER_TEMPLATES = flags.DEFINE_enum(
+    "ruler_templates",
+    "harness",
+    ["harness", "own"],
+    "RULER's sentences, of the harness that is installed, or short ones",
+)
+_RULER_ESSAY = flags.DEFINE_string("ruler_essay", None, "text that RULER's needles are hidden in: a file or folder")
+_RULER_SPLIT = flags.DEFINE_enum(
+    "ruler_split", "validation", ["train", "validation"], "whose keys, values and sentences RULER's examples have"
+)
+_RULER_SEED = flags.DEFINE_integer("ruler_seed", 0, "of RULER's examples")
+_RULER_ANSWER_TOKENS = flags.DEFINE_integer(
+    "ruler_answer_tokens", None, "room for an answer of RULER in the context; left out: RULER's of each task"
 )
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
@@ -124,10 +143,32 @@ def _tasks(subject: Subject) -> None:
     )
 
 
+def _ruler(subject: Subject) -> None:
+    ruler.evaluate_checkpoint(
+        subject.loaded,
+        subject.workdir.path,
+        subject.tokenizer(),
+        tasks=_TASKS.value,
+        print_json=_JSON.value,
+        context_lengths=_context_lengths() or [subject.loaded.config.data.seq_len],
+        batch_tokens=_BATCH_TOKENS.value,
+        templates=_RULER_TEMPLATES.value,
+        essay=_RULER_ESSAY.value,
+        split=_RULER_SPLIT.value,
+        seed=_RULER_SEED.value,
+        answer_tokens=_RULER_ANSWER_TOKENS.value,
+        bos=_BOS.value == "always",
+        **({} if _LIMIT.value is None else {"num_examples": _LIMIT.value}),
+    )
+
+
 # A mode is chosen by its flag and may have flags of its own, which the others refuse.
+_OF_RULER = [_LIMIT, _BOS, _RULER_TEMPLATES, _RULER_ESSAY, _RULER_SPLIT, _RULER_SEED, _RULER_ANSWER_TOKENS]
+_OF_TASKS = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
 _MODES = [
     Mode(None, [_MAX_BATCHES], _losses, several_lengths=True),
-    Mode(_TASKS, [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS], _tasks),
+    Mode(_TASKS, _OF_RULER, _ruler, several_lengths=True, values=ruler.are_ruler_tasks),
+    Mode(_TASKS, _OF_TASKS, _tasks),
 ]
 
 

@@ -132,6 +132,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.mesh",
         "rat_jax.model",
         "rat_jax.paths",
+        "rat_jax.program",
         "rat_jax.sampling",
         "rat_jax.shapes",
         "rat_jax.sharding",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl.flags import FlagHolder
 
@@ -17,31 +18,44 @@ class Mode:
     flags: Sequence[FlagHolder]  # of the others, those with an effect; one may belong to several modes
     run: Callable[[Subject], None]
     several_lengths: bool = False  # whether it measures several context lengths in one go
+    values: Callable[[Any], bool] = lambda value: True  # of its flag, those that choose it
 
 
 def chosen_mode(modes: Sequence[Mode]) -> Mode:
-    """The mode that the flags of the command choose.
+    """The mode that the flags of the command choose: of those with one flag, the first that takes its value.
 
     Args:
       modes: one of them without a flag.
 
     Raises:
-      EvaluationError: if two are chosen, or a flag is given that has no effect on the chosen one.
+      EvaluationError: if flags of two are given, or a flag that has no effect on the chosen one.
     """
-    given = [mode for mode in modes if mode.flag is not None and mode.flag.present]
+    given: dict[str, Mode] = {}
+    for mode in modes:
+        if mode.flag is not None and mode.flag.present and mode.values(mode.flag.value):
+            given.setdefault(mode.flag.name, mode)
     if len(given) > 1:
         raise EvaluationError(
-            f"{' and '.join(f'--{mode.flag.name}' for mode in given)} are different measurements: give one at a time"
+            f"{' and '.join(f'--{name}' for name in given)} are different measurements: give one at a time"
         )
-    (chosen,) = given or [mode for mode in modes if mode.flag is None]
+    (chosen,) = given.values() or [mode for mode in modes if mode.flag is None]
     has_effect = {flag.name for flag in chosen.flags}
     for flag in [flag for mode in modes for flag in mode.flags]:
-        if not flag.present or flag.name in has_effect:
-            continue
-        owners = [mode.flag for mode in modes if flag.name in {own.name for own in mode.flags}]
-        if any(owner is None for owner in owners):
-            raise EvaluationError(f"--{flag.name} has no effect with --{chosen.flag.name}")
-        raise EvaluationError(
-            f"--{flag.name} has no effect without {' or '.join(f'--{owner.name}' for owner in owners)}"
-        )
+        if flag.present and flag.name not in has_effect:
+            raise EvaluationError(f"--{flag.name} has no effect {_without_effect(flag, modes, chosen)}")
     return chosen
+
+
+def _without_effect(flag: FlagHolder, modes: Sequence[Mode], chosen: Mode) -> str:
+    """Which flag is too many, or lacking."""
+    owners = [None if mode.flag is None else mode.flag.name for mode in modes if _has(mode, flag)]
+    if chosen.flag is not None and None in owners:
+        return f"with --{chosen.flag.name}"
+    if chosen.flag is not None and chosen.flag.name in owners:  # for other values of it
+        value = chosen.flag.value
+        return f"with --{chosen.flag.name}={','.join(value) if isinstance(value, list) else value}"
+    return f"without {' or '.join(f'--{name}' for name in dict.fromkeys(owners))}"
+
+
+def _has(mode: Mode, flag: FlagHolder) -> bool:
+    return flag.name in {own.name for own in mode.flags}

@@ -53,10 +53,12 @@ def tasks_as_json(loaded: LoadedModel, measured: dict[str, Any], tasks: dict[str
     }
 
 
-def tasks_path(folder: pathlib.Path, step: int, names: Sequence[str], measured: dict[str, Any]) -> pathlib.Path:
-    """Where results of tasks belong: tasks-STEP-NAMES-DIGEST.json; the digest is of the names and `measured`."""
+def tasks_path(
+    folder: pathlib.Path, step: int, names: Sequence[str], measured: dict[str, Any], kind: str = "tasks"
+) -> pathlib.Path:
+    """Where results of tasks belong: KIND-STEP-NAMES-DIGEST.json; the digest is of the names and `measured`."""
     digest = _digest([list(names), measured])
-    return folder / f"tasks-{step}-{_part_of_a_name('_'.join(names))}-{digest}.json"
+    return folder / f"{kind}-{step}-{_part_of_a_name('_'.join(names))}-{digest}.json"
 
 
 def _digest(measured: Any) -> str:

@@ -10,12 +10,13 @@ from rat_jax.evaluation.mode import Mode, chosen_mode
 @pytest.fixture
 def modes():
     values = flags.FlagValues()
-    first, second, of_loss, of_first, of_both, _of_all = (
+    first, second, of_loss, of_first, of_both, of_special, _of_all = (
         flags.DEFINE_string(name, None, "", flag_values=values)
-        for name in ("first", "second", "of_loss", "of_first", "of_both", "of_all")
+        for name in ("first", "second", "of_loss", "of_first", "of_both", "of_special", "of_all")
     )
     table = [
         Mode(None, [of_loss], print),
+        Mode(first, [of_both, of_special], print, values=lambda value: value == "special"),
         Mode(first, [of_first, of_both], print),
         Mode(second, [of_both], print),
     ]
@@ -33,9 +34,10 @@ def modes():
     [
         (["--of_all=x"], 0),
         (["--of_loss=x", "--of_all=x"], 0),
-        (["--first=x", "--of_first=x", "--of_both=x", "--of_all=x"], 1),
-        (["--second=x", "--of_both=x"], 2),
-        (["--second="], 2),
+        (["--first=x", "--of_first=x", "--of_both=x", "--of_all=x"], 2),
+        (["--first=special", "--of_special=x", "--of_both=x"], 1),
+        (["--second=x", "--of_both=x"], 3),
+        (["--second="], 3),
     ],
     ids=str,
 )
@@ -49,6 +51,10 @@ def test_flags_choose(modes, arguments, mode):
         (["--of_first=x"], "--of_first has no effect without --first"),
         (["--of_both=x"], "--of_both has no effect without --first or --second"),
         (["--second=x", "--of_first=x"], "--of_first has no effect without --first"),
+        (["--of_special=x"], "--of_special has no effect without --first"),
+        (["--first=x", "--of_special=x"], "--of_special has no effect with --first=x"),
+        (["--first=special", "--of_first=x"], "--of_first has no effect with --first=special"),
+        (["--first=special", "--of_loss=x"], "--of_loss has no effect with --first"),
         (["--second=x", "--of_loss=x"], "--of_loss has no effect with --second"),
         (["--first=x", "--second=x"], "--first and --second are different measurements: give one at a time"),
     ],

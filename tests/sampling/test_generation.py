@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from rat_jax.config import MeshConfig
 from rat_jax.decoder import DecoderModule
 from rat_jax.sampling import generation, prefill
 from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, SamplingStopped, generate
 from rat_jax.sampling.sampling_params import SamplingParams
+from rat_jax.sharding import make_mesh
 from tests.small import small_model
 
 VOCAB = 31
@@ -181,6 +184,15 @@ def test_the_decoder_is_the_model_in_its_compute_dtype():
     leaves = jax.tree.leaves(decoder_params)
     assert {x.dtype for x in leaves if x.ndim >= 2} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in leaves if x.ndim == 1} == {jnp.dtype("float32")}
+
+
+def test_a_model_on_a_mesh_continues_prompts_again(rat_model):
+    """The set of its devices, which JAX keeps, is left as it is."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
+    graphdef, params = nnx.split(rat_model)
+    on_mesh = nnx.merge(graphdef, jax.device_put(params, NamedSharding(mesh, PartitionSpec())))
+    want = generate(rat_model, PROMPTS[:1], max_new_tokens=1)
+    assert [generate(on_mesh, PROMPTS[:1], max_new_tokens=1) for _ in range(2)] == [want, want]
 
 
 def test_no_prompts():

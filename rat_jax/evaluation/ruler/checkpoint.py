@@ -1,0 +1,102 @@
+"""A checkpoint on RULER's tasks: printed, and written into its workdir as JSON and as a picture."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rat_jax.checkpoints.store import LoadedModel
+from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.errors import RunStopped
+from rat_jax.evaluation import results as result_files
+from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.ruler.evaluation import GROUP, RulerResults, run_ruler
+from rat_jax.evaluation.ruler.examples import TASKS
+from rat_jax.evaluation.ruler.heat_map import draw_heat_map, has_depths
+from rat_jax.evaluation.ruler.measurement import Failure
+from rat_jax.evaluation.ruler.table import table
+from rat_jax.files import FileError, write_json
+
+
+def are_ruler_tasks(names: Sequence[str]) -> bool:
+    """Whether names are of tasks that are generated here, not of those that the harness downloads data for.
+
+    Raises:
+      EvaluationError: if only some of them are.
+    """
+    ours = [name for name in names if name == GROUP or name in TASKS]
+    if ours and len(ours) < len(names):
+        raise EvaluationError(
+            f"{', '.join(ours)} {'is' if len(ours) == 1 else 'are'} of RULER, the other tasks are not: measure them "
+            f"with a command of their own"
+        )
+    return bool(ours)
+
+
+def evaluate_checkpoint(
+    loaded: LoadedModel,
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    tasks: Sequence[str],
+    print_json: bool,
+    **settings: Any,
+) -> None:
+    """Runs the tasks; what is measured is written after each of them, and printed at the end.
+
+    Args:
+      loaded: the checkpoint.
+      folder: that results are written into.
+      tokenizer: the model's.
+      tasks: names, as of `run_ruler`.
+      print_json: instead of tables.
+      **settings: of `run_ruler`.
+
+    Raises:
+      EvaluationError: if no task has a result; or as `run_ruler`.
+      RunStopped: if some have none, or a file could not be written.
+    """
+    so_far: list[RulerResults] = []
+
+    def path() -> pathlib.Path:
+        return result_files.tasks_path(folder, loaded.step, tasks, so_far[-1].measured, kind="ruler")
+
+    def values() -> dict[str, Any]:
+        checkpoint = {"checkpoint": str(loaded.path), "step": loaded.step, "trained_length": loaded.config.data.seq_len}
+        return checkpoint | so_far[-1].as_json()
+
+    def keep(results: RulerResults) -> None:
+        so_far.append(results)
+        result = results.results[-1]
+        if isinstance(result, Failure):
+            said = f"failed: {result.message}"
+        else:
+            said = f"{result.mean('string_match_all'):.1f} %"
+        print(f"{result.task} at {result.context_length}: {said}", file=sys.stderr, flush=True)
+        if results.measurements:
+            write_json(path(), values())
+
+    stopped = None
+    try:
+        run_ruler(loaded.model, tokenizer, tasks=tasks, on_result=keep, **settings)
+    except (FileError, KeyboardInterrupt) as error:
+        if not so_far:
+            raise
+        stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    results = so_far[-1]
+    print(json.dumps(values()) if print_json else table(results), flush=True)
+    if stopped is not None:
+        raise RunStopped(f"only the results above are there: {stopped}")
+    if not results.measurements:
+        raise EvaluationError("; ".join(failure.message for failure in results.failures))
+    written = [path()]
+    if has_depths(results):
+        written.append(path().with_suffix(".png"))
+        try:
+            draw_heat_map(results, written[-1])
+        except FileError as error:
+            raise RunStopped(str(error)) from None
+    print(f"written to {' and '.join(map(str, written))}", file=sys.stderr)
+    if results.failures:
+        raise RunStopped(f"{len(results.failures)} of {len(results.results)} measurements failed")

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import tempfile
 
 import tqdm
 
@@ -15,6 +16,7 @@ from rat_jax.data.example_figures import Examples, RowFigures, RowKind
 from rat_jax.data.packing import best_fit
 from rat_jax.data.token_file import Header, TokenFileWriter
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.files import system_errors
 
 _RECIPE_BATCH = 128  # sequences of a step, of arXiv 2507.04416
 
@@ -48,9 +50,11 @@ def write_examples(
         template.save(folder)
     headers, figures = {}, {}
     with contextlib.ExitStack() as stack:
-        spools = {split: ExampleSpool(folder, tokenizer) for split in SPLITS}
-        for spool in spools.values():
-            stack.callback(spool.close)
+        spools = {}
+        for split in SPLITS:
+            with system_errors(folder, "written"):
+                file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            spools[split] = ExampleSpool(file, folder, tokenizer)
         with tqdm.tqdm(unit="record", desc="encoding", total=collection.num_documents) as bar:
             encoder = ExampleEncoder(tokenizer, seq_len)
             for part in encode(collection.documents(), encoder, num_workers=num_workers):

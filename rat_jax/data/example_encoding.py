@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 
@@ -49,27 +49,26 @@ class ExampleEncoder(TextEncoder):
 
 
 class ExampleSpool:
-    """Encoded examples in a file without a name, which is gone when it is closed."""
+    """Encoded examples in a file, one after the other, and their counts in memory."""
 
-    def __init__(self, folder: pathlib.Path, tokenizer: Tokenizer):
-        """Makes the file in a folder.
+    def __init__(self, file: IO[bytes], name: pathlib.Path, tokenizer: Tokenizer):
+        """Takes an empty file, open for reading and writing, and its name for messages."""
+        self.lengths: list[int] = []  # tokens of each example
+        self.num_answer_tokens = self.num_cut = self.num_left_out = 0
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._file = file
+        self._name = name
+        self._starts = [0]
+
+    def append(self, part: ExamplePart) -> None:
+        """Takes the next examples.
 
         Raises:
           FileError: if the system refuses.
         """
-        self.lengths: list[int] = []  # tokens of each example
-        self.num_answer_tokens = self.num_cut = self.num_left_out = 0
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._folder = folder
-        self._starts = [0]
-        with system_errors(folder, "written"):
-            self._file = tempfile.TemporaryFile(dir=folder)
-
-    def append(self, part: ExamplePart) -> None:
-        """Takes the next examples; errors as of the beginning."""
         self.num_cut += part.num_cut
         self.num_left_out += part.num_left_out
-        with system_errors(self._folder, "written"):
+        with system_errors(self._name, "written"):
             for example in part.examples:
                 content = example.ids.astype(self._dtype).tobytes() + example.is_answer.tobytes()
                 self._file.write(content)
@@ -78,13 +77,10 @@ class ExampleSpool:
                 self.num_answer_tokens += int(example.is_answer.sum())
 
     def read(self, rows: list[list[int]]) -> Iterator[list[MaskedIds]]:
-        """The examples of each row; errors as of the beginning."""
+        """The examples of each row; errors as of `append`."""
         for row in rows:
-            with system_errors(self._folder, "read"):
+            with system_errors(self._name, "read"):
                 yield [self._read(index) for index in row]
-
-    def close(self) -> None:
-        self._file.close()
 
     def _read(self, index: int) -> MaskedIds:
         self._file.seek(self._starts[index])

@@ -1,8 +1,10 @@
 """A row of examples as a token file holds it: the ids, the example of each, and which of them are answers.
 
-T ids                uint16 or uint32, little endian
-T segment ids        uint32, little endian: 1, 2, ... for the examples of the row, 0 on padding
-T bytes              1 for an id of an answer, the end of the answer among them; 0 for any other
+A row of T tokens is
+
+  T ids                uint16 or uint32, little endian
+  T segment ids        uint32, little endian: 1, 2, ... for the examples of the row, 0 on padding
+  T bytes              1 for an id of an answer, the end of the answer among them; 0 for any other
 """
 
 from collections.abc import Sequence

@@ -138,7 +138,7 @@ class _Run:
         is_first_host = jax.process_index() == 0
         if is_first_host:
             self.workdir.mark(self.config, self.checkpoints.saved_step, note)
-            self.workdir.save_tokenizer(self.corpus.tokenizer())
+            self.workdir.save_tokenizer(self.corpus.tokenizer(), self.corpus.chat_template())
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         say(_summary(self.config, self.mesh, num_parameters, start))
         log = MetricLog(self.workdir, self.config, start, say) if is_first_host else None

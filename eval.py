@@ -13,7 +13,13 @@ Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt),
   python eval.py --workdir=runs/default --tasks=arc_easy,hellaswag --limit=100
   python eval.py --workdir=runs/default --tasks=mine --tasks_dir=folder/of/yaml
 
-Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task
+Or on prompts with reference answers (docs/finetuning.md), by ROUGE-L, token F1 and exact match of greedy answers:
+
+  python eval.py --workdir=runs/tuned --sft=data/sft/qmsum/test.jsonl --max_new_tokens=384
+
+They are written as answers-STEP-FILE-DIGEST.jsonl, where the same command goes on, and the scores as .json.
+
+Results of tasks are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task
 that fails does not stop the others; the exit code is then 1, or 2 where none has a result.
 """
 
@@ -41,7 +47,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.evaluation import results
+from rat_jax.evaluation import answers, results
 from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate
 from rat_jax.evaluation.report import plot, table
 from rat_jax.files import FileError, write_json
@@ -75,6 +81,7 @@ _JOINT_TOKENIZATION = flags.DEFINE_bool(
     "joint_tokenization", True, "tokenise a task's context and continuation as one text"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "of generated texts, where a task does not say")
+_SFT = flags.DEFINE_string("sft", None, "JSON lines of prompts and answers: greedy answers are compared with theirs")
 _JSON = flags.DEFINE_bool("json", False, "print JSON instead of the table")
 
 
@@ -135,7 +142,15 @@ def _evaluate_losses(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.M
 
 
 def _check_task_flags(lengths: list[int]) -> None:
-    """Refuses flags that have no effect with, or without, --tasks."""
+    """Refuses flags that have no effect with, or without, --tasks and --sft."""
+    if _SFT.value is not None:
+        others = [_TASKS, _TASKS_DIR, _NUM_FEWSHOT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_BATCHES]
+        for flag in others:
+            if flags.FLAGS[flag.name].present:
+                raise EvaluationError(f"--{flag.name} has no effect with --sft")
+        if len(lengths) > 1:
+            raise EvaluationError(f"--sft wants one context length, got {', '.join(map(str, lengths))}")
+        return
     of_tasks = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
     for flag in [_MAX_BATCHES] if _TASKS.value else of_tasks:
         if flags.FLAGS[flag.name].present:
@@ -205,6 +220,19 @@ def _evaluate_tasks(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.Me
         raise RunStopped(f"{len(failed)} of {len(done)} tasks failed: {'; '.join(failed)}")
 
 
+def _evaluate_answers(loaded: LoadedModel, workdir: Workdir, context_length: int) -> None:
+    answers.evaluate_answers(
+        loaded,
+        workdir,
+        find_tokenizer(workdir, loaded.config, _DATA_PATH.value),
+        local_path(_SFT.value, "--sft"),
+        answers.AnswerSettings(context_length, _MAX_NEW_TOKENS.value),
+        batch_tokens=_BATCH_TOKENS.value,
+        limit=_LIMIT.value,
+        print_json=_JSON.value,
+    )
+
+
 def main() -> None:
     lengths = _context_lengths()
     _check_task_flags(lengths)
@@ -212,7 +240,9 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
     lengths = lengths or [loaded.config.data.seq_len]
-    if _TASKS.value:
+    if _SFT.value is not None:
+        _evaluate_answers(loaded, workdir, lengths[0])
+    elif _TASKS.value:
         _evaluate_tasks(loaded, workdir, mesh, lengths[0])
     else:
         _evaluate_losses(loaded, workdir, mesh, lengths)

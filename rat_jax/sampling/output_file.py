@@ -46,6 +46,11 @@ class OutputFile:
         """Prompts whose lines are there."""
         return len(self._records)
 
+    @property
+    def completions(self) -> list[str]:
+        """Those that are there."""
+        return [record[_COMPLETION] for record in self._records]
+
     def go_on(self, settings: Mapping[str, Any]) -> None:
         """Says with which settings the next lines are made, as values that JSON can hold.
 

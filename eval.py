@@ -19,8 +19,8 @@ Or on prompts with reference answers (docs/finetuning.md), by ROUGE-L, token F1 
 
 They are written as answers-STEP-FILE-DIGEST.jsonl, where the same command goes on, and the scores as .json.
 
-Results of tasks are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A task
-that fails does not stop the others; the exit code is then 1, or 2 where none has a result.
+Results of tasks are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on. A
+task that fails does not stop the others; the exit code is then 1, or 2 where none has a result.
 """
 
 from rat_jax import interrupts

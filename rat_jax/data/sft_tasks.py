@@ -36,8 +36,8 @@ _QMSUM = (
     "a split. The paper's test rows are qmsum.jsonl of LongBench, huggingface.co/datasets/THUDM/LongBench"
 )
 _WIKISUM = (
-    "WikiSum is huggingface.co/datasets/d0rj/wikisum: with a network give --source hf:d0rj/wikisum (:default:validation "
-    "and :default:test for the others), else download the files of its folder data and name those of a split"
+    "WikiSum is huggingface.co/datasets/d0rj/wikisum: with a network give --source hf:d0rj/wikisum, and for the others "
+    "hf:d0rj/wikisum:default:validation or :test, else download the files of its folder data and name those of a split"
 )
 
 

@@ -49,13 +49,13 @@ def test_too_long_a_prompt_loses_its_middle(seq_len, text, mask, was_cut):
 
 
 def test_too_long_an_answer_is_counted_and_the_others_stay():
-    assert masked(Example((), "ab", ("xyz", "x")), 3) == [(None, False), (("ax$"[:1] + "x$", " --"), True)]
+    assert masked(Example((), "ab", ("xyz", "x")), 3) == [(None, False), (("ax$", " --"), True)]
 
 
 def test_an_earlier_answer_that_was_cut_is_not_learned():
-    example = Example((Turn("ab", "cd"), Turn("ef", "gh")), "i", ("j",))  # abcd$efgh$i j$
-    assert masked(example, 11) == [(("abcd$gh$ij$"[:5] + "gh$i" + "j$", "  ---     --"[:5] + "---" + " " + "--"), True)]
-    assert masked(example, 9) == [(("abcd" + "h$i" + "j$", " " * 7 + "--"), True)]
+    example = Example((Turn("ab", "cd"), Turn("ef", "gh")), "i", ("j",))  # abcd$efgh$i and j$
+    assert masked(example, 12) == [(("abcd$" + "fgh$i" + "j$", "  ---" + " --- " + "--"), True)]
+    assert masked(example, 9) == [(("abcd" + "h$i" + "j$", "    " + "   " + "--"), True)]
 
 
 def test_the_middle():
@@ -63,7 +63,8 @@ def test_the_middle():
     for room in range(1, 12):
         kept = cut_middle(values, room)
         assert len(kept) == min(room, 10)
-        assert kept == values[: -(-room // 2)] + values[10 - room // 2 :] or (room >= 10 and kept == values)
+        if room < 10:
+            assert kept == values[: -(-room // 2)] + values[10 - room // 2 :]
 
 
 def test_a_prompt_without_ids():

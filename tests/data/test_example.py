@@ -59,5 +59,5 @@ def test_what_is_no_example_is_refused_by_name(record, message):
 
 
 def test_a_chat_without_a_template():
-    with pytest.raises(DataError, match="f, line 2 holds a chat, and there is no template .* --chat_template"):
+    with pytest.raises(DataError, match=r"f, line 2 holds a chat, and there is no template .* --chat_template"):
         read_example({"messages": [USER, ASSISTANT]}, "f, line 2", None)

@@ -1,4 +1,4 @@
-"""Fine-tuning: runs on rows of examples start from what is there, resume to the last bit, and refuse what does not fit."""
+"""Fine-tuning: runs on rows of examples start from a model, resume to the last bit, and refuse what does not fit."""
 
 import json
 
@@ -13,6 +13,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.data import DataError
 from rat_jax.data.chat_template import load_chat_template
 from rat_jax.data.corpus import Corpus
+from rat_jax.data.pipeline import TrainData
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer
 from rat_jax.evaluation import perplexity
 from rat_jax.model import LanguageModel
@@ -93,17 +94,15 @@ def test_answers_alone_count(tuned, corpus):
 
 
 def test_it_resumes_to_the_last_bit(tuned, corpus, origin, tmp_path, monkeypatch):
-    def kill_after(steps):
-        def step(*arguments):
-            if steps.pop():
-                raise Killed
-            return original(*arguments)
+    original, batches = TrainData.__next__, iter(range(3))
 
-        return step
+    def read(data):
+        if next(batches, None) is None:
+            raise Killed
+        return original(data)
 
-    original = training.train_step
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "train_step", kill_after([True, False, False, False]))
+        patch.setattr(TrainData, "__next__", read)
         training.train(tuning_config(corpus, origin), tmp_path / "run")
     assert training.train(tuning_config(corpus, origin), tmp_path / "run").finished
     for one, other in zip(leaves(tuned), leaves(tmp_path / "run"), strict=True):

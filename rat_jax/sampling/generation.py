@@ -116,7 +116,7 @@ def _check_memory(decoder: Decoder, batches: Sequence[Sequence[Sequence[int]]], 
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} are more than 2**31 - 1, up to which "
             f"positions are counted",
         )
-    free = free_bytes(jax.tree.leaves(decoder.params)[0].devices().pop())
+    free = free_bytes(next(iter(jax.tree.leaves(decoder.params)[0].devices())))  # not `pop`: the set is the array's own
     for num_rows, longest in sizes if free is not None else ():
         capacity = cache_capacity(longest + max_new_tokens - 1)
         needed = cache_bytes(decoder.graphdef, decoder.params, num_rows, capacity)

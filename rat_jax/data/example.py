@@ -124,6 +124,10 @@ def _text(value: Any, field: str, name: str) -> str:
         raise DataError(f"{name}: {field} is {what}; expected {_FORM}")
     if not value.strip():
         raise DataError(f"{name}: {field} is empty: give it text, or leave the record out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name}: {field} holds half of a surrogate pair, which is no character: take it out") from None
     if END in value:
         raise DataError(f"{name}: {field} holds U+FDD0, which is no character of texts: take it out")
     return value

@@ -69,7 +69,7 @@ class Task:
         if not answers or not asked.context.strip():
             return ""
         prompt = f"{self.context_name}: {asked.context}\n\nQuestion: {asked.question}\n\nAnswer:"
-        return json.dumps({"prompt": prompt, "answer": answers}, ensure_ascii=False)
+        return json.dumps({"prompt": prompt, "answer": answers})
 
 
 def _narrativeqa(row: Any, name: str, with_story: bool) -> Question:

@@ -45,6 +45,7 @@ def test_examples_with_the_same_prompt_have_the_same_key():
         ({"prompt": "a", "answer": ["b", 3]}, "f, line 2: answer is 3, which is no text"),
         ({"prompt": " \n", "answer": "b"}, "f, line 2: prompt is empty: give it text, or leave the record out"),
         ({"prompt": "a", "answer": ""}, "f, line 2: answer is empty"),
+        ({"prompt": "\ud800", "answer": "b"}, "f, line 2: prompt holds half of a surrogate pair"),
         ({"prompt": "a", "answer": f"b{END}"}, r"f, line 2: answer holds U\+FDD0"),
         ({"messages": []}, "f, line 2: messages must be a list of objects"),
         ({"messages": ["a"]}, "f, line 2, message 1 must be an object with role and content, got 'a'"),

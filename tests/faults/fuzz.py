@@ -220,8 +220,8 @@ def _of_texts(folder: pathlib.Path) -> list[Reader]:
     table = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two é", "three"]}), table)
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    chat = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}"
-    template = ChatTemplate(chat + "assistant: {% endif %}")
+    chat = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ eos_token }}{% endfor %}"
+    template = ChatTemplate(chat + "{% if add_generation_prompt %}assistant: {% endif %}")
     template.save(folder)
     stored = (folder / "chat_template.json").read_bytes()
     example_lines = b'{"prompt": "a", "answer": ["b", "\\u00e9"]}\n' + json.dumps({"messages": messages}).encode()

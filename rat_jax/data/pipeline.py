@@ -2,9 +2,8 @@
 
 Record i of a split is the window of tokens i T .. i T + T: T inputs and, one further, T targets. Neighbouring records
 share one token, so that each token is a target once. Of examples record i is their row i (`rat_jax.data.example_rows`).
-Global batch k holds the B records k B .. k B + B - 1 of the
-order, and of P hosts, host p yields its rows p B/P .. (p+1) B/P - 1. Neither the number of hosts nor of reading
-processes changes which records form a batch.
+Global batch k holds the B records k B .. k B + B - 1 of the order, and of P hosts, host p yields its rows p B/P ..
+(p+1) B/P - 1. Neither the number of hosts nor of reading processes changes which records form a batch.
 
 The order of validation is 0, 1, 2, ... over all R records, or an evenly spread subset of M of them: the middles of M
 equal parts of the split, records floor((2 i + 1) R / (2 M)) for i = 0 .. M - 1.

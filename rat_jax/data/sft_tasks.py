@@ -81,7 +81,8 @@ def _narrativeqa(row: Any, name: str, with_story: bool) -> Question:
 
 def _qmsum(row: Any, name: str) -> Question:
     if isinstance(row, dict) and "answers" in row:  # of LongBench
-        return Question(_column(row, "context", name), _column(row, "input", name), _column(row, "answers", name, list))
+        answers = [_column({"answers": answer}, "answers", name) for answer in _column(row, "answers", name, list)]
+        return Question(_column(row, "context", name), _column(row, "input", name), answers)
     return Question(_column(row, "input", name), _column(row, "prompt", name), [_column(row, "output", name)])
 
 
@@ -98,13 +99,15 @@ TASKS: dict[str, Task] = {
 
 
 def _column(row: Any, column: str, name: str, kind: type = str) -> Any:
-    """What a row holds in a column, or in a field of one (`document.text`)."""
+    """What a row holds in a column, or in a field of one (`document.text`); of a text that is null an empty one."""
     value = row
     for key in column.split("."):
         if not isinstance(value, dict) or key not in value:
             there = listed(value) if isinstance(value, dict) else f"a {type(value).__name__}"
             raise DataError(f"{name} has no column {column} (it has: {there})")
         value = value[key]
+    if value is None and kind is str:
+        return ""
     if not isinstance(value, kind):
         raise DataError(f"{name}: column {column} must be {kind.__name__}, got {type(value).__name__}")
     return value

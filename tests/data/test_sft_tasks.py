@@ -120,14 +120,19 @@ def test_another_data_set_is_refused(tmp_path, capsys):
     write_lines(source, [{**ARTICLES[0], "summary": 3}])
     assert main(["wikisum", "--source", str(source), "--out", str(tmp_path / "a.jsonl")]) == 2
     assert "line 1: column summary must be str, got int" in capsys.readouterr().err
+    write_lines(source, [{**LONGBENCH[0], "answers": [3]}])
+    assert main(["qmsum", "--source", str(source), "--out", str(tmp_path / "a.jsonl")]) == 2
+    assert "line 1: column answers must be str, got int" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_rows_without_an_answer_are_left_out(tmp_path, capsys):
-    source = write_lines(tmp_path / "rows.jsonl", [*MEETINGS, {**MEETINGS[0], "output": " "}])
+    source = write_lines(
+        tmp_path / "rows.jsonl", [*MEETINGS, {**MEETINGS[0], "output": " "}, {**MEETINGS[0], "input": None}]
+    )
     out = tmp_path / "a.jsonl"
     assert main(["qmsum", "--source", str(source), "--out", str(out)]) == 0
-    assert "1 rows are left out: they have no answer, or no context" in capsys.readouterr().out
+    assert "2 rows are left out: they have no answer, or no context" in capsys.readouterr().out
     assert len(converted(out)) == 3
     assert main(["qmsum", "--source", str(source), "--out", str(out)]) == 2
     assert "is there already; it is left as it is" in capsys.readouterr().err

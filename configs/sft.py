@@ -80,8 +80,8 @@ def get_config(argument: str = "rat_1b,narrativeqa_summary") -> config_dict.Conf
     config.optimizer.accumulation_steps = 4  # 32 rows at a time: 4 a card on 8 cards
 
     config.training.num_steps = _STEPS[task]  # one epoch
-    config.training.log_every_steps = 1
-    config.training.validate_every_steps = 50
+    config.training.log_every_steps = 1  # an epoch may be ten steps
+    config.training.validate_every_steps = 50  # the loss of validation answers; the last step is always validated
     config.training.validation_batches = 4
-    config.training.checkpoint_every_steps = 100
+    config.training.checkpoint_every_steps = 100  # and the last one
     return config

@@ -24,6 +24,7 @@ from tests.tiny_run import tiny_config
 from tests.tiny_sft import make_examples, number_records
 
 SEQ_LEN = 24
+FORM = {"tokenizer": "ids:29:0", "seq_len": SEQ_LEN}
 
 
 class Killed(BaseException):
@@ -49,7 +50,7 @@ def tuning_config(corpus, origin, **changes):
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
     records = number_records(24, 12, 4, seed=0)
-    return make_examples(folder, records[:16], records[16:], tokenizer="ids:29:0", seq_len=SEQ_LEN)
+    return make_examples(folder, records[:16], records[16:], **FORM)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +113,14 @@ def test_it_resumes_to_the_last_bit(tuned, corpus, origin, tmp_path, monkeypatch
     assert last[0] == last[1] != []
 
 
-def test_the_loss_of_the_validation_answers_can_be_evaluated(tuned, corpus):
+def test_the_loss_of_the_validation_answers_can_be_evaluated(tuned, corpus, tmp_path):
     mesh = make_mesh(MeshConfig(data=1, fsdp=1))
     loaded = load_model(tuned, mesh=mesh)
     found = perplexity.evaluate(loaded, corpus, mesh, SEQ_LEN, batch_tokens=4 * SEQ_LEN, max_batches=None)
     assert found.num_targets == corpus.examples.splits["validation"].num_answer_tokens
     assert found.bits_per_byte is None
+    one_row = make_examples(tmp_path, number_records(4, 9, 3, 0), number_records(1, 9, 3, 1), **FORM)
+    perplexity.check_fits(loaded, one_row, mesh, SEQ_LEN, batch_tokens=SEQ_LEN)
     with pytest.raises(DataError, match=f"holds rows of {SEQ_LEN} tokens, and data.seq_len is 16"):
         perplexity.evaluate(loaded, corpus, mesh, 16, batch_tokens=64, max_batches=None)
 

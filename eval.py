@@ -19,9 +19,15 @@ Or on RULER's tasks (docs/evaluation.md), which need no data and take several co
 
   python eval.py --workdir=runs/default --tasks=ruler --ruler_essay=texts --context_lengths=1024,2048 --limit=100
 
-Results are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on; RULER's as
-ruler-STEP-NAMES-DIGEST.json, and a picture of depth and length. A task that fails does not stop the others; the exit
-code is then 1, or 2 where none has a result.
+Or on prompts with reference answers (docs/finetuning.md), by ROUGE-L, token F1 and exact match of greedy answers:
+
+  python eval.py --workdir=runs/tuned --sft=data/sft/qmsum/test.jsonl --max_new_tokens=384
+
+They are written as answers-STEP-FILE-DIGEST.jsonl, where the same command goes on, and the scores as .json.
+
+Results of tasks are written after each task, as tasks-STEP-NAMES-DIGEST.json, with the settings that they depend on;
+RULER's as ruler-STEP-NAMES-DIGEST.json, and a picture of depth and length. A task that fails does not stop the others;
+the exit code is then 1, or 2 where none has a result.
 """
 
 from rat_jax import interrupts
@@ -40,6 +46,7 @@ from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.config import MeshConfig
 from rat_jax.evaluation import EvaluationError, ruler
+from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
 from rat_jax.evaluation.loss_evaluation import evaluate_losses
 from rat_jax.evaluation.mode import Mode, chosen_mode
 from rat_jax.evaluation.subject import Subject
@@ -82,6 +89,7 @@ _JOINT_TOKENIZATION = flags.DEFINE_bool(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", None, "of generated texts, where a task does not say; left out: 256"
 )
+_SFT = flags.DEFINE_string("sft", None, "JSON lines of prompts and answers: greedy answers are compared with theirs")
 _RULER_TEMPLATES = flags.DEFINE_enum(
     "ruler_templates",
     "harness",
@@ -143,6 +151,20 @@ def _tasks(subject: Subject) -> None:
     )
 
 
+def _answers(subject: Subject) -> None:
+    new_tokens = {} if _MAX_NEW_TOKENS.value is None else {"max_new_tokens": _MAX_NEW_TOKENS.value}
+    evaluate_answers(
+        subject.loaded,
+        subject.workdir,
+        subject.tokenizer(),
+        local_path(_SFT.value, "--sft"),
+        AnswerSettings(next(iter(_context_lengths()), subject.loaded.config.data.seq_len), **new_tokens),
+        batch_tokens=_BATCH_TOKENS.value,
+        limit=_LIMIT.value,
+        print_json=_JSON.value,
+    )
+
+
 def _ruler(subject: Subject) -> None:
     ruler.evaluate_checkpoint(
         subject.loaded,
@@ -169,6 +191,7 @@ _MODES = [
     Mode(None, [_MAX_BATCHES], _losses, several_lengths=True),
     Mode(_TASKS, _OF_RULER, _ruler, several_lengths=True, values=ruler.are_ruler_tasks),
     Mode(_TASKS, _OF_TASKS, _tasks),
+    Mode(_SFT, [_LIMIT, _MAX_NEW_TOKENS], _answers),
 ]
 
 

@@ -217,7 +217,6 @@ def test_a_model_in_python_alone():
 OPTIONS = {
     "data.segment_documents": "tests/data/test_pipeline.py",
     "init.optimizer": "tests/training/test_origin.py",
-    "init.path": "tests/training/test_origin.py",
     "init.step": "tests/training/test_origin.py",
     "mesh.data": "tests/test_sharding.py",
     "mesh.fsdp": "tests/test_sharding.py",
@@ -237,7 +236,6 @@ OPTIONS = {
     "optimizer.clip_norm": "tests/training/test_optimizer.py",
     "optimizer.epsilon": "tests/training/test_optimizer.py",
     "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
-    "optimizer.weight_decay": "tests/training/test_optimizer.py",
     "training.checkpoints_to_keep": "tests/checkpoints/test_store.py",
     "training.max_skips_in_a_row": "tests/training/test_guards.py",
     "training.on_non_finite": "tests/training/test_guards.py",

@@ -4,7 +4,7 @@ owner.json            while a process owns the folder, see `rat_jax.checkpoints.
 run.json              marks the folder as a run's: the config of its latest start, the newest step that was saved
                       ("saved_step": 0 if a model alone, null if nothing yet), its id at Weights & Biases, and where
                       its first parameters came from ("origin", null if they were drawn; `rat_jax.training.origin`)
-tokenizer/            of the data
+tokenizer/            of the data; of chats with the template that made texts of them
 checkpoints/STEP/     see `rat_jax.checkpoints.store`
 log.jsonl             one JSON object a line: figures of training steps and of validations, null where one is no number
                       (see `rat_jax.checkpoints.run_log`). `loss` is that step's, `mean_loss` the mean over the steps
@@ -26,6 +26,7 @@ from typing import Any
 
 from rat_jax.config import Config, ModelConfig, config_to_dict
 from rat_jax.data import DataError
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template
 from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.files import ContentError, read_object, system_errors, write_json
@@ -198,14 +199,19 @@ class Workdir:
         values = {"config": config, "saved_step": saved_step, "wandb_id": wandb_id, "origin": origin}
         write_json(self.run_file, {_FORMAT_KEY: FORMAT_VERSION, **values})
 
-    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def save_tokenizer(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         """Writes the tokenizer, unless it is there already; at no moment is half of one there.
+
+        Args:
+          tokenizer: of the model.
+          chat_template: what makes texts of chats, written beside it.
 
         Raises:
           FileError: if the system refuses.
         """
         try:
-            if self.tokenizer.is_dir() and load_tokenizer(self.tokenizer).hash == tokenizer.hash:
+            is_there = self.tokenizer.is_dir() and load_tokenizer(self.tokenizer).hash == tokenizer.hash
+            if is_there and load_chat_template(self.tokenizer) == chat_template:
                 return
         except DataError:  # of a start that was killed
             pass
@@ -216,6 +222,8 @@ class Workdir:
                     shutil.rmtree(folder)
             partial.mkdir()
             tokenizer.save(partial)
+            if chat_template is not None:
+                chat_template.save(partial)
             partial.rename(self.tokenizer)
 
     def _check_link(self) -> None:

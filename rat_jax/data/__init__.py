@@ -1,4 +1,4 @@
-"""Text to token files (`python -m rat_jax.data.prepare`), and token files to batches (`rat_jax.data.pipeline`)."""
+"""Text and examples to token files (`python -m rat_jax.data.prepare`), these to batches (`rat_jax.data.pipeline`)."""
 
 from rat_jax.errors import RatJaxError
 

@@ -3,6 +3,7 @@
 metadata.json                               settings, figures of each split, hashes of the other files
 train.bin  validation.bin                   token files
 tokenizer_info.json, and its model file     the tokenizer
+chat_template.json                          of examples, if they were chats (`rat_jax.data.chat_template`)
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from rat_jax.data import DataError
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template
+from rat_jax.data.example_figures import Examples
 from rat_jax.data.json_object import build, checksum, parse_object, require
 from rat_jax.data.token_file import TokenFile
 from rat_jax.data.tokenizer import Tokenizer, load_tokenizer, read_info
@@ -32,7 +35,7 @@ class Statistics:
     """Figures of a split, or of the whole corpus."""
 
     num_documents: int
-    num_tokens: int  # ends of documents included
+    num_tokens: int  # ends of documents included, and padding of rows
     num_bytes: int | None  # of the text as UTF-8; None where only token ids were given
     byte_entropy_nats: float | None  # per byte, of the frequencies of single bytes (byte unigrams)
 
@@ -83,6 +86,7 @@ class Corpus:
     splits: dict[Split, Statistics]
     total: Statistics  # of both splits together; its byte entropy is what a loss is compared with
     header_hashes: dict[Split, str] | None = None  # of the token files; None: not written yet, or format 1
+    examples: Examples | None = None  # None: the token files hold documents
 
     @classmethod
     def open(cls, path: pathlib.Path | str) -> "Corpus":
@@ -126,6 +130,7 @@ class Corpus:
             splits=splits,
             total=build(Statistics, fields.total, f"{name}, total"),
             header_hashes=hashes,
+            examples=None if fields.examples is None else Examples.of(fields.examples, f"{name}, examples"),
         )
         corpus._check_figures(name)
         return corpus
@@ -144,6 +149,7 @@ class Corpus:
         values |= {field.name: getattr(self, field.name) for field in dataclasses.fields(_Metadata)}
         values["splits"] = {split: dataclasses.asdict(self.splits[split]) for split in SPLITS}
         values["total"] = dataclasses.asdict(self.total)
+        values["examples"] = None if self.examples is None else dataclasses.asdict(self.examples)
         values["header_hashes"] = {split: TokenFile.open(self._token_path(split)).header_hash for split in SPLITS}
         contents = {name: value for name, value in values.items() if name != "format_version"}
         write_json(self.path / METADATA_FILE, values | {"checksum": checksum(contents)})
@@ -157,6 +163,18 @@ class Corpus:
         tokenizer = load_tokenizer(self.path)
         self._check_tokenizer_hash(tokenizer.hash)
         return tokenizer
+
+    def chat_template(self) -> ChatTemplate | None:
+        """What made texts of chats; None if there were none.
+
+        Raises:
+          DataError: if it is missing or another one.
+        """
+        template = load_chat_template(self.path)
+        made_by = None if self.examples is None else self.examples.chat_template_hash
+        if (None if template is None else template.hash) != made_by:
+            raise DataError(f"{self.path}: its chat template is not the one that made its tokens (the hashes differ)")
+        return template
 
     def _check_tokenizer_hash(self, tokenizer_hash: str) -> None:
         if tokenizer_hash != self.tokenizer_hash:
@@ -190,6 +208,12 @@ class Corpus:
             raise DataError(
                 f"{file.path} is not the file that {self.path / METADATA_FILE} describes: it was replaced, or its "
                 f"header changed; restore it, or prepare the corpus again"
+            )
+        row_tokens = None if self.examples is None else self.examples.seq_len
+        if header.row_tokens != row_tokens:
+            raise DataError(
+                f"{file.path} has row_tokens {header.row_tokens}, but {self.path / METADATA_FILE} says {row_tokens}: "
+                f"files were swapped or replaced"
             )
         figures = self.splits[split]
         for field in ("num_tokens", "num_documents"):
@@ -247,6 +271,7 @@ class _Metadata:
     splits: dict[str, Any]
     total: dict[str, Any]
     header_hashes: dict[str, Any] | None = None
+    examples: dict[str, Any] | None = None
 
 
 def byte_entropy(counts: np.ndarray) -> float:

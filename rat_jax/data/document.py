@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from rat_jax.data import DataError
@@ -26,6 +26,8 @@ class ReadOptions:
     field: str  # that holds the text: a key of JSON, a column of Parquet and of data sets; dots lead into objects
     document_separator: str | None  # ends a document inside a text file; None: a text file is one document
     invalid_utf8: Literal["refuse", "replace"]  # replace writes U+FFFD and continues
+    # Makes the text of a whole record and the name of its place, in the stead of `field`; raises DataError.
+    read_record: Callable[[object, str], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ def field_text(record: object, name: str, options: ReadOptions) -> str:
     Raises:
       DataError: naming the fields that are there.
     """
+    if options.read_record is not None:
+        return options.read_record(record, name)
     value: object = record
     for key in [options.field] if _has(record, options.field) else options.field.split("."):
         if value is None and value is not record:

@@ -1,5 +1,6 @@
 """Encodes a stream of documents, in several processes and in order."""
 
+import abc
 import collections
 import concurrent.futures
 import concurrent.futures.process
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +32,16 @@ class Part:
     byte_counts: np.ndarray  # [256], of the text as UTF-8
 
 
+class TextEncoder(abc.ABC):
+    """Makes something of texts, in whichever process."""
+
+    @abc.abstractmethod
+    def encode(self, documents: list[tuple[Split | None, str]]) -> list[Any]:
+        """The parts of some texts, which may have their splits."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class Encoder(TextEncoder):
     """Makes token ids of texts and sends each document to its split."""
 
     tokenizer: Tokenizer
@@ -53,8 +63,8 @@ class Encoder:
         ]
 
 
-def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, num_workers: int) -> Iterator[Part]:
-    """Encodes all documents in order, with at most two batches of them a worker in memory.
+def encode(documents: Iterable[tuple[Split | None, str]], encoder: TextEncoder, *, num_workers: int) -> Iterator[Any]:
+    """Encodes all documents in order, with at most two batches of them a worker in memory; yields the encoder's parts.
 
     Args:
       documents: texts that are not empty, with their split where it is known already.
@@ -75,7 +85,7 @@ def encode(documents: Iterable[tuple[Split | None, str]], encoder: Encoder, *, n
         initargs=(encoder,),
     )
     workers: set[multiprocessing.process.BaseProcess] = set()
-    under_way: collections.deque[concurrent.futures.Future[list[Part]]] = collections.deque()
+    under_way: collections.deque[concurrent.futures.Future[list[Any]]] = collections.deque()
     try:
         for batch in _batches(documents):
             before = set(multiprocessing.active_children())
@@ -107,14 +117,14 @@ def _batches(documents: Iterable[tuple[Split | None, str]]) -> Iterator[list[tup
         yield batch
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: TextEncoder) -> None:
     follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
     _worker_encoder.append(encoder)
 
 
-def _encode_in_worker(documents: list[tuple[Split | None, str]]) -> list[Part]:
+def _encode_in_worker(documents: list[tuple[Split | None, str]]) -> list[Any]:
     return _worker_encoder[0].encode(documents)
 
 
-_worker_encoder: list[Encoder] = []  # one, set by `_start_worker` in worker processes
+_worker_encoder: list[TextEncoder] = []  # one, set by `_start_worker` in worker processes

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rat_jax.data import DataError
 from rat_jax.data.document import Document, FileReader, listed, printable
@@ -18,12 +18,18 @@ class ParquetReader(FileReader):
     kind = "Parquet file"
 
     def check(self, path: pathlib.Path) -> None:
-        self._open(path)
+        if self.options.read_record is None:
+            self._open(path)
+        else:
+            super().check(path)
 
     def num_documents(self, path: pathlib.Path) -> int | None:
-        return self._open(path)[0].metadata.num_rows
+        return self._open_file(path).metadata.num_rows
 
     def documents(self, path: pathlib.Path) -> Iterator[Document]:
+        if self.options.read_record is not None:
+            yield from self._records(path, self.options.read_record)
+            return
         import pyarrow
         import pyarrow.compute
 
@@ -42,8 +48,21 @@ class ParquetReader(FileReader):
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}, after row {row}, cannot be read: {printable(error)}") from None
 
-    def _open(self, path: pathlib.Path):
-        """The file, and the names that lead to the text: of a column, then of fields of structs."""
+    def _records(self, path: pathlib.Path, read_record: Callable[[object, str], str]) -> Iterator[Document]:
+        """The text that each row as a whole makes."""
+        import pyarrow
+
+        file, row = self._open_file(path), 0
+        try:
+            for batch in file.iter_batches(batch_size=16):  # of long documents
+                for record in batch.to_pylist():
+                    row += 1
+                    name = f"{path}, row {row}"
+                    yield Document(name, read_record(record, name))
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}, after row {row}, cannot be read: {printable(error)}") from None
+
+    def _open_file(self, path: pathlib.Path):
         import pyarrow
         import pyarrow.parquet
 
@@ -51,10 +70,17 @@ class ParquetReader(FileReader):
             raise DataError(f"{path} cannot be read: Parquet is compressed inside; unpack the file")
         try:
             file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)  # where there are any
-            schema = file.schema_arrow
+            _ = file.schema_arrow  # which may be damaged alone
+            return file
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a Parquet file that can be read: {printable(error)}") from None
-        name = self.options.field
+
+    def _open(self, path: pathlib.Path):
+        """The file, and the names that lead to the text: of a column, then of fields of structs."""
+        import pyarrow
+
+        file = self._open_file(path)
+        schema, name = file.schema_arrow, self.options.field
         names = [name] if name in schema.names else name.split(".")
         type_ = pyarrow.struct(list(schema))
         for key in names:

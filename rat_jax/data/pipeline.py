@@ -1,9 +1,9 @@
 """Token files to batches: windows of fixed length, shuffled without end for training, in order for validation.
 
 Record i of a split is the window of tokens i T .. i T + T: T inputs and, one further, T targets. Neighbouring records
-share one token, so that each token is a target once. Global batch k holds the B records k B .. k B + B - 1 of the
-order, and of P hosts, host p yields its rows p B/P .. (p+1) B/P - 1. Neither the number of hosts nor of reading
-processes changes which records form a batch.
+share one token, so that each token is a target once. Of examples record i is their row i (`rat_jax.data.example_rows`).
+Global batch k holds the B records k B .. k B + B - 1 of the order, and of P hosts, host p yields its rows p B/P ..
+(p+1) B/P - 1. Neither the number of hosts nor of reading processes changes which records form a batch.
 
 The order of validation is 0, 1, 2, ... over all R records, or an evenly spread subset of M of them: the middles of M
 equal parts of the split, records floor((2 i + 1) R / (2 M)) for i = 0 .. M - 1.
@@ -12,32 +12,22 @@ equal parts of the split, records floor((2 i + 1) R / (2 M)) for i = 0 .. M - 1.
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32
 
 from rat_jax.config import DataConfig
 from rat_jax.data import DataError
+from rat_jax.data.batch import Batch
 from rat_jax.data.corpus import Corpus, Split
+from rat_jax.data.example_rows import ExampleRows
 from rat_jax.data.readers import read
 from rat_jax.data.token_file import TokenFile
 
 FORMAT_VERSION = 1  # of the order and the content of batches
 _ADDED_FIELDS = ("validation_content_hash",)  # of fingerprints
-
-
-class Batch(NamedTuple):
-    """Rows of tokens and what to learn from them: NumPy arrays of this host's, or JAX arrays of all hosts' rows."""
-
-    tokens: Int32[np.ndarray | Array, "B T"]
-    targets: Int32[np.ndarray | Array, "B T"]  # the token after each one
-    loss_weights: Float32[np.ndarray | Array, "B T"]
-    """1; 0 where the input ends a document, for targets that do not count, on padding."""
-    segment_ids: Int32[np.ndarray | Array, "B T"] | None
-    """1, 2, ... per document of the row, 0 on padding; None: not asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +97,7 @@ class Windows:
 class _LocalBatches:
     """The rows of every global batch that belong to this host, as a Grain data source: item k is of batch k."""
 
-    windows: Windows
+    windows: Windows | ExampleRows
     order: Sequence[int] | grain.MapDataset  # of record indices; endless if shuffled
     num_batches: int
     global_batch_size: int
@@ -290,8 +280,10 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         raise DataError(f"the saved position belongs to other batches: {changes}; set it back, or start a new run")
 
 
-def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows:
+def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows | ExampleRows:
     file = _token_file(config, split, vocab_size)
+    if file.header.row_tokens is not None:
+        return ExampleRows.open(Corpus.open(config.path), split, config)
     return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
 
 
@@ -305,7 +297,7 @@ def _token_file(config: DataConfig, split: Split, vocab_size: int) -> TokenFile:
     return file
 
 
-def _require_targets(windows: Windows, order: Sequence[int]) -> None:
+def _require_targets(windows: Windows | ExampleRows, order: Sequence[int]) -> None:
     """Refuses records of which no target counts: nothing can be learned from them, and they have no mean loss."""
     if any(windows.has_target(index) for index in order):
         return

@@ -21,10 +21,15 @@ import numpy as np
 import tqdm
 
 from rat_jax.data import DataError
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template, read_chat_template
 from rat_jax.data.collection import Collection
 from rat_jax.data.corpus import METADATA_FILE, SPLITS, Corpus, Split, Statistics, byte_entropy
 from rat_jax.data.document import ReadOptions
 from rat_jax.data.encoding import Encoder, encode
+from rat_jax.data.example import ExampleReader
+from rat_jax.data.example_collection import ExampleCollection
+from rat_jax.data.example_corpus import describe, write_examples
+from rat_jax.data.example_figures import ROW_KINDS, Examples, RowKind
 from rat_jax.data.new_folder import new_folder
 from rat_jax.data.prepare_flags import parse_flags
 from rat_jax.data.sources import absolute_source, parse_source
@@ -51,9 +56,24 @@ class Settings:
     field: str
     document_separator: str | None
     invalid_utf8: str
+    rows: RowKind | None = None  # how rows hold examples; None: the sources hold documents, not examples
+    seq_len: int | None = None  # tokens of a row of examples
+    chat_template: str | None = None  # file of it; None: the one stored with the tokenizer, if there is one
 
-    def read_options(self) -> ReadOptions:
-        return ReadOptions(self.field, self.document_separator, self.invalid_utf8)
+    def read_options(self, template: ChatTemplate | None) -> ReadOptions:
+        read_record = None if self.rows is None else ExampleReader(template)
+        return ReadOptions(self.field, self.document_separator, self.invalid_utf8, read_record)
+
+    def read_chat_template(self) -> ChatTemplate | None:
+        """What makes texts of chats.
+
+        Raises:
+          DataError: if it is not there, or no template.
+        """
+        if self.chat_template is not None:
+            return read_chat_template(local_path(self.chat_template, "--chat_template"))
+        folder = pathlib.Path(self.tokenizer)
+        return load_chat_template(folder) if self.rows and is_path(self.tokenizer) and folder.is_dir() else None
 
     @property
     def is_release(self) -> bool:
@@ -67,6 +87,7 @@ class Settings:
             source=tuple(map(absolute_source, self.source)),
             validation_source=tuple(map(absolute_source, self.validation_source)),
             tokenizer=absolute_tokenizer(self.tokenizer),
+            chat_template=self.chat_template and str(local_path(self.chat_template, "--chat_template")),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -99,9 +120,13 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
             raise DataError(f"{out} exists and is not a prepared corpus; it is left alone: choose another --out")
     if is_there and not overwrite:
         return _finished(settings, out)
-    collection = None if settings.is_release else _collection(settings)
+    template = settings.read_chat_template()
+    collection = None if settings.is_release else _collection(settings, template)
     with system_errors(out, "written"), new_folder(out) as folder:
-        corpus = _encode(settings, collection, folder, num_workers) if collection else _wrap_release(settings, folder)
+        if collection is None:
+            corpus = _wrap_release(settings, folder)
+        else:
+            corpus = _encode(settings, collection, template, folder, num_workers)
         corpus.write_metadata()
     return Corpus.open(out)
 
@@ -136,12 +161,27 @@ def _check(settings: Settings) -> None:
         raise DataError(
             "release-bin: give one training file as --source and one validation file as --validation_source"
         )
+    _check_rows(settings)
     if settings.document_separator == "":
         raise DataError("--document_separator is empty; leave it out where a file is one document")
     if settings.validation_source:
         return
     if not 0 < settings.validation_fraction < 1:
         raise DataError(f"--validation_fraction must lie between 0 and 1, got {settings.validation_fraction}")
+
+
+def _check_rows(settings: Settings) -> None:
+    if settings.rows is None:
+        for name, value in (("seq_len", settings.seq_len), ("chat_template", settings.chat_template)):
+            if value is not None:
+                raise DataError(f"--{name} is for examples: give --rows packed or padded too")
+        return
+    if settings.rows not in ROW_KINDS:
+        raise DataError(f"--rows must be one of {', '.join(ROW_KINDS)}, got {settings.rows!r}")
+    if settings.seq_len is None or settings.seq_len < 2:
+        raise DataError(f"--rows wants --seq_len, the tokens of a row, 2 or more; got {settings.seq_len}")
+    if settings.is_release:
+        raise DataError("--rows wants examples, and release-bin holds ids of documents: leave one of the two out")
 
 
 def _finished(settings: Settings, out: pathlib.Path) -> Corpus:
@@ -159,6 +199,11 @@ def _finished(settings: Settings, out: pathlib.Path) -> Corpus:
         raise DataError(
             f"{out} was prepared with what {settings.tokenizer} held before it was changed; choose another --out, or "
             f"--overwrite"
+        )
+    template, there = settings.read_chat_template(), corpus.chat_template()
+    if template != there:
+        raise DataError(
+            f"{out} was prepared with another chat template than there is now; choose another --out, or --overwrite"
         )
     print(f"{out}: already prepared")
     return corpus
@@ -178,14 +223,21 @@ def _with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _collection(settings: Settings) -> Collection:
+def _collection(settings: Settings, template: ChatTemplate | None) -> Collection:
     """The documents of the sources, which are looked at as far as is needed to know that the work can be done."""
-    options = settings.read_options()
-    collection = Collection(
+    options = settings.read_options(template)
+    collection = (Collection if settings.rows is None else ExampleCollection)(
         sources=[parse_source(spec, options) for spec in settings.source],
         validation_sources=[parse_source(spec, options) for spec in settings.validation_source],
         validation_fraction=settings.validation_fraction,
     )
+    specs = settings.source + settings.validation_source
+    for spec, source in zip(specs, (*collection.sources, *collection.validation_sources), strict=True):
+        if settings.rows is not None and not source.has_records:
+            raise DataError(
+                f"{spec} holds text, and --rows wants examples: JSON lines, Parquet or a data set, each record with "
+                f"prompt and answer, or with messages"
+            )
     for line in collection.describe():
         print(line.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
     return collection
@@ -204,7 +256,13 @@ def _wrap_release(settings: Settings, folder: pathlib.Path) -> Corpus:
     return _corpus(settings, folder, tokenizer, headers, None)
 
 
-def _encode(settings: Settings, collection: Collection, folder: pathlib.Path, num_workers: int) -> Corpus:
+def _encode(
+    settings: Settings,
+    collection: Collection,
+    template: ChatTemplate | None,
+    folder: pathlib.Path,
+    num_workers: int,
+) -> Corpus:
     tokenizer = parse_tokenizer(settings.tokenizer, settings.eos_token)
     collection.check()
     warned = collection.settle() and _warn_of_separator(settings, collection)
@@ -216,6 +274,12 @@ def _encode(settings: Settings, collection: Collection, folder: pathlib.Path, nu
     if isinstance(tokenizer, int):
         tokenizer = train_bpe(tqdm.tqdm(collection.train_texts(), unit="doc", desc="training the tokenizer"), tokenizer)
     tokenizer.save(folder)
+    if isinstance(collection, ExampleCollection):
+        form = {"rows": settings.rows, "seq_len": settings.seq_len}
+        headers, examples = write_examples(
+            collection, tokenizer, template, **form, folder=folder, num_workers=num_workers
+        )
+        return _corpus(settings, folder, tokenizer, headers, None, examples)
     encoder = Encoder(tokenizer, settings.validation_fraction)
     byte_counts = {split: np.zeros(256, np.int64) for split in SPLITS}
     with contextlib.ExitStack() as stack:
@@ -250,6 +314,7 @@ def _corpus(
     tokenizer: Tokenizer,
     headers: dict[Split, Header],
     byte_counts: dict[Split, np.ndarray] | None,
+    examples: Examples | None = None,
 ) -> Corpus:
     def statistics(parts: Sequence[Split]) -> Statistics:
         counts = None if byte_counts is None else sum(byte_counts[split] for split in parts)
@@ -267,10 +332,14 @@ def _corpus(
         tokenizer_hash=tokenizer.hash,
         splits={split: statistics([split]) for split in SPLITS},
         total=statistics(SPLITS),
+        examples=examples,
     )
 
 
 def _report(corpus: Corpus) -> None:
+    if corpus.examples is not None:
+        print("\n".join(describe(corpus.examples)))
+        return
     for name, part in [*corpus.splits.items(), ("total", corpus.total)]:
         line = f"{name:<10} {part.num_documents:>12,} documents {part.num_tokens:>16,} tokens"
         if part.num_bytes is not None:
@@ -296,6 +365,9 @@ def _run(flags: argparse.Namespace) -> None:
             field=flags.field,
             document_separator=flags.document_separator,
             invalid_utf8=flags.invalid_utf8,
+            rows=flags.rows,
+            seq_len=flags.seq_len,
+            chat_template=flags.chat_template,
         )
         corpus = prepare(settings, flags.out, num_workers=flags.num_workers, overwrite=flags.overwrite)
     else:

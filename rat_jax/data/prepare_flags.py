@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from rat_jax.data.example_figures import ROW_KINDS
 from rat_jax.data.workers import available_cpus
 from rat_jax.program import ArgumentParser
 
@@ -20,6 +21,12 @@ sources (--source, --validation_source; one or several values, the flag once or 
   recall:COUNT               generated documents of an associative recall task, for --tokenizer ids:46:0
   release-bin:FILE           flat uint16 token ids of the PyTorch release, used where they are; give the training file
                              as --source and the validation file as --validation_source
+examples to learn answers from (--rows):
+  Every record of JSON lines, Parquet or a data set is {"prompt": "...", "answer": "..."}, where the answer may be a
+  list of texts, or {"messages": [...]} with the roles user and assistant, of which --chat_template makes a text. Rows
+  of --seq_len tokens hold several examples that do not see each other (packed: the fewest rows, for a run with
+  data.segment_documents) or one (padded). Answers and their ends alone are learned. Too long a prompt loses its middle.
+files:
   .gz, .bz2, .xz and .zst are unpacked. Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. Links are
   followed; hidden files are left out.
 documents and splits:
@@ -63,6 +70,12 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--document_separator",
         type=_unescape,
         help=r"cut text files into documents here, as '\n\n'; else a file is one",
+    )
+    parser.add_argument("--rows", choices=ROW_KINDS, help="the sources hold examples, and rows hold them so, see below")
+    parser.add_argument("--seq_len", type=int, help="tokens of a row of examples: data.seq_len of the training")
+    parser.add_argument(
+        "--chat_template",
+        help="Jinja text, or a tokenizer_config.json that holds one; left out: the one in --tokenizer's folder",
     )
     parser.add_argument("--eos_token", help="the token that ends a document, if the tokenizer's file does not say it")
     parser.add_argument("--invalid_utf8", choices=("refuse", "replace"), default="refuse", help="(default refuse)")

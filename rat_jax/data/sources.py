@@ -35,6 +35,11 @@ class Source(abc.ABC):
     notes: tuple[str, ...] = ()  # what the user should know of how it was found, in a line each
 
     @property
+    def has_records(self) -> bool:
+        """Whether what it reads are records of named fields, so that `ReadOptions.read_record` is asked."""
+        return True
+
+    @property
     @abc.abstractmethod
     def contents(self) -> dict[str, int]:
         """How many there are of what, in the singular."""
@@ -67,6 +72,10 @@ class Files(Source):
 
     readers: dict[pathlib.Path, FileReader]
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_records(self) -> bool:
+        return not any(isinstance(reader, TextReader) for reader in self.readers.values())
 
     @property
     def contents(self) -> dict[str, int]:
@@ -137,6 +146,10 @@ class Recall(Source):
     """Generated documents of the task of `rat_jax.data.recall`, as numbers for the tokenizer `ids:46:0`."""
 
     count: int
+
+    @property
+    def has_records(self) -> bool:
+        return False
 
     @property
     def num_documents(self) -> int:

@@ -1,7 +1,8 @@
 """Token files: ids of one split in one flat file.
 
   bytes 0 .. 8191    the header (`rat_jax.data.token_header`)
-  bytes 8192 ..      the ids, uint16 or uint32, little endian, each document followed by the end-of-document id
+  bytes 8192 ..      the ids, uint16 or uint32, little endian, each document followed by the end-of-document id;
+                     or rows of examples (`rat_jax.data.row`), one after the other
   then               the digests of the blocks of the ids (`rat_jax.data.integrity`)
 
 A header may point to a flat file without a header instead (the PyTorch release's `.bin`): `data_file`, never copied.
@@ -15,13 +16,15 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
 from rat_jax.data import DataError
+from rat_jax.data.answer_mask import MaskedIds
 from rat_jax.data.integrity import BLOCK_BYTES, BlockHasher, CheckedReader, digests_size
+from rat_jax.data.row import ADDED_BYTES, Row
 from rat_jax.data.token_header import HEADER_BYTES, Header
 from rat_jax.data.tokenizer import Tokenizer, token_dtype
 from rat_jax.files import explain, system_errors
@@ -90,6 +93,12 @@ class TokenFile:
         start, stop = min(start, len(self)), min(stop, len(self))
         return np.frombuffer(self._reader.read(start * dtype.itemsize, stop * dtype.itemsize), dtype)
 
+    def read_row(self, index: int) -> Row:
+        """A row of a file of examples, checked; errors as of `read`."""
+        dtype = np.dtype(self.header.dtype).newbyteorder("<")
+        size = self.header.row_tokens * (dtype.itemsize + ADDED_BYTES)
+        return Row.from_bytes(self._reader.read(index * size, (index + 1) * size), dtype)
+
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Reads all ids and compares them with the digests, or in format 1 with the content's hash.
 
@@ -145,16 +154,18 @@ class TokenFile:
 class TokenFileWriter:
     """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses.
 
-    At the end of a `with` block the system's file is closed, whether it is complete or not.
+    A file is of documents or, with `row_tokens`, of rows of examples. At the end of a `with` block the system's file is
+    closed, whether it is complete or not.
     """
 
-    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer, row_tokens: int | None = None):
         self._path = path
         with system_errors(path, "written"):
             self._file = path.open("wb")
             self._file.write(bytes(HEADER_BYTES))
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
+        self._row_tokens = row_tokens
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.num_documents = 0
@@ -168,16 +179,24 @@ class TokenFileWriter:
 
     def append(self, ids: np.ndarray, num_documents: int) -> None:
         """Writes the ids of whole documents, each with its end."""
-        content = ids.astype(self._dtype, copy=False).tobytes()
+        self._append(ids.astype(self._dtype, copy=False).tobytes(), len(ids), num_documents)
+
+    def append_row(self, examples: Sequence[MaskedIds]) -> None:
+        """Writes a row of examples that fit, and padding."""
+        row = Row.of(examples, self._row_tokens, padding_id=self._tokenizer.eos_id)
+        self._append(row.to_bytes(self._dtype), self._row_tokens, len(examples))
+
+    def _append(self, content: bytes, num_tokens: int, num_documents: int) -> None:
         with system_errors(self._path, "written"):
             self._file.write(content)
         self._hasher.update(content)
-        self.num_tokens += len(ids)
+        self.num_tokens += num_tokens
         self.num_documents += num_documents
 
     def close(self) -> Header:
         """Writes the header, and all of it to disk."""
         header = _header(self._path, self._tokenizer, self.num_tokens, self.num_documents, self._hasher, None)
+        header = dataclasses.replace(header, row_tokens=self._row_tokens)
         with system_errors(self._path, "written"), self._file:
             self._file.write(self._hasher.digests())
             self._file.seek(0)

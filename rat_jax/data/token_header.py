@@ -19,6 +19,7 @@ import numpy as np
 from rat_jax.data import DataError
 from rat_jax.data.integrity import BLOCK_BYTES
 from rat_jax.data.json_object import build, is_digest, parse_object, require
+from rat_jax.data.row import ADDED_BYTES
 from rat_jax.data.tokenizer import token_dtype
 
 MAGIC = b"RATTOKEN"
@@ -35,19 +36,21 @@ class Header:
     dtype: str  # uint16 or uint32
     vocab_size: int
     eos_id: int
-    num_tokens: int  # ends of documents included
+    num_tokens: int  # ends of documents included, and padding of rows
     num_documents: int
     tokenizer_hash: str
-    content_hash: str  # SHA-256 of the ids as stored
+    content_hash: str  # SHA-256 of the ids as stored, and of what is stored with them
     data_file: str | None  # absolute path of a flat file that holds the ids; None: they follow the header
     name: str | None = None  # of the file as it was written, train.bin or validation.bin; None in format 1
     block_bytes: int | None = None  # that one digest is of; None in format 1
     digests_hash: str | None = None  # SHA-256 of the digests of all blocks; None in format 1
+    row_tokens: int | None = None  # of a row of examples (`rat_jax.data.row`), padding included; None: documents
 
     @property
     def num_bytes(self) -> int:
-        """Of the ids."""
-        return self.num_tokens * np.dtype(self.dtype).itemsize
+        """Of the ids; of rows also of what is stored with them."""
+        added = 0 if self.row_tokens is None else ADDED_BYTES
+        return self.num_tokens * (np.dtype(self.dtype).itemsize + added)
 
     def to_bytes(self) -> bytes:
         fields = json.dumps(dataclasses.asdict(self)).encode().ljust(HEADER_BYTES - _FIELDS_START[FORMAT_VERSION])
@@ -94,6 +97,9 @@ class Header:
             require(is_digest(getattr(self, field)), name, f"{field} is no SHA-256")
         if self.data_file is not None:
             require(_is_absolute(self.data_file), name, f"data_file {self.data_file!r} is no absolute path")
+        if self.row_tokens is not None:
+            fits = self.row_tokens >= 2 and self.num_tokens % self.row_tokens == 0
+            require(fits and version > 1 and self.data_file is None, name, f"row_tokens is {self.row_tokens}")
         added = (self.name, self.block_bytes, self.digests_hash)
         if version == 1:
             require(added == (None, None, None), name, "it has fields of a later format")

@@ -214,7 +214,7 @@ def check_fits(
         if value < 1:
             raise EvaluationError(f"{name} must be 1 or more, got {value}")
     num_tokens = corpus.splits["validation"].num_tokens
-    if context_length >= num_tokens:
+    if corpus.examples is None and context_length >= num_tokens:  # rows of examples have a length of their own
         raise EvaluationError(
             f"context length {context_length:,} is longer than the validation split of {corpus.path}, which has "
             f"{num_tokens:,} tokens: the longest context with a next token is {num_tokens - 1:,}"

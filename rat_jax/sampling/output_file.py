@@ -30,7 +30,7 @@ class OutputFile:
         self.path = path
         self._prompts = prompts
         self._settings: Mapping[str, Any] = {}
-        self._waiting: dict[int, str] = {}  # lines whose predecessors are not there yet
+        self._waiting: dict[int, dict[str, Any]] = {}  # records whose predecessors are not there yet
         exists = path.exists()
         if exists and not path.is_file():
             raise PromptError(f"output file {path} is no file: choose another name")
@@ -50,6 +50,11 @@ class OutputFile:
     def num_done(self) -> int:
         """Prompts whose lines are there."""
         return len(self._made_with)
+
+    @property
+    def completions(self) -> list[str]:
+        """Those that are there."""
+        return [record[_COMPLETION] for record in self._records]
 
     def go_on(self, settings: Mapping[str, Any]) -> None:
         """Says with which settings the next lines are made, as values that JSON can hold.
@@ -76,15 +81,14 @@ class OutputFile:
         Raises:
           RunStopped: if the system refuses; the lines before stay.
         """
-        record = {**self._prompts[index].fields, _COMPLETION: completion, _SAMPLING: self._settings}
-        self._waiting[index] = json.dumps(record) + "\n"
+        self._waiting[index] = {**self._prompts[index].fields, _COMPLETION: completion, _SAMPLING: self._settings}
         try:
             with system_errors(self.path, "written"), self.path.open("ab") as file:
                 if self._kept_bytes is not None:
                     file.truncate(self._kept_bytes)
                     self._kept_bytes = None
-                while (line := self._waiting.pop(self.num_done, None)) is not None:
-                    file.write(line.encode())
+                while (record := self._waiting.pop(self.num_done, None)) is not None:
+                    file.write(f"{json.dumps(record)}\n".encode())
                     file.flush()
                     self._made_with.append(self._settings)
         except FileError as error:

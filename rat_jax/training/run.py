@@ -171,7 +171,7 @@ class _Run:
         logs = []
 
         def open_log() -> None:
-            self.workdir.save_tokenizer(self.corpus.tokenizer())
+            self.workdir.save_tokenizer(self.corpus.tokenizer(), self.corpus.chat_template())
             logs.append(MetricLog(self.workdir, self.config, start, say, self.owner))
             stack.callback(logs[0].close)
 

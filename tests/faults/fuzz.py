@@ -22,8 +22,10 @@ from rat_jax.checkpoints.manifest import MANIFEST_FILE, Manifest
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import config_from_dict, config_to_dict
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template, read_chat_template
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.document import ReadOptions
+from rat_jax.data.example import ExampleReader
 from rat_jax.data.sources import parse_source
 from rat_jax.data.token_header import HEADER_BYTES, Header
 from rat_jax.data.tokenizer import load_tokenizer
@@ -186,12 +188,20 @@ def _of_texts(folder: pathlib.Path) -> list[Reader]:
     folder.mkdir()
     options = ReadOptions("text", None, "refuse")
 
-    def source(name: str) -> Callable[[bytes], int]:
+    def source(name: str, options: ReadOptions = options) -> Callable[[bytes], int]:
         def read(content: bytes) -> int:
             (folder / name).write_bytes(content)
             return sum(len(document.text) for document in parse_source(str(folder / name), options).documents())
 
         return read
+
+    def read_template(content: bytes) -> int:
+        (folder / "chat.jinja").write_bytes(content)
+        return len(read_chat_template(folder / "chat.jinja").turns(messages, "a chat"))
+
+    def read_stored_template(content: bytes) -> ChatTemplate | None:
+        (folder / "chat_template.json").write_bytes(content)
+        return load_chat_template(folder)
 
     def prompts(name: str) -> Callable[[bytes], int]:
         def read(content: bytes) -> int:
@@ -209,6 +219,13 @@ def _of_texts(folder: pathlib.Path) -> list[Reader]:
     lines = b'{"text": "one"}\n{"text": "two \\u00e9", "n": 3}\n'
     table = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two é", "three"]}), table)
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    chat = "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ eos_token }}{% endfor %}"
+    template = ChatTemplate(chat + "{% if add_generation_prompt %}assistant: {% endif %}")
+    template.save(folder)
+    stored = (folder / "chat_template.json").read_bytes()
+    example_lines = b'{"prompt": "a", "answer": ["b", "\\u00e9"]}\n' + json.dumps({"messages": messages}).encode()
+    examples = dataclasses.replace(options, read_record=ExampleReader(template))
     prompt_lines = b'{"prompt": "import os"}\n{"prompt": "def \\u00e9", "n": 3}\n'
     return [
         Reader("text", "Zwei Wörter.\nUnd noch eins.\n".encode(), mutate_bytes, source("a.txt")),
@@ -217,6 +234,9 @@ def _of_texts(folder: pathlib.Path) -> list[Reader]:
         Reader("Parquet", table.getvalue(), mutate_bytes, source("a.parquet")),
         Reader("prompts, text", b"import os\n\ndef f(\n", mutate_bytes, prompts("p.txt")),
         Reader("prompts, JSON lines", prompt_lines, mutate_bytes, prompts("p.jsonl")),
+        Reader("examples, JSON lines", example_lines, mutate_bytes, source("e.jsonl", examples)),
+        Reader("chat template", template.source.encode(), mutate_bytes, read_template),
+        Reader("chat_template.json", stored, mutate_json_text, read_stored_template, is_checked=True),
     ]
 
 

@@ -36,6 +36,7 @@ def test_lines_hold_all_fields_in_the_order_of_the_prompts(path):
         output.write(number, f"text {number}\n")
         done.append(output.num_done)
     assert done == [0, 2, 3]
+    assert output.completions == OutputFile(path, PROMPTS).completions == ["text 0\n", "text 1\n", "text 2\n"]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [
         prompt.fields | {"completion": f"text {i}\n", "sampling": SETTINGS} for i, prompt in enumerate(PROMPTS)

@@ -8,6 +8,10 @@ other data, lengths or parts of the split have files of their own. Exit codes: 0
 checkpoint or the data do not fit; 1 if a later length failed, a signal came after the first, or a file could not be
 written, after what was computed is printed; 75 if a signal came before.
 
+Or at positions up to so many times the training length, in chunks, with the mixers' caches:
+
+  python eval.py --workdir=runs/default --length_generalization=8
+
 Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt), and on task files of your own:
 
   python eval.py --workdir=runs/default --tasks=arc_easy,hellaswag --limit=100
@@ -42,6 +46,7 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import results
+from rat_jax.evaluation.length_evaluation import evaluate_length_generalization
 from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, check_fits, evaluate
 from rat_jax.evaluation.report import plot, table
 from rat_jax.files import FileError, write_json
@@ -59,6 +64,9 @@ _MAX_BATCHES = flags.DEFINE_integer(
     "max_batches", None, "batches of each context length, evenly spread over the split; left out: the whole split"
 )
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 16_384, "tokens computed at a time, over all devices")
+_LENGTH_GENERALIZATION = flags.DEFINE_integer(
+    "length_generalization", None, "loss by position up to so many times data.seq_len of the training"
+)
 _TASKS = flags.DEFINE_list("tasks", None, "tasks, groups or tags of the lm-evaluation-harness, instead of the loss")
 _TASKS_DIR = flags.DEFINE_string("tasks_dir", None, "folder of task files (YAML) beside the harness's own")
 _NUM_FEWSHOT = flags.DEFINE_integer(
@@ -134,12 +142,30 @@ def _evaluate_losses(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.M
     _give_out(loaded, corpus, evaluations, workdir.path)
 
 
+def _evaluate_length_generalization(loaded: LoadedModel, workdir: Workdir, mesh: jax.sharding.Mesh) -> None:
+    evaluate_length_generalization(
+        loaded,
+        _open_corpus(loaded, workdir),
+        mesh,
+        workdir.path,
+        _LENGTH_GENERALIZATION.value,
+        batch_tokens=_BATCH_TOKENS.value,
+        max_batches=_MAX_BATCHES.value,
+        print_json=_JSON.value,
+        progress=_progress,
+    )
+
+
 def _check_task_flags(lengths: list[int]) -> None:
     """Refuses flags that have no effect with, or without, --tasks."""
     of_tasks = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
     for flag in [_MAX_BATCHES] if _TASKS.value else of_tasks:
         if flags.FLAGS[flag.name].present:
             raise EvaluationError(f"--{flag.name} has no effect {'with' if _TASKS.value else 'without'} --tasks")
+    if _LENGTH_GENERALIZATION.present:
+        for flag in (_TASKS, _CONTEXT_LENGTHS):
+            if flag.present:
+                raise EvaluationError(f"--{flag.name} has no effect with --length_generalization")
     if _TASKS.value and len(lengths) > 1:
         raise EvaluationError(f"--tasks wants one context length, got {', '.join(map(str, lengths))}")
 
@@ -212,7 +238,9 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
     lengths = lengths or [loaded.config.data.seq_len]
-    if _TASKS.value:
+    if _LENGTH_GENERALIZATION.present:
+        _evaluate_length_generalization(loaded, workdir, mesh)
+    elif _TASKS.value:
         _evaluate_tasks(loaded, workdir, mesh, lengths[0])
     else:
         _evaluate_losses(loaded, workdir, mesh, lengths)

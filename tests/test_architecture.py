@@ -118,7 +118,9 @@ ARROWS: dict[str, set[str]] = {
     },
     "rat_jax.evaluation": {
         "rat_jax.checkpoints",
+        "rat_jax.config",
         "rat_jax.data",
+        "rat_jax.decoder",
         "rat_jax.errors",
         "rat_jax.files",
         "rat_jax.loss",

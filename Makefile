@@ -15,7 +15,7 @@ OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
   'tests/ops/test_residual_linear_attention.py::test_equals_the_loop[7-softmax-sizes2]' \
   tests/ops/test_recurrence.py::test_documents_forget_and_padding_keeps \
   tests/ops/test_gated_delta_rule.py::test_one_key_written_again_and_again_loses_no_digits \
-  tests/training/test_run.py::TestTrainStep::test_loss_is_the_mean_over_targets
+  tests/training/test_step.py::TestTrainStep::test_loss_is_the_mean_over_targets
 
 .PHONY: train test lint test-cpu test-optimized test-slow test-gpu test-tpu faults clean
 

@@ -50,6 +50,13 @@ def explain(error: Exception) -> str:
     return reason if remedy is None else f"{reason}; {remedy}"
 
 
+def in_words(error: RatJaxError | OSError) -> str:
+    """The message of an error that a user can mend; of the system's own with the file and what to do."""
+    if isinstance(error, RatJaxError):
+        return str(error)
+    return f"{error.filename or 'the system'}: {explain(error)}"
+
+
 @contextlib.contextmanager
 def system_errors(path: pathlib.Path | str, action: str) -> Iterator[None]:
     """Turns an `OSError` of the block into a `FileError`: "PATH cannot be ACTION: why; what to do"."""

@@ -3,7 +3,7 @@
 0   done
 1   what had begun could not go on (`RunStopped`), or the system refused a file on the way
 2   flags, config, data or files do not fit, and nothing was changed
-75  a signal ended it, and nothing is lost: the same command continues (EX_TEMPFAIL of sysexits.h, for schedulers)
+75  a signal ended it, and nothing is lost: the same command resumes (EX_TEMPFAIL of sysexits.h, for schedulers)
 """
 
 import argparse

@@ -18,7 +18,9 @@ if ON_CPU and "DEFAULT_COMPILATION" not in os.environ:
 
 import jax  # noqa: E402 (the settings above come first)
 import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -40,3 +42,30 @@ def annotations_unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def as_host(monkeypatch):
+    """Calls a function as one of two hosts, the first before the second, which hears what the first sent."""
+    sent = []
+
+    def call(index, function):
+        if index == 0:
+            sent.clear()
+        heard = iter(sent)
+
+        def broadcast(value):
+            if index == 0:
+                sent.append(np.array(value))
+                return value
+            first = next(heard)
+            assert (value.shape, value.dtype) == (first.shape, first.dtype)
+            return first
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 2)
+            patch.setattr(jax, "process_index", lambda: index)
+            patch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+            return function()
+
+    return call

@@ -1,9 +1,10 @@
 """A corpus and a config so small that a run of a few steps takes a second."""
 
 import pathlib
+import sys
 from typing import Any
 
-from rat_jax.config import Config, config_from_dict
+from rat_jax.config import Config, config_from_dict, config_to_dict
 from rat_jax.data.prepare import Settings, prepare
 
 NUM_STEPS = 6
@@ -90,3 +91,13 @@ def tiny_config(corpus: pathlib.Path | str, **changes: Any) -> Config:
             group = group[key]
         group[field] = value
     return config_from_dict(values)
+
+
+def train_command(folder: pathlib.Path, config: Config) -> list[str]:
+    """The command, for the top level, of a run in `folder`/run."""
+    file = folder / "config.py"
+    file.write_text(
+        f"from ml_collections import config_dict\n\n"
+        f"def get_config():\n    return config_dict.ConfigDict({config_to_dict(config)!r})\n"
+    )
+    return [sys.executable, "train.py", f"--config={file}", f"--workdir={folder / 'run'}"]

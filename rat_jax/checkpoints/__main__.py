@@ -9,7 +9,7 @@
 (`rat_jax.checkpoints.weights`); `import` makes a workdir of such a folder, which eval.py and generate.py work with and
 from which train.py starts. `list` and `verify` take such folders, too: `list` compares sizes, `verify` reads all files
 and compares their contents. Exit codes: 0; 2 if flags, workdir or files do not fit or are damaged, and nothing was
-changed; 1 if the system refused a file on the way.
+changed; 1 if the system refused a file when another was written already.
 """
 
 import argparse

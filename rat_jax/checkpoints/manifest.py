@@ -4,9 +4,15 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import platform
+from collections.abc import Callable
 from typing import Any
 
-from rat_jax.checkpoints.arrays import REQUIRED_FILES
+import flax
+import jax
+
+from rat_jax.checkpoints.arrays import ORBAX_VERSION, REQUIRED_FILES
+from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
 from rat_jax.data.json_object import checksum, is_digest
@@ -52,6 +58,12 @@ class Manifest:
             raise CheckpointError(f"{path} was not finished: it has no {MANIFEST_FILE}") from None
         except ContentError as error:
             raise CheckpointError(str(error)) from None
+        return cls.of_values(values, path)
+
+    @classmethod
+    def of_values(cls, values: dict[str, Any], path: pathlib.Path) -> "Manifest":
+        """The manifest of a checkpoint's folder from what its file holds; errors as of `read`."""
+        file, values = path / MANIFEST_FILE, dict(values)
         version = values.pop("format_version", None)
         if type(version) is not int or version not in _READ_VERSIONS:
             known = ", ".join(map(str, _READ_VERSIONS))
@@ -77,10 +89,14 @@ class Manifest:
         Raises:
           FileError: if the system refuses.
         """
+        write_json(path / MANIFEST_FILE, self.values())
+
+    def values(self) -> dict[str, Any]:
+        """What its file holds."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["config"] = config_to_dict(self.config)
         values = json.loads(json.dumps(values))  # tuples become lists, as they will be when it is read
-        write_json(path / MANIFEST_FILE, {"format_version": FORMAT_VERSION, "checksum": checksum(values), **values})
+        return {"format_version": FORMAT_VERSION, "checksum": checksum(values), **values}
 
     @classmethod
     def _checked(cls, values: dict[str, Any]) -> "Manifest":
@@ -197,6 +213,36 @@ def _check_files(files: Any, arrays: dict[str, Any]) -> None:
     for item in arrays:
         for name in REQUIRED_FILES:
             _require(f"{item}/{name}" in files, f"files lacks {item}/{name}, without which there are no arrays")
+
+
+def from_first_host(
+    folder: pathlib.Path, find: Callable[[], tuple[pathlib.Path, Manifest] | None]
+) -> tuple[pathlib.Path, Manifest] | None:
+    """What the first host finds in a folder of checkpoints; the others are told, and need not see the same files yet.
+
+    All hosts must call this together; errors as of `find`, see `on_first_host`.
+    """
+
+    def find_and_tell() -> str | None:
+        found = find()
+        return None if found is None else json.dumps(found[1].values())
+
+    told = on_first_host(find_and_tell)
+    if told is None:
+        return None
+    values = json.loads(told)
+    path = folder / (MODEL_ONLY_FOLDER if values["data"] is None else str(values["step"]))
+    return path, Manifest.of_values(values, path)
+
+
+def versions_here() -> dict[str, str]:
+    """Of what writes checkpoints in this process."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "orbax-checkpoint": ORBAX_VERSION,
+    }
 
 
 def sha256(file: pathlib.Path) -> str:

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
+from rat_jax.errors import RunStopped
 from rat_jax.files import ContentError, FileError, explain, read_object, system_errors
 from rat_jax.interrupts import before_exit
 
@@ -37,6 +38,8 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _BEAT_SECS = 60.0  # between two signs of life
 _SILENT_SECS = 600.0  # after which an owner on another machine counts as gone
+_LOOK_SECS = 1.0  # between two looks of an owner that writes often
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # of a machine that sleeps, Linux's second one stands
 _TRIES = 20  # of taking a folder that others take and leave meanwhile
 
 
@@ -118,6 +121,7 @@ class Owner:
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._heart.start()
+        self._looked_secs = time.clock_gettime(_CLOCK)
 
     def check(self) -> None:
         """Looks whether the folder is still this process's.
@@ -125,11 +129,22 @@ class Owner:
         Raises:
           HeldError: if somebody took the file away, or the folder is gone.
         """
+        now = time.clock_gettime(_CLOCK)
         if not _is_at(self._descriptor, self._file):
             raise HeldError(
                 f"{self._file} was removed or replaced: this process no longer owns the folder and writes nothing in "
                 f"it any more"
             )
+        self._looked_secs = now
+
+    def check_often(self) -> None:
+        """`check`, for what is written at every step: looks once a second at most.
+
+        A look asks the file server, which can take as long as a step. One a second is enough: another process takes
+        the folder only after ten minutes without a sign of life, and who slept that long looked longer ago.
+        """
+        if time.clock_gettime(_CLOCK) - self._looked_secs > _LOOK_SECS:
+            self.check()
 
     def _beat(self) -> None:
         """Gives signs of life until the end."""
@@ -146,8 +161,10 @@ class Owner:
         """Ends the ownership."""
         self._ended.set()
         self._heart.join()
-        self.leave()
-        os.close(self._descriptor)
+        try:
+            self.leave()
+        finally:
+            os.close(self._descriptor)
 
 
 @contextlib.contextmanager
@@ -160,6 +177,7 @@ def owned(folder: pathlib.Path) -> Iterator[Owner | None]:
     Raises:
       HeldError: if another process is the owner, or may be.
       FileError: if the system refuses to make the folder or to write in it.
+      RunStopped: if the block ended well and the system refuses to remove the file.
     """
     with contextlib.ExitStack() as stack:
         owners = []
@@ -180,9 +198,14 @@ def _owned(folder: pathlib.Path) -> Iterator[Owner]:
         try:
             with before_exit(owner.leave):
                 yield owner
-        finally:
-            with system_errors(folder / OWNER_FILE, "removed"):
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 owner.release()
+            raise
+        try:
+            owner.release()
+        except OSError as error:
+            raise RunStopped(f"all is done, but {folder / OWNER_FILE} cannot be removed: {explain(error)}") from error
     finally:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # not empty, as it should be

@@ -7,18 +7,16 @@ WORKDIR/checkpoints/STEP/
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
-import platform
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import flax
 import jax
 from flax import nnx
 
 from rat_jax.checkpoints.arrays import (
-    ORBAX_VERSION,
     ArrayWriter,
     description,
     named,
@@ -26,13 +24,21 @@ from rat_jax.checkpoints.arrays import (
     write_errors,
 )
 from rat_jax.checkpoints.folder import aside, check_way, clean, remove_old, set_aside, step_folders
-from rat_jax.checkpoints.hosts import on_first_host
-from rat_jax.checkpoints.manifest import MANIFEST_FILE, MODEL_ONLY_FOLDER, Manifest, VersionError, sha256
+from rat_jax.checkpoints.manifest import (
+    MANIFEST_FILE,
+    MODEL_ONLY_FOLDER,
+    Manifest,
+    VersionError,
+    from_first_host,
+    sha256,
+    versions_here,
+)
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir, with_absolute_paths
 from rat_jax.config import Config, ModelConfig
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
 from rat_jax.model import LanguageModel
 from rat_jax.paths import local_path
@@ -53,7 +59,7 @@ class Checkpoints:
           workdir: of the run.
           config: of the run, saved with each checkpoint.
           report: is told what was saved, found damaged or removed.
-          owner: this process as the workdir's, which is looked at before each save; None on hosts other than the first.
+          owner: this process as the workdir's, looked at before and after a save; None on hosts other than the first.
         """
         self._workdir = workdir
         self._folder = workdir.checkpoints.absolute()
@@ -73,12 +79,21 @@ class Checkpoints:
     def peek(self) -> Manifest | None:
         """The newest manifest that can be read, its files not looked at; None if there is none.
 
+        All hosts must call this together.
+
         Raises:
           VersionError: if another version of the code wrote it.
+          CheckpointError: if the workdir is no run's.
         """
+        found = from_first_host(self._folder, self._newest)
+        return None if found is None else found[1]
+
+    def _newest(self) -> tuple[pathlib.Path, Manifest] | None:
+        if self._workdir.is_new():
+            return None
         for path in step_folders(self._folder):
             try:
-                return Manifest.read(path)
+                return path, Manifest.read(path)
             except VersionError:
                 raise
             except CheckpointError:  # `latest` reports it
@@ -95,13 +110,10 @@ class Checkpoints:
           CheckpointError: if no good one is left of a run that saved some, or another version of the code wrote one.
           FileError: if the system refuses to read or move one.
         """
-        name = on_first_host(self._walk_back)
-        if name is None:
-            return None
-        path = self._folder / name
-        manifest = Manifest.read(path)
-        self._saved_step = 0 if manifest.data is None else manifest.step
-        return path, manifest
+        found = from_first_host(self._folder, self._walk_back)
+        if found is not None:
+            self._saved_step = int(found[1].folder)
+        return found
 
     def restore(self, path: pathlib.Path, manifest: Manifest, item: str, target: Any) -> Any:
         """Arrays of a checkpoint in the structure, dtypes and shardings of an abstract `target`.
@@ -122,6 +134,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if this checkpoint, or the one before, could not be written.
+          FileError: if the one before was, and the system refused to note it in `run.json`.
           HeldError: if another process has taken the workdir.
         """
         self.wait()
@@ -132,7 +145,7 @@ class Checkpoints:
             step=step,
             config=self._config,
             data=None if data is None else dict(data),
-            versions=_versions(),
+            versions=versions_here(),
             arrays={item: description(arrays) for item, arrays in items.items()},
             files={},
         )
@@ -151,6 +164,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: if it could not be written.
+          FileError: if it was, and the system refused to note it in `run.json`.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -168,19 +182,22 @@ class Checkpoints:
 
     def _finish(self, path: pathlib.Path, manifest: Manifest) -> None:
         self._writer.wait(path)
+        is_first_host = jax.process_index() == 0
         with write_errors(path):
-            if jax.process_index() == 0:
+            if is_first_host:
                 files = sorted(file for file in path.rglob("*") if file.is_file())
                 digests = {str(file.relative_to(path)): [file.stat().st_size, sha256(file)] for file in files}
+                if self._owner is not None:
+                    self._owner.check()
                 dataclasses.replace(manifest, files=digests).write(path)
-                self._workdir.note_saved(int(manifest.folder))
-        self._saved_step = int(manifest.folder)
+        self._saved_step = int(manifest.folder)  # it is complete, whatever becomes of the note
         self._report(f"saved {path}")
-        if jax.process_index() == 0:
+        if is_first_host:
+            self._workdir.note_saved(int(manifest.folder))
             remove_old(self._folder, self._config.training.checkpoints_to_keep, self._report)
 
-    def _walk_back(self) -> str | None:
-        """The name of the newest good checkpoint's folder."""
+    def _walk_back(self) -> tuple[pathlib.Path, Manifest] | None:
+        """The newest good checkpoint."""
         if self._workdir.is_new():
             return None
         clean(self._folder, self._report)
@@ -194,7 +211,7 @@ class Checkpoints:
                 self._report(f"{error}; it is now {set_aside(path)}")
                 continue
             check_way(self._folder, int(path.name))
-            return path.name
+            return path, manifest
         check_way(self._folder, -1)
         self._refuse_to_start_over()
         return None
@@ -266,9 +283,7 @@ def find_checkpoint(
       CheckpointError: as `load_model`.
     """
     workdir = Workdir(local_path(workdir, "workdir"))
-    name = on_first_host(lambda: _walk(workdir, step, report, lambda path, manifest: path.name))
-    path = workdir.checkpoints / name
-    return path, Manifest.read(path)
+    return from_first_host(workdir.checkpoints, lambda: _walk(workdir, step, report, lambda *found: found))
 
 
 def _walk(
@@ -327,8 +342,9 @@ def save_model(
       The checkpoint's folder.
 
     Raises:
-      CheckpointError: if the folder is not empty or in use, or the checkpoint cannot be written.
-      FileError: if the system refuses.
+      CheckpointError: if the folder is not empty or in use.
+      FileError: if the system refuses the first write.
+      RunStopped: if it refuses a later one; the message says what is there.
     """
     workdir = Workdir(local_path(workdir, "workdir"))
     if config.model != model.config:
@@ -338,14 +354,17 @@ def save_model(
     with owned(workdir.path) as owner:
         require_unused(workdir)
         workdir.mark(config, None)
-        if tokenizer is not None:
-            workdir.save_tokenizer(tokenizer)
         checkpoints = Checkpoints(workdir, config, lambda message: None, owner)
         try:
-            checkpoints.latest()  # sets aside what an import that was killed has left
-            checkpoints.save(step, nnx.state(model), None, None)
-        finally:
-            checkpoints.close()
+            with contextlib.closing(checkpoints):
+                if tokenizer is not None:
+                    workdir.save_tokenizer(tokenizer)
+                checkpoints.latest()  # sets aside what an import that was killed has left
+                checkpoints.save(step, nnx.state(model), None, None)
+        except (CheckpointError, FileError) as error:
+            nothing = "no model was saved yet, and the same command starts again"
+            kept = nothing if checkpoints.saved_step is None else "the model is saved"
+            raise RunStopped(f"{error}; {kept}") from error
     return workdir.checkpoints / MODEL_ONLY_FOLDER
 
 
@@ -358,7 +377,11 @@ def require_unused(workdir: Workdir) -> None:
         raise CheckpointError(f"{message} ({error})" if workdir.path.is_dir() else str(error)) from None
     if record is None:
         return
-    saved = record.saved_step is not None or not record.notes_saves or _has_manifest(workdir.checkpoints)
+    saved = (
+        record.saved_step is not None
+        or not record.notes_saves
+        or any((path / MANIFEST_FILE).is_file() for path in step_folders(workdir.checkpoints))
+    )
     if saved or workdir.log_file.exists():
         raise CheckpointError(message)
 
@@ -374,16 +397,3 @@ def _placed(target: Any, mesh: jax.sharding.Mesh | None) -> Any:
     else:
         places = shardings(target, mesh)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
-
-
-def _has_manifest(folder: pathlib.Path) -> bool:
-    return any((path / MANIFEST_FILE).is_file() for path in step_folders(folder))
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "orbax-checkpoint": ORBAX_VERSION,
-    }

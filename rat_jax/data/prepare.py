@@ -8,6 +8,7 @@ starts from the beginning.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -216,15 +217,16 @@ def _encode(settings: Settings, collection: Collection, folder: pathlib.Path, nu
         tokenizer = train_bpe(tqdm.tqdm(collection.train_texts(), unit="doc", desc="training the tokenizer"), tokenizer)
     tokenizer.save(folder)
     encoder = Encoder(tokenizer, settings.validation_fraction)
-    writers = {split: TokenFileWriter(folder / f"{split}.bin", tokenizer) for split in SPLITS}
     byte_counts = {split: np.zeros(256, np.int64) for split in SPLITS}
-    with tqdm.tqdm(unit="doc", desc="encoding", total=collection.num_documents) as bar:
+    with contextlib.ExitStack() as stack:
+        writers = {s: stack.enter_context(TokenFileWriter(folder / f"{s}.bin", tokenizer)) for s in SPLITS}
+        bar = stack.enter_context(tqdm.tqdm(unit="doc", desc="encoding", total=collection.num_documents))
         for part in encode(collection.documents(), encoder, num_workers=num_workers):
             writers[part.split].append(part.ids, part.num_documents)
             byte_counts[part.split] += part.byte_counts
             bar.set_postfix(tokens=f"{sum(writer.num_tokens for writer in writers.values()):,}", refresh=False)
             bar.update(part.num_documents)
-    headers = {split: writer.close() for split, writer in writers.items()}
+        headers = {split: writer.close() for split, writer in writers.items()}
     if not warned:
         _warn_of_separator(settings, collection)
     return _corpus(settings, folder, tokenizer, headers, byte_counts)

@@ -148,7 +148,10 @@ class TokenFile:
 
 
 class TokenFileWriter:
-    """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses."""
+    """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses.
+
+    At the end of a `with` block the system's file is closed, whether it is complete or not.
+    """
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
         self._path = path
@@ -160,6 +163,13 @@ class TokenFileWriter:
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.num_documents = 0
+
+    def __enter__(self) -> "TokenFileWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):  # of a part that is not kept; `close` reports those of the whole
+            self._file.close()
 
     def append(self, ids: np.ndarray, num_documents: int) -> None:
         """Writes the ids of whole documents, each with its end."""

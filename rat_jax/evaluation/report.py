@@ -1,11 +1,12 @@
 """Evaluations as a table and as a picture."""
 
+import io
 import pathlib
 from collections.abc import Sequence
 
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.evaluation.perplexity import Evaluation
-from rat_jax.files import system_errors
+from rat_jax.files import write_bytes
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
@@ -34,7 +35,7 @@ def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_lengt
     """Draws the loss by position, a curve for each context length; a line marks the length of training sequences.
 
     Raises:
-      FileError: if the picture cannot be written.
+      FileError: if the picture cannot be written; what was at `path` is then as it was.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,5 +59,6 @@ def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_lengt
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    with system_errors(path, "written"):
-        figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=120)
+    write_bytes(path, picture.getvalue())

@@ -5,7 +5,8 @@
 
 `import` makes a workdir that eval.py and generate.py work with, and from which train.py starts; `export` writes a
 run's newest checkpoint as the release stores its own. Only these two commands need torch. Exit codes: 0; 2 if flags,
-the file or the workdir do not fit, and nothing was changed; 1 if the system refused a file on the way.
+the file or the workdir do not fit, and nothing was changed; 1 if the system refused a file when another was written
+already.
 """
 
 import argparse
@@ -13,10 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from rat_jax import program
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.store import load_model, require_unused, save_model
+from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from rat_jax.data.tokenizer_files import read_tokenizer
-from rat_jax.files import system_errors
 from rat_jax.paths import local_path
 from rat_jax.release.file import ReleaseFile, check_new, read_release_file, write_release_file
 from rat_jax.release.model_config import ReleaseError, release_model_config
@@ -35,9 +36,7 @@ def _recipe(model: ModelConfig, seq_len: int) -> Config:
 
 def _import(arguments: argparse.Namespace) -> str:
     file, workdir = local_path(arguments.file, "FILE"), local_path(arguments.workdir, "WORKDIR")
-    with system_errors(workdir, "read"):
-        if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
-            raise ReleaseError(f"{workdir} is there already and not empty; it is left as it is")
+    require_unused(Workdir(workdir))
     tokenizer = None
     if arguments.tokenizer is not None:
         tokenizer = read_tokenizer(local_path(arguments.tokenizer, "--tokenizer"), arguments.eos_token)

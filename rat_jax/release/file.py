@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rat_jax.errors import shown
+from rat_jax.errors import RunStopped, shown
 from rat_jax.files import explain, system_errors
 from rat_jax.release.model_config import ReleaseError
 
@@ -107,7 +107,8 @@ def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
     """Writes a new file as the release would.
 
     Raises:
-      ReleaseError: if torch is missing, or the file is there already or cannot be written.
+      ReleaseError: if torch is missing, the file is there already, or the system refuses to make it.
+      RunStopped: if the system refuses later; nothing is left of it.
     """
     torch = _import_torch()
     path = pathlib.Path(path)
@@ -130,8 +131,12 @@ def write_release_file(path: pathlib.Path | str, contents: ReleaseFile) -> None:
             torch.save(values, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        begun = partial.exists()
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            partial.unlink(missing_ok=True)
         reason = explain(error) if isinstance(error, OSError) else _first_line(error)
+        if begun:
+            raise RunStopped(f"{path} cannot be written: {reason}; nothing is left of it") from None
         raise ReleaseError(f"{path} cannot be written: {reason}") from None
 
 

@@ -1,7 +1,8 @@
 """Training: one step, the loop around it, and what it shows, records and survives."""
 
 from rat_jax.training.guards import BadBatchesError, NonFiniteError
-from rat_jax.training.run import TrainResult, train
+from rat_jax.training.loop import TrainResult
+from rat_jax.training.run import train
 from rat_jax.training.step import StepMetrics, TrainState, batch_loss, train_step
 
 __all__ = [

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rat_jax.checkpoints.owner import Owner
 from rat_jax.checkpoints.run_log import Record, RunLog
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, ConfigError, config_to_dict
@@ -38,9 +39,17 @@ class MetricLog:
     """Writes figures to WORKDIR/log.jsonl, TensorBoard and, if asked, Weights & Biases.
 
     The log must be written. Of the others, and of the picture, what fails is reported and from then on left out.
+    Nothing is written once another process has the workdir.
     """
 
-    def __init__(self, workdir: Workdir, config: Config, start_step: int, report: Callable[[str], None]):
+    def __init__(
+        self,
+        workdir: Workdir,
+        config: Config,
+        start_step: int,
+        report: Callable[[str], None],
+        owner: Owner | None = None,
+    ):
         """Opens the files; figures of steps after `start_step`, which will be done again, are dropped.
 
         Args:
@@ -48,10 +57,12 @@ class MetricLog:
           config: of the run.
           start_step: steps done.
           report: is told what is wrong with the log, and what could not be written.
+          owner: this process as the workdir's; None: nobody else can come.
 
         Raises:
           FileError: if the log cannot be written.
         """
+        self._check_owner = (lambda: None) if owner is None else owner.check_often
         self._workdir = workdir
         self._report = report
         self._log = RunLog(workdir.log_file, start_step)
@@ -71,7 +82,9 @@ class MetricLog:
 
         Raises:
           FileError: if the log cannot be written.
+          HeldError: if another process has taken the workdir.
         """
+        self._check_owner()
         self._log.append(step, figures)
         if self._tensorboard is not None:
             self._try(_TENSORBOARD, lambda: self._tensorboard.write(step, figures))
@@ -79,19 +92,30 @@ class MetricLog:
             self._try(_WANDB, lambda: self._wandb.log(dict(figures), step=step))
 
     def plot(self) -> None:
-        """Draws WORKDIR/loss_curve.png."""
+        """Draws WORKDIR/loss_curve.png.
+
+        Raises:
+          HeldError: if another process has taken the workdir.
+        """
         if self._num_plotted != len(self._log.records):
+            self._check_owner()
             self._try(self._workdir.loss_curve.name, self._draw)
             self._num_plotted = len(self._log.records)
 
     def close(self) -> None:
-        """Draws the curve and closes all."""
-        self.plot()
-        self._log.close()
-        if self._tensorboard is not None:
-            self._try(_TENSORBOARD, self._tensorboard.close)
-        if self._wandb is not None:
-            self._try(_WANDB, self._wandb.finish)
+        """Draws the curve and closes all.
+
+        Raises:
+          HeldError: if another process has taken the workdir; all is closed nevertheless.
+        """
+        try:
+            self.plot()
+        finally:
+            self._log.close()
+            if self._tensorboard is not None:
+                self._try(_TENSORBOARD, self._tensorboard.close)
+            if self._wandb is not None:
+                self._try(_WANDB, self._wandb.finish)
 
     def _open_tensorboard(self, start_step: int) -> None:
         self._tensorboard = EventFile(self._workdir.tensorboard, purge_step=start_step + 1)

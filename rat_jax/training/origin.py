@@ -86,7 +86,7 @@ class Origin:
             say("the optimizer starts anew")
             return Start(params, None, note | {"optimizer": None})
         opt_state, names = self.read_opt_state(target.opt_state)
-        say(f"the optimizer goes on from its state there: {names}; the schedule begins anew")
+        say(f"the optimizer resumes from its state there: {names}; the schedule begins anew")
         return Start(params, opt_state, note | {"optimizer": names.as_json()})
 
 

@@ -1,7 +1,6 @@
-"""A training run: from a config and a workdir to the last checkpoint, going on where an earlier start ended."""
+"""A training run: from a config and a workdir to the last checkpoint; it resumes where an earlier start ended."""
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
@@ -21,33 +21,23 @@ from rat_jax.checkpoints.workdir import (
     with_absolute_paths,
 )
 from rat_jax.config import Config
-from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.workers import check_main
 from rat_jax.errors import RatJaxError, RunStopped
-from rat_jax.files import FileError, explain
+from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
-from rat_jax.sharding import check_divides, global_batch, make_mesh
+from rat_jax.sharding import check_divides, make_mesh
 from rat_jax.training.guards import Guard, write_bad_batch
+from rat_jax.training.loop import TrainLoop, TrainResult, kept
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.origin import Origin, open_origin
-from rat_jax.training.preemption import agreed
-from rat_jax.training.step import TrainState, abstract_state, batch_loss, initial_state, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """How far a run has come."""
-
-    step: int  # optimizer steps done
-    finished: bool  # False: a signal ended it before the last step; the same command resumes
-    validation_loss: float | None  # after the last step, on `training.validation_batches`; None if not finished
+from rat_jax.training.step import TrainState, abstract_state, initial_state
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
@@ -69,14 +59,14 @@ def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
 
 def _start(config: Config, workdir: Workdir, interrupts: Interrupts) -> TrainResult:
     check_wandb(config)
-    workdir.is_new()  # what is no run's is left before anything is written there
+    on_first_host(workdir.is_new)  # what is no run's is left before anything is written there
     with owned(workdir.path) as owner:
         return _train(config, workdir, owner, interrupts)
 
 
 def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: Interrupts) -> TrainResult:
     checkpoints = Checkpoints(workdir, config, say, owner)
-    newest = None if workdir.is_new() else checkpoints.peek()
+    newest = checkpoints.peek()
     if newest is not None:
         _check_fits(newest, config, workdir)
     corpus = Corpus.open(config.data.path)
@@ -97,7 +87,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     try:
         corpus.verify(max_bytes=WHOLE_BYTES, say=say)
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
+            return _Run(config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
     finally:
         data.close()
 
@@ -105,27 +95,33 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 class _Run:
     """A run whose settings were found to fit."""
 
-    def __init__(self, config, workdir, checkpoints, corpus, mesh, data, validation, origin):
+    def __init__(self, config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin):
         self.config: Config = config
         self.workdir: Workdir = workdir
+        self.owner: Owner | None = owner  # None on hosts other than the first
         self.checkpoints: Checkpoints = checkpoints
         self.corpus: Corpus = corpus
         self.mesh: jax.sharding.Mesh = mesh
         self.data: TrainData = data
         self.validation: ValidationData = validation
         self.origin: Origin | None = origin
-        self.graphdef = abstract_model(config.model)[0]
         self.guard = Guard(config.training, self._note_bad_batch)
 
     def finish(self, interrupts: Interrupts) -> TrainResult:
-        """Does the steps that remain; where memory is lacking, says what to change."""
+        """Does the steps that remain; where memory is lacking, says what to change.
+
+        Raises:
+          RunStopped: where memory is lacking, too.
+          JaxRuntimeError: of a device that fails otherwise. Its trace is of use, and ends with what is saved.
+        """
         try:
             return self._finish(interrupts)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
+                error.add_note(kept(self.checkpoints))
                 raise
-            say(explain_out_of_memory(self.config, self.mesh, self.graphdef))
-            raise RunStopped(f"a device has too little memory, see above; {self.kept()}") from error
+            say(explain_out_of_memory(self.config, self.mesh, abstract_model(self.config.model)[0]))
+            raise RunStopped(f"a device has too little memory, see above; {kept(self.checkpoints)}") from error
 
     def _finish(self, interrupts: Interrupts) -> TrainResult:
         state, start, note = self._restore()
@@ -135,33 +131,53 @@ class _Run:
             say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
             return TrainResult(num_steps, True, loss)
-        is_first_host = jax.process_index() == 0
-        if is_first_host:
-            self.workdir.mark(self.config, self.checkpoints.saved_step, note)
-            self.workdir.save_tokenizer(self.corpus.tokenizer())
+        on_first_host(lambda: self._mark(note))
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         say(_summary(self.config, self.mesh, num_parameters, start))
-        log = MetricLog(self.workdir, self.config, start, say) if is_first_host else None
-        progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
                 stack.callback(self.checkpoints.close)
-                if log is not None:
-                    stack.callback(log.close)
+                log = self._open_log(start, stack)
+                progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
                 stack.callback(progress.close)
-                result = _Loop(self, state, start, progress, interrupts).run()
-        except (CheckpointError, DataError, FileError) as error:
-            raise RunStopped(f"{error}; {self.kept()}") from error
+                loop = TrainLoop(
+                    config=self.config,
+                    mesh=self.mesh,
+                    data=self.data,
+                    validation=self.validation,
+                    checkpoints=self.checkpoints,
+                    guard=self.guard,
+                    progress=progress,
+                    interrupts=interrupts,
+                    state=state,
+                    start=start,
+                    is_validated=_validation_loss(self.workdir, start) is not None,
+                )
+                result = loop.run()
+        except RunStopped:
+            raise
+        except (RatJaxError, OSError) as error:
+            raise RunStopped(f"{in_words(error)}; {kept(self.checkpoints)}") from error
         if result.finished:
             self._report(result.validation_loss)
         return result
 
-    def kept(self) -> str:
-        """What a run that ends too early leaves."""
-        step = self.checkpoints.saved_step
-        if not step:
-            return "no step was saved yet"
-        return f"step {step} is saved, and the same command resumes there"
+    def _mark(self, note: dict[str, Any] | None) -> None:
+        """The first thing that is written. An error leaves all as it was."""
+        self.owner.check()
+        self.workdir.mark(self.config, self.checkpoints.saved_step, note)
+
+    def _open_log(self, start: int, stack: contextlib.ExitStack) -> MetricLog | None:
+        """Writes what else belongs into a workdir, and opens the log on the first host, to be closed by `stack`."""
+        logs = []
+
+        def open_log() -> None:
+            self.workdir.save_tokenizer(self.corpus.tokenizer())
+            logs.append(MetricLog(self.workdir, self.config, start, say, self.owner))
+            stack.callback(logs[0].close)
+
+        on_first_host(open_log)
+        return logs[0] if logs else None
 
     def _restore(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state to begin with, the steps it has done, and where a new run's state came from."""
@@ -179,7 +195,7 @@ class _Run:
             self.guard.restore(manifest.data["guard"])
         opt_state = self.checkpoints.restore(path, manifest, "optimizer", target.opt_state)
         if manifest.step < self.config.training.num_steps:
-            say(f"going on from {path}")
+            say(f"resuming from {path}")
         step = jax.device_put(np.int32(manifest.step), target.step.sharding)
         return TrainState(step, params, opt_state), manifest.step, None
 
@@ -198,6 +214,7 @@ class _Run:
     def _note_bad_batch(self, step: int, figures: Mapping[str, float], action: str) -> None:
         if jax.process_index() != 0:
             return
+        self.owner.check()
         try:
             write_bad_batch(self.workdir.bad_batches_file, step, self.data.records(step - 1), figures, action)
         except FileError as error:  # what becomes of the batch does not depend on it
@@ -215,109 +232,6 @@ class _Run:
             say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
 
 
-class _Loop:
-    """The steps of a run, from the state that one start found to the end of that start."""
-
-    def __init__(self, run: _Run, state: TrainState, start: int, progress: TrainMonitor, interrupts: Interrupts):
-        self._run = run
-        self._training = run.config.training
-        self._state = state
-        self._done = self._saved = start  # steps: started, and handed to the checkpoints
-        self._progress = progress
-        self._interrupts = interrupts
-        self._validated = _validation_loss(run.workdir, start) is not None  # else a kill came between the two
-
-    def run(self) -> TrainResult:
-        """Steps, saves and validates as the config says, until the last step or a signal.
-
-        Raises:
-          RunStopped: whatever the reason, saying which step is saved; that of the last good state where it can be.
-        """
-        try:
-            while (result := self._turn()) is None:
-                pass
-            self._run.checkpoints.wait()
-            return result
-        except (RatJaxError, OSError) as error:
-            kind = type(error) if isinstance(error, RunStopped) else RunStopped
-            raise kind(f"{_in_words(error)}; {self._rescue(error)}") from error
-
-    def _turn(self) -> TrainResult | None:
-        """What is due after the steps done, and one step more; returns the result where none is to follow."""
-        done, training, progress = self._done, self._training, self._progress
-        if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
-            self._save()
-        loss, is_due = None, done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
-        if is_due and not self._validated:
-            loss = self._validate()
-        if done == training.num_steps and loss is not None:
-            return TrainResult(done, True, loss)
-        if agreed(self._interrupts, done, training.log_every_steps):
-            if done > self._saved:
-                self._save()
-            self._run.checkpoints.wait()
-            say(f"interrupted after step {done}; the same command resumes there")
-            return TrainResult(done, False, None)
-        batch = global_batch(next(self._run.data), self._run.mesh)
-        with progress.calling("training step"):
-            self._state, metrics = train_step(
-                self._run.graphdef,
-                self._run.config.optimizer,
-                training.num_steps,
-                self._state,
-                batch,
-                self._run.guard.max_loss(done + 1),
-            )
-        self._interrupts.note()  # there is a step to save
-        self._done, self._validated = done + 1, False
-        progress.step(done + 1, metrics)
-        return None
-
-    def _save(self) -> None:
-        self._progress.settle()  # nothing is saved after a step that was not finite
-        data = self._run.data.state() | {"guard": self._run.guard.state()}
-        with self._progress.pause():
-            self._run.checkpoints.save(self._done, self._state.params, self._state.opt_state, data)
-        self._saved = self._done
-
-    def _validate(self) -> float | None:
-        """Mean loss of the validation data; None if a signal came meanwhile."""
-        self._progress.settle()
-        sums = []
-        with self._progress.pause(), contextlib.closing(iter(self._run.validation)) as batches:
-            for batch in batches:
-                if jax.process_count() == 1 and self._interrupts.requested:
-                    return None
-                with self._progress.calling("validation loss"):
-                    batch = global_batch(batch, self._run.mesh)
-                    sums.append(batch_loss(self._run.graphdef, self._state.params, batch))
-            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
-        self._progress.validation(self._done, loss, self._run.validation.fraction)
-        return loss
-
-    def _rescue(self, error: Exception) -> str:
-        """Saves what was done before an error, if that is good and not what failed; says what is saved."""
-        failures = ""
-        is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
-        is_good &= self._run.data.state()["next_batch"] == self._done  # else the batch under way would be lost
-        try:
-            # Saving is done by all hosts together, and the others may not know of the error.
-            if is_good and self._done > self._saved and jax.process_count() == 1:
-                with contextlib.suppress(OSError):  # of the log, which does not make the state a bad one
-                    self._progress.settle()
-                self._save()
-            self._run.checkpoints.wait()
-        except (RatJaxError, OSError) as another:
-            failures = f"{_in_words(another)}; "
-        return f"{failures}{self._run.kept()}"
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, RatJaxError):
-        return f"{error.filename or 'the system'}: {explain(error)}"
-    return str(error)
-
-
 def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
     if newest.data is None:
         if config.init.path is not None:
@@ -331,13 +245,20 @@ def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
 
 
 def _validation_loss(workdir: Workdir, step: int) -> float | None:
-    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again."""
-    losses = [
-        record["validation_loss"]
-        for record in read_log(workdir.log_file)
-        if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
-    ]
-    return losses[-1] if losses else None
+    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again.
+
+    All hosts must call this together.
+    """
+
+    def look() -> float | None:
+        losses = [
+            record["validation_loss"]
+            for record in read_log(workdir.log_file)
+            if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
+        ]
+        return losses[-1] if losses else None
+
+    return on_first_host(look)
 
 
 def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:

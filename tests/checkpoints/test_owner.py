@@ -14,7 +14,8 @@ import time
 import pytest
 
 from rat_jax.checkpoints.owner import HeldError, Holder, owned
-from rat_jax.checkpoints.workdir import OWNER_FILE
+from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
+from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
 from rat_jax.program import exit_code
 
@@ -228,6 +229,40 @@ def test_an_owner_whose_file_was_removed_or_replaced_notices(tmp_path):
         with pytest.raises(HeldError, match="no longer owns the folder"):
             owner.check()
     assert (tmp_path / OWNER_FILE).read_bytes() == other
+
+
+def test_an_owner_that_writes_often_looks_once_a_second(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.clock_gettime", lambda clock: now[0])
+    with owned(tmp_path) as owner:
+        now[0] += 5.0
+        owner.check_often()
+        (tmp_path / OWNER_FILE).unlink()
+        for _ in range(3):
+            owner.check_often()
+            now[0] += 0.3
+        now[0] += 600.0  # it sleeps
+        for _ in range(2):
+            with pytest.raises(HeldError, match="no longer owns the folder"):
+                owner.check_often()
+
+
+def test_a_file_that_cannot_be_removed_is_said_where_nothing_else_went_wrong(tmp_path, monkeypatch):
+    def refuse_removal(self, missing_ok):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for error in (None, CheckpointError("it was damaged")):
+        refused = pytest.raises((RunStopped, CheckpointError))
+        with monkeypatch.context() as patch, refused as caught, owned(tmp_path):
+            patch.setattr(pathlib.Path, "unlink", refuse_removal)
+            if error is not None:
+                raise error
+        if error is None:
+            assert isinstance(caught.value, RunStopped)
+            assert "all is done, but" in str(caught.value) and "Read-only file system" in str(caught.value)
+        else:
+            assert caught.value is error
+        (tmp_path / OWNER_FILE).unlink()
 
 
 def test_a_folder_that_was_made_for_it_is_removed_if_it_stays_empty(tmp_path):

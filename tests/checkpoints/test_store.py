@@ -21,6 +21,7 @@ from rat_jax.checkpoints.owner import owned
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model, load_model, save_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir, check_same_model
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
 from rat_jax.model import LanguageModel
 from tests.tiny_run import tiny_config
@@ -477,6 +478,34 @@ class TestCheckpoints:
             checkpoints.close()
             assert tree(run) == before
 
+    def test_a_save_is_not_completed_once_another_process_has_the_workdir(self, run, model, monkeypatch):
+        wait, before = checkpoint.ArrayWriter.wait, (run / "run.json").read_bytes()
+
+        def lose(self, path):
+            wait(self, path)
+            (run / "owner.json").unlink()
+
+        monkeypatch.setattr(checkpoint.ArrayWriter, "wait", lose)
+        with owned(run) as owner:
+            checkpoints = Checkpoints(Workdir(run), CONFIG, pytest.fail, owner)
+            save(checkpoints, 40, times(model, 1))
+            with pytest.raises(CheckpointError, match="no longer owns the folder"):
+                checkpoints.close()
+        assert not (run / "checkpoints/40/manifest.json").exists()
+        assert (run / "run.json").read_bytes() == before
+        assert steps(run) == ["10", "20", "30", "40"]
+
+    def test_a_save_is_complete_even_if_it_cannot_be_noted(self, run, model, monkeypatch):
+        def fail(self, step):
+            raise FileError("run.json cannot be written: No space left on device")
+
+        monkeypatch.setattr(Workdir, "note_saved", fail)
+        checkpoints = Checkpoints(Workdir(run), CONFIG, lambda message: None)
+        save(checkpoints, 40, times(model, 4))
+        with pytest.raises(FileError, match=r"run\.json cannot be written"):
+            checkpoints.close()
+        assert checkpoints.saved_step == load_model(run).step == 40
+
     @pytest.mark.parametrize(
         "target",
         [
@@ -514,7 +543,8 @@ class TestSaveModel:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(owner, name, kill)
                 save_model(folder, CONFIG, model, 1234, ByteTokenizer())
-        with files_up_to(2000), pytest.raises(CheckpointError, match="could not be written: File too large"):
+        message = "could not be written: File too large.*; no model was saved yet, and the same command starts again$"
+        with files_up_to(2000), pytest.raises(RunStopped, match=message):
             save_model(folder, CONFIG, model, 1234, ByteTokenizer())
         save_model(folder, CONFIG, model, 1234, ByteTokenizer())
         assert load_model(folder).step == 1234

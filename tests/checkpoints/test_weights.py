@@ -22,6 +22,7 @@ from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.files import FileError
 from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel
+from tests.full_disk import fill_disk
 from tests.tiny_run import tiny_config
 
 CONFIG = tiny_config("/data", model__pattern=("rnn",), model__num_kv_heads=1)
@@ -323,6 +324,18 @@ class TestCommands:
         save_model(tmp_path / "run", CONFIG, model, 7)
         assert command.main(["import", str(folder), str(tmp_path / "run")]) == 2
         assert "is there already and not empty; it is left as it is" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("name", "code"), [("run.json", 2), ("manifest.json", 1)])
+    def test_an_import_onto_a_full_disk(self, folder, tmp_path, monkeypatch, capsys, name, code):
+        words = ["import", str(folder), str(tmp_path / "run")]
+        with monkeypatch.context() as patch:
+            fill_disk(patch, name)
+            assert command.main(words) == code
+        error = capsys.readouterr().err
+        assert "No space left on device; make room on its disk" in error
+        assert ("; no model was saved yet, and the same command starts again\n" in error) == (code == 1)
+        assert (tmp_path / "run").exists() == (code == 1)
+        assert command.main(words) == 0
 
     def test_damaged_checkpoints_are_found(self, model, tmp_path, capsys):
         save_model(tmp_path / "run", CONFIG, model, 7)

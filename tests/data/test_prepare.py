@@ -532,13 +532,16 @@ def test_refused_before_the_work(settings, text_folder, tmp_path, monkeypatch):
 def test_errors_of_the_system(settings, corpus, text_folder, tmp_path, monkeypatch, capsys):
     before = contents(corpus.path)
     beside = sorted(tmp_path.iterdir())
+    failed = []
 
     def full(*arguments):
+        failed.extend(arguments)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr("rat_jax.data.token_file.TokenFileWriter.append", full)
         assert main(command(text_folder, corpus.path, "--overwrite", "--field", "body")) == 2
+    assert failed[0]._file.closed
     assert capsys.readouterr().err.endswith(
         f"error: {corpus.path} cannot be written: No space left on device; make room on its disk\n"
     )

@@ -142,6 +142,16 @@ def test_missing_file(tmp_path):
         TokenFile.open(tmp_path / "gone.bin")
 
 
+def test_a_file_that_fails_half_way_is_closed(tmp_path):
+    with pytest.raises(KeyError), TokenFileWriter(tmp_path / "train.bin", TOKENIZER) as writer:
+        raise KeyError
+    assert writer._file.closed
+    with TokenFileWriter(tmp_path / "train.bin", TOKENIZER) as writer:
+        writer.append(np.arange(3), 1)
+        writer.close()
+    assert len(TokenFile.open(tmp_path / "train.bin")) == 3
+
+
 def test_unfinished_file(tmp_path):
     writer = TokenFileWriter(tmp_path / "x.bin", TOKENIZER)
     writer.append(np.arange(3, 900), 1)

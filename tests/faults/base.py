@@ -12,7 +12,7 @@ import numpy as np
 
 from rat_jax.checkpoints.store import load_model
 from rat_jax.config import Config
-from rat_jax.training import run as training
+from rat_jax.training import loop, train
 from tests.tiny_run import make_corpus, tiny_config
 
 NUM_STEPS, STOPPED_AT = 6, 4
@@ -46,7 +46,7 @@ class Base:
         base = cls(path)
         if not (path / "ready").is_file():
             make_corpus(path / "data")
-            training.train(base.config(base.corpus), base.whole)
+            train(base.config(base.corpus), base.whole)
             stop_after(base.config(base.corpus), base.stopped, STOPPED_AT)
             (path / "ready").touch()
         return base
@@ -58,20 +58,20 @@ class Stopped(BaseException):
 
 def stop_after(config: Config, workdir: pathlib.Path, step: int) -> None:
     """Trains as far as `step`, and ends there as a kill would."""
-    original = training.train_step
+    original = loop.train_step
 
     def step_or_stop(graphdef, *arguments):
         if any(int(state.step) == step for state in arguments if hasattr(state, "step")):
             raise Stopped
         return original(graphdef, *arguments)
 
-    training.train_step = step_or_stop
+    loop.train_step = step_or_stop
     try:
-        training.train(config, workdir)
+        train(config, workdir)
     except Stopped:
         return
     finally:
-        training.train_step = original
+        loop.train_step = original
     raise AssertionError("the run was not stopped")
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 
 from rat_jax.errors import RatJaxError
-from rat_jax.training import run as training
+from rat_jax.training import train
 from tests.faults.base import STOPPED_AT, Base, copy, differences
 from tests.faults.damage import KINDS, Case, Kind
 
@@ -57,7 +57,7 @@ def judge_named(path: pathlib.Path, name: str, seed: int) -> Verdict:
 
 def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path, logged_from: int) -> tuple[str, str]:
     try:
-        training.train(base.config(corpus), workdir)
+        train(base.config(corpus), workdir)
     except RatJaxError as error:
         return "refused", str(error)
     except Exception:

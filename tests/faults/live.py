@@ -366,7 +366,7 @@ def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pat
     for _ in range(3):
         run.start()
         code, said = run.end()
-        resumed = re.search(r"(?:going on|resuming) from \S*/checkpoints/(\d+)", said)
+        resumed = re.search(r"resuming from \S*/checkpoints/(\d+)", said)
         if resumed and int(resumed[1]) < saved:
             return "lost", f"step {saved} was saved, the next start resumed from {resumed[1]}"
         if code == 0:

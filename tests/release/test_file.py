@@ -1,6 +1,7 @@
 """The release's `.pth` files: there and back through workdirs, and what is refused."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from rat_jax.release import __main__ as commands
 from rat_jax.release import file as release_file
 from rat_jax.release.file import read_release_file
 from rat_jax.release.weights import release_state_dict
+from tests.full_disk import fill_disk
 from tests.release.test_weights import recording
 
 torch = pytest.importorskip("torch")
@@ -306,6 +308,34 @@ def test_missing_damaged_and_existing_files(tmp_path, monkeypatch, capsys):
     assert commands.main(["import", str(source), str(run)]) == 0
     assert "is there already" in refusal("export", run, source)
     assert source.read_bytes() == content
+
+
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "released.pth", published("rnn"), monkeypatch)
+    words, there = ["import", str(source), str(tmp_path / "run")], "; no model was saved yet, and the same command"
+    for name, code in (("run.json", 2), ("manifest.json", 1)):
+        with monkeypatch.context() as patch:
+            fill_disk(patch, name)
+            assert commands.main(words) == code
+        error = capsys.readouterr().err
+        assert "No space left on device; make room on its disk" in error
+        assert (there in error) == (tmp_path / "run").exists() == (code == 1)
+    assert commands.main(words) == 0
+
+    def half(values, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def none(values, path):
+        raise RuntimeError(f"File {path} cannot be opened.")
+
+    words, there = ["export", str(tmp_path / "run"), str(tmp_path / "new.pth")], "; nothing is left of it\n"
+    for save, code in ((half, 1), (none, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", save)
+            assert commands.main(words) == code
+        assert (there in capsys.readouterr().err) == (code == 1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["released.pth", "run"]
 
 
 def test_torch_that_is_missing_or_unsafe(monkeypatch, tmp_path, capsys):

@@ -13,18 +13,12 @@ from rat_jax.config import ConfigError, TrainingConfig
 from rat_jax.data.pipeline import TrainData
 from rat_jax.files import FileError
 from rat_jax.sharding import global_batch, make_mesh
-from rat_jax.training import BadBatchesError, NonFiniteError
-from rat_jax.training import run as training
+from rat_jax.training import BadBatchesError, NonFiniteError, loop, run, train
 from rat_jax.training.guards import Guard
 from rat_jax.training.step import initial_state, train_step
-from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
+from tests.tiny_run import NUM_STEPS, tiny_config
 
 SPIKES = {"training__on_spike": "skip", "training__spike_factor": 1.05, "training__spike_window_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("data"))
 
 
 def spoil(monkeypatch, spoiled, *, stop_before=None):
@@ -36,7 +30,7 @@ def spoil(monkeypatch, spoiled, *, stop_before=None):
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(graphdef, optimizer, num_steps, state, spoiled.get(step, lambda x: x)(batch), max_loss)
 
-    monkeypatch.setattr(training, "train_step", spoiled_step)
+    monkeypatch.setattr(loop, "train_step", spoiled_step)
 
 
 def no_number(batch):
@@ -65,7 +59,7 @@ class TestStep:
         mesh = make_mesh(config.mesh)
         data = TrainData(config.data, vocab_size=29, seed=0)
         with jax.set_mesh(mesh):
-            graphdef = training.abstract_model(config.model)[0]
+            graphdef = run.abstract_model(config.model)[0]
             batch = global_batch(next(data), mesh)
             step = jax.tree_util.Partial(train_step, graphdef, config.optimizer, NUM_STEPS)
             state, metrics = step(initial_state(config, mesh), batch, np.float32(np.inf))
@@ -98,11 +92,11 @@ class TestRun:
     ):
         config = tiny_config(corpus, **changes)
         spoil(monkeypatch, spoiled)
-        assert training.train(config, tmp_path / "whole").finished
+        assert train(config, tmp_path / "whole").finished
         spoil(monkeypatch, spoiled, stop_before=4)
-        assert training.train(config, tmp_path / "parts").step == 4
+        assert train(config, tmp_path / "parts").step == 4
         spoil(monkeypatch, spoiled)
-        assert training.train(config, tmp_path / "parts").finished
+        assert train(config, tmp_path / "parts").finished
         assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
         assert lines(tmp_path / "parts/bad_batches.jsonl") == lines(tmp_path / "whole/bad_batches.jsonl")
         bad, data = lines(tmp_path / "whole/bad_batches.jsonl"), TrainData(config.data, vocab_size=29, seed=0)
@@ -119,19 +113,19 @@ class TestRun:
     def test_what_is_not_skipped_ends_the_run(self, corpus, tmp_path, monkeypatch):
         spoil(monkeypatch, {4: no_number})
         with pytest.raises(NonFiniteError, match=r"loss is nan at step 4; .*on_non_finite='skip'.*; step 2 is saved"):
-            training.train(tiny_config(corpus), tmp_path / "run")
+            train(tiny_config(corpus), tmp_path / "run")
         (record,) = lines(tmp_path / "run/bad_batches.jsonl")
         assert (record["step"], record["loss"], record["action"]) == (4, None, "stopped")
-        assert training.train(tiny_config(corpus, training__on_non_finite="skip"), tmp_path / "run").finished
+        assert train(tiny_config(corpus, training__on_non_finite="skip"), tmp_path / "run").finished
 
     def test_what_cannot_be_written_down_ends_the_run_all_the_same(self, corpus, tmp_path, monkeypatch, capfd):
         def refuse(*arguments):
             raise FileError("bad_batches.jsonl cannot be written")
 
-        monkeypatch.setattr(training, "write_bad_batch", refuse)
+        monkeypatch.setattr(run, "write_bad_batch", refuse)
         spoil(monkeypatch, {4: no_number})
         with pytest.raises(NonFiniteError, match="step 2 is saved"):
-            training.train(tiny_config(corpus), tmp_path / "run")
+            train(tiny_config(corpus), tmp_path / "run")
         assert "bad_batches.jsonl cannot be written; batch 3: stopped" in capfd.readouterr().err
 
     @pytest.mark.slow
@@ -139,22 +133,22 @@ class TestRun:
         changes = {"training__on_non_finite": "skip", "training__max_skips_in_a_row": 2}
         spoil(monkeypatch, dict.fromkeys((3, 4, 5), no_number))
         with pytest.raises(BadBatchesError, match=r"at step 5, and the 2 steps before it were skipped, too"):
-            training.train(tiny_config(corpus, **changes), tmp_path / "run")
+            train(tiny_config(corpus, **changes), tmp_path / "run")
         assert len(lines(tmp_path / "run/bad_batches.jsonl")) == 3
 
     def test_a_validation_loss_that_is_no_number_ends_the_run(self, corpus, tmp_path, monkeypatch):
-        sums = training.batch_loss
-        monkeypatch.setattr(training, "batch_loss", lambda *args: sums(*args)._replace(loss=jnp.float32(jnp.nan)))
+        sums = loop.batch_loss
+        monkeypatch.setattr(loop, "batch_loss", lambda *args: sums(*args)._replace(loss=jnp.float32(jnp.nan)))
         with pytest.raises(NonFiniteError, match=r"validation loss is nan after step 4; .*; step 4 is saved"):
-            training.train(tiny_config(corpus), tmp_path / "run")
+            train(tiny_config(corpus), tmp_path / "run")
         assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()
 
     @pytest.mark.slow
     def test_reported_spikes_change_nothing(self, corpus, tmp_path, monkeypatch, capfd):
         spoil(monkeypatch, {5: other_targets})
-        assert training.train(tiny_config(corpus), tmp_path / "ignored").finished
+        assert train(tiny_config(corpus), tmp_path / "ignored").finished
         reporting = tiny_config(corpus, **SPIKES | {"training__on_spike": "report"})
-        assert training.train(reporting, tmp_path / "reported").finished
+        assert train(reporting, tmp_path / "reported").finished
         assert logged(tmp_path / "ignored") == logged(tmp_path / "reported")
         assert not (tmp_path / "ignored/bad_batches.jsonl").exists()
         (record,) = lines(tmp_path / "reported/bad_batches.jsonl")

@@ -21,7 +21,7 @@ from rat_jax.paths import PathError
 from rat_jax.release import ReleaseError, release_model_config, release_state_dict
 from rat_jax.release.file import ReleaseFile, write_release_file
 from rat_jax.sharding import make_mesh
-from rat_jax.training import run as training
+from rat_jax.training import loop, train
 from rat_jax.training.step import abstract_state, train_step
 from tests.tiny_run import NUM_STEPS, make_corpus, tiny_config
 
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory):
 def old(corpus, tmp_path_factory):
     """The workdir of a finished run with checkpoints of steps 4 and 6."""
     workdir = tmp_path_factory.mktemp("runs") / "old"
-    assert training.train(small(corpus), workdir).finished
+    assert train(small(corpus), workdir).finished
     return workdir
 
 
@@ -65,8 +65,8 @@ def first_state(config, workdir, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "train_step", kill)
-        training.train(config, workdir)
+        patch.setattr(loop, "train_step", kill)
+        train(config, workdir)
     return states[0]
 
 
@@ -175,7 +175,7 @@ class TestResume:
         source = shutil.copytree(old, tmp_path / "source")
         config = configure(corpus, source, init__optimizer=True)
         uninterrupted = tmp_path / "uninterrupted"
-        training.train(config, uninterrupted)
+        train(config, uninterrupted)
         assert read_log(uninterrupted / "log.jsonl")[0]["loss"] < read_log(old / "log.jsonl")[0]["loss"] - 0.3
 
         first_state(config, tmp_path / "run", monkeypatch)  # nothing is saved
@@ -186,10 +186,10 @@ class TestResume:
             return train_step(graphdef, optimizer, num_steps, state, *rest)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(training, "train_step", kill_at_five)
-            training.train(config, tmp_path / "run")
+            patch.setattr(loop, "train_step", kill_at_five)
+            train(config, tmp_path / "run")
         shutil.rmtree(source)
-        assert training.train(config, tmp_path / "run").finished
+        assert train(config, tmp_path / "run").finished
         models = [nnx.state(load_model(workdir).model) for workdir in (tmp_path / "run", uninterrupted)]
         assert_equal(models[0], named(models[1]))
         assert origin(tmp_path / "run") == origin(uninterrupted)
@@ -197,12 +197,12 @@ class TestResume:
     def test_another_origin_is_another_run(self, corpus, old, tmp_path):
         run = shutil.copytree(old, tmp_path / "run")
         with pytest.raises(CheckpointError, match=r"another config: config\.init\.path is None there, '/x' now"):
-            training.train(configure(corpus, "/x"), run)
+            train(configure(corpus, "/x"), run)
 
     def test_more_steps_by_the_flags_that_the_refusal_gives(self, corpus, old, tmp_path, monkeypatch):
         run = shutil.copytree(old, tmp_path / "run")
         with pytest.raises(CheckpointError, match="num_steps is 6 there, 10 now") as caught:
-            training.train(small(corpus, training__num_steps=10), run)
+            train(small(corpus, training__num_steps=10), run)
         flags = dict(word[2:].split("=") for word in str(caught.value).split() if word.startswith("--config."))
         assert flags.pop("config.init.optimizer") == "True"
         assert flags.pop("config.training.num_steps") == "4"
@@ -213,7 +213,7 @@ class TestResume:
     def test_a_start_from_a_saved_model_takes_no_second_one(self, corpus, old, old_model, tmp_path):
         save_model(tmp_path / "run", small(corpus), old_model, 0, load_tokenizer(corpus))
         with pytest.raises(CheckpointError, match=r"a model to start from, and config\.init\.path names another"):
-            training.train(configure(corpus, old), tmp_path / "run")
+            train(configure(corpus, old), tmp_path / "run")
 
 
 class TestRefusals:
@@ -240,7 +240,7 @@ class TestRefusals:
     )
     def test_a_run(self, corpus, old, tmp_path, changes, message):
         with pytest.raises((CheckpointError, PathError), match=message) as caught:
-            training.train(configure(corpus, old, **changes), tmp_path / "run")
+            train(configure(corpus, old, **changes), tmp_path / "run")
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
 
@@ -263,7 +263,7 @@ class TestRefusals:
             ("model", {"init__optimizer": True}, "model/checkpoints/0 holds no optimizer's state"),
         ):
             with pytest.raises((CheckpointError, ReleaseError), match=message):
-                training.train(configure(corpus, tmp_path / name, **changes), tmp_path / "run")
+                train(configure(corpus, tmp_path / name, **changes), tmp_path / "run")
             assert not (tmp_path / "run").exists()
 
     def test_another_tokenizer(self, corpus, old_model, tmp_path):
@@ -272,7 +272,7 @@ class TestRefusals:
         write_weights(tmp_path / "weights", config, old_model, 0, ByteTokenizer())
         for name in ("model", "weights"):
             with pytest.raises(DataError, match=f"another tokenizer than the model's, which is in .*{name}/tokenizer"):
-                training.train(configure(corpus, tmp_path / name), tmp_path / "run")
+                train(configure(corpus, tmp_path / name), tmp_path / "run")
 
     def test_damaged_weights(self, corpus, old_model, tmp_path):
         write_weights(tmp_path / "weights", small(corpus), old_model, 0)
@@ -280,7 +280,7 @@ class TestRefusals:
         content[-1] ^= 1
         (tmp_path / "weights/model.safetensors").write_bytes(content)
         with pytest.raises(CheckpointError, match="is damaged: its content has changed"):
-            training.train(configure(corpus, tmp_path / "weights"), tmp_path / "run")
+            train(configure(corpus, tmp_path / "weights"), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 

@@ -18,18 +18,12 @@ from rat_jax.data import DataError
 from rat_jax.data.pipeline import TrainData
 from rat_jax.errors import RunStopped
 from rat_jax.interrupts import INTERRUPTED
-from rat_jax.training import NonFiniteError
-from rat_jax.training import run as training
+from rat_jax.training import NonFiniteError, loop, train
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import train_step
-from tests.tiny_run import make_corpus, tiny_config
+from tests.tiny_run import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("data"))
 
 
 def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
@@ -43,11 +37,11 @@ def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TrainData, "__next__", next_or_error)
     with pytest.raises(RunStopped, match=r"record 7: id 99 .*; step 3 is saved, and the same command resumes"):
-        training.train(tiny_config(corpus), tmp_path / "run")
+        train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
     assert issubclass(NonFiniteError, RunStopped)
     monkeypatch.undo()
-    assert training.train(tiny_config(corpus), tmp_path / "run").finished
+    assert train(tiny_config(corpus), tmp_path / "run").finished
 
 
 def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
@@ -60,7 +54,7 @@ def test_a_log_that_cannot_be_written(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MetricLog, "write", write_or_error)
     with pytest.raises(RunStopped, match=r"log\.jsonl: No space left on device; make room .*; step 4 is saved"):
-        training.train(tiny_config(corpus), tmp_path / "run")
+        train(tiny_config(corpus), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 4
 
 
@@ -74,14 +68,14 @@ def test_a_signal_before_the_first_step_of_a_start(corpus, tmp_path, monkeypatch
 
     for _ in range(2):  # the second start resumes
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(training, "train_step", signal_and_step)
-            training.train(config, tmp_path / "run")
+            patch.setattr(loop, "train_step", signal_and_step)
+            train(config, tmp_path / "run")
         with monkeypatch.context() as patch:
             steps = iter([train_step, signal_and_step])
-            patch.setattr(training, "train_step", lambda *arguments, steps=steps: next(steps)(*arguments))
-            training.train(config, tmp_path / "run")
+            patch.setattr(loop, "train_step", lambda *arguments, steps=steps: next(steps)(*arguments))
+            train(config, tmp_path / "run")
     assert load_model(tmp_path / "run").step == 4
-    assert training.train(config, tmp_path / "run").finished
+    assert train(config, tmp_path / "run").finished
 
 
 def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
@@ -90,9 +84,9 @@ def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
             os.kill(reader.pid, signal.SIGKILL)
         return train_step(*arguments)
 
-    monkeypatch.setattr(training, "train_step", kill_reader_and_step)
+    monkeypatch.setattr(loop, "train_step", kill_reader_and_step)
     with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .*; step \d is saved"):
-        training.train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
+        train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
     assert load_model(tmp_path / "run").step >= 1
     assert not multiprocessing.active_children()
 

@@ -1,0 +1,152 @@
+"""The loop of a training run: steps, saves and validations, from the state that a start found to that start's end."""
+
+import contextlib
+import dataclasses
+
+import jax
+
+from rat_jax.checkpoints.store import Checkpoints, abstract_model
+from rat_jax.checkpoints.workdir import CheckpointError
+from rat_jax.config import Config
+from rat_jax.data.pipeline import TrainData, ValidationData
+from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.files import in_words
+from rat_jax.interrupts import Interrupts
+from rat_jax.sharding import global_batch
+from rat_jax.training.guards import Guard
+from rat_jax.training.monitor import TrainMonitor, say
+from rat_jax.training.preemption import agreed
+from rat_jax.training.step import TrainState, batch_loss, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How far a run has come."""
+
+    step: int  # optimizer steps done
+    finished: bool  # False: a signal ended it before the last step; the same command resumes
+    validation_loss: float | None  # after the last step, on `training.validation_batches`; None if not finished
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainLoop:
+    """Takes batches in order, does a step with each, and saves and validates when the config says so.
+
+    What is due after a step is done before the next one begins: first the save, then the validation. A start that
+    resumes where a kill came between the two validates first.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    data: TrainData  # at batch `start`
+    validation: ValidationData
+    checkpoints: Checkpoints
+    guard: Guard
+    progress: TrainMonitor
+    interrupts: Interrupts
+    state: TrainState  # after `start` steps; its arrays are donated
+    start: int  # steps done
+    is_validated: bool  # whether the validation loss after `start` steps is known
+
+    def __post_init__(self):
+        self._training = self.config.training
+        self._graphdef = abstract_model(self.config.model)[0]
+        self._done = self._saved = self.start  # steps: started, and handed to the checkpoints
+
+    def run(self) -> TrainResult:
+        """Steps, saves and validates as the config says, until the last step or a signal.
+
+        Raises:
+          RunStopped: whatever the reason, saying which step is saved; that of the last good state where it can be.
+          JaxRuntimeError: of a device. The state may be lost or wrong and is not saved; what was being saved is waited
+            for.
+        """
+        try:
+            while (result := self._turn()) is None:
+                pass
+            self.checkpoints.wait()
+            return result
+        except (RatJaxError, OSError) as error:
+            kind = type(error) if isinstance(error, RunStopped) else RunStopped
+            raise kind(f"{in_words(error)}; {self._rescue(error)}") from error
+        except jax.errors.JaxRuntimeError:
+            with contextlib.suppress(RatJaxError, OSError, jax.errors.JaxRuntimeError):  # the first one is reported
+                self.checkpoints.wait()
+            raise
+
+    def _turn(self) -> TrainResult | None:
+        """What is due after the steps done, and one step more; returns the result where none is to follow."""
+        done, training, progress = self._done, self._training, self.progress
+        if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
+            self._save()
+        loss, is_due = None, done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
+        if is_due and not self.is_validated:
+            loss = self._validate()
+        if done == training.num_steps and loss is not None:
+            return TrainResult(done, True, loss)
+        if agreed(self.interrupts, done, training.log_every_steps):
+            if done > self._saved:
+                self._save()
+            self.checkpoints.wait()
+            say(f"interrupted after step {done}; the same command resumes there")
+            return TrainResult(done, False, None)
+        batch = global_batch(next(self.data), self.mesh)
+        with progress.calling("training step"):
+            self.state, metrics = train_step(
+                self._graphdef,
+                self.config.optimizer,
+                training.num_steps,
+                self.state,
+                batch,
+                self.guard.max_loss(done + 1),
+            )
+        self.interrupts.note()  # there is a step to save
+        self._done, self.is_validated = done + 1, False
+        progress.step(done + 1, metrics)
+        return None
+
+    def _save(self) -> None:
+        self.progress.settle()  # nothing is saved after a step that was not finite
+        data = self.data.state() | {"guard": self.guard.state()}
+        with self.progress.pause():
+            self.checkpoints.save(self._done, self.state.params, self.state.opt_state, data)
+        self._saved = self._done
+
+    def _validate(self) -> float | None:
+        """Mean loss of the validation data; None if a signal came meanwhile."""
+        self.progress.settle()
+        sums = []
+        with self.progress.pause(), contextlib.closing(iter(self.validation)) as batches:
+            for batch in batches:
+                if jax.process_count() == 1 and self.interrupts.requested:
+                    return None
+                with self.progress.calling("validation loss"):
+                    batch = global_batch(batch, self.mesh)
+                    sums.append(batch_loss(self._graphdef, self.state.params, batch))
+            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
+        self.progress.validation(self._done, loss, self.validation.fraction)
+        return loss
+
+    def _rescue(self, error: Exception) -> str:
+        """Saves what was done before an error, if that is good and not what failed; says what is saved."""
+        failures = ""
+        is_good = not isinstance(error, RunStopped | CheckpointError)  # of bad figures; of saving
+        is_good &= self.data.state()["next_batch"] == self._done  # else the batch under way would be lost
+        try:
+            # Saving is done by all hosts together, and the others may not know of the error.
+            if is_good and self._done > self._saved and jax.process_count() == 1:
+                with contextlib.suppress(OSError):  # of the log, which does not make the state a bad one
+                    self.progress.settle()
+                self._save()
+            self.checkpoints.wait()
+        except (RatJaxError, OSError) as another:
+            failures = f"{in_words(another)}; "
+        return f"{failures}{kept(self.checkpoints)}"
+
+
+def kept(checkpoints: Checkpoints) -> str:
+    """What a run that ends too early leaves."""
+    step = checkpoints.saved_step
+    if not step:
+        return "no step was saved yet"
+    return f"step {step} is saved, and the same command resumes there"

@@ -1,0 +1,66 @@
+"""The training step as a function."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from rat_jax.checkpoints.store import abstract_model
+from rat_jax.data.pipeline import TrainData
+from rat_jax.sharding import global_batch, make_mesh
+from rat_jax.training import train
+from rat_jax.training.step import batch_loss, initial_state, train_step
+from tests.tiny_run import tiny_config
+
+
+class TestTrainStep:
+    """The step as a function."""
+
+    @pytest.fixture
+    def batch(self, config):
+        data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=0)
+        batch = next(data)
+        data.close()
+        weights = batch.loss_weights.copy()
+        weights[:3, ::2] = 0  # rows of unequal weight, so that a mean of means would differ
+        return batch._replace(loss_weights=weights)
+
+    def run(self, corpus, batch, num_parts):
+        config = tiny_config(corpus, optimizer__accumulation_steps=num_parts)
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            graphdef = abstract_model(config.model)[0]
+            state = initial_state(config, mesh)
+            return train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
+
+    def test_accumulation_changes_nothing(self, corpus, batch):
+        whole, whole_metrics = self.run(corpus, batch, 1)
+        for num_parts in (2, 4):
+            parts, metrics = self.run(corpus, batch, num_parts)
+            np.testing.assert_allclose(metrics.loss, whole_metrics.loss, rtol=1e-6)
+            np.testing.assert_allclose(metrics.grad_norm, whole_metrics.grad_norm, rtol=1e-5)
+            for a, b in zip(
+                jax.tree.leaves(parts.opt_state["adam"].mu), jax.tree.leaves(whole.opt_state["adam"].mu), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+    def test_loss_is_the_mean_over_targets(self, config, corpus, batch):
+        _, metrics = self.run(corpus, batch, 1)
+        mesh = make_mesh(config.mesh)
+        graphdef = abstract_model(config.model)[0]
+        model = nnx.merge(graphdef, initial_state(config, mesh).params)
+        logits = jax.jit(type(model).__call__)(model, batch.tokens, batch.segment_ids)
+        log_probs = jax.nn.log_softmax(logits)
+        losses = -np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], axis=-1)[..., 0]
+        expected = (losses * batch.loss_weights).sum() / batch.loss_weights.sum()
+        np.testing.assert_allclose(metrics.loss, expected, rtol=1e-5)
+        assert metrics.num_targets == batch.loss_weights.sum()
+
+    def test_a_batch_without_targets_has_no_loss_and_no_gradient(self, corpus, batch):
+        _, metrics = self.run(corpus, batch._replace(loss_weights=np.zeros_like(batch.loss_weights)), 1)
+        assert metrics.loss == metrics.grad_norm == metrics.num_targets == 0
+
+    def test_a_second_run_of_the_same_shapes_compiles_nothing(self, config, uninterrupted, tmp_path):
+        compiled = train_step._cache_size(), batch_loss._cache_size()
+        train(config, tmp_path / "run")
+        assert (train_step._cache_size(), batch_loss._cache_size()) == compiled

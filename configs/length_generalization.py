@@ -59,4 +59,7 @@ def get_config(model: str = "rat_swa_nope") -> config_dict.ConfigDict:
     config.training.validate_every_steps = 500
     config.training.validation_batches = 8
     config.training.checkpoint_every_steps = 1000
+
+    config.evaluation.length.every_steps = 500
+    config.evaluation.length.lengths = (1024,)  # tokens: four times the training's
     return config

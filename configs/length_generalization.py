@@ -1,4 +1,4 @@
-r"""Does a model keep its loss beyond its training length? Small models with and without rotation of positions.
+"""Does a model keep its loss beyond its training length? Small models with and without rotation of positions.
 
 The study of arXiv 2507.04416, where RAT-SWA without position encoding keeps its loss up to four times the training
 length (test loss at 4K, 8K and 16K: 2.60, 2.59, 2.66) and with RoPE does not (2.58, 3.07, 3.59), with 2 million
@@ -9,11 +9,7 @@ parameters. `docs/length_generalization.md` has what was measured.
   python eval.py --workdir=runs/length_rat_swa_nope --length_generalization=8
   python docs/draw_length_generalization.py runs/length_*
 
-The model after the colon is one of `MODELS`. On a CPU, shorter sequences and fewer of them take as many minutes:
-
-  python train.py --config=configs/length_generalization.py:rat_swa_nope --workdir=runs/length_rat_swa_nope \
-      --config.model.width=128 --config.model.num_heads=4 --config.model.mlp_width=512 \
-      --config.data.seq_len=128 --config.data.global_batch_size=8 --config.training.num_steps=800
+The model after the colon is one of `MODELS`. Smaller ones, for a CPU, are in `docs/length_generalization.md`.
 """
 
 from ml_collections import config_dict

@@ -1,7 +1,7 @@
-"""The table and the picture of docs/length_generalization.md: what `eval.py --length_generalization` measured of runs.
+"""Runs in one table and one picture: what `eval.py --length_generalization` measured of runs.
 
 python docs/draw_length_generalization.py runs/length_*                  the picture is runs/length_generalization.png
-python docs/draw_length_generalization.py runs/a runs/b --out docs/length_generalization.png
+python docs/draw_length_generalization.py runs/a runs/b --out lengths.png
 """
 
 import argparse

@@ -8,6 +8,10 @@ other data, lengths or parts of the split have files of their own. Exit codes: 0
 checkpoint or the data do not fit; 1 if a later length failed, a signal came after the first, or a file could not be
 written, after what was computed is printed; 75 if a signal came before.
 
+Or at positions up to so many times the training length, in chunks, with the mixers' caches:
+
+  python eval.py --workdir=runs/default --length_generalization=8
+
 Or on tasks of the lm-evaluation-harness (pip install -r requirements-eval.txt), on groups of tasks by the protocols of
 papers (docs/evaluation.md), and on task files of your own:
 
@@ -47,6 +51,7 @@ from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.config import MeshConfig
 from rat_jax.evaluation import EvaluationError, ruler
 from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
+from rat_jax.evaluation.length_evaluation import evaluate_length_generalization
 from rat_jax.evaluation.loss_evaluation import evaluate_losses
 from rat_jax.evaluation.mode import Mode, chosen_mode
 from rat_jax.evaluation.subject import Subject
@@ -64,6 +69,9 @@ _MAX_BATCHES = flags.DEFINE_integer(
     "max_batches", None, "batches of each context length, evenly spread over the split; left out: the whole split"
 )
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 16_384, "tokens computed at a time, over all devices")
+_LENGTH_GENERALIZATION = flags.DEFINE_integer(
+    "length_generalization", None, "loss by position up to so many times data.seq_len of the training"
+)
 _TASKS = flags.DEFINE_list("tasks", None, "groups as csr, or tasks of the lm-evaluation-harness, instead of the loss")
 _TASKS_DIR = flags.DEFINE_string("tasks_dir", None, "folder of task files (YAML) beside the harness's own")
 _NUM_FEWSHOT = flags.DEFINE_integer(
@@ -130,6 +138,20 @@ def _losses(subject: Subject) -> None:
     )
 
 
+def _length_generalization(subject: Subject) -> None:
+    evaluate_length_generalization(
+        subject.loaded,
+        subject.corpus(),
+        subject.mesh,
+        subject.workdir.path,
+        _LENGTH_GENERALIZATION.value,
+        batch_tokens=_BATCH_TOKENS.value,
+        max_batches=_MAX_BATCHES.value,
+        print_json=_JSON.value,
+        progress=_progress,
+    )
+
+
 def _tasks(subject: Subject) -> None:
     text = {
         "context_length": next(iter(_context_lengths()), None),
@@ -185,13 +207,32 @@ def _ruler(subject: Subject) -> None:
 
 
 # A mode is chosen by its flag and may have flags of its own, which the others refuse.
-_OF_RULER = [_LIMIT, _BOS, _RULER_TEMPLATES, _RULER_ESSAY, _RULER_SPLIT, _RULER_SEED, _RULER_ANSWER_TOKENS]
-_OF_TASKS = [_TASKS_DIR, _NUM_FEWSHOT, _LIMIT, _BOS, _TRUNCATION, _JOINT_TOKENIZATION, _MAX_NEW_TOKENS]
+_OF_RULER = [
+    _CONTEXT_LENGTHS,
+    _LIMIT,
+    _BOS,
+    _RULER_TEMPLATES,
+    _RULER_ESSAY,
+    _RULER_SPLIT,
+    _RULER_SEED,
+    _RULER_ANSWER_TOKENS,
+]
+_OF_TASKS = [
+    _CONTEXT_LENGTHS,
+    _TASKS_DIR,
+    _NUM_FEWSHOT,
+    _LIMIT,
+    _BOS,
+    _TRUNCATION,
+    _JOINT_TOKENIZATION,
+    _MAX_NEW_TOKENS,
+]
 _MODES = [
-    Mode(None, [_MAX_BATCHES], _losses, several_lengths=True),
+    Mode(None, [_MAX_BATCHES, _CONTEXT_LENGTHS], _losses, several_lengths=True),
+    Mode(_LENGTH_GENERALIZATION, [_MAX_BATCHES], _length_generalization),
     Mode(_TASKS, _OF_RULER, _ruler, several_lengths=True, values=ruler.are_ruler_tasks),
     Mode(_TASKS, _OF_TASKS, _tasks),
-    Mode(_SFT, [_LIMIT, _MAX_NEW_TOKENS], _answers),
+    Mode(_SFT, [_CONTEXT_LENGTHS, _LIMIT, _MAX_NEW_TOKENS], _answers),
 ]
 
 

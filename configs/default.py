@@ -100,6 +100,14 @@ def get_config() -> config_dict.ConfigDict:
     config.init.path = config_dict.placeholder(str)  # random parameters
     config.init.step = config_dict.placeholder(int)  # the newest
     config.init.optimizer = False
+
+    config.evaluation = config_dict.ConfigDict()
+    config.evaluation.on_failure = "report"
+    config.evaluation.length = config_dict.ConfigDict()
+    config.evaluation.length.every_steps = config_dict.placeholder(int)  # never
+    config.evaluation.length.lengths = ()  # tokens
+    config.evaluation.length.max_batches = 4
+    config.evaluation.length.batch_tokens = 16_384
     return config
 
 

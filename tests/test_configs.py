@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import operator
 import pathlib
 
 import jax
@@ -63,6 +64,14 @@ def test_round_trip():
         ("model.num_kv_heads", 3, "num_heads must be a multiple of num_kv_heads, got num_heads 4 and num_kv_heads 3"),
         ("model.mlp_kind", "relu", "config.model.mlp_kind must be one of 'gelu', 'geglu', 'swiglu'"),
         ("model.rattention.meta_tokens", -1, "config.model.rattention.meta_tokens must be 0 or more, got -1"),
+        (
+            "evaluation.length.every_steps",
+            100,
+            r"config\.evaluation\.length\.lengths must name at least one where every",
+        ),
+        ("evaluation.length.lengths", (64, 0), r"config\.evaluation\.length\.lengths must be 1 or more, got \(64, 0\)"),
+        ("evaluation.length.batch_tokens", 0, r"config\.evaluation\.length\.batch_tokens must be 1 or more, got 0"),
+        ("evaluation.on_failure", "ignore", r"config\.evaluation\.on_failure must be one of 'report', 'stop'"),
         ("model.rat.chunk_size", 0, "config.model.rat.chunk_size must be 1 or more, got 0"),
         ("model.pattern", ("rat", "atention"), r"config.model.pattern\[1\] must be one of 'attention'"),
         ("model.dtype", "float16", "config.model.dtype must be one of 'float32', 'bfloat16'"),
@@ -115,8 +124,8 @@ def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
 def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
     """`configs/default.py` says a reason for every other value, and for no value that is none."""
     config, differing = config_from_dict(default.get_config()), set()
-    for group in (config.model, config.data, config.optimizer, config.training, config.mesh, config.init):
-        name = next(field.name for field in dataclasses.fields(config) if getattr(config, field.name) is group)
+    for name in GROUPS:
+        group = operator.attrgetter(name)(config)
         for field in dataclasses.fields(group):
             if field.default is not dataclasses.MISSING and getattr(group, field.name) != field.default:
                 differing.add(f"{name}.{field.name}")
@@ -213,22 +222,25 @@ def test_a_model_in_python_alone():
         model.init_cache(1, 0)
 
 
+# The parts of a config that hold its fields.
+GROUPS = ("model", "data", "optimizer", "training", "mesh", "init", "evaluation", "evaluation.length")
+
 # Options that no shipped config sets to another value than the default, and the file that tests other values.
 OPTIONS = {
     "data.segment_documents": "tests/data/test_pipeline.py",
+    "evaluation.length.batch_tokens": "tests/training/test_evaluations.py",
+    "evaluation.length.max_batches": "tests/training/test_evaluations.py",
+    "evaluation.on_failure": "tests/training/test_evaluations.py",
     "init.optimizer": "tests/training/test_origin.py",
     "init.step": "tests/training/test_origin.py",
     "mesh.data": "tests/test_sharding.py",
     "mesh.fsdp": "tests/test_sharding.py",
     "model.gated_deltanet.conv_size": "tests/mixers/test_gated_deltanet.py",
     "model.gated_deltanet.expand_v": "tests/mixers/test_gated_deltanet.py",
-    "model.local_attention.rope": "tests/test_twin.py",
     "model.rat.num_groups": "tests/test_twin.py",
-    "model.rat.rope": "tests/test_twin.py",
     "model.rat.rope_base": "tests/ops/test_rat.py",
     "model.rattention.feature_map": "tests/mixers/test_rattention.py",
     "model.rattention.meta_tokens": "tests/mixers/test_rattention.py",
-    "model.rattention.rope": "tests/mixers/test_rattention.py",
     "model.rattention.rope_base": "tests/mixers/test_rattention.py",
     "model.scan_unroll": "tests/test_model.py",
     "optimizer.beta1": "tests/training/test_optimizer.py",
@@ -248,15 +260,15 @@ OPTIONS = {
 
 def test_every_field_is_set_by_a_config_or_is_an_option_with_a_test():
     """A field that nothing sets and nothing tests has no business in a config."""
-    groups, everything, used = ("model", "data", "optimizer", "training", "mesh", "init"), set(), set()
+    everything, used = set(), set()
     for file in FILES:
         values = importlib.import_module(f"configs.{file.stem}").get_config().to_dict()
         config = config_from_dict(values)
         found = {
-            f"{group}.{field.name}": (field.default, getattr(getattr(config, group), field.name))
-            for group in groups
-            for field in dataclasses.fields(getattr(config, group))
-            if field.name != "mixers"
+            f"{group}.{field.name}": (field.default, getattr(operator.attrgetter(group)(config), field.name))
+            for group in GROUPS
+            for field in dataclasses.fields(operator.attrgetter(group)(config))
+            if field.name != "mixers" and f"{group}.{field.name}" not in GROUPS
         }
         for kind, mixer in MIXERS.items():
             for field in dataclasses.fields(mixer.Config):

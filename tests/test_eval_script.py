@@ -9,7 +9,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.corpus import Corpus
-from rat_jax.evaluation import perplexity, report
+from rat_jax.evaluation import length_report, perplexity, report
 from rat_jax.model import LanguageModel
 from tests.commands import call_script, run_script
 from tests.tiny_run import make_corpus, tiny_config
@@ -52,6 +52,7 @@ def test_it_prints_and_writes_the_losses(workdir):
 def no_picture(monkeypatch):
     """Pictures take seconds."""
     monkeypatch.setattr(report, "plot", lambda evaluations, path, trained_length: None)
+    monkeypatch.setattr(length_report, "plot", lambda runs, path: None)
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -109,6 +110,27 @@ def test_contexts_longer_than_the_split_are_refused_before_any_is_computed(workd
     assert "error: context length 10,000,000 is longer than the validation split" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_picture")
+def test_length_generalization(workdir, capsys):
+    flags = ["--workdir", workdir, "--length_generalization=4", "--max_batches=1", "--batch_tokens=64"]
+    assert call_script("eval.py", *flags, "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    (file,) = workdir.glob("length_generalization-7-corpus-64-*.json")
+    assert json.loads(file.read_text()) == values
+    assert [bucket["first"] for bucket in values["loss_by_octave"]] == [0, 16, 32]
+    assert values["split_fraction"] < 1
+
+    assert call_script("eval.py", "--workdir", workdir, "--length_generalization=0") == 2
+    assert capsys.readouterr().err == "error: --length_generalization must be 1 or more, got 0\n"
+    file.unlink()
+    file.mkdir()
+    assert call_script("eval.py", *flags) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("loss on ")
+    assert printed.err.splitlines()[-1].startswith(f"error: {file}")
+    file.rmdir()
+
+
 def test_tasks_without_the_harness(workdir, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else real(name))
@@ -131,6 +153,8 @@ def test_errors_are_one_line(workdir, tmp_path, capsys):
         (["--limit=5"], "--limit has no effect without --tasks"),
         (["--tasks=piqa", "--max_batches=5"], "--max_batches has no effect with --tasks"),
         (["--tasks=piqa", "--context_lengths=16,32"], "--tasks wants one context length, got 16, 32"),
+        (["--tasks=piqa", "--length_generalization=2"], "--tasks has no effect with --length_generalization"),
+        (["--length_generalization=2", "--context_lengths=16"], "--context_lengths has no effect with --length_gen"),
         (["--data_path=gs://bucket/corpus"], "--data_path is 'gs://bucket/corpus': gs:// is not read directly"),
     ):
         assert call_script("eval.py", "--workdir", workdir, *arguments) == 2

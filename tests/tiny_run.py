@@ -83,6 +83,7 @@ def tiny_config(corpus: pathlib.Path | str, **changes: Any) -> Config:
         },
         "mesh": {"data": 1, "fsdp": 1},
         "init": {"path": None, "step": None, "optimizer": False},
+        "evaluation": {"on_failure": "report", "length": {"every_steps": None, "lengths": (), "max_batches": 4}},
     }
     for name, value in changes.items():
         *groups, field = name.split("__")

@@ -16,7 +16,7 @@ from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import in_words
 
-T = TypeVar("T", bound=str | float | None)
+T = TypeVar("T", bound=str | float | list | None)  # what JSON can hold
 
 
 def on_first_host(action: Callable[[], T]) -> T:

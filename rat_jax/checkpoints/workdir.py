@@ -55,6 +55,11 @@ _FREE_FIELDS = (
     "model.scan_unroll",
     "mesh.data",
     "mesh.fsdp",
+    "evaluation.on_failure",
+    "evaluation.length.every_steps",
+    "evaluation.length.lengths",
+    "evaluation.length.max_batches",
+    "evaluation.length.batch_tokens",
 )
 
 

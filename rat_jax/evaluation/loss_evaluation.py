@@ -9,10 +9,9 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import perplexity, report, results
-from rat_jax.evaluation.perplexity import Evaluation, EvaluationError
+from rat_jax.evaluation.perplexity import Evaluation
 from rat_jax.evaluation.subject import Subject
 from rat_jax.files import FileError, write_json
-from rat_jax.paths import local_path
 
 
 def evaluate_losses(
@@ -38,7 +37,7 @@ def evaluate_losses(
       RatJaxError: if nothing could be computed.
       RunStopped: if a later length failed, or a file could not be written.
     """
-    corpus = _open_corpus(subject)
+    corpus = subject.corpus()
     for length in lengths:
         perplexity.check_fits(subject.loaded, corpus, subject.mesh, length, batch_tokens)
     settings = {"batch_tokens": batch_tokens, "max_batches": max_batches, "progress": progress}
@@ -53,15 +52,6 @@ def evaluate_losses(
         what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         raise RunStopped(f"only the context lengths above are done: {what}") from None
     _give_out(subject, corpus, evaluations, print_json)
-
-
-def _open_corpus(subject: Subject) -> Corpus:
-    path = local_path(subject.data_path or subject.loaded.config.data.path, "--data_path")
-    if subject.data_path is None and not path.exists():
-        raise EvaluationError(f"{path}, which the model was trained on, is not there: name a corpus with --data_path")
-    corpus = Corpus.open(path)
-    corpus.check_tokenizer(subject.workdir.tokenizer)
-    return corpus
 
 
 def _give_out(subject: Subject, corpus: Corpus, evaluations: Sequence[Evaluation], print_json: bool) -> None:

@@ -210,15 +210,9 @@ def check_fits(
     Raises:
       EvaluationError: a setting out of range, a context longer than the split, or more memory than a device has free.
     """
-    for name, value in (("context length", context_length), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise EvaluationError(f"{name} must be 1 or more, got {value}")
-    num_tokens = corpus.splits["validation"].num_tokens
-    if corpus.examples is None and context_length >= num_tokens:  # rows of examples have a length of their own
-        raise EvaluationError(
-            f"context length {context_length:,} is longer than the validation split of {corpus.path}, which has "
-            f"{num_tokens:,} tokens: the longest context with a next token is {num_tokens - 1:,}"
-        )
+    check_length(corpus, context_length)
+    if batch_tokens < 1:
+        raise EvaluationError(f"batch_tokens must be 1 or more, got {batch_tokens}")
     free = free_bytes(mesh.local_devices[0])
     if free is None:
         return
@@ -229,6 +223,22 @@ def check_fits(
     if needed > free:
         what = f"at least {gib(needed)} on each device, which has {gib(free)} free"
         raise EvaluationError(_too_large(mesh, context_length, batch_tokens, what))
+
+
+def check_length(corpus: Corpus, context_length: int) -> None:
+    """Refuses a context of which the validation split does not hold one.
+
+    Raises:
+      EvaluationError: if it is longer than the split, or has no tokens.
+    """
+    if context_length < 1:
+        raise EvaluationError(f"context length must be 1 or more, got {context_length}")
+    num_tokens = corpus.splits["validation"].num_tokens
+    if corpus.examples is None and context_length >= num_tokens:  # rows of examples have a length of their own
+        raise EvaluationError(
+            f"context length {context_length:,} is longer than the validation split of {corpus.path}, which has "
+            f"{num_tokens:,} tokens: the longest context with a next token is {num_tokens - 1:,}"
+        )
 
 
 @contextlib.contextmanager

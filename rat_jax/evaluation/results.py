@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rat_jax.checkpoints.store import LoadedModel
+from rat_jax.config import config_to_dict
 from rat_jax.data.corpus import Corpus
+from rat_jax.evaluation.length_generalization import LengthGeneralization
 from rat_jax.evaluation.perplexity import Evaluation
 
+LENGTHS_PREFIX = "length_generalization"  # of files
 _MAX_NAME = 40  # characters of a corpus, of lengths, and of tasks, in the name of a file
 
 
@@ -40,6 +43,27 @@ def results_path(folder: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
     if len(named) > _MAX_NAME:
         named = f"{lengths[0]}_to_{lengths[-1]}"
     return folder / f"evaluation-{results['step']}-{corpus}-{named}-{digest}"
+
+
+def lengths_as_json(loaded: LoadedModel, corpus: Corpus, measured: LengthGeneralization) -> dict[str, Any]:
+    """As `as_json`, of losses beyond the training length; with the run's name and its mixers, for labels."""
+    config = config_to_dict(loaded.config.model)
+    return {
+        "run": loaded.path.parents[1].name,
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "data_path": str(corpus.path),
+        "data_hash": corpus.token_file("validation").header.content_hash,
+        "mixers": {name: config[name] for name in loaded.config.model.pattern},
+        **measured.as_json(),
+    }
+
+
+def lengths_path(folder: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
+    """Where they belong, without a suffix: length_generalization-STEP-CORPUS-LENGTH-DIGEST, as `results_path`."""
+    digest = _digest([results["data_hash"], results["context_length"], results["split_fraction"]])
+    corpus = _part_of_a_name(pathlib.Path(results["data_path"]).name)
+    return folder / f"{LENGTHS_PREFIX}-{results['step']}-{corpus}-{results['context_length']}-{digest}"
 
 
 def tasks_as_json(loaded: LoadedModel, measured: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ import dataclasses
 import jax
 
 from rat_jax.checkpoints import LoadedModel, Workdir
+from rat_jax.data.corpus import Corpus
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.paths import local_path
 from rat_jax.sampling.prompts import find_tokenizer
 
 
@@ -21,3 +24,19 @@ class Subject:
     def tokenizer(self) -> Tokenizer:
         """What texts are tokenised with; errors as of `find_tokenizer`."""
         return find_tokenizer(self.workdir, self.loaded.config, self.data_path)
+
+    def corpus(self) -> Corpus:
+        """The corpus whose validation split the model is measured on.
+
+        Raises:
+          EvaluationError: if the one that was trained on is gone and no other is named.
+          DataError, PathError: if it cannot be read, or is not of the model's tokenizer.
+        """
+        path = local_path(self.data_path or self.loaded.config.data.path, "--data_path")
+        if self.data_path is None and not path.exists():
+            raise EvaluationError(
+                f"{path}, which the model was trained on, is not there: name a corpus with --data_path"
+            )
+        corpus = Corpus.open(path)
+        corpus.check_tokenizer(self.workdir.tokenizer)
+        return corpus

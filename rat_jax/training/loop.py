@@ -1,4 +1,4 @@
-"""The loop of a training run: steps, saves and validations, from the state that a start found to that start's end."""
+"""The loop of a training run: steps, saves and measurements, from the state that a start found to that start's end."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import in_words
 from rat_jax.interrupts import Interrupts
 from rat_jax.sharding import global_batch
+from rat_jax.training.evaluations import Evaluations
 from rat_jax.training.guards import Guard
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.preemption import agreed
@@ -30,23 +31,24 @@ class TrainResult:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainLoop:
-    """Takes batches in order, does a step with each, and saves and validates when the config says so.
+    """Takes batches in order, does a step with each, and saves, validates and evaluates when the config says so.
 
-    What is due after a step is done before the next one begins: first the save, then the validation. A start that
-    resumes where a kill came between the two validates first.
+    What is due after a step is done before the next one begins: first the save, then the validation, then the
+    evaluations. A start that resumes where a kill came in between does first what is left of it.
     """
 
     config: Config
     mesh: jax.sharding.Mesh
     data: TrainData  # at batch `start`
     validation: ValidationData
+    evaluations: Evaluations
     checkpoints: Checkpoints
     guard: Guard
     progress: TrainMonitor
     interrupts: Interrupts
     state: TrainState  # after `start` steps; its arrays are donated
     start: int  # steps done
-    is_validated: bool  # whether the validation loss after `start` steps is known
+    validation_loss: float | None  # after `start` steps; None: not known
 
     def __post_init__(self):
         self._training = self.config.training
@@ -79,11 +81,14 @@ class TrainLoop:
         done, training, progress = self._done, self._training, self.progress
         if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
             self._save()
-        loss, is_due = None, done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
-        if is_due and not self.is_validated:
-            loss = self._validate()
-        if done == training.num_steps and loss is not None:
-            return TrainResult(done, True, loss)
+        is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
+        if is_due and self.validation_loss is None:
+            self.validation_loss = self._validate()
+        if self.evaluations.due(done):
+            progress.settle()
+            self.evaluations.run(self.state.params, done, progress, self.interrupts)
+        if done == training.num_steps and self.validation_loss is not None and not self.evaluations.due(done):
+            return TrainResult(done, True, self.validation_loss)
         if agreed(self.interrupts, done, training.log_every_steps):
             if done > self._saved:
                 self._save()
@@ -101,7 +106,7 @@ class TrainLoop:
                 self.guard.max_loss(done + 1),
             )
         self.interrupts.note()  # there is a step to save
-        self._done, self.is_validated = done + 1, False
+        self._done, self.validation_loss = done + 1, None
         progress.step(done + 1, metrics)
         return None
 

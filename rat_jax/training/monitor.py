@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import tqdm
@@ -137,6 +137,12 @@ class TrainMonitor:
                 {"validation_loss": loss, "validation_perplexity": perplexity, "validation_fraction": fraction},
             )
             self._log.plot()
+
+    def evaluation(self, done: int, message: str, figures: Mapping[str, float]) -> None:
+        """Shows and records what an evaluation found, under names that no other figure has."""
+        say(message)
+        if self._log is not None:
+            self._log.write(done, figures)
 
     @contextlib.contextmanager
     def calling(self, program: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
-from rat_jax.checkpoints.run_log import read_log
+from rat_jax.checkpoints.run_log import Record, read_log
 from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
 from rat_jax.checkpoints.workdir import (
     CheckpointError,
@@ -30,6 +30,7 @@ from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, make_mesh
+from rat_jax.training.evaluations import Evaluations, Evaluator, make_evaluators, names_in_log
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.loop import TrainLoop, TrainResult, kept
 from rat_jax.training.metrics import MetricLog, check_wandb
@@ -81,12 +82,14 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     validation = ValidationData(
         config.data, vocab_size=config.model.vocab_size, max_batches=config.training.validation_batches
     )
+    evaluators = make_evaluators(config, corpus, mesh, workdir)
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
         corpus.verify(max_bytes=WHOLE_BYTES, say=say)
         with jax.set_mesh(mesh):
-            return _Run(config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin).finish(interrupts)
+            run = _Run(config, workdir, owner, checkpoints, corpus, mesh, data, validation, evaluators, origin)
+            return run.finish(interrupts)
     finally:
         data.close()
 
@@ -94,7 +97,7 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 class _Run:
     """A run whose settings were found to fit."""
 
-    def __init__(self, config, workdir, owner, checkpoints, corpus, mesh, data, validation, origin):
+    def __init__(self, config, workdir, owner, checkpoints, corpus, mesh, data, validation, evaluators, origin):
         self.config: Config = config
         self.workdir: Workdir = workdir
         self.owner: Owner | None = owner  # None on hosts other than the first
@@ -103,6 +106,7 @@ class _Run:
         self.mesh: jax.sharding.Mesh = mesh
         self.data: TrainData = data
         self.validation: ValidationData = validation
+        self.evaluators: Sequence[Evaluator] = evaluators
         self.origin: Origin | None = origin
         self.guard = Guard(config.training, self._note_bad_batch)
 
@@ -125,8 +129,10 @@ class _Run:
     def _finish(self, interrupts: Interrupts) -> TrainResult:
         state, start, note = self._restore()
         num_steps = self.config.training.num_steps
-        loss = _validation_loss(self.workdir, num_steps)
-        if start >= num_steps and loss is not None:
+        records = _records(self.workdir, start)
+        loss = _validation_loss(records)
+        evaluations = Evaluations(self.config, self.evaluators, start, names_in_log(records))
+        if start >= num_steps and loss is not None and not evaluations.due(start):
             say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
             return TrainResult(num_steps, True, loss)
@@ -144,13 +150,14 @@ class _Run:
                     mesh=self.mesh,
                     data=self.data,
                     validation=self.validation,
+                    evaluations=evaluations,
                     checkpoints=self.checkpoints,
                     guard=self.guard,
                     progress=progress,
                     interrupts=interrupts,
                     state=state,
                     start=start,
-                    is_validated=_validation_loss(self.workdir, start) is not None,
+                    validation_loss=loss,
                 )
                 result = loop.run()
         except RunStopped:
@@ -243,21 +250,19 @@ def _check_fits(newest: Manifest, config: Config, workdir: Workdir) -> None:
         check_same_run(newest.config, config, workdir.path)
 
 
-def _validation_loss(workdir: Workdir, step: int) -> float | None:
-    """What the log says of a step. Losses without `validation_fraction` are of other tokens, to be measured again.
+def _records(workdir: Workdir, step: int) -> list[Record]:
+    """What the log says of a step. All hosts must call this together."""
+    return on_first_host(lambda: [record for record in read_log(workdir.log_file) if record["step"] == step])
 
-    All hosts must call this together.
-    """
 
-    def look() -> float | None:
-        losses = [
-            record["validation_loss"]
-            for record in read_log(workdir.log_file)
-            if record["step"] == step and "validation_fraction" in record and "validation_loss" in record
-        ]
-        return losses[-1] if losses else None
-
-    return on_first_host(look)
+def _validation_loss(records: Sequence[Record]) -> float | None:
+    """The last one. Losses without `validation_fraction` are of other tokens, to be measured again."""
+    losses = [
+        record["validation_loss"]
+        for record in records
+        if "validation_fraction" in record and "validation_loss" in record
+    ]
+    return losses[-1] if losses else None
 
 
 def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:

@@ -386,4 +386,5 @@ def _versions() -> dict[str, str]:
         "jax": jax.__version__,
         "flax": flax.__version__,
         "orbax-checkpoint": ORBAX_VERSION,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

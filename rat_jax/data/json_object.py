@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -94,7 +94,7 @@ def _fits(value: Any, hint: Any) -> bool:
         case origin if origin is not None:
             return isinstance(value, origin)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which no NaN is, and no huge int
     return type(value) is hint  # a bool is no int
 
 

@@ -44,11 +44,14 @@ def wheel(tmp_path_factory):
     return file
 
 
-def test_the_wheel_holds_every_module(wheel):
+def test_the_wheel_holds_every_module_and_template(wheel):
     with zipfile.ZipFile(wheel) as file:
         packed = {name for name in file.namelist() if name.endswith(".py")}
+        templates = {name for name in file.namelist() if "/templates/" in name}
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert packed == modules
+    folder = ROOT / "rat_jax" / "report" / "templates"
+    assert templates == {str(path.relative_to(ROOT)) for path in folder.iterdir()} != set()
 
 
 def test_the_wheel_requires_what_requirements_txt_lists(wheel):

@@ -21,6 +21,12 @@ def short(value: float | None) -> str:
     return ABSENT if value is None else _in_units(value, 1000, ("", "k", "M", "B", "T"))
 
 
+def axis(value: float) -> str:
+    """A place on an axis: 50, 2,500, 50 k, 1.25 M."""
+    value, unit = _scaled(value, 1000, ("", "k", "M", "B", "T")) if abs(value) >= 10_000 else (value, "")
+    return f"{value:,.5g} {unit}".strip()
+
+
 def num_bytes(value: float | None) -> str:
     """In bytes, KiB, MiB, GiB or TiB, to three digits."""
     return ABSENT if value is None else _in_units(value, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))
@@ -43,10 +49,14 @@ def plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> tuple[float, str]:
     place = 0
     while abs(value) >= base and place < len(units) - 1:
         value, place = value / base, place + 1
-    digits = 0 if place == 0 and value == round(value) else max(0, 3 - len(str(int(abs(value)))))
-    text = f"{value:,.{digits}f}"
-    return f"{text} {units[place]}".strip()
+    return value, units[place]
+
+
+def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
+    scaled, unit = _scaled(value, base, units)
+    digits = 0 if scaled == round(scaled) else max(0, 3 - len(str(int(abs(scaled)))))
+    return f"{scaled:,.{digits}f} {unit}".strip()

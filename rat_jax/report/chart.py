@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from rat_jax.report.amounts import short
+from rat_jax.report import amounts
 
-WIDTH, HEIGHT = 440, 290  # of the view box; a phone shows about as many pixels
+WIDTH, HEIGHT = 400, 280  # of the view box; a phone shows about as many pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 10, 42
 _MAX_POINTS = 400  # of a drawn curve
 _MAX_MARKERS = 40
-_NUM_TICKS = 5
+_NUM_TICKS = 6
 
 # Around a point; a run keeps its own, so that colour is not all that tells curves apart.
 _MARKERS = (
@@ -54,7 +54,7 @@ class Chart:
         parts = []
         for curve in self.curves:
             (x0, y0), (x1, y1) = curve.points[0], curve.points[-1]
-            parts.append(f"{curve.label}: {y0:.4g} at {short(x0)}, {y1:.4g} at {short(x1)}")
+            parts.append(f"{curve.label}: {y0:.4g} at {amounts.axis(x0)}, {y1:.4g} at {amounts.axis(x1)}")
         return "; ".join(parts)
 
 
@@ -110,7 +110,7 @@ def draw(chart: Chart) -> Drawing:
         return drawing.bottom - share * (drawing.bottom - drawing.top)
 
     x_ticks = _powers_of_two(x_low, x_high) if chart.log_x else _round_numbers(x_low, x_high)
-    drawing.x_ticks.extend(Tick(x_place(x), f"{x:,.0f}" if x < 10_000 and x == round(x) else short(x)) for x in x_ticks)
+    drawing.x_ticks.extend(Tick(x_place(x), amounts.axis(x)) for x in x_ticks)
     y_ticks = _round_numbers(y_low, y_high)
     digits = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]))) if len(y_ticks) > 1 else 2
     drawing.y_ticks.extend(Tick(y_place(y), f"{y:,.{digits}f}" if abs(y) < 1e6 else f"{y:.3g}") for y in y_ticks)

@@ -1,7 +1,6 @@
 """What a model costs by its config alone: parameters, operations, and the cache of a row."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -12,6 +11,7 @@ from rat_jax.flops import flops_per_token
 from rat_jax.memory import tree_bytes
 
 
+@functools.lru_cache(maxsize=64)
 def num_parameters(config: ModelConfig) -> int:
     """Numbers in all parameters of a model."""
     return sum(x.size for x in jax.tree.leaves(abstract_model(config)[1]))
@@ -22,7 +22,8 @@ def training_flops(config: Config) -> float:
     return flops_per_token(config.model, num_parameters(config.model), config.data.seq_len)
 
 
-def cache_bytes(config: ModelConfig, lengths: Sequence[int]) -> list[int]:
+@functools.lru_cache(maxsize=64)
+def cache_bytes(config: ModelConfig, lengths: tuple[int, ...]) -> list[int]:
     """Bytes of the cache of one row of so many tokens, for each length: what the mixers' own caches take."""
     graphdef, params = abstract_model(config)
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import jinja2
 
-import rat_jax
 from rat_jax.report import chart, curves, run_tables, score_tables
 from rat_jax.report.run import Run
 from rat_jax.report.table import Table
 
 GENERATOR = "rat_jax.report"
-# HTML has no place for most control characters, and those that turn the direction of text can make it say another thing.
+TEMPLATES = pathlib.Path(__file__).with_name("templates")
+# HTML has no place for most control characters, and those of directions can make a text seem another.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -34,7 +34,7 @@ class Section:
 def render(runs: Sequence[Run]) -> bytes:
     """The page about one run or several, in UTF-8; the same runs give the same bytes."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -44,7 +44,7 @@ def render(runs: Sequence[Run]) -> bytes:
     names = ", ".join(run.label for run in runs)
     html = environment.get_template("page.html").render(
         title=f"Run {names}" if len(runs) == 1 else f"{len(runs)} runs: {names}",
-        generator=f"{GENERATOR} {rat_jax.__version__}",
+        generator=GENERATOR,
         runs=runs,
         sections=sections(runs),
         marker=chart.marker,

@@ -114,14 +114,14 @@ def read_runs(paths: Sequence[pathlib.Path]) -> list[Run]:
     return [_read_run(path, label) for path, label in zip(paths, labels(places), strict=True)]
 
 
-def labels(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The folders' names, with as much of the path before each as tells them apart."""
+def labels(paths: Sequence[pathlib.PurePath]) -> list[str]:
+    """The last names of paths, with as much of the path before each as tells them apart."""
     chosen = []
     for path in paths:
         depth = 1
-        while sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
+        while depth < len(path.parts) and sum(other.parts[-depth:] == path.parts[-depth:] for other in paths) > 1:
             depth += 1
-        chosen.append("/".join(path.parts[-depth:]))
+        chosen.append(str(pathlib.PurePath(*path.parts[-depth:])))
     return chosen
 
 

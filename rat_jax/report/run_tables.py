@@ -1,5 +1,6 @@
 """Figures of the runs side by side: how far they are, losses, speed, caches, and where their configs differ."""
 
+import pathlib
 import statistics
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ from rat_jax.data.pipeline import describe_coverage
 from rat_jax.report import amounts
 from rat_jax.report.costs import cache_bytes, num_parameters, training_flops
 from rat_jax.report.curves import newest_losses, several_tokenizers
-from rat_jax.report.run import Run
-from rat_jax.report.table import Cell, Head, Row, Table, texts
+from rat_jax.report.measurements import MeasuredLoss
+from rat_jax.report.run import Run, labels
+from rat_jax.report.table import Cell, Head, Row, Table, texts, without_empty_columns
 
 _CACHE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 _NOT_SET = amounts.ABSENT
@@ -18,12 +20,22 @@ _NOT_SET = amounts.ABSENT
 
 def overview(runs: Sequence[Run]) -> Table:
     """What each run is and how far it has come."""
-    columns = ("run", "state", "mixers", "parameters", "tokens read", "tokenizer", "validation loss", "measured on")
+    columns = (
+        Head("run"),
+        Head("state", is_text=True),
+        Head("mixers", is_text=True),
+        Head("parameters"),
+        Head("tokens read"),
+        Head("tokenizer", is_text=True),
+        Head("validation loss"),
+        Head("at step"),
+        Head("measured on", is_text=True),
+    )
     rows = []
     for index, run in enumerate(runs):
         validation = run.figures("validation_loss")
         fraction = run.figures("validation_fraction")
-        loss = f"{validation[-1][1]:.4f} at step {validation[-1][0]:,}" if validation else amounts.ABSENT
+        step, loss = validation[-1] if validation else (None, None)
         model = None if run.config is None else run.config.model
         cells = texts(
             run.state,
@@ -31,12 +43,13 @@ def overview(runs: Sequence[Run]) -> Table:
             amounts.count(None if model is None else num_parameters(model)),
             amounts.count(run.num_tokens),
             run.tokenizer_name,
-            loss,
+            amounts.fixed(loss),
+            amounts.count(step),
             describe_coverage(fraction[-1][1]) if validation and fraction else amounts.ABSENT,
         )
         rows.append(Row(Head(run.label, index, str(run.path)), cells))
-    caption = "The runs. Validation losses are the log's last ones, in nats a token."
-    return Table(caption, tuple(map(Head, columns)), tuple(rows))
+    notes = ("Validation losses are the log's last ones, in nats a token.",)
+    return without_empty_columns(Table("How far each run is", columns, tuple(rows), notes))
 
 
 def losses(runs: Sequence[Run]) -> Table | None:
@@ -45,6 +58,9 @@ def losses(runs: Sequence[Run]) -> Table | None:
     measured = [(index, run, loss) for index, run in enumerate(runs) for loss in newest_losses(run)]
     if not measured:
         return None
+    data = list(dict.fromkeys(loss.data_hash for _, _, loss in measured))
+    measured.sort(key=lambda member: (data.index(member[2].data_hash), member[2].figures.context_length, member[0]))
+    names = _data_names([loss for _, _, loss in measured])
     rows = []
     for index, run, loss in measured:
         figures = loss.figures
@@ -58,13 +74,28 @@ def losses(runs: Sequence[Run]) -> Table | None:
             amounts.fixed(figures.nats_per_byte),
             amounts.count(figures.num_bytes),
         )
-        detail = f"{loss.data_path}: {describe_coverage(figures.split_fraction)}"
+        detail = f"{names[loss.data_path, loss.data_hash]}: {describe_coverage(figures.split_fraction)}"
         rows.append(Row(Head(run.label, index, detail), cells))
-    caption = (
-        "Losses of checkpoints on validation splits, by run and context length, of the newest step measured. Tokens are "
-        "those that were predicted; bytes are those of their text, where it is the whole split."
+    notes = (
+        "Of the newest step that was measured. Tokens are those that were predicted; bytes are those of their text, "
+        "known where it is the whole split.",
+        *_comparability(runs, measured),
     )
-    return Table(caption, tuple(map(Head, columns)), tuple(rows), _comparability(runs, measured))
+    table = Table("Losses of checkpoints on validation splits", tuple(map(Head, columns)), tuple(rows), notes)
+    return without_empty_columns(table)
+
+
+def _data_names(losses: Sequence[MeasuredLoss]) -> dict[tuple[str, str], str]:
+    """Short names of data by path and hash; data that changed since it was measured has two."""
+    hashes: dict[str, set[str]] = {}
+    for loss in losses:
+        hashes.setdefault(loss.data_path, set()).add(loss.data_hash)
+    short = dict(zip(hashes, labels([pathlib.PurePath(path) for path in hashes]), strict=True))
+    return {
+        (path, data_hash): short[path] + (f" ({data_hash[:8]})" if len(hashes[path]) > 1 else "")
+        for path in hashes
+        for data_hash in hashes[path]
+    }
 
 
 def _comparability(runs: Sequence[Run], measured: Sequence[tuple]) -> tuple[str, ...]:
@@ -80,7 +111,7 @@ def _comparability(runs: Sequence[Run], measured: Sequence[tuple]) -> tuple[str,
         notes.append("The losses are of different parts of the split: compare rows of the same part alone.")
     older = sum(len(run.measurements.losses) - len(newest_losses(run)) for run in runs)
     if older:
-        notes.append(f"{older} evaluations of earlier steps are left out.")
+        notes.append(f"Evaluations of earlier steps that are left out: {older}.")
     return tuple(notes)
 
 
@@ -92,11 +123,11 @@ def speed(runs: Sequence[Run]) -> Table | None:
         speeds, used = run.figures("tokens_per_sec"), run.figures("mfu")
         if not speeds:
             continue
-        values = sorted(value for _, value in speeds)
-        low, high = values[round(0.1 * (len(values) - 1))], values[round(0.9 * (len(values) - 1))]
+        values = [value for _, value in speeds]
+        deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
         cells = texts(
             f"{statistics.median(values):,.0f}",
-            f"{low:,.0f} to {high:,.0f}",
+            f"{deciles[0]:,.0f} to {deciles[-1]:,.0f}",
             amounts.percent(statistics.median(value for _, value in used) if used else None),
             run.devices or "not recorded",
             amounts.count(run.tokens_per_step),
@@ -104,11 +135,14 @@ def speed(runs: Sequence[Run]) -> Table | None:
             amounts.count(len(values)),
         )
         rows.append(Row(Head(run.label, index), cells))
-    caption = (
-        "Speed of training, over all devices: medians of the log's records. MFU is there where the device's peak is "
-        "known; devices are those of the newest checkpoint."
+    if not rows:
+        return None
+    notes = (
+        "Medians of the log's records. MFU is there where the device's peak is known; devices are those of the newest "
+        "checkpoint.",
     )
-    return Table(caption, tuple(map(Head, columns)), tuple(rows)) if rows else None
+    table = Table("Speed of training, over all devices", tuple(map(Head, columns)), tuple(rows), notes)
+    return without_empty_columns(table)
 
 
 def caches(runs: Sequence[Run]) -> Table | None:
@@ -126,7 +160,7 @@ def caches(runs: Sequence[Run]) -> Table | None:
         taken = [size[place] for size in sizes]
         cells = (f"{total / length:,.1f} ({amounts.num_bytes(total)})" for total in taken)
         rows.append(Row(Head(f"{length:,}"), texts(*cells)))
-    caption = "Cache of a row at several context lengths: bytes a token, and all of it in parentheses."
+    caption = "Cache of a row: bytes a token, and all of it in parentheses"
     return Table(caption, tuple(columns), tuple(rows))
 
 
@@ -140,8 +174,8 @@ def configs(runs: Sequence[Run]) -> Table:
     }
     shown = [name for name in names if len(members) == 1 or len(set(texts_of[name])) > 1]
     rows = tuple(Row(Head(name), tuple(map(Cell, texts_of[name]))) for name in shown)
-    columns = (Head("field"), *(Head(run.label, index) for index, run in members))
+    columns = (Head("field"), *(Head(run.label, index, is_text=True) for index, run in members))
     if len(members) == 1:
-        return Table("The config.", columns, rows)
+        return Table("The config", columns, rows)
     same = len(names) - len(shown)
-    return Table(f"Config fields that differ between the runs; {same} are the same.", columns, rows)
+    return Table(f"Config fields that differ between the runs; {same} are the same", columns, rows)

@@ -56,9 +56,10 @@ def _table(title: str, runs: Sequence[Run]) -> Table:
         notes.insert(0, "After ± is the standard error.")
     same = {name: text for name, text in columns[0].settings.items() if name not in differing}
     settings = "; ".join(f"{name} {text}" for name, text in same.items())
-    caption = f"{title}. Settings: {settings}." if settings else f"{title}."
+    if settings:
+        notes.insert(0, f"Settings: {settings}.")
     heads = (Head("task"), *(Head(column.label, column.run, f"step {column.step:,}") for column in columns))
-    return Table(caption, heads, tuple(rows), tuple(notes))
+    return Table(title, heads, tuple(rows), tuple(notes))
 
 
 def _columns(title: str, runs: Sequence[Run]) -> tuple[list[_Column], list[str]]:

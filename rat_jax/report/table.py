@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from rat_jax.report.amounts import ABSENT
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -11,6 +13,7 @@ class Head:
     text: str
     run: int | None = None  # whose colour stands before it
     detail: str = ""  # in smaller letters
+    is_text: bool = False  # of a column: its cells are words, not figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Table:
         for row in self.rows:
             if len(row.cells) != len(self.columns) - 1:
                 raise ValueError(f"row {row.head.text!r} has {len(row.cells)} cells under {len(self.columns)} columns")
+
+
+def without_empty_columns(table: Table) -> Table:
+    """Leaves out columns that have nothing in any row."""
+    kept = [
+        place for place in range(len(table.columns) - 1) if any(row.cells[place].text != ABSENT for row in table.rows)
+    ]
+    columns = (table.columns[0], *(table.columns[place + 1] for place in kept))
+    rows = (dataclasses.replace(row, cells=tuple(row.cells[place] for place in kept)) for row in table.rows)
+    return dataclasses.replace(table, columns=columns, rows=tuple(rows))
 
 
 def texts(*values: str) -> tuple[Cell, ...]:

@@ -47,6 +47,7 @@ class Chart:
     curves: tuple[Curve, ...]
     log_x: bool = False
     cut: bool = False  # the y axis ends where the curves are after a tenth of the x axis
+    mark: float | None = None  # on the x axis, a dashed line
 
     @property
     def summary(self) -> str:
@@ -82,6 +83,7 @@ class Drawing:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    mark: float | None
     left: float = _LEFT
     right: float = WIDTH - _RIGHT
     top: float = _TOP
@@ -100,10 +102,12 @@ def draw(chart: Chart) -> Drawing:
     to_axis = math.log2 if chart.log_x else float
     x_low, x_high = _range([to_axis(x) for x, _ in points], 0.0)
     y_low, y_high = _range(_heights(chart, points), 0.05)
-    drawing = Drawing(chart, [], [], [])
 
     def x_place(x: float) -> float:
-        return drawing.left + (to_axis(x) - x_low) / (x_high - x_low) * (drawing.right - drawing.left)
+        return _LEFT + (to_axis(x) - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
+
+    mark = chart.mark if chart.mark is not None and x_low <= to_axis(chart.mark) <= x_high else None
+    drawing = Drawing(chart, [], [], [], mark if mark is None else x_place(mark))
 
     def y_place(y: float) -> float:
         share = min(max((y - y_low) / (y_high - y_low), -2.0), 3.0)  # what is far outside is not seen

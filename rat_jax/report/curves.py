@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rat_jax.data.corpus import Split
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.report.chart import Chart, Curve, Point
-from rat_jax.report.measurements import MeasuredLoss
+from rat_jax.report.measurements import LengthFigures, MeasuredLoss
 from rat_jax.report.run import Run
 
 _NATS, _BITS = "loss, nats a token", "loss, bits a byte"
@@ -86,54 +86,96 @@ def position_charts(runs: Sequence[Run]) -> list[Chart]:
 
     Runs of several tokenizers share one chart of bits a byte by bytes before a token, each with its longest context.
     """
-    newest = [(index, run, loss) for index, run in enumerate(runs) for loss in newest_losses(run)]
+    newest = [_Member(index, run, loss) for index, run in enumerate(runs) for loss in newest_losses(run)]
     if not several_tokenizers(runs):
-        groups: dict[tuple, list[tuple[int, Run, MeasuredLoss]]] = {}
-        for index, run, loss in newest:
-            key = (loss.data_hash, loss.figures.split_fraction, loss.figures.context_length)
-            groups.setdefault(key, []).append((index, run, loss))
-        several_data = len({loss.data_hash for _, _, loss in newest}) > 1
-        return [chart for key in groups if (chart := _position_chart(groups[key], several_data)) is not None]
-    longest: dict[int, tuple[int, Run, MeasuredLoss]] = {}
-    for index, run, loss in newest:
-        if loss.figures.bits_per_byte is not None and loss.figures.loss > 0:
-            before = longest.get(index)
-            if before is None or before[2].figures.context_length < loss.figures.context_length:
-                longest[index] = (index, run, loss)
-    curves = [_in_bytes(*member) for member in longest.values()]
+        several_data = len({member.loss.data_hash for member in newest}) > 1
+        charts = (_position_chart(members, several_data) for members in _grouped(newest))
+        return [chart for chart in charts if chart is not None]
+    longest: dict[int, _Member] = {}
+    for member in newest:
+        figures = member.loss.figures
+        if figures.bits_per_byte is not None and figures.loss > 0:
+            before = longest.get(member.index)
+            if before is None or before.loss.figures.context_length < figures.context_length:
+                longest[member.index] = member
+    curves = [_in_bytes(member) for member in longest.values()]
     curves = [curve for curve in curves if curve.points]
     title = "Loss by position in bytes, longest context of each run"
     return [Chart(title, "bytes of text before a token, about", _BITS, tuple(curves), log_x=True)] if curves else []
 
 
+def length_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Losses by position beyond the training length, a chart for each tokenizer, data, part of them and length."""
+    newest = [_Member(index, run, loss) for index, run in enumerate(runs) for loss in newest_lengths(run)]
+    several_data = len({member.loss.data_hash for member in newest}) > 1
+    charts = (_position_chart(members, several_data, " beyond the training length") for members in _grouped(newest))
+    return [chart for chart in charts if chart is not None]
+
+
 def newest_losses(run: Run) -> list[MeasuredLoss]:
-    """Of each measurement the one of the latest step."""
-    newest: dict[tuple, MeasuredLoss] = {}
-    for loss in sorted(run.measurements.losses, key=lambda loss: loss.step):
-        newest[loss.data_hash, loss.figures.split_fraction, loss.figures.context_length] = loss
+    """Of each measurement of a context length the one of the latest step."""
+    return _newest(run.measurements.losses)
+
+
+def newest_lengths(run: Run) -> list[MeasuredLoss]:
+    """Of each measurement beyond the training length the one of the latest step."""
+    return _newest(run.measurements.lengths)
+
+
+class _Member(NamedTuple):
+    """A loss of a run, of those that share axes."""
+
+    index: int
+    run: Run
+    loss: MeasuredLoss
+
+
+def _newest(losses: Sequence[MeasuredLoss]) -> list[MeasuredLoss]:
+    newest = {_what(loss): loss for loss in sorted(losses, key=lambda loss: loss.step)}
     return sorted(newest.values(), key=lambda loss: (loss.data_path, loss.data_hash, loss.figures.context_length))
 
 
-def _position_chart(members: Sequence[tuple[int, Run, MeasuredLoss]], several_data: bool) -> Chart | None:
+def _what(loss: MeasuredLoss) -> tuple:
+    """What was measured, whatever the model."""
+    figures = loss.figures
+    positions = figures.positions if isinstance(figures, LengthFigures) else ""
+    return loss.data_hash, figures.split_fraction, figures.context_length, positions
+
+
+def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
+    groups: dict[tuple, list[_Member]] = {}
+    for member in members:
+        groups.setdefault((member.run.tokenizer_key, *_what(member.loss)), []).append(member)
+    return list(groups.values())
+
+
+def _position_chart(members: Sequence[_Member], several_data: bool, beyond: str = "") -> Chart | None:
     curves = []
     for index, run, loss in members:
         if points := _points(loss):
             curves.append(Curve(index, f"{run.label}, step {loss.step:,}", points))
-    loss = members[0][2]
-    of = f" of {loss.data_path}" if several_data else ""
+    loss = members[0].loss
+    of = f" of {loss.data_path}, {loss.data_hash[:8]}" if several_data else ""
     title = (
-        f"Loss by position, context {loss.figures.context_length:,}, on "
+        f"Loss by position{beyond}, context {loss.figures.context_length:,}, on "
         f"{describe_coverage(loss.figures.split_fraction)}{of}"
     )
-    return Chart(title, "position in the context, tokens", _NATS, tuple(curves), log_x=True) if curves else None
+    positions, mark = "context", None
+    if isinstance(loss.figures, LengthFigures):
+        positions = loss.figures.positions
+        trained = {member.loss.figures.trained_length for member in members}
+        mark = float(trained.pop()) if len(trained) == 1 else None
+    x_label = f"position in the {positions}, tokens"
+    return Chart(title, x_label, _NATS, tuple(curves), log_x=True, mark=mark) if curves else None
 
 
 def _points(loss: MeasuredLoss) -> list[Point]:
     return [(bucket.middle, bucket.loss) for bucket in loss.buckets if bucket.loss is not None]
 
 
-def _in_bytes(index: int, run: Run, loss: MeasuredLoss) -> Curve:
+def _in_bytes(member: _Member) -> Curve:
     """Both axes by the bytes that a target of the split has on average."""
+    index, run, loss = member
     bytes_per_target = loss.figures.loss / loss.figures.nats_per_byte
     bits_per_nat = loss.figures.bits_per_byte / loss.figures.loss
     points = [(x * bytes_per_target, y * bits_per_nat) for x, y in _points(loss)]

@@ -98,10 +98,11 @@ def _training(runs: Sequence[Run]) -> Section:
 
 
 def _evaluation(runs: Sequence[Run]) -> Section:
-    table, charts = run_tables.losses(runs), curves.position_charts(runs)
+    tables = [table for table in (run_tables.losses(runs), run_tables.lengths(runs)) if table is not None]
+    charts = [*curves.position_charts(runs), *curves.length_charts(runs)]
     without = [run.label for run in runs if not run.measurements.losses]
     notes = (f"No evaluation of {', '.join(without)}: eval.py makes one.",) if without else ()
-    return Section("Perplexity", notes, () if table is None else (table,), tuple(map(chart.draw, charts)))
+    return Section("Perplexity", notes, tuple(tables), tuple(map(chart.draw, charts)))
 
 
 def _scores(runs: Sequence[Run]) -> Section:

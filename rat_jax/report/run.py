@@ -16,7 +16,8 @@ from rat_jax.data.tokenizer import TokenizerInfo, read_info
 from rat_jax.errors import RatJaxError
 from rat_jax.files import FileError
 from rat_jax.paths import PathError, local_path
-from rat_jax.report.measurements import Measurements, read_measurements
+from rat_jax.report.measurements import Measurements
+from rat_jax.report.result_files import read_measurements
 
 _LARGEST_FIGURE = 1e30  # of a log; beyond it no axis has a use
 

@@ -9,13 +9,16 @@ from rat_jax.config import config_to_dict
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.report import amounts
 from rat_jax.report.costs import cache_bytes, num_parameters, training_flops
-from rat_jax.report.curves import newest_losses, several_tokenizers
+from rat_jax.report.curves import newest_lengths, newest_losses, several_tokenizers
 from rat_jax.report.measurements import MeasuredLoss
 from rat_jax.report.run import Run, labels
 from rat_jax.report.table import Cell, Head, Row, Table, texts, without_empty_columns
 
 _CACHE_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 _NOT_SET = amounts.ABSENT
+_TOKENS_DIFFER = (
+    "The runs have different tokenizers: nats a token and perplexities of different tokens cannot be compared."
+)
 
 
 def overview(runs: Sequence[Run]) -> Table:
@@ -85,6 +88,35 @@ def losses(runs: Sequence[Run]) -> Table | None:
     return without_empty_columns(table)
 
 
+def lengths(runs: Sequence[Run]) -> Table | None:
+    """Losses within and beyond the training length; None where there are none."""
+    columns = ("run", "step", "trained on", "context", "tokens", "within, nats", "beyond, nats", "difference")
+    measured = [(index, run, loss) for index, run in enumerate(runs) for loss in newest_lengths(run)]
+    if not measured:
+        return None
+    names = _data_names([loss for _, _, loss in measured])
+    rows = []
+    for index, run, loss in measured:
+        figures = loss.figures
+        within, beyond = figures.loss_within, figures.loss_beyond
+        cells = texts(
+            amounts.count(loss.step),
+            amounts.count(figures.trained_length),
+            amounts.count(figures.context_length),
+            amounts.count(figures.num_targets),
+            amounts.fixed(within),
+            amounts.fixed(beyond),
+            amounts.fixed(None if within is None or beyond is None else beyond - within),
+        )
+        detail = f"{names[loss.data_path, loss.data_hash]}: {describe_coverage(figures.split_fraction)}"
+        rows.append(Row(Head(run.label, index, detail), cells))
+    notes = ["Of the newest step that was measured; the dashed line of a chart is the training length."]
+    if several_tokenizers(runs):
+        notes.append(_TOKENS_DIFFER)
+    caption = "Losses at positions within and beyond the training length"
+    return Table(caption, tuple(map(Head, columns)), tuple(rows), tuple(notes))
+
+
 def _data_names(losses: Sequence[MeasuredLoss]) -> dict[tuple[str, str], str]:
     """Short names of data by path and hash; data that changed since it was measured has two."""
     hashes: dict[str, set[str]] = {}
@@ -101,10 +133,7 @@ def _data_names(losses: Sequence[MeasuredLoss]) -> dict[tuple[str, str], str]:
 def _comparability(runs: Sequence[Run], measured: Sequence[tuple]) -> tuple[str, ...]:
     notes = []
     if several_tokenizers(runs):
-        notes.append(
-            "The runs have different tokenizers: nats a token and perplexities of different tokens cannot be compared. "
-            "Bits a byte can, where the bytes are the same."
-        )
+        notes.append(f"{_TOKENS_DIFFER} Bits a byte can, where the bytes are the same.")
     elif len({loss.data_hash for _, _, loss in measured}) > 1:
         notes.append("The losses are of different data: compare rows of the same data alone.")
     if len({loss.figures.split_fraction for _, _, loss in measured}) > 1:

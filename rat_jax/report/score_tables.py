@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rat_jax.data.json_object import is_digest
 from rat_jax.report import amounts
 from rat_jax.report.measurements import Score
 from rat_jax.report.run import Run
@@ -28,7 +29,7 @@ class _Column:
     run: int
     label: str
     step: int
-    settings: dict[str, str]
+    settings: dict[str, Any]
     scores: dict[_Key, Score]
 
 
@@ -42,20 +43,21 @@ def _table(title: str, runs: Sequence[Run]) -> Table:
     columns, notes = _columns(title, runs)
     differing = _differing([column.settings for column in columns])
     rows = [
-        Row(Head(name), tuple(Cell(column.settings.get(name, amounts.ABSENT)) for column in columns), kind="setting")
+        Row(Head(name), tuple(Cell(_setting(column.settings, name)) for column in columns), kind="setting")
         for name in differing
     ]
     for key in dict.fromkeys(key for column in columns for key in column.scores):
         scores = [column.scores.get(key) for column in columns]
         best = None if differing else best_of(scores)
-        cells = tuple(Cell(_text(score), strong=index == best) for index, score in enumerate(scores))
+        digits = _digits(scores)
+        cells = tuple(Cell(_text(score, digits), strong=index == best) for index, score in enumerate(scores))
         rows.append(Row(Head(key[0], detail=f"{key[1]}{_documents(scores)}"), cells))
     if len(columns) > 1:
         notes.insert(0, "The settings differ: no score is marked as the best." if differing else _ERROR_RULE)
     else:
         notes.insert(0, "After ± is the standard error.")
-    same = {name: text for name, text in columns[0].settings.items() if name not in differing}
-    settings = "; ".join(f"{name} {text}" for name, text in same.items())
+    same = [name for name in columns[0].settings if name not in differing]
+    settings = "; ".join(f"{name} {_setting(columns[0].settings, name, whole=False)}" for name in same)
     if settings:
         notes.insert(0, f"Settings: {settings}.")
     heads = (Head("task"), *(Head(column.label, column.run, f"step {column.step:,}") for column in columns))
@@ -70,9 +72,7 @@ def _columns(title: str, runs: Sequence[Run]) -> tuple[list[_Column], list[str]]
         for file in run.measurements.scores:
             if file.title != title:
                 continue
-            settings = {
-                name: amounts.plain(value) for name, value in file.settings.items() if name not in _NOT_COMPARED
-            }
+            settings = {name: value for name, value in file.settings.items() if name not in _NOT_COMPARED}
             key = (index, file.step, json.dumps(settings, sort_keys=True))
             column = columns.setdefault(key, _Column(index, run.label, file.step, settings, {}))
             column.scores |= {(score.name, score.metric): score for score in file.scores}
@@ -82,7 +82,17 @@ def _columns(title: str, runs: Sequence[Run]) -> tuple[list[_Column], list[str]]
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for values in settings for name in values)
-    return [name for name in names if len({values.get(name) for values in settings}) > 1]
+    return [name for name in names if len({json.dumps(values.get(name), sort_keys=True) for values in settings}) > 1]
+
+
+def _setting(settings: dict[str, Any], name: str, *, whole: bool = True) -> str:
+    """A setting as text, of a group of them the names alone unless the `whole` is wanted."""
+    if name not in settings:
+        return amounts.ABSENT
+    value = settings[name]
+    if isinstance(value, dict) and not whole:
+        return amounts.plain(list(value))
+    return value[:8] if isinstance(value, str) and is_digest(value) else amounts.plain(value)
 
 
 def best_of(scores: Sequence[Score | None]) -> int | None:
@@ -106,15 +116,16 @@ def best_of(scores: Sequence[Score | None]) -> int | None:
     return best
 
 
-def _text(score: Score | None) -> str:
+def _text(score: Score | None, digits: int) -> str:
     if score is None:
         return amounts.ABSENT
-    value = _figure(score.value)
-    return value if score.stderr is None else f"{value} ± {_figure(score.stderr)}"
+    value = amounts.fixed(score.value, digits)
+    return value if score.stderr is None else f"{value} ± {amounts.fixed(score.stderr, digits)}"
 
 
-def _figure(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.6g}"
+def _digits(scores: Sequence[Score | None]) -> int:
+    """After the point: of shares of 1 and small numbers four, of percents and larger numbers two."""
+    return 4 if all(abs(score.value) < 10 for score in scores if score is not None) else 2
 
 
 def _documents(scores: Sequence[Score | None]) -> str:

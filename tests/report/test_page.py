@@ -13,12 +13,16 @@ from rat_jax.report import page, read_runs, render
 from tests.report.workdirs import (
     HARNESS,
     RECORDS,
+    add_answers,
     add_evaluations,
+    add_lengths,
+    add_ruler,
     add_scores,
     add_tasks,
     evaluation,
     make_workdir,
     page_of,
+    ruler_result,
     training,
 )
 
@@ -114,7 +118,7 @@ def test_scores_of_tasks(folder):
         "later acc, 7 documents": {one: "0.2500", two: "–"},
     }
     assert shown.strong == ["0.6500 ± 0.0150"]  # ahead by 0.025, of which the error is 0.018
-    assert shown.cells("RULER") == {"niah, 16 tokens match": {one: "98.0000"}}
+    assert shown.cells("RULER") == {"niah, 16 tokens match": {one: "98.00"}}
     assert "Settings: num_fewshot none; limit 100." in shown.notes
     assert "Settings: seed 0." in shown.notes
     assert "first, step 6: drop failed: no data" in shown.notes
@@ -133,6 +137,68 @@ def test_scores_under_other_settings_are_not_ranked(folder):
     ]
     assert shown.strong == []
     assert "The settings differ: no score is marked as the best." in shown.notes
+
+
+def test_losses_beyond_the_training_length(folder):
+    first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
+    add_lengths(first, 2.0, 2.5)
+    add_lengths(second, 2.25, None)
+    shown = page_of(first, second)
+    split = "mine: the whole validation split"
+    assert shown.tables["Losses at positions within and beyond the training length"] == [
+        ["run", "step", "trained on", "context", "tokens", "within, nats", "beyond, nats", "difference"],
+        [f"first {split}", "6", "16", "64", "1,600", "2.0000", "2.5000", "0.5000"],
+        [f"second {split}", "6", "16", "64", "1,600", "2.2500", "–", "–"],
+    ]
+    title = "Loss by position beyond the training length, context 64, on the whole validation split"
+    # The middle of 1 .. 16, and of 17 .. 64.
+    assert shown.charts == shown.charts | {
+        title: "first, step 6: 2 at 4, 2.5 at 32.985; second, step 6: 2.25 at 4, 2.25 at 4"
+    }
+    assert "position in the row, tokens" in shown.chart_texts[title]
+    assert ("path", "class", "mark") in shown.attributes
+    add_lengths(second, 2.25, 2.75, trained=32)  # two training lengths have no common mark
+    assert ("path", "class", "mark") not in page_of(first, second).attributes
+
+
+def test_scores_of_ruler_and_of_answers(folder):
+    first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
+    add_ruler(
+        first,
+        ruler_result("niah", 32, 60.0, 5.0),
+        ruler_result("vt", 16, 4.0, None),
+        ruler_result("niah", 16, 98.5, 1.5),
+        {"task": "vt", "context_length": 32, "error": "no room"},
+    )
+    add_ruler(second, ruler_result("niah", 32, 80.0, 5.0), context_lengths=[32])
+    add_answers(first, rouge_l=12.5, exact_match=2.5)
+    shown = page_of(first, second)
+    one, two = "first step 6", "second step 6"
+    assert shown.cells("RULER") == {
+        "niah, 16 tokens string_match_all, %, 50 documents": {one: "98.50 ± 1.50", two: "–"},
+        "niah, 32 tokens string_match_all, %, 50 documents": {one: "60.00 ± 5.00", two: "80.00 ± 5.00"},
+        "vt, 16 tokens string_match_all, %, 50 documents": {one: "4.0000", two: "–"},
+    }
+    assert shown.strong == ["80.00 ± 5.00"]
+    assert "Settings: seed 0; num_examples 50." in shown.notes
+    assert "first, step 6: vt, 32 tokens failed: no room" in shown.notes
+    assert shown.cells("Answers to prompts") == {
+        "test.jsonl rouge_l, %, 40 documents": {one: "12.50"},
+        "test.jsonl exact_match, %, 40 documents": {one: "2.5000"},
+    }
+    assert "Settings: data_hash abababab; max_new_tokens 8." in shown.notes
+
+
+def test_settings_in_groups_are_compared_whole_and_shown_short(folder):
+    first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
+    add_tasks(first, {"arc": (0.5, 0.02, 100)}, groups={"csr": {"bos": "empty"}})
+    assert "Settings: num_fewshot none; limit 100; groups csr." in page_of(first).notes
+    add_tasks(second, {"arc": (0.9, 0.02, 100)}, groups={"csr": {"bos": "always"}})
+    rows = page_of(first, second).cells(HARNESS)
+    assert rows["groups"] == {
+        "first step 6": '{"csr": {"bos": "empty"}}',
+        "second step 6": '{"csr": {"bos": "always"}}',
+    }
 
 
 def test_speed_and_caches(folder):
@@ -305,7 +371,11 @@ class TestTokenizers:
     [
         ("{", "is damaged: Expecting"),
         ("[1]", "it holds no JSON object"),
-        ('{"step": 6}', "holds no evaluations, tasks or scores"),
+        ('{"step": 6}', "holds no results that this page shows"),
+        ('{"step": 6, "loss_beyond": 1}', "it has no trained_length"),
+        ('{"step": 6, "results": [{"task": "niah"}]}', "it has no context_length"),
+        ('{"step": 6, "results": [{"task": "niah", "context_length": 9, "scores": {"x": "y"}}]}', "value is 'y'"),
+        ('{"step": 6, "num_prompts": "all", "scores": {"x": 1}}', "num is 'all'"),
         ('{"step": "6", "data_path": "", "data_hash": "", "evaluations": [EVALUATION]}', "step must be a whole number"),
         ('{"step": 6, "evaluations": [{"loss": 1}]}', "it has no context_length"),
         ('{"step": 6, "evaluations": 7}', "evaluations must be a list"),

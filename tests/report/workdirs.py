@@ -97,6 +97,54 @@ def add_scores(path: pathlib.Path, title: str, rows: list[dict[str, Any]], name:
     (path / name).write_text(json.dumps({"step": 6, "measured": measured, "scores": {"title": title, "rows": rows}}))
 
 
+def add_lengths(path: pathlib.Path, within: float, beyond: float | None, *, trained: int = 16, **changes: Any) -> None:
+    """A length_generalization-*.json as eval.py --length_generalization writes it."""
+    figures = {
+        "step": 6,
+        "data_path": "/data/mine",
+        "data_hash": "hash of /data/mine",
+        "trained_length": trained,
+        "context_length": 64,
+        "positions": "row",
+        "split_fraction": 1.0,
+        "chunk_tokens": 16,
+        "num_targets": 1600,
+        "loss": 2.0,
+        "loss_within": within,
+        "loss_beyond": beyond,
+        "loss_by_position": [
+            {"first": 0, "last": 15, "num_targets": 400.0, "loss": within},
+            {"first": 16, "last": 63, "num_targets": 1200.0, "loss": beyond},
+        ],
+    }
+    (path / "length_generalization-6-mine-64-abc.json").write_text(json.dumps(figures | changes))
+
+
+def add_ruler(path: pathlib.Path, *results: dict[str, Any], **measured: Any) -> None:
+    """A ruler-*.json as eval.py --tasks=ruler writes it."""
+    settings = {"tokenizer_hash": path.name, "seed": 0, "context_lengths": [16, 32], "num_examples": 50} | measured
+    (path / "ruler-6-ruler-abc.json").write_text(json.dumps({"step": 6, "measured": settings, "results": results}))
+
+
+def ruler_result(task: str, length: int, value: float, stderr: float | None) -> dict[str, Any]:
+    """One of its results, in percent."""
+    return {
+        "task": task,
+        "context_length": length,
+        "num_examples": 50,
+        "scores": {"string_match_all": value},
+        "standard_errors": {"string_match_all": stderr},
+        "predictions": [{"index": 0, "prediction": "<b>7</b>"}],
+    }
+
+
+def add_answers(path: pathlib.Path, **scores: float) -> None:
+    """An answers-*.json as eval.py --sft writes it."""
+    measured = {"file": "/data/test.jsonl", "data_hash": "ab" * 32, "tokenizer_hash": path.name, "max_new_tokens": 8}
+    values = {"step": 6, "measured": measured, "num_prompts": 40, "num_cut": 1, "scores": scores}
+    (path / "answers-6-test-abc.json").write_text(json.dumps(values))
+
+
 def page_of(*paths: pathlib.Path) -> Page:
     """The page about workdirs."""
     return Page(render(read_runs(list(paths))))

@@ -12,6 +12,7 @@ from tests.report.html_page import Page
 from tests.tiny_run import tiny_config
 
 HARNESS = "Tasks of the lm-evaluation-harness"
+SECTIONS = ["Runs", "Training", "Perplexity", "Tasks", "Speed and memory", "Config"]
 
 
 def training(step: int, loss: float, **more: Any) -> dict[str, Any]:

@@ -43,11 +43,12 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
         charts += _pair(
             runs, range(len(runs)), "", _BITS, lambda run, split, loss: run.bits_per_byte(split, loss), _BYTES
         )
-    for key in dict.fromkeys(run.tokenizer_key for run in runs):
+    names = {run.tokenizer_key: run.tokenizer_name for run in runs}
+    for key, name in names.items():
         members = [index for index, run in enumerate(runs) if run.tokenizer_key == key]
-        of = ""
-        if several_tokenizers(runs):
-            of = f", tokenizer {runs[members[0]].tokenizer_name}"
+        of = f", tokenizer {name}" if len(names) > 1 else ""
+        if list(names.values()).count(name) > 1:
+            of += f", {(key or 'unknown')[:8]}"
         charts += _pair(runs, members, of, _NATS, lambda run, split, loss: loss, _TOKENS)
     return charts
 

@@ -64,8 +64,10 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         _scores(runs),
         _costs(runs),
     ]
-    fields = run_tables.configs(runs)
-    notes = () if fields.rows else ("No field of the configs differs.",)
+    fields, notes = run_tables.configs(runs), ()
+    if not fields.rows:
+        is_read = any(run.config is not None for run in runs)
+        notes = ("No field of the configs differs." if is_read else "No config can be read.",)
     return [*found, Section("Config", notes, (fields,) if fields.rows else ())]
 
 
@@ -92,8 +94,11 @@ def _training(runs: Sequence[Run]) -> Section:
         )
     if without:
         notes.append(f"No losses in the log of {', '.join(without)}.")
-    if curves.several_tokenizers(runs) and (unknown := [run.label for run in runs if run.corpus is None]):
-        notes.append(f"Not in bits a byte, since the corpus is not there: {', '.join(unknown)}.")
+    unknown = [run.label for run in runs if run.bits_per_byte("train", 1.0) is None]
+    if curves.several_tokenizers(runs) and unknown:
+        notes.append(
+            f"Not in bits a byte, since the corpus is not there or its bytes are unknown: {', '.join(unknown)}."
+        )
     return Section("Training", tuple(notes), drawings=tuple(map(chart.draw, charts)))
 
 

@@ -294,6 +294,7 @@ def test_a_config_that_cannot_be_read(folder):
     assert shown.cells(PROGRESS)[f"bad {bad}"]["state"] == "step 6"
     assert shown.tables[CACHES][0] == ["context", "good float32"]
     assert "bad, training: 3 at 1, 2.5 at 6" in shown.charts["Loss by step"]
+    assert "No config can be read." in page_of(bad).notes
 
 
 def test_folders_of_one_name(folder):
@@ -347,7 +348,7 @@ class TestTokenizers:
         begin, end = (f"{loss / math.log(2):.4g}" for loss in (3.0, 2.5))
         losses = f"first, training: {begin} at {128 * 10 / 11:.5g}, {end} at {6 * 128 * 10 / 11:.5g}"
         assert shown.charts["Loss by bytes of text"].startswith(losses)
-        assert "Not in bits a byte, since the corpus is not there: second." in shown.notes
+        assert "Not in bits a byte, since the corpus is not there or its bytes are unknown: second." in shown.notes
         # A target of 2 nats at 1 bit a byte is of 2 / ln 2 bytes; one of 3 nats at 1.5 as well.
         width = 2 / math.log(2)
         positions = shown.charts["Loss by position in bytes, longest context of each run"]
@@ -355,6 +356,12 @@ class TestTokenizers:
             f"first, step 6, context 16 tokens: 1.5 at {2 * width:.5g}, 1 at {math.sqrt(13 * 16) * width:.5g}; "
             f"second, step 6, context 32 tokens: 2 at {2 * width:.5g}, 1.5 at {math.sqrt(13 * 32) * width:.5g}"
         )
+
+    def test_two_of_one_kind_and_size_are_told_apart(self, folder):
+        first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
+        info = Workdir(second).tokenizer / "tokenizer_info.json"
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"hash": "ab" * 32}))
+        assert "Loss by step, tokenizer bytes, 257 ids, abababab" in page_of(first, second).charts
 
     def test_an_unknown_one_may_be_another(self, folder):
         first, second = make_workdir(folder / "first"), make_workdir(folder / "second")

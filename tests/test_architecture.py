@@ -121,6 +121,17 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.shapes",
         "rat_jax.sharding",
     },
+    "rat_jax.report": {
+        "rat_jax.checkpoints",
+        "rat_jax.config",
+        "rat_jax.data",
+        "rat_jax.errors",
+        "rat_jax.files",
+        "rat_jax.flops",
+        "rat_jax.memory",
+        "rat_jax.paths",
+        "rat_jax.program",
+    },
     "rat_jax.training": {
         "rat_jax.checkpoints",
         "rat_jax.config",

@@ -45,14 +45,14 @@ def wheel(tmp_path_factory):
     return file
 
 
-def test_the_wheel_holds_every_module_and_task_file(wheel):
+def test_the_wheel_holds_every_module_task_file_and_template(wheel):
     with zipfile.ZipFile(wheel) as file:
-        packed = {name for name in file.namelist() if name.endswith((".py", ".yaml"))}
+        packed = {name for name in file.namelist() if name.endswith((".py", ".yaml")) or "/templates/" in name}
     files = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
-        for ending in ("*.py", "*.yaml")
-        for path in (ROOT / package).rglob(ending)
+        for pattern in ("*.py", "*.yaml", "templates/*")
+        for path in (ROOT / package).rglob(pattern)
     }
     assert packed == files
 

@@ -39,7 +39,7 @@ class Manifest:
     step: int  # optimizer steps done; where only a model was saved, those it says it was trained for
     config: Config
     data: dict[str, Any] | None  # `TrainData.state` after those steps; None where only a model was saved
-    versions: dict[str, str]
+    versions: dict[str, str]  # of the packages it was written with, and "devices" since there is such an entry
     arrays: dict[str, dict[str, list[Any]]]  # item, name -> [shape, dtype]
     files: dict[str, list[Any]]  # path -> [bytes, SHA-256]
 
@@ -242,6 +242,7 @@ def versions_here() -> dict[str, str]:
         "jax": jax.__version__,
         "flax": flax.__version__,
         "orbax-checkpoint": ORBAX_VERSION,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 

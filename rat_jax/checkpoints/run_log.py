@@ -37,7 +37,7 @@ class RunLog:
           FileError: if the system refuses.
         """
         self._path = path
-        lines = _lines(path)
+        lines = read_lines(path)
         kept = [line for line in lines if line.record is not None and line.record["step"] <= resume_step]
         self.records = [line.record for line in kept]
         self.bad_lines = [line.number for line in lines if line.record is None]
@@ -78,10 +78,11 @@ def read_log(path: pathlib.Path) -> list[Record]:
     Raises:
       FileError: if the system refuses to read it.
     """
-    return [line.record for line in _lines(path) if line.record is not None]
+    return [line.record for line in read_lines(path) if line.record is not None]
 
 
-def _lines(path: pathlib.Path) -> list[Line]:
+def read_lines(path: pathlib.Path) -> list[Line]:
+    """The lines of a log, those that hold no record too; errors as of `read_log`."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -293,7 +293,7 @@ def check_same_model(saved: ModelConfig, current: ModelConfig, path: pathlib.Pat
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> str:
-    there, here = _flatten(saved, ""), _flatten(current, "")
+    there, here = flatten(saved), flatten(current)
     return "; ".join(
         f"config.{name} is {there.get(name, 'not set')!r} there, {here.get(name, 'not set')!r} now"
         for name in {**here, **there}
@@ -301,8 +301,9 @@ def _differences(saved: dict[str, Any], current: dict[str, Any], free: tuple[str
     )
 
 
-def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a nested dict by dotted names."""
     flat = {}
     for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -325,7 +325,9 @@ class TestCheckpoints:
     def test_arrays_have_names_without_indices(self, saved):
         names = Manifest.read(saved / "checkpoints/30").arrays["params"]
         assert names["blocks.00_rnn.mixer.in_proj.kernel"] == [[2, 16, 48], "float32"]
-        assert json.loads((saved / "checkpoints/30/manifest.json").read_text())["versions"]["jax"] == jax.__version__
+        versions = json.loads((saved / "checkpoints/30/manifest.json").read_text())["versions"]
+        assert versions["jax"] == jax.__version__
+        assert versions["devices"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 class TestSaveModel:

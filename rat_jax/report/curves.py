@@ -43,14 +43,24 @@ def loss_charts(runs: Sequence[Run]) -> list[Chart]:
         charts += _pair(
             runs, range(len(runs)), "", _BITS, lambda run, split, loss: run.bits_per_byte(split, loss), _BYTES
         )
-    names = {run.tokenizer_key: run.tokenizer_name for run in runs}
-    for key, name in names.items():
+    for key, of in _of_tokenizers(runs).items():
         members = [index for index, run in enumerate(runs) if run.tokenizer_key == key]
-        of = f", tokenizer {name}" if len(names) > 1 else ""
-        if list(names.values()).count(name) > 1:
-            of += f", {(key or 'unknown')[:8]}"
         charts += _pair(runs, members, of, _NATS, lambda run, split, loss: loss, _TOKENS)
     return charts
+
+
+def _of_tokenizers(runs: Sequence[Run]) -> dict[str | None, str]:
+    """What titles say of each tokenizer: nothing if there is one."""
+    firsts: dict[str | None, Run] = {}
+    for run in runs:
+        firsts.setdefault(run.tokenizer_key, run)
+    if len(firsts) == 1:
+        return dict.fromkeys(firsts, "")
+    names = [run.tokenizer_name for run in firsts.values()]
+    return {
+        key: f", tokenizer {run.tokenizer_name}" + (f", of {run.label}" if names.count(run.tokenizer_name) > 1 else "")
+        for key, run in firsts.items()
+    }
 
 
 def _pair(
@@ -108,8 +118,11 @@ def position_charts(runs: Sequence[Run]) -> list[Chart]:
 def length_charts(runs: Sequence[Run]) -> list[Chart]:
     """Losses by position beyond the training length, a chart for each tokenizer, data, part of them and length."""
     newest = [_Member(index, run, loss) for index, run in enumerate(runs) for loss in newest_lengths(run)]
-    several_data = len({member.loss.data_hash for member in newest}) > 1
-    charts = (_position_chart(members, several_data, " beyond the training length") for members in _grouped(newest))
+    several_data, of = len({member.loss.data_hash for member in newest}) > 1, _of_tokenizers(runs)
+    charts = (
+        _position_chart(members, several_data, " beyond the training length", of[members[0].run.tokenizer_key])
+        for members in _grouped(newest)
+    )
     return [chart for chart in charts if chart is not None]
 
 
@@ -150,7 +163,9 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
     return list(groups.values())
 
 
-def _position_chart(members: Sequence[_Member], several_data: bool, beyond: str = "") -> Chart | None:
+def _position_chart(
+    members: Sequence[_Member], several_data: bool, beyond: str = "", of_tokenizer: str = ""
+) -> Chart | None:
     curves = []
     for index, run, loss in members:
         if points := _points(loss):
@@ -159,7 +174,7 @@ def _position_chart(members: Sequence[_Member], several_data: bool, beyond: str 
     of = f" of {loss.data_path}, {loss.data_hash[:8]}" if several_data else ""
     title = (
         f"Loss by position{beyond}, context {loss.figures.context_length:,}, on "
-        f"{describe_coverage(loss.figures.split_fraction)}{of}"
+        f"{describe_coverage(loss.figures.split_fraction)}{of}{of_tokenizer}"
     )
     positions, mark = "context", None
     if isinstance(loss.figures, LengthFigures):

@@ -1,6 +1,7 @@
 """The page: sections of tables and charts as one file of HTML that needs nothing else."""
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -33,16 +34,9 @@ class Section:
 
 def render(runs: Sequence[Run]) -> bytes:
     """The page about one run or several, in UTF-8; the same runs give the same bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: _UNSHOWABLE.sub("\ufffd", value) if type(value) is str else value,
-    )
     names = ", ".join(run.label for run in runs)
-    html = environment.get_template("page.html").render(
+    template = _environment().get_template("page.html")
+    html = template.render(
         title=f"Run {names}" if len(runs) == 1 else f"{len(runs)} runs: {names}",
         generator=GENERATOR,
         runs=runs,
@@ -53,6 +47,18 @@ def render(runs: Sequence[Run]) -> bytes:
         height=chart.HEIGHT,
     )
     return html.encode("utf-8", "backslashreplace")  # names of files may hold what is no character
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: _UNSHOWABLE.sub("\ufffd", value) if type(value) is str else value,
+    )
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:

@@ -20,7 +20,7 @@ from tests.report.workdirs import (
     ruler_result,
 )
 
-_ROUNDS = 10
+_ROUNDS = 4
 
 
 def make_measured(path):

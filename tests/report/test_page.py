@@ -361,7 +361,7 @@ class TestTokenizers:
         first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
         info = Workdir(second).tokenizer / "tokenizer_info.json"
         info.write_text(json.dumps(json.loads(info.read_text()) | {"hash": "ab" * 32}))
-        assert "Loss by step, tokenizer bytes, 257 ids, abababab" in page_of(first, second).charts
+        assert "Loss by step, tokenizer bytes, 257 ids, of second" in page_of(first, second).charts
 
     def test_an_unknown_one_may_be_another(self, folder):
         first, second = make_workdir(folder / "first"), make_workdir(folder / "second")

@@ -106,7 +106,7 @@ def host_seconds(make_scorer: Callable[[], Scorer], requests: Requests) -> float
     def nothing(graphdef, params, batch):
         shape = batch.targets.shape
         scores = OptionScores if len(shape) == 3 else TokenScores
-        return scores(np.zeros(shape, np.float32), np.zeros(shape, bool))
+        return scores(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool))
 
     scoring.batch_scores = scoring.context_scores = nothing
     try:

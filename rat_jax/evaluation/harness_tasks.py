@@ -218,7 +218,10 @@ def _cut(task: ConfigurableTask, spec: GroupTask, model: HarnessModel) -> int:
     """Cuts a task's documents for a model; returns how many are left out."""
     split = task.config.test_split or task.config.validation_split
     rows = list(task.dataset[split])
-    cut = [spec.cut.apply(row, model.tokens, model.settings.context_length) for row in rows]
+    try:
+        cut = [spec.cut.apply(row, model.tokens, model.settings.context_length) for row in rows]
+    except EvaluationError as error:
+        raise EvaluationError(f"task {spec.name}: {error}") from None
     kept = [row for row in cut if row is not None]
     if not kept:
         raise EvaluationError(f"task {spec.name}: no document has an answer of more than one character")

@@ -89,12 +89,7 @@ CHOICES = {
         "validation",
         [
             {"sentence": "Ann called Eve, as _ was ill.", "option1": "Ann", "option2": "Eve", "answer": "2"},
-            {
-                "sentence": "The cup fell off the box since _ was small.",
-                "option1": "cup",
-                "option2": "box",
-                "answer": "2",
-            },
+            {"sentence": "The cup is on the box: _ is big.", "option1": "cup", "option2": "box", "answer": "2"},
             {"sentence": "Bob beat Tom so _ won it.", "option1": "Bob", "option2": "Tom", "answer": "1"},
         ],
         [

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from flax import nnx
 from lm_eval.api.model import LM
+from lm_eval.tasks.fda.task import FDA
 
 from rat_jax.checkpoints.store import save_model
 from rat_jax.data.tokenizer import ByteTokenizer
@@ -146,19 +147,16 @@ def test_answers(name):
     assert found["num_left_out"] == len(case.rows) - len(case.documents)
 
 
-@pytest.mark.usefixtures("hub")
 def test_what_is_asked_for_stays_where_the_harness_cuts_it_away():
     """The trap of the harness's own fda: a long report whole, of which the model reads the end."""
-    row = {"key": "applicant", "value": "Acme Inc.", "text": f"Sent by Acme Inc. {'Nothing. ' * 400}"}
+    row = {"key": "applicant", "value": "Acme Inc.", "text": f"It was sent to us by Acme Inc. {'Nothing. ' * 400}"}
     (task,) = (task for task in GROUPS["recall"].tasks if task.name == "recall_fda")
     prompt = recall_prompts.fda_prompt(task.cut.apply(row, TOKENIZER, 2048))
     room = 2048 - 48
     assert len(prompt) <= 2048
     assert "Acme" in prompt[-room:]
-    assert prompt.endswith("Nothing. Noth. Applicant:")
-    (of_harness,) = Tasks(["fda"]).load("fda")["tasks"].values()
-    whole = of_harness.doc_to_text(row)
-    assert "Acme" not in whole[-room:]
+    assert prompt.endswith(". Applicant:")
+    assert "Acme" not in FDA.doc_to_text(None, row)[-room:]
 
 
 @pytest.mark.parametrize("num_tokens", [3000, 4030, 4031, 4032, 4033, 9000])
@@ -287,7 +285,7 @@ def test_the_program_on_a_group(workdir, hub, monkeypatch, capsys):
     # The command's own length goes before the group's; a task that fails takes the mean with it.
     assert call_script("eval.py", "--workdir", workdir, "--tasks=recall", "--context_lengths=90", "--json") == 1
     printed = capsys.readouterr()
-    assert "recall_nq: a context length of 90 has no room" in printed.err
+    assert "1 of 6 tasks failed: task recall_nq: a context length of 90 has no room" in printed.err
     values = json.loads(printed.out)
     assert values["measured"]["groups"]["recall"]["context_length"] == 90
     assert values["group_means"] == {"recall": None}

@@ -255,12 +255,12 @@ class TestRefusals:
 
 def test_hosts_go_by_the_log_that_the_first_sees(as_host, finished_run, monkeypatch):
     def look():
-        return run._validation_loss(Workdir(finished_run), NUM_STEPS)
+        return run._records(Workdir(finished_run), NUM_STEPS)
 
-    loss = as_host(0, look)
-    assert isinstance(loss, float) and loss == look()
+    records = as_host(0, look)
+    assert isinstance(run._validation_loss(records), float) and records == look()
     monkeypatch.setattr(run, "read_log", pytest.fail)
-    assert as_host(1, look) == loss
+    assert as_host(1, look) == records
 
 
 def test_bits_per_byte_at_the_end_of_a_run_are_those_of_the_corpus(capsys):

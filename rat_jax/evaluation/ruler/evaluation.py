@@ -167,6 +167,7 @@ def describe(settings: Settings, tokenizer: Tokenizer) -> dict[str, Any]:
         "templates": settings.templates.source,
         "words": settings.words.source,
         "essay": None if settings.essay is None else settings.essay.name,
+        "essay_hash": None if settings.essay is None else settings.essay.hash,
         "answer_tokens": settings.answer_tokens,
         "bos": settings.bos,
     }

@@ -2,6 +2,7 @@
 
 import abc
 import bisect
+import hashlib
 import itertools
 import random
 import re
@@ -83,6 +84,7 @@ class Essay:
         half = len(sentences) // 2
         train, known = sentences[:half], set(map(tuple, sentences[:half]))
         self.name = name
+        self.hash = hashlib.sha256(text.encode()).hexdigest()
         self._splits: dict[Split, list[list[str]]] = {
             "train": train,
             "validation": [sentence for sentence in sentences[half:] if tuple(sentence) not in known],

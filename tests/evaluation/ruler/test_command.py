@@ -1,5 +1,6 @@
 """The command that writes examples."""
 
+import hashlib
 import json
 
 import pytest
@@ -48,6 +49,7 @@ def test_lines_hold_examples_and_their_settings(tmp_path, settings, capsys):
             "templates": "rat_jax (Apache-2.0)",
             "words": "generated",
             "essay": str(essay),
+            "essay_hash": hashlib.sha256(ESSAY.encode()).hexdigest(),
             "bos": False,
         }
     assert [prompt.text for prompt in read_prompts(tmp_path / "out.jsonl")] == [line["prompt"] for line in lines]

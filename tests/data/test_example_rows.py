@@ -117,7 +117,7 @@ def test_training_continues_where_it_was(packed):
             np.testing.assert_array_equal(one, other)
 
 
-def test_neither_hosts_nor_workers_change_the_batches(packed):
+def test_the_number_of_hosts_does_not_change_the_batches(packed):
     whole = next(TrainData(data_config(packed), vocab_size=257, seed=1))
     parts = [
         next(TrainData(data_config(packed), vocab_size=257, seed=1, process_index=i, process_count=2)) for i in range(2)

@@ -230,7 +230,7 @@ _OF_TASKS = [
 _MODES = [
     Mode(None, [_MAX_BATCHES, _CONTEXT_LENGTHS], _losses, several_lengths=True),
     Mode(_LENGTH_GENERALIZATION, [_MAX_BATCHES], _length_generalization),
-    Mode(_TASKS, _OF_RULER, _ruler, several_lengths=True, values=ruler.are_ruler_tasks),
+    Mode(_TASKS, _OF_RULER, _ruler, several_lengths=True, values=ruler.are_ruler_tasks, example="ruler"),
     Mode(_TASKS, _OF_TASKS, _tasks),
     Mode(_SFT, [_CONTEXT_LENGTHS, _LIMIT, _MAX_NEW_TOKENS], _answers),
 ]

@@ -30,6 +30,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def fits(hint: Any, value: Any) -> bool:
     """Whether a value is of the type that an annotation names: a bool is no number, and numbers are finite."""
+    if hint is Any:
+        return True
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(argument, value) for argument in arguments)
@@ -37,6 +39,8 @@ def fits(hint: Any, value: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
         return isinstance(value, (tuple, list)) and all(fits(arguments[0], item) for item in value)
+    if origin is list:
+        return isinstance(value, list) and all(fits(arguments[0], item) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     if hint is float:

@@ -19,6 +19,7 @@ class Mode:
     run: Callable[[Subject], None]
     several_lengths: bool = False  # whether it measures several context lengths in one go
     values: Callable[[Any], bool] = lambda value: True  # of its flag, those that choose it
+    example: str | None = None  # of such a value
 
 
 def chosen_mode(modes: Sequence[Mode]) -> Mode:
@@ -48,14 +49,13 @@ def chosen_mode(modes: Sequence[Mode]) -> Mode:
 
 def _without_effect(flag: FlagHolder, modes: Sequence[Mode], chosen: Mode) -> str:
     """Which flag is too many, or lacking."""
-    owners = [None if mode.flag is None else mode.flag.name for mode in modes if _has(mode, flag)]
-    if chosen.flag is not None and None in owners:
+    owners = [mode for mode in modes if flag.name in {own.name for own in mode.flags}]
+    names = {None if mode.flag is None else mode.flag.name for mode in owners}
+    if chosen.flag is not None and None in names:
         return f"with --{chosen.flag.name}"
-    if chosen.flag is not None and chosen.flag.name in owners:  # for other values of it
+    if chosen.flag is not None and chosen.flag.name in names:  # for other values of it
         value = chosen.flag.value
         return f"with --{chosen.flag.name}={','.join(value) if isinstance(value, list) else value}"
-    return f"without {' or '.join(f'--{name}' for name in dict.fromkeys(owners))}"
-
-
-def _has(mode: Mode, flag: FlagHolder) -> bool:
-    return flag.name in {own.name for own in mode.flags}
+    examples = {mode.flag.name: mode.example for mode in owners}  # the last mode of a flag takes any value
+    shown = [f"--{name}" if example is None else f"--{name}={example}" for name, example in examples.items()]
+    return f"without {' or '.join(shown)}"

@@ -38,7 +38,9 @@ class OutputFile:
             content = path.read_bytes() if exists else b""
         *lines, rest = content.split(b"\n")
         self._kept_bytes: int | None = len(content) - len(rest)  # a line that was cut short is written again
-        self._made_with = [self._read(number, line)[_SAMPLING] for number, line in enumerate(lines)]  # of each line
+        records = [self._read(number, line) for number, line in enumerate(lines)]
+        self._completions = [record[_COMPLETION] for record in records]
+        self._made_with = [record[_SAMPLING] for record in records]
         if rest:
             self._check_cut_line(rest)
         with system_errors(path, "written"):
@@ -49,12 +51,12 @@ class OutputFile:
     @property
     def num_done(self) -> int:
         """Prompts whose lines are there."""
-        return len(self._made_with)
+        return len(self._completions)
 
     @property
     def completions(self) -> list[str]:
         """Those that are there."""
-        return [record[_COMPLETION] for record in self._records]
+        return list(self._completions)
 
     def go_on(self, settings: Mapping[str, Any]) -> None:
         """Says with which settings the next lines are made, as values that JSON can hold.
@@ -90,7 +92,8 @@ class OutputFile:
                 while (record := self._waiting.pop(self.num_done, None)) is not None:
                     file.write(f"{json.dumps(record)}\n".encode())
                     file.flush()
-                    self._made_with.append(self._settings)
+                    self._completions.append(record[_COMPLETION])
+                    self._made_with.append(record[_SAMPLING])
         except FileError as error:
             raise RunStopped(
                 f"{error}; {self.num_done} of {len(self._prompts)} completions are there, and the same command goes on"

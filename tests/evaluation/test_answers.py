@@ -213,8 +213,8 @@ def test_rouge_l():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sft=x", "--tasks=y"], "--tasks has no effect with --sft"),
-        (["--sft=x", "--bos=always"], "--bos has no effect with --sft"),
+        (["--sft=x", "--tasks=y"], "--tasks and --sft are different measurements: give one at a time"),
+        (["--sft=x", "--bos=always"], "--bos has no effect without --tasks"),
         (["--sft=x", "--context_lengths=8,16"], "--sft wants one context length, got 8, 16"),
     ],
 )

@@ -16,7 +16,7 @@ def modes():
     )
     table = [
         Mode(None, [of_loss], print),
-        Mode(first, [of_both, of_special], print, values=lambda value: value == "special"),
+        Mode(first, [of_both, of_special], print, values=lambda value: value == "special", example="special"),
         Mode(first, [of_first, of_both], print),
         Mode(second, [of_both], print),
     ]
@@ -51,7 +51,7 @@ def test_flags_choose(modes, arguments, mode):
         (["--of_first=x"], "--of_first has no effect without --first"),
         (["--of_both=x"], "--of_both has no effect without --first or --second"),
         (["--second=x", "--of_first=x"], "--of_first has no effect without --first"),
-        (["--of_special=x"], "--of_special has no effect without --first"),
+        (["--of_special=x"], "--of_special has no effect without --first=special"),
         (["--first=x", "--of_special=x"], "--of_special has no effect with --first=x"),
         (["--first=special", "--of_first=x"], "--of_first has no effect with --first=special"),
         (["--first=special", "--of_loss=x"], "--of_loss has no effect with --first"),

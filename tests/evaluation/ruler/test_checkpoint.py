@@ -139,12 +139,12 @@ def test_the_script(tmp_path, capsys):
     assert [result["context_length"] for result in values["results"]] == [440, 448]
 
     for flag, message in (
-        ("--num_fewshot=1", "--num_fewshot has no effect with tasks of RULER"),
+        ("--num_fewshot=1", "--num_fewshot has no effect with --tasks=niah_single_1"),
         ("--max_batches=1", "--max_batches has no effect with --tasks"),
         ("--tasks=niah_single_1,arc_easy", "niah_single_1 is of RULER, the other tasks are not"),
-        ("--tasks=arc_easy --ruler_seed=1", "--ruler_seed has no effect without tasks of RULER"),
+        ("--tasks=arc_easy --ruler_seed=1", "--ruler_seed has no effect with --tasks=arc_easy"),
     ):
         assert call_script("eval.py", *arguments, *flag.split()) == 2
         assert message in capsys.readouterr().err
     assert call_script("eval.py", f"--workdir={workdir}", "--ruler_essay=x") == 2
-    assert "--ruler_essay has no effect without tasks of RULER" in capsys.readouterr().err
+    assert "--ruler_essay has no effect without --tasks=ruler" in capsys.readouterr().err

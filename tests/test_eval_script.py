@@ -7,7 +7,7 @@ import math
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoints.store import save_model
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.data.corpus import Corpus
 from rat_jax.evaluation import length_report, perplexity, report
 from rat_jax.model import LanguageModel

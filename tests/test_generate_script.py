@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import rat_jax.checkpoints
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
 from rat_jax.sampling.generation import generate

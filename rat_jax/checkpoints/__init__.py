@@ -13,7 +13,8 @@ weights     a model's weights as safetensors files, for `python -m rat_jax.check
 """
 
 from rat_jax.checkpoints.manifest import Manifest
-from rat_jax.checkpoints.store import Checkpoints, LoadedModel, load_model, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import Checkpoints, LoadedModel, load_model
 from rat_jax.checkpoints.weights import Weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 

@@ -22,9 +22,11 @@ from typing import NamedTuple
 from rat_jax import program
 from rat_jax.checkpoints.folder import aside, step_folders
 from rat_jax.checkpoints.manifest import Manifest
-from rat_jax.checkpoints.store import load_model, require_unused, save_model
+from rat_jax.checkpoints.model_workdir import require_unused, save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.weights import Weights, check_new, is_weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
+from rat_jax.data.chat_template import load_chat_template
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError, system_errors
@@ -46,8 +48,9 @@ def _export(arguments: argparse.Namespace) -> None:
     check_new(folder)
     loaded = load_model(workdir.path, arguments.step, report=_say)
     tokenizer = load_tokenizer(workdir.tokenizer) if workdir.tokenizer.exists() else None
+    template = load_chat_template(workdir.tokenizer)
     try:
-        write_weights(folder, loaded.config, loaded.model, loaded.step, tokenizer, dtype=arguments.dtype)
+        write_weights(folder, loaded.config, loaded.model, loaded.step, tokenizer, template, dtype=arguments.dtype)
     except FileError as error:
         raise RunStopped(f"{error}; nothing is left of {folder}") from None
     hint = "" if tokenizer else "\nthe workdir has no tokenizer, and so the folder has none"
@@ -59,7 +62,7 @@ def _import(arguments: argparse.Namespace) -> None:
     require_unused(Workdir(workdir))
     weights = Weights.open(folder)
     tokenizer = weights.load_tokenizer()
-    save_model(workdir, weights.config, weights.model(), weights.step, tokenizer)
+    save_model(workdir, weights.config, weights.model(), weights.step, tokenizer, weights.load_chat_template())
     hint = "" if tokenizer else "\nthe folder has no tokenizer, and so the workdir has none"
     print(f"{workdir}: {', '.join(weights.config.model.pattern)}, step {weights.step}{hint}")
 

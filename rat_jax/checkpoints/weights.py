@@ -32,6 +32,7 @@ from rat_jax.checkpoints.arrays import description, differences, named
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, config_from_dict, config_to_dict
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template
 from rat_jax.data.new_folder import new_folder
 from rat_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rat_jax.files import ContentError, FileError, explain, read_object, system_errors, write_json
@@ -99,6 +100,10 @@ class Weights:
         """
         return load_tokenizer(self.tokenizer) if self.tokenizer.exists() else None
 
+    def load_chat_template(self) -> ChatTemplate | None:
+        """What makes texts of chats for the model; None if there is none. Errors as of `load_tokenizer`."""
+        return load_chat_template(self.tokenizer)
+
     def verify(self) -> None:
         """Reads all files, one array in memory at a time, and compares their checksums; errors as of `read`."""
         for name in self.files:
@@ -132,6 +137,7 @@ def write_weights(
     model: LanguageModel,
     step: int,
     tokenizer: Tokenizer | None = None,
+    chat_template: ChatTemplate | None = None,
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = SHARD_BYTES,
@@ -144,6 +150,7 @@ def write_weights(
       model: its parameters are float32.
       step: optimizer steps that the model was trained for.
       tokenizer: of the model, if it is known.
+      chat_template: what makes texts of chats, written beside the tokenizer.
       dtype: of the arrays in the files; bfloat16 rounds to the nearest.
       shard_bytes: of the arrays in a file.
 
@@ -169,6 +176,8 @@ def write_weights(
             with system_errors(folder / _TOKENIZER, "made"):
                 (partial / _TOKENIZER).mkdir()
             tokenizer.save(partial / _TOKENIZER)
+            if chat_template is not None:
+                chat_template.save(partial / _TOKENIZER)
 
 
 def check_new(folder: pathlib.Path) -> None:

@@ -75,9 +75,10 @@ def _write(
         )
     lengths = spool.lengths
     members = best_fit(lengths, seq_len) if rows == "packed" else [[index] for index in range(len(lengths))]
-    writer = TokenFileWriter(folder / f"{split}.bin", tokenizer, row_tokens=seq_len)
-    for examples in tqdm.tqdm(spool.read(members), unit="row", desc=f"writing {split}", total=len(members)):
-        writer.append_row(examples)
+    with TokenFileWriter(folder / f"{split}.bin", tokenizer, row_tokens=seq_len) as writer:
+        for examples in tqdm.tqdm(spool.read(members), unit="row", desc=f"writing {split}", total=len(members)):
+            writer.append_row(examples)
+        header = writer.close()
     figures = RowFigures(
         num_rows=len(members),
         num_examples=len(lengths),
@@ -86,7 +87,7 @@ def _write(
         num_cut=spool.num_cut,
         num_left_out=spool.num_left_out,
     )
-    return writer.close(), figures
+    return header, figures
 
 
 def describe(examples: Examples) -> list[str]:

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from rat_jax import program
-from rat_jax.checkpoints.store import load_model, require_unused, save_model
+from rat_jax.checkpoints.model_workdir import require_unused, save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from rat_jax.data.tokenizer_files import read_tokenizer

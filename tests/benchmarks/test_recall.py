@@ -12,7 +12,8 @@ from flax import nnx
 
 from benchmarks import recall
 from configs import recall as recall_config
-from rat_jax.checkpoints.store import LoadedModel, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.config import config_from_dict
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.prepare import Settings, prepare

@@ -15,8 +15,9 @@ from flax import nnx
 from rat_jax.checkpoints import folder as folder_module
 from rat_jax.checkpoints import manifest as manifest_module
 from rat_jax.checkpoints import store as checkpoint
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.owner import owned
-from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model, load_model, save_model
+from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model, load_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.errors import RunStopped

@@ -15,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 from rat_jax.checkpoints import __main__ as command
 from rat_jax.checkpoints import weights as weights_module
 from rat_jax.checkpoints.arrays import named
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.weights import INDEX_FILE, ONE_FILE, Weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template
 from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from rat_jax.files import FileError
 from rat_jax.mixers import MIXERS
@@ -143,7 +145,8 @@ class TestRoundTrip:
         Weights.open(sharded).verify()
 
     def test_a_workdir_and_back(self, model, tmp_path, capsys):
-        save_model(tmp_path / "run", CONFIG, model, 7, ByteTokenizer())
+        template = ChatTemplate("{{ messages[0].content }}")
+        save_model(tmp_path / "run", CONFIG, model, 7, ByteTokenizer(), template)
         for words in (
             ["export", tmp_path / "run", tmp_path / "folder"],
             ["import", tmp_path / "folder", tmp_path / "new"],
@@ -157,6 +160,7 @@ class TestRoundTrip:
         assert (loaded.config, loaded.step) == (load_model(tmp_path / "run").config, 7)
         assert_equal(arrays(loaded.model), arrays(model))
         assert load_tokenizer(tmp_path / "new/tokenizer").hash == ByteTokenizer().hash
+        assert load_chat_template(tmp_path / "new/tokenizer") == template
         said = capsys.readouterr().out.splitlines()[-4:]
         for line, name, holds, state in zip(
             said,

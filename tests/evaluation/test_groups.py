@@ -10,7 +10,7 @@ from flax import nnx
 from lm_eval.api.model import LM
 from lm_eval.tasks.fda.task import FDA
 
-from rat_jax.checkpoints.store import save_model
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.evaluation import EvaluationError, harness_tasks
 from rat_jax.evaluation.groups import GROUPS

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from lm_eval.api.instance import Instance
 
-from rat_jax.checkpoints.store import save_model
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
 from rat_jax.evaluation import EvaluationError, harness_tasks
 from rat_jax.evaluation.harness import HarnessModel

@@ -10,8 +10,9 @@ from flax import nnx
 
 from rat_jax.checkpoints.arrays import named, restore_arrays
 from rat_jax.checkpoints.manifest import Manifest
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.run_log import read_log
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.weights import write_weights
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.data import DataError

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.training import TrainResult, loop, train
 from tests.stopped_run import Killed, assert_same_run, figures, kill, stop_at, tree

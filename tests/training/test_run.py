@@ -11,9 +11,10 @@ import types
 import pytest
 
 from rat_jax.checkpoints.manifest import Manifest
+from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.owner import owned
 from rat_jax.checkpoints.run_log import RunLog, read_log
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import ConfigError
 from rat_jax.data import DataError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoints.store import load_model, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import MeshConfig
 from rat_jax.data import DataError

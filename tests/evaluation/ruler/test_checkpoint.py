@@ -5,7 +5,8 @@ import json
 import pytest
 from flax import nnx
 
-from rat_jax.checkpoints.store import LoadedModel, save_model
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import EvaluationError

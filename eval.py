@@ -238,6 +238,8 @@ _MODES = [
 
 def main() -> None:
     mode = chosen_mode(_MODES)
+    if _BATCH_TOKENS.value < 1:
+        raise EvaluationError(f"batch_tokens must be 1 or more, got {_BATCH_TOKENS.value}")
     lengths = _context_lengths()
     if len(lengths) > 1 and not mode.several_lengths:
         raise EvaluationError(f"--{mode.flag.name} wants one context length, got {', '.join(map(str, lengths))}")

@@ -6,6 +6,8 @@ The argument is the model's config, and after a comma the data set, one of `rat_
       --source hf:deepmind/narrativeqa:default:train
   python -m rat_jax.data.sft_tasks narrativeqa_summary --out data/sft/narrativeqa_summary/validation.jsonl \
       --source hf:deepmind/narrativeqa:default:validation
+  python -m rat_jax.data.sft_tasks narrativeqa_summary --out data/sft/narrativeqa_summary/test.jsonl \
+      --source hf:deepmind/narrativeqa:default:test
   python -m rat_jax.data.prepare --rows padded --seq_len 4096 --tokenizer runs/rat_1b/tokenizer \
       --source data/sft/narrativeqa_summary/train.jsonl \
       --validation_source data/sft/narrativeqa_summary/validation.jsonl --out data/sft/narrativeqa_summary/4096

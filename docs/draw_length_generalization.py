@@ -23,7 +23,7 @@ def main() -> None:
     paths = [local_path(run, "runs") for run in args.runs]
     runs = [find_results(path) for path in paths]
     print(markdown_table(runs))
-    out = paths[0].resolve().parent / "length_generalization.png" if args.out is None else local_path(args.out, "--out")
+    out = paths[0].resolve().parent / "loss_beyond.png" if args.out is None else local_path(args.out, "--out")
     plot(runs, out)
     print(f"written to {out}", file=sys.stderr)
 

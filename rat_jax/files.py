@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rat_jax.errors import RatJaxError, shown
@@ -104,6 +104,43 @@ def parse_object(content: bytes, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ContentError(f"{name} is damaged: expected a JSON object, got {shown(values)}")
     return values
+
+
+def write_lines(path: pathlib.Path, lines: Iterable[str]) -> int:
+    """Writes a file of lines one by one, whole or not at all; returns their number.
+
+    Args:
+      path: its folder is made where it is missing.
+      lines: without their ends; errors of making them pass through.
+
+    Raises:
+      FileError: if the system refuses.
+    """
+    partial, count = path.with_name(f"{path.name}.partial"), 0
+    with system_errors(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                for line in lines:
+                    file.write(f"{line}\n")
+                    count += 1
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                partial.unlink(missing_ok=True)
+    return count
+
+
+def check_new_file(path: pathlib.Path) -> None:
+    """Refuses to write over anything, before the work.
+
+    Raises:
+      FileError: if something is there.
+    """
+    if os.path.lexists(path):
+        raise FileError(f"{path} is there already; it is left as it is: remove it, or choose another name")
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:

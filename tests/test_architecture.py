@@ -16,6 +16,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.fields": {"rat_jax.errors"},
     "rat_jax.files": {"rat_jax.errors"},
     "rat_jax.paths": {"rat_jax.errors"},
+    "rat_jax.pictures": {"rat_jax.files"},
     "rat_jax.processes": set(),
     "rat_jax.interrupts": set(),
     "rat_jax.program": {"rat_jax.errors", "rat_jax.files", "rat_jax.interrupts"},
@@ -105,6 +106,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.shapes",
     },
     "rat_jax.evaluation": {
+        "rat_jax.pictures",
         "rat_jax.checkpoints",
         "rat_jax.config",
         "rat_jax.data",
@@ -133,6 +135,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.program",
     },
     "rat_jax.training": {
+        "rat_jax.pictures",
         "rat_jax.checkpoints",
         "rat_jax.config",
         "rat_jax.data",

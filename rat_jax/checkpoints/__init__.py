@@ -9,6 +9,7 @@ owner       the one process that may write in a workdir      manifest  what a ch
 hosts       what the first of several hosts does for all     arrays    a checkpoint's arrays on disk, by Orbax
 workdir     the folder of a run, run.json                    folder    what is in checkpoints/, set aside or removed
 run_log     log.jsonl                                        store     saving, resuming and loading
+model_workdir  a workdir that holds a model alone
 weights     a model's weights as safetensors files, for `python -m rat_jax.checkpoints`
 """
 

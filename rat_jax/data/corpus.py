@@ -3,7 +3,7 @@
 metadata.json                               settings, figures of each split, hashes of the other files
 train.bin  validation.bin                   token files
 tokenizer_info.json, and its model file     the tokenizer
-chat_template.json                          of examples, if they were chats (`rat_jax.data.chat_template`)
+chat_template.json                          of chats, if one is known (`rat_jax.data.chat_template`)
 """
 
 import dataclasses

@@ -72,8 +72,8 @@ class ExampleRows:
         return Batch(tokens, targets, weights, segment_ids if self.segment_documents else None)
 
     def has_target(self, index: int) -> bool:
-        """Whether a target of a row counts in the loss."""
-        return bool(self._is_target(self._read(index)).any())
+        """Whether a target of a row counts in the loss; none of a row past the end does."""
+        return index < self.num_all and bool(self._is_target(self._read(index)).any())
 
     def _is_target(self, row: Row) -> np.ndarray:
         """Of all ids but the first."""

@@ -31,7 +31,7 @@ from rat_jax.data.example_collection import ExampleCollection
 from rat_jax.data.example_corpus import describe, write_examples
 from rat_jax.data.example_figures import ROW_KINDS, Examples, RowKind
 from rat_jax.data.new_folder import new_folder
-from rat_jax.data.prepare_flags import parse_flags
+from rat_jax.data.prepare_flags import DEFAULT_FIELD, parse_flags
 from rat_jax.data.sources import absolute_source, parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
 from rat_jax.data.tokenizer import Tokenizer, train_bpe
@@ -180,6 +180,8 @@ def _check_rows(settings: Settings) -> None:
         raise DataError(f"--rows must be one of {', '.join(ROW_KINDS)}, got {settings.rows!r}")
     if settings.seq_len is None or settings.seq_len < 2:
         raise DataError(f"--rows wants --seq_len, the tokens of a row, 2 or more; got {settings.seq_len}")
+    if settings.field != DEFAULT_FIELD or settings.document_separator is not None:
+        raise DataError("--field and --document_separator are for documents, and have no effect with --rows")
     if settings.is_release:
         raise DataError("--rows wants examples, and release-bin holds ids of documents: leave one of the two out")
 

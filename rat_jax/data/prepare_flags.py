@@ -8,6 +8,8 @@ from rat_jax.data.example_figures import ROW_KINDS
 from rat_jax.data.workers import available_cpus
 from rat_jax.program import ArgumentParser
 
+DEFAULT_FIELD = "text"
+
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 _SOURCES = """\
@@ -24,7 +26,7 @@ sources (--source, --validation_source; one or several values, the flag once or 
 examples to learn answers from (--rows):
   Every record of JSON lines, Parquet or a data set is {"prompt": "...", "answer": "..."}, where the answer may be a
   list of texts, or {"messages": [...]} with the roles user and assistant, of which --chat_template makes a text. Rows
-  of --seq_len tokens hold several examples that do not see each other (packed: the fewest rows, for a run with
+  of --seq_len tokens hold several examples that do not see each other (packed: fewer rows, for a run with
   data.segment_documents) or one (padded). Answers and their ends alone are learned. Too long a prompt loses its middle.
 files:
   .gz, .bz2, .xz and .zst are unpacked. Text is UTF-8, or UTF-16 or UTF-32 with its byte order mark. Links are
@@ -64,7 +66,7 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation_source", **sources, help="validation text of its own")
     parser.add_argument("--validation_fraction", type=float, default=0.05, help="of the documents (default 0.05)")
     parser.add_argument(
-        "--field", default="text", help="key or column that holds the text, as text (default) or meta.text"
+        "--field", default=DEFAULT_FIELD, help="key or column that holds the text, as text (default) or meta.text"
     )
     parser.add_argument(
         "--document_separator",

@@ -6,14 +6,12 @@ Each row becomes {"prompt": "...", "answer": ["..."]}, which `rat_jax.data.prepa
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tqdm
@@ -21,7 +19,7 @@ import tqdm
 from rat_jax.data import DataError
 from rat_jax.data.document import ReadOptions, listed
 from rat_jax.data.sources import Source, parse_source
-from rat_jax.files import system_errors
+from rat_jax.files import check_new_file, write_lines
 from rat_jax.paths import local_path
 from rat_jax.program import ArgumentParser, exit_code
 
@@ -134,15 +132,14 @@ def convert(task_name: str, specs: Sequence[str], out: pathlib.Path, sample: int
         raise DataError(f"--source is missing: {task.where}")
     if sample is not None and sample < 1:
         raise DataError(f"--sample must be 1 or more, got {sample}")
-    if os.path.lexists(out):
-        raise DataError(f"--out {out} is there already; it is left as it is: remove it, or choose another name")
+    check_new_file(out)
     options = ReadOptions(field="text", document_separator=None, invalid_utf8="refuse", read_record=task.example)
     try:
         sources = [parse_source(spec, options) for spec in specs]
         if texts := [spec for spec, source in zip(specs, sources, strict=True) if not source.has_records]:
             raise DataError(f"source {texts[0]} holds text, not rows with columns")
         lines = list(_drawn(_lines(sources), sample)) if sample is not None else _lines(sources)
-        return _write(lines, out)
+        return write_lines(out, _some(lines))
     except DataError as error:
         raise DataError(f"{error}. {task.where}") from None
 
@@ -173,25 +170,14 @@ def _drawn(lines: Iterator[str], count: int) -> list[str]:
     return [line for _, line in sorted(kept)]
 
 
-def _write(lines: Iterator[str] | list[str], out: pathlib.Path) -> int:
-    partial = out.with_name(f"{out.name}.partial")
-    count = 0
-    with system_errors(out, "written"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                for line in lines:
-                    file.write(f"{line}\n")
-                    count += 1
-                file.flush()
-                os.fsync(file.fileno())
-            if count == 0:
-                raise DataError("the sources hold no rows with an answer")
-            os.replace(partial, out)
-        finally:
-            with contextlib.suppress(OSError):  # the first error is the one to report
-                partial.unlink(missing_ok=True)
-    return count
+def _some(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, of which there must be one."""
+    is_empty = True
+    for line in lines:
+        is_empty = False
+        yield line
+    if is_empty:
+        raise DataError("the sources hold no rows with an answer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

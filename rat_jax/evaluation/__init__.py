@@ -5,7 +5,11 @@ report          it as a table and a picture               shared_contexts   of c
 results         files in the workdir, and their names     padding           lengths that rows are padded to
 
 mode            what eval.py measures, by its flags       subject           what it is measured on
-loss_evaluation, task_evaluation                          the measurements themselves
+loss_evaluation, task_evaluation, length_evaluation       the measurements themselves
+answers         greedy answers beside references          ruler/            texts that hide what they ask for
+
+length_generalization                                     the loss beyond the training length, in chunks
+length_report   it as a table and a picture
 
 groups          tasks that papers report together         harness           a model as the harness calls it
 document_cut    documents of the recall tasks             harness_tasks     tasks by name: loaded, changed, run

@@ -95,6 +95,8 @@ class Questions:
         source = parse_source(str(path), options)
         if not source.has_records:
             raise EvaluationError(f"{path} holds text: answers are measured on JSON lines with prompt and answer")
+        if limit is not None and limit < 1:
+            raise EvaluationError(f"limit must be 1 or more, got {limit}")
         examples, ids, num_cut = [], [], 0
         for document in source.documents():
             if len(examples) == limit:

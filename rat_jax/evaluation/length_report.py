@@ -7,7 +7,8 @@ from typing import Any
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.evaluation.perplexity import EvaluationError
 from rat_jax.evaluation.results import LENGTHS_PREFIX
-from rat_jax.files import read_object, system_errors
+from rat_jax.files import read_object
+from rat_jax.pictures import write_picture
 
 Results = dict[str, Any]  # of `rat_jax.evaluation.results.lengths_as_json`
 
@@ -123,5 +124,4 @@ def plot(runs: Sequence[Results], path: pathlib.Path) -> None:
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    with system_errors(path, "written"):
-        figure.savefig(path, dpi=120)
+    write_picture(figure, path)

@@ -229,12 +229,19 @@ def check_length(corpus: Corpus, context_length: int) -> None:
     """Refuses a context of which the validation split does not hold one.
 
     Raises:
-      EvaluationError: if it is longer than the split, or has no tokens.
+      EvaluationError: if it is longer than the split, has no tokens, or is not that of a corpus's rows of examples.
     """
     if context_length < 1:
         raise EvaluationError(f"context length must be 1 or more, got {context_length}")
+    if corpus.examples is not None:
+        if context_length != corpus.examples.seq_len:
+            raise EvaluationError(
+                f"{corpus.path} holds rows of {corpus.examples.seq_len} tokens, and cannot be read in sequences of "
+                f"{context_length}: give {corpus.examples.seq_len}, or prepare the data with other rows"
+            )
+        return
     num_tokens = corpus.splits["validation"].num_tokens
-    if corpus.examples is None and context_length >= num_tokens:  # rows of examples have a length of their own
+    if context_length >= num_tokens:
         raise EvaluationError(
             f"context length {context_length:,} is longer than the validation split of {corpus.path}, which has "
             f"{num_tokens:,} tokens: the longest context with a next token is {num_tokens - 1:,}"

@@ -1,12 +1,11 @@
 """Evaluations as a table and as a picture."""
 
-import io
 import pathlib
 from collections.abc import Sequence
 
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.evaluation.perplexity import Evaluation
-from rat_jax.files import write_bytes
+from rat_jax.pictures import write_picture
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
@@ -59,6 +58,4 @@ def plot(evaluations: Sequence[Evaluation], path: pathlib.Path, *, trained_lengt
     axes.set_ylabel("loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:], dpi=120)
-    write_bytes(path, picture.getvalue())
+    write_picture(figure, path)

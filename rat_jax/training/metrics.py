@@ -1,6 +1,5 @@
 """What a run says of itself: figures to files and services, and how well it uses its devices."""
 
-import io
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,8 @@ from rat_jax.checkpoints.owner import Owner
 from rat_jax.checkpoints.run_log import Record, RunLog
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config, ConfigError, config_to_dict
-from rat_jax.files import explain, write_bytes
+from rat_jax.files import explain
+from rat_jax.pictures import write_picture
 from rat_jax.training.tensorboard import EventFile
 
 if TYPE_CHECKING:  # drawn with on demand: it takes a second to import
@@ -133,9 +133,8 @@ class MetricLog:
         )
 
     def _draw(self) -> None:
-        picture = io.BytesIO()
-        loss_figure(self._log.records, title=self._workdir.path.resolve().name).savefig(picture, dpi=120)
-        write_bytes(self._workdir.loss_curve, picture.getvalue())
+        figure = loss_figure(self._log.records, title=self._workdir.path.resolve().name)
+        write_picture(figure, self._workdir.loss_curve)
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
         """Does what a run can do without; the first time that it fails is reported."""

@@ -15,6 +15,7 @@ from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.prepare import main, prepare
 from rat_jax.data.row import ADDED_BYTES
 from rat_jax.data.token_header import HEADER_BYTES
+from rat_jax.evaluation.perplexity import EvaluationError, check_length
 from tests.data.test_chat_template import CHATML, chat
 from tests.tiny_sft import make_examples, settings, write_lines
 
@@ -99,6 +100,18 @@ def test_validation_is_in_order_and_filled_with_padding(padded):
     batches = list(ValidationData(data_config(padded), vocab_size=257))
     assert [len(learned(batch)) for batch in batches] == [4, 1]
     assert all_learned(batches) == texts(VALIDATION)
+
+
+def test_rows_without_a_target_are_refused_in_words(padded):
+    """Five rows in batches of four: the padding behind them has none either."""
+    with pytest.raises(DataError, match="no target"):
+        ValidationData(data_config(padded, first_target_id=EOS + 1), vocab_size=257)
+
+
+def test_rows_are_read_in_sequences_of_their_length(padded):
+    check_length(padded, SEQ_LEN)
+    with pytest.raises(EvaluationError, match="rows of 32 tokens, and cannot be read in sequences of 16: give 32"):
+        check_length(padded, 16)
 
 
 def test_low_ids_can_be_left_out_of_the_loss(padded):
@@ -248,6 +261,8 @@ def test_a_tokenizer_is_trained_on_texts_not_on_their_json(tmp_path):
         ({"source": ("text:t.jsonl",)}, r"t\.jsonl holds text, and --rows wants examples"),
         ({"seq_len": 3}, r"no examples in the train split: all 45 answers .* raise it"),
         ({"validation_source": ()}, "no examples in the .* split at --validation_fraction 1e-09: change the fraction"),
+        ({"field": "body"}, "--field and --document_separator are for documents, and have no effect with --rows"),
+        ({"document_separator": "x"}, "--field and --document_separator are for documents"),
         ({"chat_template": "/no/such/file"}, "/no/such/file cannot be read"),
     ],
 )

@@ -150,6 +150,12 @@ def test_questions_that_cannot_be_asked(tuned, tmp_path, records, message):
         Questions.read(write_lines(tmp_path / "a.jsonl", records), Workdir(tuned), TOKENIZER, SETTINGS.room, None)
 
 
+def test_a_limit_below_one(tuned, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "1", "answer": "1"}])
+    with pytest.raises(EvaluationError, match="limit must be 1 or more, got 0"):
+        Questions.read(path, Workdir(tuned), TOKENIZER, SETTINGS.room, 0)
+
+
 def test_no_room_for_a_prompt():
     with pytest.raises(EvaluationError, match="answers of up to 32 tokens leave no room for a prompt"):
         AnswerSettings(32, 32)
@@ -215,6 +221,7 @@ def test_rouge_l():
     [
         (["--sft=x", "--tasks=y"], "--tasks and --sft are different measurements: give one at a time"),
         (["--sft=x", "--bos=always"], "--bos has no effect without --tasks"),
+        (["--sft=x", "--batch_tokens=0"], "batch_tokens must be 1 or more, got 0"),
         (["--sft=x", "--context_lengths=8,16"], "--sft wants one context length, got 8, 16"),
     ],
 )

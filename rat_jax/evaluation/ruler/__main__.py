@@ -9,12 +9,9 @@ complete or not there. Exit codes: 0; 2 if flags or files do not fit; 1 if the s
 """
 
 import argparse
-import contextlib
 import json
-import os
-import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import tqdm
 
@@ -24,11 +21,11 @@ from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.data.tokenizer_choice import parse_tokenizer
 from rat_jax.evaluation.perplexity import EvaluationError
 from rat_jax.evaluation.ruler.evaluation import describe, find_templates, task_names
-from rat_jax.evaluation.ruler.examples import TASKS, Example, Settings, make_example
+from rat_jax.evaluation.ruler.examples import TASKS, Settings, make_example
 from rat_jax.evaluation.ruler.haystacks import Essay
 from rat_jax.evaluation.ruler.templates import OWN
 from rat_jax.evaluation.ruler.words import find_words
-from rat_jax.files import system_errors
+from rat_jax.files import check_new_file, write_lines
 from rat_jax.paths import local_path
 
 
@@ -88,19 +85,6 @@ def _settings(flags: argparse.Namespace) -> Settings:
     )
 
 
-def _write(examples: Iterator[Example], facts: dict[str, object], out: pathlib.Path) -> None:
-    partial = out.with_name(out.name + ".partial")
-    with system_errors(out, "written"):
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                for example in examples:
-                    file.write(json.dumps(example.as_json() | facts, ensure_ascii=False) + "\n")
-            os.replace(partial, out)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program; None reads the flags of this process."""
     flags = _parse(arguments)
@@ -108,12 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.num < 1:
         raise EvaluationError(f"--num must be 1 or more, got {flags.num}")
     out = local_path(flags.out, "--out")
+    check_new_file(out)
     tokenizer, settings = _tokenizer(flags), _settings(flags)
     facts = {"length": flags.length, **describe(settings, tokenizer)}
     del facts["answer_tokens"]  # each example says its own
     num = flags.num * len(tasks)
     examples = (make_example(task, index, tokenizer, settings) for index in range(flags.num) for task in tasks)
-    _write(tqdm.tqdm(examples, total=num, disable=not sys.stderr.isatty(), leave=False), facts, out)
+    bar = tqdm.tqdm(examples, total=num, disable=not sys.stderr.isatty(), leave=False)
+    write_lines(out, (json.dumps(example.as_json() | facts, ensure_ascii=False) for example in bar))
     print(f"{out}: {num} examples")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from rat_jax.evaluation.ruler.evaluation import RulerResults
 from rat_jax.evaluation.ruler.measurement import NUM_DEPTHS
-from rat_jax.files import system_errors
+from rat_jax.pictures import write_picture
 
 _COLUMNS = 4  # of panels
 
@@ -59,5 +59,4 @@ def draw_heat_map(results: RulerResults, path: pathlib.Path) -> None:
             color = "black" if share > 0.6 else "white"
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=color)
     figure.colorbar(image, ax=panels.tolist(), label="answers found", shrink=0.8)
-    with system_errors(path, "written"):
-        figure.savefig(path, dpi=120)
+    write_picture(figure, path)

@@ -65,7 +65,7 @@ def system_errors(path: pathlib.Path | str, action: str) -> Iterator[None]:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(f"{error.filename or path} cannot be {action}: {explain(error)}") from error
+        raise FileError(f"{error.filename2 or error.filename or path} cannot be {action}: {explain(error)}") from error
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:

@@ -25,10 +25,9 @@ from rat_jax.data.pipeline import Batch, ValidationData
 from rat_jax.decoder import ModelCache
 from rat_jax.evaluation.perplexity import Bucket, EvaluationError, check_length
 from rat_jax.loss import token_scores
-from rat_jax.memory import free_bytes, gib, is_out_of_memory
+from rat_jax.memory import free_bytes, gib, is_out_of_memory, tree_bytes
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.prefill import cache_bytes
 from rat_jax.shapes import Array, Float32, Int
 from rat_jax.sharding import global_batch
 
@@ -251,7 +250,8 @@ class Reader:
 
     def cache_bytes(self, capacity: int) -> int:
         """Of one row of so many tokens."""
-        return cache_bytes(self.graphdef, self.params, 1, capacity)
+        empty = jax.eval_shape(lambda params: nnx.merge(self.graphdef, params).init_cache(1, capacity), self.params)
+        return tree_bytes(empty)
 
     def sums(self, batch: Batch, mesh: jax.sharding.Mesh) -> BucketSums:
         """Sums over a batch of this host's rows, float64."""

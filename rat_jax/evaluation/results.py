@@ -12,6 +12,7 @@ from rat_jax.config import config_to_dict
 from rat_jax.data.corpus import Corpus
 from rat_jax.evaluation.length_generalization import LengthGeneralization
 from rat_jax.evaluation.perplexity import Evaluation
+from rat_jax.files import read_object
 
 LENGTHS_PREFIX = "length_generalization"  # of files
 _MAX_NAME = 40  # characters of a corpus, of lengths, and of tasks, in the name of a file
@@ -75,6 +76,16 @@ def tasks_as_json(loaded: LoadedModel, measured: dict[str, Any], tasks: dict[str
         "measured": measured,
         "tasks": tasks,
     }
+
+
+def earlier_entries(path: pathlib.Path, key: str) -> Any:
+    """What the file of an earlier command with the same settings holds under a key; None if there is no such file.
+
+    Raises:
+      FileError: if the system refuses to read it.
+      ContentError: if it is damaged.
+    """
+    return read_object(path).get(key) if path.exists() else None
 
 
 def tasks_path(

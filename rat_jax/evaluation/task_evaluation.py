@@ -88,20 +88,19 @@ def evaluate_tasks(
         }
     path = results.tasks_path(subject.workdir.path, loaded.step, names, measured)
 
+    earlier: dict[str, dict[str, Any]] = results.earlier_entries(path, "tasks") or {}
     done: dict[str, dict[str, Any]] = {}
 
-    def as_json() -> dict[str, Any]:
-        means = (
-            {"group_means": {name: group.mean(done) for name, group in tasks.groups.items()}} if tasks.groups else {}
-        )
-        return results.tasks_as_json(loaded, measured, done) | means
+    def as_json(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        means = {name: group.mean(entries) for name, group in tasks.groups.items()}
+        return results.tasks_as_json(loaded, measured, entries) | ({"group_means": means} if means else {})
 
     def give_out(name: str, values: dict[str, Any]) -> None:
         done[name] = values | {"settings": dataclasses.asdict(settings_of(tasks.group_of(name)))}
         if not print_json:
             print(table({name: values}, header=len(done) == 1), flush=True)
         if any("error" not in values for values in done.values()):
-            write_json(path, as_json())
+            write_json(path, as_json(_newest(earlier, done)))
 
     def model_of(name: str) -> HarnessModel:
         return model_with(settings_of(tasks.group_of(name)))
@@ -114,7 +113,7 @@ def evaluate_tasks(
             raise
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     if print_json:
-        print(json.dumps(as_json()), flush=True)
+        print(json.dumps(as_json(done)), flush=True)
     else:
         for name, group in tasks.groups.items():
             if (mean := group.mean(done)) is not None:
@@ -127,3 +126,9 @@ def evaluate_tasks(
     print(f"written to {path}", file=sys.stderr)
     if failed:
         raise RunStopped(f"{len(failed)} of {len(done)} tasks failed: {'; '.join(failed)}")
+
+
+def _newest(earlier: dict[str, dict[str, Any]], done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a command has done so far, and what an earlier one had of tasks that it has no result of."""
+    kept = {name: values for name, values in earlier.items() if "error" in done.get(name, {"error": None})}
+    return done | {name: values for name, values in kept.items() if "error" not in values}

@@ -12,6 +12,7 @@ A file has a `step`; the settings that its scores depend on are its `measured`.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -115,9 +116,7 @@ def _measured_loss(values: dict[str, Any], figures: LossFigures | LengthFigures,
 def _scores(values: dict[str, Any], name: str) -> Iterator[ScoreFile]:
     settings, remarks = _dict(values, "measured", name), []
     if "tasks" in values:
-        tasks = _dict(values, "tasks", name)
-        scores = [score for task in tasks for score in _harness_scores(task, _dict(tasks, task, name), name, remarks)]
-        yield ScoreFile(HARNESS, _step(values, name), settings, tuple(scores), tuple(remarks))
+        yield from _harness_files(values, settings, name)
     elif "results" in values:
         settings = {key: value for key, value in settings.items() if key != "context_lengths"}  # each row has its own
         scores = _ruler_scores(_list(values, "results", name), name, remarks)
@@ -132,6 +131,32 @@ def _scores(values: dict[str, Any], name: str) -> Iterator[ScoreFile]:
         yield ScoreFile(table["title"], _step(values, name), settings, tuple(scores), ())
 
 
+def _harness_files(values: dict[str, Any], settings: dict[str, Any], name: str) -> Iterator[ScoreFile]:
+    """The scores of each group that papers report, and those of other tasks, by the settings they were read with."""
+    tasks, groups = _dict(values, "tasks", name), _dict(settings, "groups", name)
+    group_of = {task: group for group in groups for task in _dict(_dict(groups, group, name), "metrics", name)}
+    shared = {key: value for key, value in settings.items() if key != "groups"}
+    found: dict[tuple[str, str], ScoreFile] = {}
+    for task in tasks:
+        entry, group, remarks = _dict(tasks, task, name), group_of.get(task), []
+        own = _dict(entry, "settings", name)
+        if group is not None and shared.get("num_fewshot") is None:
+            own = own | {"num_fewshot": groups[group].get("num_fewshot")}
+        title = HARNESS if group is None else f"{HARNESS}: {group}"
+        scores = tuple(_harness_scores(task, entry, name, remarks))
+        key = title, json.dumps(own, sort_keys=True)
+        before = found.get(key, ScoreFile(title, _step(values, name), shared | own, (), ()))
+        scores, remarks = (*before.scores, *scores), (*before.remarks, *remarks)
+        found[key] = dataclasses.replace(before, scores=scores, remarks=remarks)
+    means = _dict(values, "group_means", name)
+    for (title, _), file in found.items():
+        mean = means.get(title.removeprefix(f"{HARNESS}: "))
+        if _is_number(mean):
+            what = Score(name="mean of the group", metric="of each task's own", value=mean, higher_is_better=True)
+            file = dataclasses.replace(file, scores=(*file.scores, what))
+        yield file
+
+
 def _harness_scores(task: str, values: dict[str, Any], name: str, remarks: list[str]) -> Iterator[Score]:
     """Figures of a task, or of the tasks of a group, by the harness's names: `acc,none` and `acc_stderr,none`."""
     if "error" in values:
@@ -139,6 +164,8 @@ def _harness_scores(task: str, values: dict[str, Any], name: str, remarks: list[
         return
     if values.get("num_truncated"):
         remarks.append(f"{task}: {values['num_truncated']} contexts were too long and cut")
+    if values.get("num_left_out"):
+        remarks.append(f"{task}: {values['num_left_out']} documents are left out, as its protocol does")
     results, better = _dict(values, "results", name), _dict(values, "higher_is_better", name)
     counts = _dict(values, "n-samples", name)
     for part in results:

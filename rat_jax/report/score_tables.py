@@ -17,7 +17,7 @@ _ERROR_RULE = (
     "error of their difference, √(a² + b²)."
 )
 # Settings that decide nothing beside what the page says of tokenizers.
-_NOT_COMPARED = ("tokenizer_hash",)
+_NOT_COMPARED = ("tokenizer_hash", "essay")  # of an essay its hash decides, not where it lies
 
 _Key = tuple[str, str]  # task and metric
 
@@ -98,11 +98,14 @@ def _setting(settings: dict[str, Any], name: str, *, whole: bool = True) -> str:
 def best_of(scores: Sequence[Score | None]) -> int | None:
     """The index of the score that is better than each other by more than the standard error of the difference.
 
-    None where there is none, a score or an error is not known, or they are of different numbers of documents.
+    None where there is none, a score, an error or a number of documents is not known, or these numbers differ.
     """
     known = [(index, score) for index, score in enumerate(scores) if score is not None]
     directions = {score.higher_is_better for _, score in known}
-    if len(known) < 2 or len(directions) > 1 or None in directions or len({score.num for _, score in known}) > 1:
+    if len(known) < 2 or len(directions) > 1 or None in directions:
+        return None
+    nums = {score.num for _, score in known}
+    if len(nums) > 1 or None in nums:
         return None
     sign = 1.0 if directions == {True} else -1.0
     best, top = max(known, key=lambda member: sign * member[1].value)

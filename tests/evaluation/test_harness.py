@@ -16,6 +16,7 @@ from rat_jax.evaluation.harness_tasks import Tasks, run_tasks
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
 from tests.commands import call_script
+from tests.full_disk import fill_disk
 from tests.small import bigram_model
 from tests.tiny_run import make_corpus, tiny_config
 
@@ -359,11 +360,19 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     monkeypatch.setattr(Tasks, "run", interrupt)
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
     assert capsys.readouterr().err.endswith("error: only choice of the tasks is done: interrupted\n")
-    assert list(json.loads(file.read_text())["tasks"]) == ["choice"]
-    file.unlink()
-    file.mkdir()  # a place that cannot be written to, whoever runs the tests
+    after = json.loads(file.read_text())["tasks"]
+    assert after["choice"]["results"] == {} and after["until"] == values["tasks"]["until"]  # of the command before
+    fill_disk(monkeypatch, file.name)
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 1
     assert f"only choice of the tasks is done: {file}" in capsys.readouterr().err
+    file.unlink()
+    file.mkdir()
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 2  # before the work
+    assert f"error: {file}" in capsys.readouterr().err
+    file.rmdir()
+    file.write_text("{")
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 2
+    assert f"error: {file} is damaged" in capsys.readouterr().err
     monkeypatch.undo()
 
     other = make_corpus(folder.parent / "other", vocab_size=257)

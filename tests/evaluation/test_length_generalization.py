@@ -239,7 +239,7 @@ def test_settings_out_of_range_are_refused(loaded, corpus, settings, message):
 
 def test_caches_that_do_not_fit_are_refused_before_the_work(loaded, corpus, monkeypatch):
     monkeypatch.setattr(length_generalization, "read_chunk", None)
-    monkeypatch.setattr(length_generalization, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(length_generalization, "free_bytes", lambda device: 10)
     with pytest.raises(
         EvaluationError, match=r"batches of 2 sequences takes caches of .* 0.0 GiB free; lower batch_tok"
     ):

@@ -188,15 +188,23 @@ def test_scores_of_ruler_and_of_answers(folder):
     assert "Settings: data_hash abababab; max_new_tokens 8." in shown.notes
 
 
-def test_settings_in_groups_are_compared_whole_and_shown_short(folder):
-    first, second = make_workdir(folder / "first"), make_workdir(folder / "second")
-    add_tasks(first, {"arc": (0.5, 0.02, 100)}, groups={"csr": {"bos": "empty"}})
-    assert "Settings: num_fewshot none; limit 100; groups csr." in page_of(first).notes
-    add_tasks(second, {"arc": (0.9, 0.02, 100)}, groups={"csr": {"bos": "always"}})
-    rows = page_of(first, second).cells(HARNESS)
-    assert rows["groups"] == {
-        "first step 6": '{"csr": {"bos": "empty"}}',
-        "second step 6": '{"csr": {"bos": "always"}}',
+def test_groups_have_tables_of_their_own_with_what_was_read(folder):
+    groups = {"recall": {"metrics": {"squad": "contains"}, "num_fewshot": 0}}
+    short, long = {"context_length": 64, "bos": "empty"}, {"context_length": 2048, "bos": "empty"}
+    for name, value in (("first", 0.5), ("second", 0.9)):
+        path = make_workdir(folder / name)
+        figures = {"arc": (value, 0.02, 100), "squad": (value, 0.03, 50)}
+        settings = {"groups": groups, "context_length": 64}
+        add_tasks(path, figures, text={"arc": short, "squad": long}, means={"recall": value}, **settings)
+    shown = page_of(folder / "first", folder / "second")
+    assert "Settings: num_fewshot none; limit 100; context_length 64; bos empty." in shown.notes
+    assert "Settings: num_fewshot 0; limit 100; context_length 2048; bos empty." in shown.notes
+    assert shown.cells(HARNESS) == {
+        "arc acc, 100 documents": {"first step 6": "0.5000 ± 0.0200", "second step 6": "0.9000 ± 0.0200"},
+    }
+    assert shown.cells(f"{HARNESS}: recall") == {
+        "squad acc, 50 documents": {"first step 6": "0.5000 ± 0.0300", "second step 6": "0.9000 ± 0.0300"},
+        "mean of the group of each task's own": {"first step 6": "0.5000", "second step 6": "0.9000"},
     }
 
 

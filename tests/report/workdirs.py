@@ -75,22 +75,42 @@ def add_evaluations(path: pathlib.Path, *evaluations: dict, step: int = 6, data:
     (path / name).write_text(json.dumps(values | {"evaluations": list(evaluations)}))
 
 
-def add_tasks(path: pathlib.Path, tasks: dict[str, Any], *, step: int = 6, name: str = "tasks-6.json", **measured: Any):
-    """A tasks-*.json; `tasks` has (value, standard error, documents), or the message of a failure, by name."""
+def add_tasks(
+    path: pathlib.Path,
+    tasks: dict[str, Any],
+    *,
+    step: int = 6,
+    name: str = "tasks-6.json",
+    text: dict[str, dict[str, Any]] | None = None,
+    means: dict[str, float] | None = None,
+    **measured: Any,
+) -> None:
+    """A tasks-*.json.
+
+    Args:
+      path: the workdir.
+      tasks: (value, standard error, documents), or the message of a failure, by name.
+      step: of the checkpoint.
+      name: of the file.
+      text: how texts were read, by task.
+      means: of groups.
+      **measured: the command's settings.
+    """
     entries = {}
     for task, figures in tasks.items():
+        own = {"settings": (text or {}).get(task, {})}
         if isinstance(figures, str):
-            entries[task] = {"error": figures}
+            entries[task] = own | {"error": figures}
             continue
         value, error, num = figures
-        entries[task] = {
+        entries[task] = own | {
             "results": {task: {"alias": task, "acc,none": value, "acc_stderr,none": error, "sample_len": 7}},
             "n-samples": {task: {"original": 1000, "effective": num}},
             "higher_is_better": {task: {"acc": True}},
             "num_truncated": 0,
         }
     settings = {"tokenizer_hash": path.name, "num_fewshot": None, "limit": 100} | measured
-    (path / name).write_text(json.dumps({"step": step, "measured": settings, "tasks": entries}))
+    (path / name).write_text(json.dumps({"step": step, "measured": settings, "tasks": entries, "group_means": means}))
 
 
 def add_scores(path: pathlib.Path, title: str, rows: list[dict[str, Any]], name: str = "ruler-6.json", **measured):

@@ -58,6 +58,7 @@ def evaluate_checkpoint(
       RunStopped: if some have none, or a file could not be written.
     """
     so_far: list[RulerResults] = []
+    earlier: list[dict[str, Any]] = []  # of the same command
 
     def path() -> pathlib.Path:
         return result_files.tasks_path(folder, loaded.step, tasks, so_far[-1].measured, kind="ruler")
@@ -74,8 +75,10 @@ def evaluate_checkpoint(
         else:
             said = f"{result.mean('string_match_all'):.1f} %"
         print(f"{result.task} at {result.context_length}: {said}", file=sys.stderr, flush=True)
+        if len(so_far) == 1:
+            earlier.extend(result_files.earlier_entries(path(), "results") or [])
         if results.measurements:
-            write_json(path(), values())
+            write_json(path(), values() | {"results": _newest(earlier, values()["results"])})
 
     stopped = None
     try:
@@ -100,3 +103,16 @@ def evaluate_checkpoint(
     print(f"written to {' and '.join(map(str, written))}", file=sys.stderr)
     if results.failures:
         raise RunStopped(f"{len(results.failures)} of {len(results.results)} measurements failed")
+
+
+def _newest(earlier: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a command has done so far, and what an earlier one had of measurements that it has no result of."""
+
+    def key(result: dict[str, Any]) -> tuple[str, int]:
+        return result["task"], result["context_length"]
+
+    results = {key(result): result for result in earlier if "error" not in result}
+    for result in done:
+        if "error" not in result or key(result) not in results:
+            results[key(result)] = result
+    return list(results.values())

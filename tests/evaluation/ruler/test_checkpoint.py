@@ -64,6 +64,24 @@ def test_what_is_printed_and_written(measure, tmp_path, capsys):
     assert len(list(tmp_path.glob("ruler-*.json"))) == 2
 
 
+def test_a_command_given_again_keeps_what_it_does_not_reach(measure, monkeypatch, tmp_path):
+    measure(["niah_single_1", "fwe"])
+    (file,) = tmp_path.glob("ruler-*.json")
+    before = json.loads(file.read_text())
+
+    def answer(model, tokenizer, prompts, **settings):
+        raise KeyboardInterrupt
+
+    def first_then_answer(model, tokenizer, prompts, **settings):
+        monkeypatch.setattr(evaluation, "generate_text", answer)
+        return oracle(model, tokenizer, prompts)
+
+    monkeypatch.setattr(evaluation, "generate_text", first_then_answer)
+    with pytest.raises(RunStopped, match="interrupted"):
+        measure(["niah_single_1", "fwe"])
+    assert json.loads(file.read_text()) == before
+
+
 def test_tasks_without_needles_have_no_picture(measure, tmp_path):
     measure(["fwe"])
     assert len(list(tmp_path.glob("ruler-*"))) == 1

@@ -108,6 +108,29 @@ def get_config() -> config_dict.ConfigDict:
     config.evaluation.length.lengths = ()  # tokens
     config.evaluation.length.max_batches = 4
     config.evaluation.length.batch_tokens = 16_384
+    config.evaluation.ruler = config_dict.ConfigDict()
+    config.evaluation.ruler.every_steps = config_dict.placeholder(int)  # never
+    config.evaluation.ruler.tasks = ()  # as ("niah_single_1", "vt")
+    config.evaluation.ruler.context_lengths = ()  # tokens
+    config.evaluation.ruler.num_examples = 100
+    config.evaluation.ruler.templates = "harness"
+    config.evaluation.ruler.essay = config_dict.placeholder(str)  # none
+    config.evaluation.ruler.answer_tokens = config_dict.placeholder(int)  # RULER's
+    config.evaluation.ruler.seed = 0
+    config.evaluation.ruler.batch_tokens = 16_384
+    config.evaluation.answers = config_dict.ConfigDict()
+    config.evaluation.answers.every_steps = config_dict.placeholder(int)  # never
+    config.evaluation.answers.file = config_dict.placeholder(str)  # JSON lines
+    config.evaluation.answers.context_length = config_dict.placeholder(int)  # data.seq_len
+    config.evaluation.answers.max_new_tokens = 256
+    config.evaluation.answers.limit = config_dict.placeholder(int)  # all records
+    config.evaluation.answers.batch_tokens = 16_384
+    config.evaluation.tasks = config_dict.ConfigDict()
+    config.evaluation.tasks.every_steps = config_dict.placeholder(int)  # never
+    config.evaluation.tasks.names = ()  # as ("arc_easy", "csr")
+    config.evaluation.tasks.folder = config_dict.placeholder(str)  # the harness's own task files
+    config.evaluation.tasks.limit = config_dict.placeholder(int)  # all documents
+    config.evaluation.tasks.batch_tokens = 16_384
     return config
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rat_jax.errors import ConfigError, require, shown
+from rat_jax.evaluation_config import EvaluationConfig
 from rat_jax.fields import describe, fits
 from rat_jax.mixers import MIXERS, MixerConfig, ModelShape, kind_of
 from rat_jax.paths import local_path
@@ -208,33 +209,6 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LengthEvaluationConfig:
-    """The loss of the validation split in sequences of other lengths, which are read in chunks with caches."""
-
-    every_steps: int | None = None  # and after the last step; None: never
-    lengths: tuple[int, ...] = ()  # tokens of a sequence
-    max_batches: int = 4  # of each length, evenly spread; fewer if the split has fewer
-    batch_tokens: int = 16_384  # computed at a time, over all devices; what memory it takes follows from it
-
-    def __post_init__(self):
-        given = self.every_steps is not None
-        require(not given or self.every_steps >= 1, f"every_steps must be 1 or more, got {self.every_steps}")
-        require(not given or len(self.lengths) > 0, "lengths must name at least one where every_steps is given")
-        require(all(length >= 1 for length in self.lengths), f"lengths must be 1 or more, got {self.lengths}")
-        for name in ("max_batches", "batch_tokens"):
-            require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured while training besides the validation loss, a group for each kind; a run is the same without."""
-
-    # What becomes of a run whose evaluation has no result: "report" says why and goes on, "stop" ends it.
-    on_failure: Literal["report", "stop"] = "report"
-    length: LengthEvaluationConfig = LengthEvaluationConfig()
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes."""
 
@@ -244,7 +218,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     init: InitConfig = InitConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()  # noqa: RUF009  # frozen
     seed: int = 0  # of the initial parameters and of the order of the data
 
     def __post_init__(self):
@@ -289,11 +263,17 @@ def with_absolute_paths(config: Config) -> Config:
     Raises:
       PathError: if one names nothing that can be opened.
     """
-    data, init = config.data, config.init
+    data, init, evaluation = config.data, config.init, config.evaluation
     data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
     if init.path is not None:
         init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
-    return dataclasses.replace(config, data=data, init=init)
+    answers, tasks = evaluation.answers, evaluation.tasks
+    if answers.file is not None:
+        answers = dataclasses.replace(answers, file=str(local_path(answers.file, "config.evaluation.answers.file")))
+    if tasks.folder is not None:
+        tasks = dataclasses.replace(tasks, folder=str(local_path(tasks.folder, "config.evaluation.tasks.folder")))
+    evaluation = dataclasses.replace(evaluation, answers=answers, tasks=tasks)
+    return dataclasses.replace(config, data=data, init=init, evaluation=evaluation)
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:

@@ -35,7 +35,14 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.segments",
         "rat_jax.shapes",
     },
-    "rat_jax.config": {"rat_jax.errors", "rat_jax.fields", "rat_jax.mixers", "rat_jax.paths"},
+    "rat_jax.evaluation_config": {"rat_jax.errors"},
+    "rat_jax.config": {
+        "rat_jax.errors",
+        "rat_jax.evaluation_config",
+        "rat_jax.fields",
+        "rat_jax.mixers",
+        "rat_jax.paths",
+    },
     "rat_jax.config_file": {"rat_jax.config", "rat_jax.errors", "rat_jax.paths"},
     "rat_jax.flops": {"rat_jax.config"},
     "rat_jax.blocks": {

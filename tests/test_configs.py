@@ -223,14 +223,46 @@ def test_a_model_in_python_alone():
 
 
 # The parts of a config that hold its fields.
-GROUPS = ("model", "data", "optimizer", "training", "mesh", "init", "evaluation", "evaluation.length")
+GROUPS = (
+    "model",
+    "data",
+    "optimizer",
+    "training",
+    "mesh",
+    "init",
+    "evaluation",
+    "evaluation.answers",
+    "evaluation.length",
+    "evaluation.ruler",
+    "evaluation.tasks",
+)
 
 # Options that no shipped config sets to another value than the default, and the file that tests other values.
 OPTIONS = {
     "data.segment_documents": "tests/data/test_pipeline.py",
+    "evaluation.answers.batch_tokens": "tests/training/test_evaluators.py",
+    "evaluation.answers.context_length": "tests/training/test_evaluators.py",
+    "evaluation.answers.every_steps": "tests/training/test_evaluators.py",
+    "evaluation.answers.file": "tests/training/test_evaluators.py",
+    "evaluation.answers.limit": "tests/training/test_evaluators.py",
+    "evaluation.answers.max_new_tokens": "tests/training/test_evaluators.py",
     "evaluation.length.batch_tokens": "tests/training/test_evaluations.py",
     "evaluation.length.max_batches": "tests/training/test_evaluations.py",
     "evaluation.on_failure": "tests/training/test_evaluations.py",
+    "evaluation.ruler.answer_tokens": "tests/training/test_evaluators.py",
+    "evaluation.ruler.batch_tokens": "tests/training/test_evaluators.py",
+    "evaluation.ruler.context_lengths": "tests/training/test_evaluators.py",
+    "evaluation.ruler.essay": "tests/training/test_evaluators.py",
+    "evaluation.ruler.every_steps": "tests/training/test_evaluators.py",
+    "evaluation.ruler.num_examples": "tests/training/test_evaluators.py",
+    "evaluation.ruler.seed": "tests/training/test_evaluators.py",
+    "evaluation.ruler.tasks": "tests/training/test_evaluators.py",
+    "evaluation.ruler.templates": "tests/training/test_evaluators.py",
+    "evaluation.tasks.batch_tokens": "tests/training/test_evaluators.py",
+    "evaluation.tasks.every_steps": "tests/training/test_evaluators.py",
+    "evaluation.tasks.folder": "tests/training/test_evaluators.py",
+    "evaluation.tasks.limit": "tests/training/test_evaluators.py",
+    "evaluation.tasks.names": "tests/training/test_evaluators.py",
     "init.optimizer": "tests/training/test_origin.py",
     "init.step": "tests/training/test_origin.py",
     "mesh.data": "tests/test_sharding.py",

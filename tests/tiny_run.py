@@ -10,8 +10,13 @@ from rat_jax.data.prepare import Settings, prepare
 NUM_STEPS = 6
 
 
-def make_corpus(folder: pathlib.Path, vocab_size: int = 29, num_ids: int = 2000) -> pathlib.Path:
-    """A prepared corpus of some `num_ids` ids below `vocab_size`, in documents of a line each."""
+def make_corpus(
+    folder: pathlib.Path, vocab_size: int = 29, num_ids: int = 2000, tokenizer: str | None = None
+) -> pathlib.Path:
+    """A prepared corpus of some `num_ids` ids below `vocab_size`, in documents of a line each.
+
+    With a `tokenizer` the numbers are texts that it encodes.
+    """
     texts = folder / "texts"
     texts.mkdir(parents=True)
     numbers = [(i * i + 3 * i) % (vocab_size - 1) + 1 for i in range(num_ids)]
@@ -21,7 +26,7 @@ def make_corpus(folder: pathlib.Path, vocab_size: int = 29, num_ids: int = 2000)
         source=(str(texts),),
         validation_source=(),
         validation_fraction=0.2,
-        tokenizer=f"ids:{vocab_size}:0",
+        tokenizer=f"ids:{vocab_size}:0" if tokenizer is None else tokenizer,
         eos_token=None,
         field="text",
         document_separator="\n",

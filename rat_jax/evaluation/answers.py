@@ -18,7 +18,7 @@ from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.data import DataError
 from rat_jax.data.answer_mask import cut_middle, prompt_ids
-from rat_jax.data.chat_template import load_chat_template
+from rat_jax.data.chat_template import ChatTemplate, load_chat_template
 from rat_jax.data.document import ReadOptions
 from rat_jax.data.example import Example, ExampleReader
 from rat_jax.data.sources import parse_source
@@ -26,6 +26,7 @@ from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation.perplexity import EvaluationError
 from rat_jax.files import FileError, write_json
+from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate
 from rat_jax.sampling.output_file import OutputFile
 from rat_jax.sampling.prompts import Prompt
@@ -75,13 +76,18 @@ class Questions:
 
     @classmethod
     def read(
-        cls, path: pathlib.Path, workdir: Workdir, tokenizer: Tokenizer, room: int, limit: int | None
+        cls,
+        path: pathlib.Path,
+        template: ChatTemplate | None,
+        tokenizer: Tokenizer,
+        room: int,
+        limit: int | None,
     ) -> "Questions":
-        """Reads the records of a file (`rat_jax.data.example`), chats by the template of the workdir.
+        """Reads the records of a file (`rat_jax.data.example`), chats by a template.
 
         Args:
           path: of JSON lines, or what else holds records.
-          workdir: of the model.
+          template: of the model's chats; None: there is none.
           tokenizer: of the model.
           room: tokens of a prompt; longer ones lose their middle, as in training.
           limit: so many records alone, the first ones. None: all.
@@ -90,7 +96,7 @@ class Questions:
           DataError: naming the record that cannot be used.
           EvaluationError: if there is none.
         """
-        reader = ExampleReader(load_chat_template(workdir.tokenizer))
+        reader = ExampleReader(template)
         options = ReadOptions(field="text", document_separator=None, invalid_utf8="refuse", read_record=reader)
         source = parse_source(str(path), options)
         if not source.has_records:
@@ -169,7 +175,8 @@ def evaluate_answers(
       SamplingError, RunStopped: as of `rat_jax.sampling.generate`.
     """
     metrics = find_metrics()
-    questions = Questions.read(path, workdir, tokenizer, settings.room, limit)
+    template = load_chat_template(workdir.tokenizer)
+    questions = Questions.read(path, template, tokenizer, settings.room, limit)
     measured = {
         "file": str(path),
         "data_hash": questions.hash,
@@ -215,34 +222,64 @@ def predict(
     """
     file = OutputFile(out, questions.prompts())
     file.go_on({"step": loaded.step, "tokenizer_hash": tokenizer.hash, **dataclasses.asdict(settings)})
-    num_all, new = len(questions.ids), {}
+    num_all = len(questions.ids)
     if file.num_done:
         print(f"{file.num_done:,} of {num_all:,} answers are in {out}", file=sys.stderr)
-    longest = max(map(len, questions.ids)) + settings.max_new_tokens
     with tqdm.tqdm(total=num_all, initial=file.num_done, unit="answer", disable=not sys.stderr.isatty()) as bar:
 
-        def add(index: int, ids: list[int]) -> None:
-            new.setdefault(index, []).extend(ids)
-            if not ids:
-                file.write(index, tokenizer.decode(new.pop(index)))
-                bar.update()
+        def add(index: int, text: str) -> None:
+            file.write(index, text)
+            bar.update()
 
         try:
             if file.num_done < num_all:
-                generate(
+                answer(
                     loaded.model,
-                    questions.ids,
-                    max_new_tokens=settings.max_new_tokens,
-                    eos_id=tokenizer.eos_id,
-                    batch_size=max(1, batch_tokens // longest),
+                    questions,
+                    tokenizer,
+                    settings.max_new_tokens,
+                    batch_tokens=batch_tokens,
                     first=file.num_done,
-                    on_tokens=add,
+                    on_answer=add,
                 )
         except KeyboardInterrupt:
             done = f"{file.num_done:,} of {num_all:,} answers are in {out}"
             print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
             raise
     return file.completions
+
+
+def answer(
+    model: LanguageModel,
+    questions: Questions,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    *,
+    batch_tokens: int,
+    on_answer: Callable[[int, str], None],
+    first: int = 0,
+) -> None:
+    """Greedy answers to the prompts from number `first` on, each given to `on_answer` with its number when it is there.
+
+    The rest is as of `evaluate_answers`.
+    """
+    new: dict[int, list[int]] = {}
+
+    def add(index: int, ids: list[int]) -> None:
+        new.setdefault(index, []).extend(ids)
+        if not ids:
+            on_answer(index, tokenizer.decode(new.pop(index)))
+
+    longest = max(map(len, questions.ids)) + max_new_tokens
+    generate(
+        model,
+        questions.ids,
+        max_new_tokens=max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        batch_size=max(1, batch_tokens // longest),
+        first=first,
+        on_tokens=add,
+    )
 
 
 def find_metrics() -> list[Metric]:

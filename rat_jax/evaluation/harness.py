@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +32,9 @@ class HarnessModel(TemplateLM):
         *,
         batch_tokens: int,
         progress: Progress | None = None,
+        on_text: Callable[[int, str], None] = lambda index, text: None,
     ):
-        """The arguments are those of `Scorer`, the model's tokenizer, and how texts are read.
+        """The arguments are those of `Scorer` and `generate_text`, the model's tokenizer, and how texts are read.
 
         Raises:
           EvaluationError: if a number is below 1.
@@ -44,6 +46,7 @@ class HarnessModel(TemplateLM):
         self.tokens = tokenizer  # the harness's own name, `tokenizer`, is for chat templates
         self._batch_tokens = batch_tokens
         self._scorer = Scorer(model, mesh, context_length=settings.context_length, batch_tokens=batch_tokens)
+        self._on_text = on_text
         self._progress = {} if progress is None else {"progress": progress}
 
     @property
@@ -88,7 +91,12 @@ class HarnessModel(TemplateLM):
             prompts = [self._fitted(self.tok_encode(requests[index].args[0]), room) for index in indices]
             longest = max(map(len, prompts)) + settings["max_new_tokens"]
             new = generate_text(
-                self._model, self.tokens, prompts, batch_size=max(1, self._batch_tokens // longest), **settings
+                self._model,
+                self.tokens,
+                prompts,
+                batch_size=max(1, self._batch_tokens // longest),
+                on_text=self._on_text,
+                **settings,
             )
             for index, text in zip(indices, new, strict=True):
                 texts[index] = text

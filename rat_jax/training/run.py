@@ -30,7 +30,8 @@ from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
 from rat_jax.paths import local_path
 from rat_jax.sharding import check_divides, make_mesh
-from rat_jax.training.evaluations import Evaluations, Evaluator, make_evaluators, names_in_log
+from rat_jax.training.evaluations import Evaluations, names_in_log
+from rat_jax.training.evaluators import Evaluator, make_evaluators
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.loop import TrainLoop, TrainResult, kept
 from rat_jax.training.metrics import MetricLog, check_wandb

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from rat_jax.checkpoints.store import load_model
-from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import MeshConfig
 from rat_jax.data import DataError
 from rat_jax.data.tokenizer import IdTokenizer
@@ -67,7 +66,7 @@ def tuned(tmp_path_factory):
 def asked(tuned):
     """The seven short examples that were learned, and five long documents that were not."""
     path = write_lines(tuned.parent / "asked.jsonl", [*KNOWN[:7], *UNKNOWN])
-    return Questions.read(path, Workdir(tuned), TOKENIZER, SETTINGS.room, None)
+    return Questions.read(path, None, TOKENIZER, SETTINGS.room, None)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +108,7 @@ def test_long_documents_lose_their_middle_and_get_a_score(answers, asked, loaded
 
 
 def test_a_longer_context_reads_whole_prompts(tuned, asked):
-    questions = Questions.read(asked.path, Workdir(tuned), TOKENIZER, 200, limit=9)
+    questions = Questions.read(asked.path, None, TOKENIZER, 200, limit=9)
     assert questions.num_cut == 0
     assert [len(ids) for ids in questions.ids] == [len(r["prompt"].split()) for r in [*KNOWN[:7], *UNKNOWN][:9]]
 
@@ -147,7 +146,7 @@ def test_an_interrupted_evaluation_goes_on(answers, asked, loaded, tmp_path, mon
 )
 def test_questions_that_cannot_be_asked(tuned, tmp_path, records, message):
     with pytest.raises((DataError, EvaluationError), match=message):
-        Questions.read(write_lines(tmp_path / "a.jsonl", records), Workdir(tuned), TOKENIZER, SETTINGS.room, None)
+        Questions.read(write_lines(tmp_path / "a.jsonl", records), None, TOKENIZER, SETTINGS.room, None)
 
 
 def test_a_limit_below_one(tuned, tmp_path):

@@ -15,6 +15,7 @@ from rat_jax.evaluation import EvaluationError
 from rat_jax.evaluation.length_generalization import measure
 from rat_jax.sharding import make_mesh
 from rat_jax.training import TrainResult, run, train
+from rat_jax.training.evaluators import PartFailedError
 from rat_jax.training.monitor import TrainMonitor
 from tests.stopped_run import Killed, assert_same_run, kill, tree
 from tests.tiny_run import NUM_STEPS, tiny_config
@@ -140,6 +141,17 @@ def test_a_failure_is_reported_and_the_run_goes_on(config, uninterrupted, evalua
     assert evaluators[1].steps == [2, 4, 6]
     train(config, tmp_path / "run")
     assert "haystack" not in capfd.readouterr().err  # what failed once is not tried at every start
+
+
+def test_what_has_a_result_is_kept_where_a_part_has_none(config, evaluators, tmp_path, capfd):
+    def fail_in_part(step, check):
+        raise PartFailedError("no needle", {"found": step / 4})
+
+    evaluators.append(Fake(every_steps=NUM_STEPS, act=fail_in_part))
+    assert train(config, tmp_path / "run").finished
+    assert f"step {NUM_STEPS}: the fake evaluation lacks results: no needle. The run goes on" in capfd.readouterr().err
+    expected = [(NUM_STEPS, "fake/found", NUM_STEPS / 4), (NUM_STEPS, "fake/failed", 1)]
+    assert figures(tmp_path / "run", "fake/") == expected
 
 
 def test_a_failure_stops_a_run_that_says_so(corpus, evaluators, tmp_path):

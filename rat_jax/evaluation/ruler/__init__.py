@@ -7,7 +7,7 @@ The two tasks that ask about documents (qa_1, qa_2) need data sets and are not h
 """
 
 from rat_jax.evaluation.ruler.checkpoint import are_ruler_tasks, evaluate_checkpoint
-from rat_jax.evaluation.ruler.evaluation import RulerResults, run_ruler
+from rat_jax.evaluation.ruler.evaluation import RulerResults, check_ruler, run_ruler
 from rat_jax.evaluation.ruler.examples import TASKS, Example, Settings, make_example
 from rat_jax.evaluation.ruler.heat_map import draw_heat_map
 from rat_jax.evaluation.ruler.table import table
@@ -18,6 +18,7 @@ __all__ = [
     "RulerResults",
     "Settings",
     "are_ruler_tasks",
+    "check_ruler",
     "draw_heat_map",
     "evaluate_checkpoint",
     "make_example",

@@ -6,7 +6,7 @@ from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.evaluation.perplexity import EvaluationError
-from rat_jax.evaluation.ruler.examples import TASKS, Example, Settings, prompt_ids
+from rat_jax.evaluation.ruler.examples import TASKS, Example, Settings, check_task, make_example, prompt_ids
 from rat_jax.evaluation.ruler.harness_templates import harness_templates
 from rat_jax.evaluation.ruler.haystacks import Essay
 from rat_jax.evaluation.ruler.items import Split
@@ -58,6 +58,7 @@ def run_ruler(
     answer_tokens: int | None = None,
     bos: bool = False,
     on_result: Callable[[RulerResults], None] = lambda results: None,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> RulerResults:
     """Greedy answers to generated examples, scored.
 
@@ -79,28 +80,24 @@ def run_ruler(
       answer_tokens: room for the answer, of which so many tokens are generated at most. None: RULER's of each task.
       bos: whether the id that ends documents comes before each prompt, in the place of a BOS.
       on_result: called after each task with the results so far.
+      on_answer: called after each answer.
 
     Raises:
       EvaluationError: if a setting is unknown or out of range, or the templates or words are not there.
       DataError: if the essay cannot be read.
     """
     tasks = task_names(tasks)
-    if not context_lengths or len(set(context_lengths)) < len(context_lengths):
-        raise EvaluationError(f"name one or several different context lengths, got {list(context_lengths)}")
-    sentences = find_templates(templates)
-    first = Settings(
-        context_length=context_lengths[0],
+    settings = find_settings(
+        context_lengths,
+        templates=templates,
+        essay=essay,
+        words=words,
         split=split,
         seed=seed,
-        templates=sentences,
-        words=find_words(words, official=sentences is not OWN),
-        essay=None if essay is None else Essay.read(essay),
-        num_depths=NUM_DEPTHS,
         answer_tokens=answer_tokens,
         bos=bos,
     )
-    settings = [dataclasses.replace(first, context_length=length) for length in context_lengths]
-    measured = describe(first, tokenizer) | {
+    measured = describe(settings[0], tokenizer) | {
         "context_lengths": list(context_lengths),
         "num_examples": num_examples,
     }
@@ -114,6 +111,7 @@ def run_ruler(
             stop=(),
             max_new_tokens=max(example.answer_tokens for example in examples),
             batch_size=batch_size,
+            on_text=lambda index, text: on_answer(),
         )
 
     def give_out(result: Result) -> None:
@@ -130,6 +128,55 @@ def run_ruler(
         on_result=give_out,
     )
     return RulerResults(measured, found)
+
+
+def check_ruler(tokenizer: Tokenizer, tasks: Sequence[str], context_lengths: Sequence[int], **settings: Any) -> None:
+    """Refuses what `run_ruler` could not measure, after one example of each task and length.
+
+    Args:
+      tokenizer: the model's.
+      tasks: as of `run_ruler`.
+      context_lengths: as of `run_ruler`.
+      **settings: `templates`, `essay`, `seed` and `answer_tokens` of `run_ruler`.
+
+    Raises:
+      EvaluationError, DataError: as `run_ruler` and `make_example`.
+    """
+    tasks = task_names(tasks)
+    for task in tasks:
+        check_task(task)
+    for part in find_settings(context_lengths, words=None, split="validation", bos=False, **settings):
+        for task in tasks:
+            make_example(task, 0, tokenizer, part)
+
+
+def find_settings(
+    context_lengths: Sequence[int],
+    *,
+    templates: str,
+    essay: str | None,
+    words: str | None,
+    split: Split,
+    seed: int,
+    answer_tokens: int | None,
+    bos: bool,
+) -> list[Settings]:
+    """What examples of each context length depend on; arguments and errors as of `run_ruler`."""
+    if not context_lengths or len(set(context_lengths)) < len(context_lengths):
+        raise EvaluationError(f"name one or several different context lengths, got {list(context_lengths)}")
+    sentences = find_templates(templates)
+    first = Settings(
+        context_length=context_lengths[0],
+        split=split,
+        seed=seed,
+        templates=sentences,
+        words=find_words(words, official=sentences is not OWN),
+        essay=None if essay is None else Essay.read(essay),
+        num_depths=NUM_DEPTHS,
+        answer_tokens=answer_tokens,
+        bos=bos,
+    )
+    return [dataclasses.replace(first, context_length=length) for length in context_lengths]
 
 
 def task_names(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,62 @@
+"""The model of a run as evaluators that generate texts need it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rat_jax.checkpoints.store import abstract_model
+from rat_jax.config import Config
+from rat_jax.data.corpus import Corpus
+from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.memory import free_bytes, gib, tree_bytes
+from rat_jax.model import LanguageModel
+
+_NO_MESH = Mesh(np.empty((), dtype=object), ())
+
+
+class TextModel:
+    """Whole parameters on every device, outside of a mesh; and the tokenizer."""
+
+    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh):
+        """Computes nothing.
+
+        Raises:
+          EvaluationError: on several hosts, which cannot generate together; or a tokenizer of another vocabulary than
+            the model's.
+          DataError: if the corpus lacks its tokenizer.
+        """
+        if jax.process_count() > 1:
+            raise EvaluationError(
+                f"texts are generated on one host alone, and this run has {jax.process_count()}: leave every_steps out "
+                f"and measure its checkpoints with eval.py"
+            )
+        self.tokenizer = corpus.tokenizer()
+        if self.tokenizer.vocab_size != config.model.vocab_size:
+            raise EvaluationError(
+                f"the tokenizer in {corpus.path} has a vocabulary of {self.tokenizer.vocab_size}, but "
+                f"config.model.vocab_size is {config.model.vocab_size}: make them the same"
+            )
+        self.mesh = mesh
+        self._graphdef = abstract_model(config.model)[0]
+
+    @contextlib.contextmanager
+    def of(self, params: nnx.State) -> Iterator[LanguageModel]:
+        """The model with parameters that are on the mesh; rows of any number are read in the context, where no mesh is.
+
+        Raises:
+          EvaluationError: if a device that holds a part of the parameters has no room for all.
+        """
+        if not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            needed, free = tree_bytes(params), free_bytes(self.mesh.local_devices[0])
+            if free is not None and needed > free:
+                raise EvaluationError(
+                    f"texts are generated with all parameters on each device, which take {gib(needed)}, and it has "
+                    f"{gib(free)} free: measure checkpoints with eval.py instead"
+                )
+            params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
+        with jax.set_mesh(_NO_MESH):
+            yield nnx.merge(self._graphdef, params)

@@ -53,7 +53,7 @@ class Evaluations:
         """Does what is due after `step` steps; a signal ends it, and what it had not done is still due.
 
         Raises:
-          EvaluationError: if one has no result and the config says that this ends the run.
+          EvaluationError: if one has no result and the config says that this ends the run, or there are several hosts.
           FileError: if the log cannot be written.
         """
 
@@ -76,7 +76,8 @@ class Evaluations:
                 figures = error.figures if isinstance(error, PartFailedError) else {}
                 lack = "lacks results" if figures else "has no result"
                 message = f"step {step}: the {evaluator.name} evaluation {lack}: {reason}"
-                if self._on_failure == "stop":
+                # Of several hosts the others may have no error, and would wait for this one without end.
+                if self._on_failure == "stop" or jax.process_count() > 1:
                     raise EvaluationError(message) from error
                 figures = {f"{evaluator.name}/{name}": value for name, value in {**figures, _FAILED: 1.0}.items()}
                 monitor.evaluation(step, f"{message}. The run goes on", figures)

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import signal
+import types
 
+import jax
 import pytest
 
 from rat_jax.checkpoints.store import load_model
@@ -15,6 +17,7 @@ from rat_jax.evaluation import EvaluationError
 from rat_jax.evaluation.length_generalization import measure
 from rat_jax.sharding import make_mesh
 from rat_jax.training import TrainResult, run, train
+from rat_jax.training.evaluations import Evaluations
 from rat_jax.training.evaluators import PartFailedError
 from rat_jax.training.monitor import TrainMonitor
 from tests.stopped_run import Killed, assert_same_run, kill, tree
@@ -160,6 +163,14 @@ def test_a_failure_stops_a_run_that_says_so(corpus, evaluators, tmp_path):
     with pytest.raises(RunStopped, match=message):
         train(tiny_config(corpus, evaluation__on_failure="stop"), tmp_path / "run")
     assert load_model(tmp_path / "run").step == 3
+
+
+def test_a_failure_of_one_host_of_several_is_not_passed_over(config, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    evaluations = Evaluations(config, [Fake(act=fail)], 0, ())
+    monitor = types.SimpleNamespace(pause=contextlib.nullcontext, evaluation=lambda *said: pytest.fail("it went on"))
+    with pytest.raises(EvaluationError, match="step 2: the fake evaluation has no result: no haystack"):
+        evaluations.run(None, 2, monitor, types.SimpleNamespace(requested=False))
 
 
 def test_lengths_that_the_split_does_not_have_are_refused_before_anything_is_written(corpus, tmp_path):

@@ -20,6 +20,9 @@
 | F       | channels inside the MLP (`mlp_hidden`)                                  |
 | V       | vocabulary                                                              |
 | W       | earlier tokens that a window reaches (`window`)                         |
+| O       | continuations of a context, such as the options of a question           |
+| M       | tokens of a continuation                                                |
+| U       | those of them that are read, M - 1                                      |
 | c, *c   | channels of an op that knows no heads, on one axis or on several        |
 | taps    | tokens that a convolution sees (`conv_size`)                            |
 | earlier | earlier tokens that it sees, taps - 1                                   |

@@ -153,7 +153,7 @@ def test_errors_are_one_line(workdir, tmp_path, capsys):
         (["--limit=5"], "--limit has no effect without --tasks"),
         (["--tasks=piqa", "--max_batches=5"], "--max_batches has no effect with --tasks"),
         (["--tasks=piqa", "--context_lengths=16,32"], "--tasks wants one context length, got 16, 32"),
-        (["--tasks=piqa", "--length_generalization=2"], "--tasks has no effect with --length_generalization"),
+        (["--tasks=piqa", "--length_generalization=2"], "--length_generalization and --tasks are different"),
         (["--length_generalization=2", "--context_lengths=16"], "--context_lengths has no effect with --length_gen"),
         (["--data_path=gs://bucket/corpus"], "--data_path is 'gs://bucket/corpus': gs:// is not read directly"),
     ):

@@ -1,6 +1,6 @@
 """Continuations of the same context: it is read once, and each continuation goes on from its cache.
 
-A question of T tokens with K options of S tokens each is read in T + K (S - 1) tokens instead of K (T + S - 1).
+A question of T tokens with O options of M tokens each is read in T + O (M - 1) tokens instead of O (T + M - 1).
 """
 
 import dataclasses
@@ -39,17 +39,17 @@ class SharedContext(NamedTuple):
 class OptionScores(NamedTuple):
     """What a model says of each token of each continuation; see `TokenScores`."""
 
-    log_probs: Float32[Array, "Q K S1"]
-    greedy: Bool[Array, "Q K S1"]
+    log_probs: Float32[Array, "B O M"]
+    greedy: Bool[Array, "B O M"]
 
 
 class ContextBatch(NamedTuple):
-    """Q contexts with K continuations each; padding follows what it fills up."""
+    """B contexts with O continuations each; padding follows what it fills up."""
 
-    tokens: Int[Array, "Q T"] | np.ndarray  # of the contexts
-    num_tokens: Int[Array, " Q"] | np.ndarray
-    read: Int[Array, "Q K S"] | np.ndarray  # continuations without their last tokens; S may be 0
-    targets: Int[Array, "Q K S1"] | np.ndarray  # the continuations; S1 = S + 1
+    tokens: Int[Array, "B T"] | np.ndarray  # of the contexts
+    num_tokens: Int[Array, " B"] | np.ndarray
+    read: Int[Array, "B O U"] | np.ndarray  # continuations without their last tokens; U may be 0
+    targets: Int[Array, "B O M"] | np.ndarray  # the continuations; M = U + 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,7 +348,7 @@ class TestSaveModel:
                 patch.setattr(owner, name, kill)
                 save_model(folder, CONFIG, model, 1234, ByteTokenizer())
         message = "could not be written: File too large.*; no model was saved yet, and the same command starts again$"
-        with files_up_to(2000), pytest.raises(RunStopped, match=message):
+        with files_up_to(4000), pytest.raises(RunStopped, match=message):  # run.json has room, the arrays have none
             save_model(folder, CONFIG, model, 1234, ByteTokenizer())
         save_model(folder, CONFIG, model, 1234, ByteTokenizer())
         assert load_model(folder).step == 1234

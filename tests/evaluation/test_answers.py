@@ -149,10 +149,10 @@ def test_questions_that_cannot_be_asked(tuned, tmp_path, records, message):
         Questions.read(write_lines(tmp_path / "a.jsonl", records), None, TOKENIZER, SETTINGS.room, None)
 
 
-def test_a_limit_below_one(tuned, tmp_path):
+def test_a_limit_below_one(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "1", "answer": "1"}])
     with pytest.raises(EvaluationError, match="limit must be 1 or more, got 0"):
-        Questions.read(path, Workdir(tuned), TOKENIZER, SETTINGS.room, 0)
+        Questions.read(path, None, TOKENIZER, SETTINGS.room, 0)
 
 
 def test_no_room_for_a_prompt():

@@ -16,7 +16,7 @@ from rat_jax.data.chat_template import load_chat_template
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData
 from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer
-from rat_jax.evaluation import perplexity
+from rat_jax.evaluation import EvaluationError, perplexity
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh
 from rat_jax.training import run as training
@@ -122,7 +122,7 @@ def test_the_loss_of_the_validation_answers_can_be_evaluated(tuned, corpus, tmp_
     assert found.bits_per_byte is None
     one_row = make_examples(tmp_path, number_records(4, 9, 3, 0), number_records(1, 9, 3, 1), **FORM)
     perplexity.check_fits(loaded, one_row, mesh, SEQ_LEN, batch_tokens=SEQ_LEN)
-    with pytest.raises(DataError, match=f"holds rows of {SEQ_LEN} tokens, and data.seq_len is 16"):
+    with pytest.raises(EvaluationError, match=f"rows of {SEQ_LEN} tokens, and cannot be read in sequences of 16"):
         perplexity.evaluate(loaded, corpus, mesh, 16, batch_tokens=64, max_batches=None)
 
 

@@ -90,6 +90,7 @@ def test_the_ids_that_a_model_reads(monkeypatch, model):
         assert prompts == [prompt_ids(example, TOKENIZER, bos=bos) for example in examples]
         assert [answered.answers for answered in one.answered] == [example.answers for example in examples]
         assert [prompt.count(TOKENIZER.eos_id) for prompt in prompts] == [int(bos)] * 3
+        assert callable(settings.pop("on_text"))
         assert settings == {"stop": (), "max_new_tokens": 40, "batch_size": 2}
         assert max(map(len, prompts)) + 40 <= 448
         assert results.measured["bos"] is bos

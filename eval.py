@@ -140,10 +140,7 @@ def _losses(subject: Subject) -> None:
 
 def _length_generalization(subject: Subject) -> None:
     evaluate_length_generalization(
-        subject.loaded,
-        subject.corpus(),
-        subject.mesh,
-        subject.workdir.path,
+        subject,
         _LENGTH_GENERALIZATION.value,
         batch_tokens=_BATCH_TOKENS.value,
         max_batches=_MAX_BATCHES.value,

@@ -1,7 +1,8 @@
 """What a trained model is worth: loss and perplexity by position, what it says of given tokens, and tasks.
 
 perplexity      the loss of the validation split          scoring           log p of given tokens
-report          it as a table and a picture               shared_contexts   of continuations of the same context
+position_sums   sums by position, and their means         shared_contexts   of continuations of the same context
+report          losses as a table and a picture           progress          how batches are seen to go by
 results         files in the workdir, and their names     padding           lengths that rows are padded to
 
 mode            what eval.py measures, by its flags       subject           what it is measured on
@@ -17,7 +18,8 @@ tasks/          task files of ours                        text_settings     how 
                                                           task_report       results of tasks as a table
 """
 
-from rat_jax.evaluation.perplexity import Evaluation, EvaluationError, evaluate
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.perplexity import Evaluation, evaluate
 from rat_jax.evaluation.scoring import Score, Scorer
 
 __all__ = ["Evaluation", "EvaluationError", "Score", "Scorer", "evaluate"]

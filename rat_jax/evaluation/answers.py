@@ -24,7 +24,8 @@ from rat_jax.data.example import Example, ExampleReader
 from rat_jax.data.sources import parse_source
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation import results
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.files import FileError, write_json
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate
@@ -184,14 +185,11 @@ def evaluate_answers(
         "limit": limit,
         **dataclasses.asdict(settings),
     }
-    digest = hashlib.sha256(json.dumps({**measured, "file": path.name}).encode()).hexdigest()[:8]
-    name = re.sub(r"[^A-Za-z0-9._]", "_", path.stem)[:40]
-    out = workdir.path / f"answers-{loaded.step}-{name}-{digest}.jsonl"
+    digest = results.digest({**measured, "file": path.name})
+    out = workdir.path / f"answers-{loaded.step}-{results.part_of_a_name(path.stem)}-{digest}.jsonl"
     answers = predict(loaded, questions, tokenizer, settings, out, batch_tokens=batch_tokens)
     values = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "trained_length": loaded.config.data.seq_len,
+        **results.of_checkpoint(loaded),
         "measured": measured,
         "answers": str(out),
         "num_prompts": len(answers),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 
 
 @dataclasses.dataclass(frozen=True)

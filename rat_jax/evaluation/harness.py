@@ -11,8 +11,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
-from rat_jax.evaluation.scoring import Progress, Scorer
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.progress import Progress
+from rat_jax.evaluation.scoring import Scorer
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate_text

@@ -20,9 +20,9 @@ from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from rat_jax.errors import RatJaxError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.groups import GROUPS, GroupTask, TaskGroup
 from rat_jax.evaluation.harness import HarnessModel
-from rat_jax.evaluation.perplexity import EvaluationError
 
 _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of tasks whose data are local files
 _SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}  # those of the harness's own programs

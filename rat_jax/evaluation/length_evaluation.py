@@ -4,22 +4,16 @@ import json
 import pathlib
 import sys
 
-import jax
-
-from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.data.corpus import Corpus
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import length_generalization, length_report, results
-from rat_jax.evaluation.length_generalization import Progress
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.progress import Progress
+from rat_jax.evaluation.subject import Subject
 from rat_jax.files import FileError, write_json
 
 
 def evaluate_length_generalization(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    mesh: jax.sharding.Mesh,
-    folder: pathlib.Path,
+    subject: Subject,
     times: int,
     *,
     batch_tokens: int,
@@ -30,10 +24,7 @@ def evaluate_length_generalization(
     """Prints a table, then writes length_generalization-STEP-CORPUS-LENGTH-DIGEST.json and .png.
 
     Args:
-      loaded: the model, on the mesh.
-      corpus: whose tokenizer is the model's.
-      mesh: of the devices.
-      folder: the workdir.
+      subject: what is evaluated.
       times: sequences are so many times as long as those of the training.
       batch_tokens: tokens computed at a time, over all devices.
       max_batches: evenly spread over the split; None: the whole split.
@@ -46,10 +37,11 @@ def evaluate_length_generalization(
     """
     if times < 1:
         raise EvaluationError(f"--length_generalization must be 1 or more, got {times}")
+    loaded, corpus = subject.loaded, subject.corpus()
     measured = length_generalization.measure(
         loaded,
         corpus,
-        mesh,
+        subject.mesh,
         times * loaded.config.data.seq_len,
         batch_tokens=batch_tokens,
         max_batches=max_batches,
@@ -57,7 +49,7 @@ def evaluate_length_generalization(
     )
     values = results.lengths_as_json(loaded, corpus, measured)
     print(json.dumps(values) if print_json else length_report.table(values), flush=True)
-    path = results.lengths_path(folder, values)
+    path = results.lengths_path(subject.workdir.path, values)
     json_file, picture = pathlib.Path(f"{path}.json"), pathlib.Path(f"{path}.png")
     try:
         write_json(json_file, values)

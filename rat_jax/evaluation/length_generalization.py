@@ -9,9 +9,8 @@ down to 16.
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,7 +22,10 @@ from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch, ValidationData
 from rat_jax.decoder import ModelCache
-from rat_jax.evaluation.perplexity import Bucket, EvaluationError, check_length
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.perplexity import check_length
+from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums, add, require_result
+from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.loss import token_scores
 from rat_jax.memory import free_bytes, gib, is_out_of_memory, tree_bytes
 from rat_jax.mesh import constrain_rows, replicate
@@ -32,10 +34,7 @@ from rat_jax.shapes import Array, Float32, Int
 from rat_jax.sharding import global_batch
 
 CHUNK_TOKENS = 1024  # of a row, read in one call
-_FIRST_BUCKET = 16  # positions: no octave below it is a bucket of its own
 _PER_OCTAVE = 4  # buckets
-
-Progress = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
 
 class Chunk(NamedTuple):
@@ -48,20 +47,13 @@ class Chunk(NamedTuple):
     buckets: Int[Array, "B T"] | np.ndarray  # of each token's position
 
 
-class BucketSums(NamedTuple):
-    """Sums over the tokens of each bucket of positions."""
-
-    loss: Float32[Array, " n"] | np.ndarray  # of weight * -log p(target), in nats
-    weight: Float32[Array, " n"] | np.ndarray
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """How far the rows of a batch have been read."""
 
     cache: ModelCache
-    sums: BucketSums
+    sums: PositionSums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,27 +67,27 @@ class LengthGeneralization:
     chunk_tokens: int
     cache_bytes: tuple[int, int]  # of one row, of the training length and of this one
     edges: tuple[int, ...]  # first positions of the buckets, and the context length
-    sums: BucketSums  # float64
+    sums: PositionSums  # float64
 
     @property
     def num_targets(self) -> int:
         """Tokens that were predicted."""
-        return round(float(self.sums.weight.sum()))
+        return self.sums.num_targets
 
     @property
     def loss(self) -> float:
         """Mean over all targets, in nats a token."""
-        return float(self.sums.loss.sum() / self.sums.weight.sum())
+        return self.sums.mean()
 
     @property
     def loss_within(self) -> float | None:
         """Mean over the targets at positions below the training length; None where there is none."""
-        return self._mean(0, self._num_within)
+        return self.sums.mean(0, self._num_within)
 
     @property
     def loss_beyond(self) -> float | None:
         """Mean over the targets at positions from the training length on; None where there is none."""
-        return self._mean(self._num_within, len(self.edges) - 1)
+        return self.sums.mean(self._num_within)
 
     @property
     def _num_within(self) -> int:
@@ -103,16 +95,7 @@ class LengthGeneralization:
 
     def buckets(self, per_octave: Literal[1, 2, 4] = _PER_OCTAVE) -> list[Bucket]:
         """Means over ranges of positions, which `bucket_edges` of so many an octave bound."""
-        places = [self.edges.index(edge) for edge in bucket_edges(self.trained_length, self.context_length, per_octave)]
-        return [
-            Bucket(
-                self.edges[first],
-                self.edges[end] - 1,
-                float(self.sums.weight[first:end].sum()),
-                self._mean(first, end),
-            )
-            for first, end in itertools.pairwise(places)
-        ]
+        return self.sums.buckets(self.edges, bucket_edges(self.trained_length, self.context_length, per_octave))
 
     def as_json(self) -> dict[str, Any]:
         """All figures, as values that JSON can hold."""
@@ -131,10 +114,6 @@ class LengthGeneralization:
             "loss_by_position": [dataclasses.asdict(bucket) for bucket in self.buckets()],
         }
 
-    def _mean(self, first: int, end: int) -> float | None:
-        loss, weight = (float(x[first:end].sum()) for x in self.sums)
-        return loss / weight if weight > 0 else None
-
 
 def bucket_edges(trained_length: int, context_length: int, per_octave: int) -> list[int]:
     """First positions of the buckets, and `context_length`.
@@ -143,7 +122,7 @@ def bucket_edges(trained_length: int, context_length: int, per_octave: int) -> l
     are one bucket.
     """
     edges = {0, context_length, min(trained_length, context_length)}
-    octave = -int(math.log2(max(1, trained_length / _FIRST_BUCKET)))
+    octave = -int(math.log2(max(1, trained_length / FIRST_BUCKET)))
     while (first := trained_length * 2.0**octave) < context_length:
         edges |= {round(first * (1 + part / per_octave)) for part in range(per_octave)}
         octave += 1
@@ -159,7 +138,7 @@ def measure(
     batch_tokens: int,
     max_batches: int | None,
     chunk_tokens: int = CHUNK_TOKENS,
-    progress: Progress = lambda batches, num_batches: batches,
+    progress: Progress = no_progress,
 ) -> LengthGeneralization:
     """Loss by position of the validation split, cut in order into sequences of one length.
 
@@ -206,18 +185,11 @@ def measure(
             needed, free = num_rows // mesh.size * reader.cache_bytes(context_length), free_bytes(mesh.local_devices[0])
             if free is not None and needed > free:
                 raise too_large(f"caches of {gib(needed)} on each device, which has {gib(free)} free")
-            sums = _total(reader.sums(batch, mesh) for batch in progress(data, len(data)))
+            sums = functools.reduce(add, (reader.sums(batch, mesh) for batch in progress(data, len(data))), None)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise too_large("more memory than is free") from None
-    if sums is None or sums.weight.sum() == 0:
-        raise EvaluationError("no token of the validation split counts: it holds nothing but ends of documents")
-    if not np.isfinite(sums.loss).all():
-        raise EvaluationError(
-            f"the loss at position {edges[int(np.argmin(np.isfinite(sums.loss)))]} or soon after is not finite: the "
-            f"model's parameters are damaged, or too large for {loaded.config.model.dtype}"
-        )
     return LengthGeneralization(
         trained_length=trained.seq_len,
         context_length=context_length,
@@ -226,7 +198,7 @@ def measure(
         chunk_tokens=chunk_tokens,
         cache_bytes=(reader.cache_bytes(trained.seq_len), reader.cache_bytes(context_length)),
         edges=tuple(edges),
-        sums=sums,
+        sums=require_result(sums, lambda index: f"{edges[index]} or soon after", loaded.config.model.dtype),
     )
 
 
@@ -253,13 +225,13 @@ class Reader:
         empty = jax.eval_shape(lambda params: nnx.merge(self.graphdef, params).init_cache(1, capacity), self.params)
         return tree_bytes(empty)
 
-    def sums(self, batch: Batch, mesh: jax.sharding.Mesh) -> BucketSums:
-        """Sums over a batch of this host's rows, float64."""
+    def sums(self, batch: Batch, mesh: jax.sharding.Mesh) -> PositionSums:
+        """Sums over a batch of this host's rows, one for each bucket."""
         num_rows = batch.tokens.shape[0] * jax.process_count()
         reading = start_reading(self.graphdef, self.params, num_rows, self.context_length, len(self._edges) - 1)
         for chunk in chunks(batch, self._edges, self.chunk_tokens):
             reading = read_chunk(self.graphdef, self.params, self.embedding, global_batch(chunk, mesh), reading)
-        return BucketSums(*(np.asarray(x, np.float64) for x in reading.sums))
+        return reading.sums
 
 
 def chunks(batch: Batch, edges: list[int], chunk_tokens: int) -> Iterable[Chunk]:
@@ -300,7 +272,7 @@ def start_reading(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capa
     """
     cache = nnx.merge(graphdef, params).init_cache(num_rows, capacity)
     zeros = jnp.zeros((num_buckets,), jnp.float32)
-    return Reading(constrain_rows(cache), BucketSums(replicate(zeros), replicate(zeros)))
+    return Reading(constrain_rows(cache), PositionSums(replicate(zeros), replicate(zeros)))
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="reading")
@@ -324,7 +296,7 @@ def read_chunk(
     def by_bucket(x):
         return replicate(jnp.sum(jnp.where(in_bucket, x[None], 0.0), axis=(1, 2)))
 
-    new = BucketSums(by_bucket(-log_probs * chunk.loss_weights), by_bucket(chunk.loss_weights))
+    new = PositionSums(by_bucket(-log_probs * chunk.loss_weights), by_bucket(chunk.loss_weights))
     return Reading(constrain_rows(cache), jax.tree.map(jnp.add, reading.sums, new))
 
 
@@ -334,10 +306,3 @@ def _num_rows(
     """Sequences of a batch: as many as `batch_tokens` hold chunks, one for each device at least, none too many."""
     num_records = -(-(corpus.splits["validation"].num_tokens - 1) // context_length)
     return min(max(1, batch_tokens // (chunk_tokens * mesh.size)), -(-num_records // mesh.size)) * mesh.size
-
-
-def _total(parts: Iterable[BucketSums]) -> BucketSums | None:
-    total = None
-    for part in parts:
-        total = part if total is None else BucketSums(*map(np.add, total, part))
-    return total

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rat_jax.data.pipeline import describe_coverage
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.position_sums import Bucket
 from rat_jax.evaluation.results import LENGTHS_PREFIX
 from rat_jax.files import read_object
 from rat_jax.pictures import write_picture
@@ -113,9 +114,9 @@ def plot(runs: Sequence[Results], path: pathlib.Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for run in runs:
-        buckets = [bucket for bucket in run["loss_by_position"] if bucket["loss"] is not None]
-        middles = [((bucket["first"] + 1) * (bucket["last"] + 1)) ** 0.5 for bucket in buckets]
-        axes.plot(middles, [bucket["loss"] for bucket in buckets], "o-", markersize=3, label=run["run"])
+        buckets = [Bucket(**bucket) for bucket in run["loss_by_position"] if bucket["loss"] is not None]
+        middles = [bucket.middle for bucket in buckets]
+        axes.plot(middles, [bucket.loss for bucket in buckets], "o-", markersize=3, label=run["run"])
     for length in sorted({run["trained_length"] for run in runs}):
         axes.axvline(length, color="gray", linestyle="--", linewidth=1, label=f"trained on {length} tokens")
     axes.set_xscale("log", base=2)

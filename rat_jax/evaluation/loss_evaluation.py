@@ -3,13 +3,13 @@
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.pipeline import Batch
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import perplexity, report, results
 from rat_jax.evaluation.perplexity import Evaluation
+from rat_jax.evaluation.progress import Progress
 from rat_jax.evaluation.subject import Subject
 from rat_jax.files import FileError, write_json
 
@@ -21,7 +21,7 @@ def evaluate_losses(
     batch_tokens: int,
     max_batches: int | None,
     print_json: bool,
-    progress: Callable[[Iterable[Batch], int], Iterable[Batch]],
+    progress: Progress,
 ) -> None:
     """Prints a table, then writes it and a picture into the workdir.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from absl.flags import FlagHolder
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.subject import Subject
 
 

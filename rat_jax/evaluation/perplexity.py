@@ -3,54 +3,25 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import Batch, ValidationData
-from rat_jax.errors import RatJaxError
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums, add, require_result
+from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.loss import position_losses
 from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.shapes import Array, Float32
 from rat_jax.sharding import batch_sharding, global_batch
-
-_FIRST_BUCKET = 16  # positions
-
-
-class EvaluationError(RatJaxError, ValueError):
-    """An evaluation that has no result; the message says what to change."""
-
-
-class PositionSums(NamedTuple):
-    """Sums over the rows of batches; position t is that of the t-th input token, whose target is the next one."""
-
-    loss: Float32[Array, " T"] | np.ndarray  # of weight * -log p(target), in nats
-    weight: Float32[Array, " T"] | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """The mean loss at neighbouring positions."""
-
-    first: int
-    last: int
-    num_targets: float
-    loss: float | None  # nats a token; None where no target counts
-
-    @property
-    def middle(self) -> float:
-        """The geometric middle, counted from 1: where a logarithmic axis shows the bucket."""
-        return math.sqrt((self.first + 1) * (self.last + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +30,19 @@ class Evaluation:
 
     context_length: int
     fraction: float  # of the split's sequences; 1: the whole
-    sums: PositionSums  # float64, [context_length]
+    sums: PositionSums  # float64; position t is that of the t-th input token, whose target is the next one
     statistics: Statistics  # of the split
     first_target_id: int = 0  # of `DataConfig`: lower ids are no targets
 
     @property
     def num_targets(self) -> int:
         """Tokens that were predicted: of a document all but the first one, and its end."""
-        return round(float(self.sums.weight.sum()))
+        return self.sums.num_targets
 
     @property
     def loss(self) -> float:
         """Mean over the targets, in nats a token."""
-        return float(self.sums.loss.sum() / self.sums.weight.sum())
+        return self.sums.mean()
 
     @property
     def perplexity(self) -> float:
@@ -85,12 +56,7 @@ class Evaluation:
 
     def buckets(self, per_octave: int = 1) -> list[Bucket]:
         """Means over positions 0 .. 15, 16 .. 31, 32 .. 63, ...; from 16 on in `per_octave` parts of each range."""
-        edges = bucket_edges(self.context_length, per_octave)
-        buckets = []
-        for first, end in itertools.pairwise(edges):
-            loss, weight = (float(x[first:end].sum()) for x in self.sums)
-            buckets.append(Bucket(first, end - 1, weight, loss / weight if weight > 0 else None))
-        return buckets
+        return self.sums.buckets(range(self.context_length + 1), bucket_edges(self.context_length, per_octave))
 
     def as_json(self) -> dict[str, Any]:
         """All figures, as values that JSON can hold."""
@@ -136,24 +102,9 @@ def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.shardin
     with jax.set_mesh(mesh):
         for batch in batches:
             started = position_sums(graphdef, params, global_batch(batch, mesh))
-            total = _add(total, under_way)  # while the device computes
+            total = add(total, under_way)  # while the device computes
             under_way = started
-    total = _add(total, under_way)
-    if total is None or total.weight.sum() == 0:
-        raise EvaluationError("no token of the validation split counts: it holds nothing but ends of documents")
-    if not np.isfinite(total.loss).all():
-        raise EvaluationError(
-            f"the loss at position {int(np.argmin(np.isfinite(total.loss)))} is not finite: the model's parameters are "
-            f"damaged, or too large for {model.config.dtype}"
-        )
-    return total
-
-
-def _add(total: PositionSums | None, more: PositionSums | None) -> PositionSums | None:
-    if more is None:
-        return total
-    more = PositionSums(*(np.asarray(x, np.float64) for x in more))
-    return more if total is None else PositionSums(*map(np.add, total, more))
+    return require_result(add(total, under_way), str, model.config.dtype)
 
 
 def evaluate(
@@ -164,7 +115,7 @@ def evaluate(
     *,
     batch_tokens: int,
     max_batches: int | None,
-    progress: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, num_batches: batches,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Evaluates a model on the validation split, cut in order into sequences of one length.
 
@@ -290,7 +241,7 @@ def _too_large(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int, 
 
 def bucket_edges(context_length: int, per_octave: int) -> list[int]:
     """First positions of the buckets, and `context_length`."""
-    edges, first = [0], _FIRST_BUCKET
+    edges, first = [0], FIRST_BUCKET
     while first < context_length:
         edges += [first + first * part // per_octave for part in range(per_octave)]
         first *= 2

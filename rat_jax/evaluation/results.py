@@ -18,6 +18,11 @@ LENGTHS_PREFIX = "length_generalization"  # of files
 _MAX_NAME = 40  # characters of a corpus, of lengths, and of tasks, in the name of a file
 
 
+def of_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
+    """Which checkpoint results are of."""
+    return {"checkpoint": str(loaded.path), "step": loaded.step, "trained_length": loaded.config.data.seq_len}
+
+
 def as_json(loaded: LoadedModel, corpus: Corpus, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """What was measured and all figures, as values that JSON can hold."""
     return {
@@ -38,12 +43,12 @@ def results_path(folder: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
     """
     lengths = [evaluation["context_length"] for evaluation in results["evaluations"]]
     fractions = [evaluation["split_fraction"] for evaluation in results["evaluations"]]
-    digest = _digest([results["data_hash"], lengths, fractions])
-    corpus = _part_of_a_name(pathlib.Path(results["data_path"]).name)
+    named_by = digest([results["data_hash"], lengths, fractions])
+    corpus = part_of_a_name(pathlib.Path(results["data_path"]).name)
     named = "_".join(map(str, lengths))
     if len(named) > _MAX_NAME:
         named = f"{lengths[0]}_to_{lengths[-1]}"
-    return folder / f"evaluation-{results['step']}-{corpus}-{named}-{digest}"
+    return folder / f"evaluation-{results['step']}-{corpus}-{named}-{named_by}"
 
 
 def lengths_as_json(loaded: LoadedModel, corpus: Corpus, measured: LengthGeneralization) -> dict[str, Any]:
@@ -62,17 +67,15 @@ def lengths_as_json(loaded: LoadedModel, corpus: Corpus, measured: LengthGeneral
 
 def lengths_path(folder: pathlib.Path, results: dict[str, Any]) -> pathlib.Path:
     """Where they belong, without a suffix: length_generalization-STEP-CORPUS-LENGTH-DIGEST, as `results_path`."""
-    digest = _digest([results["data_hash"], results["context_length"], results["split_fraction"]])
-    corpus = _part_of_a_name(pathlib.Path(results["data_path"]).name)
-    return folder / f"{LENGTHS_PREFIX}-{results['step']}-{corpus}-{results['context_length']}-{digest}"
+    named_by = digest([results["data_hash"], results["context_length"], results["split_fraction"]])
+    corpus = part_of_a_name(pathlib.Path(results["data_path"]).name)
+    return folder / f"{LENGTHS_PREFIX}-{results['step']}-{corpus}-{results['context_length']}-{named_by}"
 
 
 def tasks_as_json(loaded: LoadedModel, measured: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Results of tasks by name, and all that they depend on: the checkpoint and what `measured` says."""
     return {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "trained_length": loaded.config.data.seq_len,
+        **of_checkpoint(loaded),
         "measured": measured,
         "tasks": tasks,
     }
@@ -92,13 +95,15 @@ def tasks_path(
     folder: pathlib.Path, step: int, names: Sequence[str], measured: dict[str, Any], kind: str = "tasks"
 ) -> pathlib.Path:
     """Where results of tasks belong: KIND-STEP-NAMES-DIGEST.json; the digest is of the names and `measured`."""
-    digest = _digest([list(names), measured])
-    return folder / f"{kind}-{step}-{_part_of_a_name('_'.join(names))}-{digest}.json"
+    named_by = digest([list(names), measured])
+    return folder / f"{kind}-{step}-{part_of_a_name('_'.join(names))}-{named_by}.json"
 
 
-def _digest(measured: Any) -> str:
+def digest(measured: Any) -> str:
+    """What tells measurements apart in the name of a file: eight digits of the SHA-256 of their settings as JSON."""
     return hashlib.sha256(json.dumps(measured).encode()).hexdigest()[:8]
 
 
-def _part_of_a_name(text: str) -> str:
+def part_of_a_name(text: str) -> str:
+    """A text as a part of a file's name."""
     return re.sub(r"[^A-Za-z0-9._]", "_", text)[:_MAX_NAME]

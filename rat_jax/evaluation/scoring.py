@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.padding import padded_count, padded_length
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.evaluation.shared_contexts import (
     ContextBatch,
     OptionScores,
@@ -100,11 +101,6 @@ class _Row:
 
 
 Planned = PlannedBatch | PlannedContexts
-Progress = Callable[[Iterable[RowBatch | ContextBatch], int], Iterable[RowBatch | ContextBatch]]
-
-
-def _no_progress(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
-    return batches
 
 
 class Scorer:
@@ -138,7 +134,7 @@ class Scorer:
         self._vocab_size = model.config.vocab_size
         self._graphdef, self._params = nnx.split(model)
 
-    def score(self, pairs: Sequence[Pair], progress: Progress = _no_progress) -> list[Score]:
+    def score(self, pairs: Sequence[Pair], progress: Progress = no_progress) -> list[Score]:
         """log p(token | context, earlier tokens of the continuation) of every token of each continuation.
 
         Of a context that is too long the end is read: `context_length` tokens up to the last but one of the
@@ -173,7 +169,7 @@ class Scorer:
             return self._compute(together, rows, progress, contexts)
         return self._compute(apart, rows, progress)
 
-    def score_rolling(self, documents: Sequence[Ids], start_id: int, progress: Progress = _no_progress) -> list[Score]:
+    def score_rolling(self, documents: Sequence[Ids], start_id: int, progress: Progress = no_progress) -> list[Score]:
         """log p of every token of texts of any length, each token predicted once, in `rolling_windows`.
 
         Args:

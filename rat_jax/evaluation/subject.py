@@ -7,7 +7,7 @@ import jax
 from rat_jax.checkpoints import LoadedModel, Workdir
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.paths import local_path
 from rat_jax.sampling.prompts import find_tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import results
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.groups import TaskGroup
-from rat_jax.evaluation.perplexity import EvaluationError
-from rat_jax.evaluation.scoring import Progress
+from rat_jax.evaluation.progress import Progress
 from rat_jax.evaluation.subject import Subject
 from rat_jax.evaluation.task_report import table
 from rat_jax.evaluation.text_settings import TextSettings

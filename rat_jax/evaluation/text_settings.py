@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 
 Bos = Literal["empty", "always"]
 Truncation = Literal["left", "middle", "right"]

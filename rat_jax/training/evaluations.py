@@ -13,7 +13,7 @@ from flax import nnx
 from rat_jax.checkpoints.run_log import Record
 from rat_jax.config import Config
 from rat_jax.errors import RatJaxError
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.files import in_words
 from rat_jax.interrupts import Interrupts
 from rat_jax.training.evaluators import Evaluator, PartFailedError

@@ -15,7 +15,8 @@ from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.prepare import main, prepare
 from rat_jax.data.row import ADDED_BYTES
 from rat_jax.data.token_header import HEADER_BYTES
-from rat_jax.evaluation.perplexity import EvaluationError, check_length
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.perplexity import check_length
 from tests.data.test_chat_template import CHATML, chat
 from tests.tiny_sft import make_examples, settings, write_lines
 

@@ -15,8 +15,8 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
 from rat_jax.decoder import DecoderModule
 from rat_jax.evaluation import length_generalization, length_report, results
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.length_generalization import (
-    BucketSums,
     Chunk,
     LengthGeneralization,
     Reader,
@@ -27,7 +27,8 @@ from rat_jax.evaluation.length_generalization import (
     read_chunk,
     start_reading,
 )
-from rat_jax.evaluation.perplexity import EvaluationError, evaluate
+from rat_jax.evaluation.perplexity import evaluate
+from rat_jax.evaluation.position_sums import PositionSums
 from rat_jax.memory import tree_bytes
 from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel
@@ -260,7 +261,7 @@ def fake(trained: int, context: int, losses: list[float], **changes) -> LengthGe
     edges = bucket_edges(trained, context, 4)
     weight = np.diff(edges).astype(np.float64)
     octave = np.searchsorted(bucket_edges(trained, context, 1), edges[:-1], side="right") - 1
-    sums = BucketSums(weight * np.array(losses)[octave], weight)
+    sums = PositionSums(weight * np.array(losses)[octave], weight)
     values = {"positions": "row", "fraction": 1.0, "chunk_tokens": 8, "cache_bytes": (1024, 4096)}
     return LengthGeneralization(trained, context, edges=tuple(edges), sums=sums, **(values | changes))
 

@@ -13,14 +13,8 @@ from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.evaluation import perplexity as evaluation
-from rat_jax.evaluation.perplexity import (
-    Evaluation,
-    EvaluationError,
-    PositionSums,
-    bucket_edges,
-    check_fits,
-    evaluate,
-)
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.perplexity import Evaluation, PositionSums, bucket_edges, check_fits, evaluate
 from rat_jax.evaluation.report import table
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh

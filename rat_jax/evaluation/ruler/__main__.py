@@ -19,7 +19,7 @@ from rat_jax import program
 from rat_jax.data import DataError
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.data.tokenizer_choice import parse_tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.evaluation import describe, find_templates, task_names
 from rat_jax.evaluation.ruler.examples import TASKS, Settings, make_example
 from rat_jax.evaluation.ruler.haystacks import Essay

@@ -10,7 +10,7 @@ from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import results as result_files
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.evaluation import GROUP, RulerResults, run_ruler
 from rat_jax.evaluation.ruler.examples import TASKS
 from rat_jax.evaluation.ruler.heat_map import draw_heat_map, has_depths
@@ -64,8 +64,7 @@ def evaluate_checkpoint(
         return result_files.tasks_path(folder, loaded.step, tasks, so_far[-1].measured, kind="ruler")
 
     def values() -> dict[str, Any]:
-        checkpoint = {"checkpoint": str(loaded.path), "step": loaded.step, "trained_length": loaded.config.data.seq_len}
-        return checkpoint | so_far[-1].as_json()
+        return result_files.of_checkpoint(loaded) | so_far[-1].as_json()
 
     def keep(results: RulerResults) -> None:
         so_far.append(results)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.examples import TASKS, Example, Settings, check_task, make_example, prompt_ids
 from rat_jax.evaluation.ruler.harness_templates import harness_templates
 from rat_jax.evaluation.ruler.haystacks import Essay

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.coded_words import CodedWordsDraft
 from rat_jax.evaluation.ruler.common_words import CommonWordsDraft
 from rat_jax.evaluation.ruler.draft import Draft, Materials

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.templates import Template, Templates
 
 _FOLDER = ("tasks", "ruler")

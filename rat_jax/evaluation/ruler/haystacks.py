@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from rat_jax.data.corpus import METADATA_FILE
 from rat_jax.data.document import ReadOptions
 from rat_jax.data.sources import parse_source
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.items import Split
 from rat_jax.paths import local_path
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RatJaxError
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.examples import Example, Settings, check_task, make_example
 from rat_jax.evaluation.ruler.scoring import METRICS, found, scores
 

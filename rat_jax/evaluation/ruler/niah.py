@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.draft import Draft, Materials, Rendered
 from rat_jax.evaluation.ruler.haystacks import Distractors, Haystack, Noise, filler_words, hide
 from rat_jax.evaluation.ruler.items import Kind

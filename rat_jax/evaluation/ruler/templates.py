@@ -3,7 +3,7 @@
 import dataclasses
 import string
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 
 _QUESTION_FIELDS = {"context", "query", "kind", "kinds", "count"}
 _NEEDLE_FIELDS = {"kind", "kinds", "key", "value"}

@@ -6,7 +6,7 @@ import importlib.resources
 import importlib.util
 import random
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from flax import nnx
 
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 
 
 class PartFailedError(EvaluationError):

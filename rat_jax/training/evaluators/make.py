@@ -6,7 +6,7 @@ from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
 from rat_jax.errors import RatJaxError
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.training.evaluators.answers import AnswersEvaluator
 from rat_jax.training.evaluators.evaluator import Evaluator
 from rat_jax.training.evaluators.length import LengthEvaluator

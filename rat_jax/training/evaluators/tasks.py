@@ -15,7 +15,7 @@ from flax import nnx
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.training.evaluators.evaluator import PartFailedError
 from rat_jax.training.evaluators.text_model import TextModel

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config
 from rat_jax.data.corpus import Corpus
-from rat_jax.evaluation.perplexity import EvaluationError
+from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.memory import free_bytes, gib, tree_bytes
 from rat_jax.model import LanguageModel
 

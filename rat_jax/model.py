@@ -1,6 +1,8 @@
 """The language model: embedding, residual blocks in a repeating pattern of mixers, norm, logits."""
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from rat_jax.layers import INITIAL_STD, RmsNorm
 from rat_jax.mixers import MIXERS
 from rat_jax.ops.remat import saving_named
 from rat_jax.parameters import VECTOR, ParameterSpec
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.segments import as_segments
 from rat_jax.shapes import Array, Float, Float32, Int
+
+Carry = TypeVar("Carry")  # a tree of arrays
 
 
 class LanguageModel(nnx.Module):
@@ -53,7 +57,7 @@ class LanguageModel(nnx.Module):
     def hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """The final norm's output for each token, from which `logits` predicts the next."""
         segments = as_segments(segment_ids, tokens.shape)
-        return self.final_norm(self._scan_layers(self._embed(tokens), segments))
+        return self.final_norm(self.scan_layers(lambda block, x: block(x, segments)[0], self.embed(tokens)))
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """hidden E^T with the embedding E; products in the compute dtype, sums in float32."""
@@ -75,7 +79,8 @@ class LanguageModel(nnx.Module):
         hidden, cache = DecoderModule(self).hidden(tokens, cache, segment_ids)
         return self.logits(hidden), cache
 
-    def _embed(self, tokens: Array) -> Array:
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer reads."""
         return self.embedding[...][tokens].astype(self.config.dtype)
 
     def decoding_layer(self, index: int) -> ResidualBlock:
@@ -90,19 +95,25 @@ class LanguageModel(nnx.Module):
             flat.append((path, param.replace(value.astype(self.config.dtype) if spec.matmul else value)))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
-    def _scan_layers(self, x: Array, segments: SegmentInfo) -> Array:
+    def scan_layers(self, run: Callable[[ResidualBlock, Carry], Carry], carry: Carry) -> Carry:
+        """`run(block, carry)` of each layer's block in turn; its values are kept or computed again as `remat` says.
+
+        Args:
+          run: returns arrays of the shapes and dtypes of those it is given.
+          carry: what the first layer is given.
+        """
         parts = [nnx.split(block) for _, block in sorted(self.blocks.items())]
         graphdefs, states = [part[0] for part in parts], [part[1] for part in parts]
 
-        def run_pattern(x, states):
+        def run_pattern(carry, states):
             for graphdef, state in zip(graphdefs, states, strict=True):
-                run = _remat(
-                    lambda state, x, graphdef=graphdef: nnx.merge(graphdef, state)(x, segments)[0], self.config
+                run_one = _remat(
+                    lambda state, carry, graphdef=graphdef: run(nnx.merge(graphdef, state), carry), self.config
                 )
-                x = run(state, x)
-            return x, None
+                carry = run_one(state, carry)
+            return carry, None
 
-        return jax.lax.scan(run_pattern, x, states, unroll=min(self.config.scan_unroll, self.config.num_repeats))[0]
+        return jax.lax.scan(run_pattern, carry, states, unroll=min(self.config.scan_unroll, self.config.num_repeats))[0]
 
 
 def block_name(index: int, kind: str) -> str:

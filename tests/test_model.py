@@ -116,8 +116,8 @@ def test_no_token_depends_on_a_later_one_or_on_another_document(functions):
     def one_logit(offsets, at, segments):
         model = nnx.merge(graphdef, params)
         # Offsets of the embedded tokens: what the logit at `at` depends on has a gradient.
-        embed = model._embed
-        object.__setattr__(model, "_embed", lambda tokens: embed(tokens) + offsets)
+        embed = model.embed
+        object.__setattr__(model, "embed", lambda tokens: embed(tokens) + offsets)
         return model(tokens, segments)[0, at, 3]
 
     gradient = jax.jit(jax.grad(one_logit))

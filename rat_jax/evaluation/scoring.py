@@ -5,15 +5,14 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from rat_jax.evaluation.errors import EvaluationError
-from rat_jax.evaluation.padding import padded_count, padded_length
 from rat_jax.evaluation.progress import Progress, no_progress
+from rat_jax.evaluation.row_batches import PlannedBatch, RowBatch, plan_batches
 from rat_jax.evaluation.shared_contexts import (
     ContextBatch,
     OptionScores,
@@ -26,7 +25,6 @@ from rat_jax.loss import TokenScores, token_scores
 from rat_jax.memory import is_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.shapes import Array, Int
 from rat_jax.sharding import batch_sharding
 
 _MOST_OPTIONS = 16  # continuations of a context that are computed together
@@ -54,36 +52,6 @@ class Score:
         return bool(self.greedy.all())
 
 
-class RowBatch(NamedTuple):
-    """Rows of one padded length; padding follows a row's tokens, which do not see it."""
-
-    tokens: Int[Array, "B T"] | np.ndarray
-    targets: Int[Array, "B T"] | np.ndarray  # the token after each
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedBatch:
-    """Which rows are computed together, and the shape they are padded to."""
-
-    rows: list[int]
-    num_rows: int  # padding included
-    length: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that are read, padding included."""
-        return self.num_rows * self.length
-
-    def batch(self, rows: Sequence["_Row"]) -> RowBatch:
-        """The arrays."""
-        batch = RowBatch(*(np.zeros((self.num_rows, self.length), np.int32) for _ in range(2)))
-        for place, index in enumerate(self.rows):
-            ids = rows[index].ids
-            batch.tokens[place, : len(ids) - 1] = ids[:-1]
-            batch.targets[place, : len(ids) - 1] = ids[1:]
-        return batch
-
-
 @dataclasses.dataclass(frozen=True)
 class _Row:
     name: str  # for messages
@@ -106,9 +74,10 @@ Planned = PlannedBatch | PlannedContexts
 class Scorer:
     """Scores tokens with a model: rows of similar length together, cut among the devices of a mesh.
 
-    Rows are sorted by length and padded to one of four lengths an octave, so that few programs are compiled. A score
-    follows from its own tokens alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context
-    that several continuations have is read once (`rat_jax.evaluation.shared_contexts`) where that is less to compute.
+    Rows are sorted by length and padded to one of four lengths an octave, or short ones are packed into rows of one
+    length, so that few programs are compiled (`rat_jax.evaluation.row_batches`). A score follows from its own tokens
+    alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context that several continuations have
+    is read once (`rat_jax.evaluation.shared_contexts`) where that is less to compute.
     """
 
     num_tokens = 0  # computed so far, padding included
@@ -154,10 +123,10 @@ class Scorer:
         """
         rows = [self._pair_row(f"pair {index}", *pair) for index, pair in enumerate(pairs)]
         apart = self._plan_rows(rows, range(len(rows)))
-        room = self.batch_tokens // self._num_devices
+        most = self.batch_tokens // self._num_devices
         contexts, alone = [], []
         for context in _contexts_of(rows):
-            if len(context.rows) > 1 and context.room(self.context_length) <= room:
+            if len(context.rows) > 1 and context.num_tokens(self.context_length) <= most:
                 contexts.append(context)
             else:
                 alone += context.rows
@@ -231,7 +200,10 @@ class Scorer:
     def _plan_rows(self, rows: Sequence[_Row], chosen: Sequence[int]) -> list[PlannedBatch]:
         lengths = [len(rows[index].ids) - 1 for index in chosen]
         plan = plan_batches(lengths, self.context_length, self.batch_tokens, self._num_devices)
-        return [dataclasses.replace(planned, rows=[chosen[place] for place in planned.rows]) for planned in plan]
+        return [
+            dataclasses.replace(planned, rows=[[chosen[place] for place in members] for members in planned.rows])
+            for planned in plan
+        ]
 
     def _compute(
         self,
@@ -245,7 +217,8 @@ class Scorer:
             for index, place in _places(planned, rows, contexts):
                 scores[index] = _score(rows[index], log_probs[place], greedy[place])
 
-        batches = (planned.batch(contexts if isinstance(planned, PlannedContexts) else rows) for planned in plan)
+        texts = [row.ids for row in rows]
+        batches = (planned.batch(contexts if isinstance(planned, PlannedContexts) else texts) for planned in plan)
         scores: dict[int, Score] = {}
         under_way = None
         try:
@@ -272,7 +245,7 @@ class Scorer:
         if self._mesh is None:
             return batch
         sharding = batch_sharding(self._mesh)  # every host has all rows and gives its devices theirs
-        return type(batch)(*(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in batch))
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -285,7 +258,8 @@ def batch_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: RowBatch) -> 
       batch: with rows for all devices of the mesh in use, if any.
     """
     model = nnx.merge(graphdef, params)
-    hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens)))
+    batch = constrain_rows(batch)
+    hidden = constrain_rows(model.hidden(batch.tokens, batch.segment_ids))
     scores = token_scores(hidden, model.embedding[...], batch.targets)
     return TokenScores(*map(replicate, scores))
 
@@ -303,32 +277,6 @@ def rolling_windows(
     for start in range(0, len(document), context_length):
         end = min(start + context_length, len(document))
         yield ids[max(0, end - context_length) : start + 1], ids[start + 1 : end + 1]
-
-
-def plan_batches(
-    lengths: Sequence[int], context_length: int, batch_tokens: int, num_devices: int
-) -> list[PlannedBatch]:
-    """Rows of similar length together, the longest first, in few shapes.
-
-    A batch is as long as its longest row, rounded up to a multiple of an eighth of the next power of two, and has as
-    many rows as `batch_tokens` hold at that length; the last one has fewer, a power of two for each device.
-
-    Args:
-      lengths: tokens to read of each row.
-      context_length: no batch is longer.
-      batch_tokens: of a batch, padding included; exceeded where one row for each device is more.
-      num_devices: what the rows of a batch are a multiple of.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    plan, start = [], 0
-    while start < len(order):
-        length = padded_length(lengths[order[start]], context_length)
-        per_device = max(1, batch_tokens // (length * num_devices))
-        rows = order[start : start + per_device * num_devices]
-        count = padded_count(-(-len(rows) // num_devices), per_device)
-        plan.append(PlannedBatch(rows, count * num_devices, length))
-        start += len(rows)
-    return plan
 
 
 def _contexts_of(rows: Sequence[_Row]) -> list[SharedContext]:
@@ -355,9 +303,11 @@ def _places(
             for number, index in enumerate(contexts[context].rows):
                 yield index, (place, number, slice(rows[index].num_targets))
     else:
-        for place, index in enumerate(planned.rows):
-            end = len(rows[index].ids) - 1
-            yield index, (place, slice(end - rows[index].num_targets, end))
+        for place, members in enumerate(planned.rows):
+            end = 0
+            for index in members:
+                end += len(rows[index].ids) - 1
+                yield index, (place, slice(end - rows[index].num_targets, end))
 
 
 def _score(row: _Row, log_probs: np.ndarray, greedy: np.ndarray) -> Score:

@@ -1,23 +1,26 @@
 """Continuations of the same context: it is read once, and each continuation goes on from its cache.
 
-A question of T tokens with O options of M tokens each is read in T + O (M - 1) tokens instead of O (T + M - 1).
+A question of T tokens with O options of M tokens each is read in T + O (M - 1) tokens instead of O (T + M - 1). Layer
+by layer: what one layer remembers of the contexts is all that is held at a time, and one layer is all that is compiled.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rat_jax.decoder import DecoderModule
+from rat_jax.blocks import ResidualBlock
 from rat_jax.evaluation.padding import padded_count, padded_length
 from rat_jax.loss import token_scores
 from rat_jax.mesh import constrain_rows, replicate
-from rat_jax.shapes import Array, Bool, Float32, Int
+from rat_jax.model import LanguageModel
+from rat_jax.segments import StreamState, from_segments
+from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 _CHUNK = 1024  # tokens of a context read at a time
 _SHORTEST_OPTION = 8  # tokens of a padded continuation, unless none of the batch needs any
@@ -30,10 +33,10 @@ class SharedContext(NamedTuple):
     options: Sequence[np.ndarray]
     rows: Sequence[int]  # the caller's numbers of the options
 
-    def room(self, context_length: int) -> int:
-        """Tokens that the caches of its continuations take, padding included."""
+    def num_tokens(self, context_length: int) -> int:
+        """Tokens that are read, padding included."""
         longest = max(len(option) - 1 for option in self.options)
-        return len(self.options) * (padded_length(len(self.ids), context_length) + _padded_option(longest))
+        return padded_length(len(self.ids), context_length) + len(self.options) * _padded_option(longest)
 
 
 class OptionScores(NamedTuple):
@@ -94,8 +97,7 @@ def plan_contexts(
     Args:
       contexts: to plan.
       context_length: no context with a continuation is longer.
-      batch_tokens: what the tokens of a batch and the room in its caches stay below, unless one context for each device
-        is more.
+      batch_tokens: what the tokens of a batch stay below, unless one context for each device is more.
       num_devices: what the contexts of a batch are a multiple of.
     """
     plan = []
@@ -108,9 +110,7 @@ def plan_contexts(
         while start < len(order):
             option_length, first = order[start]
             length = padded_length(len(contexts[first].ids), context_length)
-            # A cache of the whole length for each continuation is what takes memory.
-            room = num_options * (length + option_length) if option_length else length
-            per_device = max(1, batch_tokens // (room * num_devices))
+            per_device = max(1, batch_tokens // ((length + num_options * option_length) * num_devices))
             members = [i for need, i in order[start : start + per_device * num_devices] if need == option_length]
             count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
             plan.append(PlannedContexts(members, count, length, num_options, option_length))
@@ -142,32 +142,53 @@ def context_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: ContextBatc
       batch: with contexts for all devices of the mesh in use, if any.
     """
     model = nnx.merge(graphdef, params)
-    embedding = model.embedding[...]
-    decoder = DecoderModule(model)
-    num_rows, length = batch.tokens.shape
-    num_options, option_length = batch.read.shape[1:]
-    tokens = constrain_rows(batch.tokens)
-    cache = decoder.init_cache(num_rows, length + option_length)
-    last = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)  # hidden state of the context's last token
-    for start in range(0, length, _CHUNK):
-        part = tokens[:, start : start + _CHUNK]
-        left = batch.num_tokens[:, None] - start
-        is_token = jnp.arange(part.shape[1], dtype=jnp.int32)[None] < left
-        hidden, cache = decoder.hidden(part, cache, is_token.astype(jnp.int32))
-        place = jnp.clip(left - 1, 0, part.shape[1] - 1)[:, :, None]
-        ends_here = (left >= 1) & (left <= part.shape[1])
-        last = jnp.where(ends_here, jnp.take_along_axis(hidden, place, axis=1)[:, 0], last)
-    last = constrain_rows(jnp.broadcast_to(last[:, None], (num_rows, num_options, last.shape[-1])))
-    first = token_scores(last, embedding, batch.targets[:, :, 0])
-    if option_length == 0:
+    batch = constrain_rows(batch)
+    num_rows, num_options, option_length = batch.read.shape
+    read = batch.read.reshape(num_rows * num_options, option_length)
+    context, options = _read_contexts(model, batch, read) if option_length else (model.hidden(batch.tokens), None)
+    last = jnp.take_along_axis(context, batch.num_tokens[:, None, None] - 1, axis=1)
+    last = constrain_rows(jnp.broadcast_to(last, (num_rows, num_options, last.shape[-1])))
+    first = token_scores(last, model.embedding[...], batch.targets[:, :, 0])
+    if options is None:
         return OptionScores(*(replicate(x[:, :, None]) for x in first))
-    cache = constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, num_options, axis=0), cache))
-    read = constrain_rows(batch.read.reshape(num_rows * num_options, option_length))
-    hidden, _ = decoder.hidden(read, cache)
-    later = token_scores(constrain_rows(hidden), embedding, batch.targets[:, :, 1:].reshape(read.shape))
+    later = token_scores(options, model.embedding[...], batch.targets[:, :, 1:].reshape(read.shape))
     return OptionScores(
         *(
             replicate(jnp.concatenate([x[:, :, None], y.reshape(num_rows, num_options, option_length)], axis=-1))
             for x, y in zip(first, later, strict=True)
         )
     )
+
+
+def _read_contexts(
+    model: LanguageModel, batch: ContextBatch, read: Int[Array, "R U"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "R U D"]]:
+    """The final norm's output for the tokens of the contexts, and for those that are read of their continuations.
+
+    Each layer reads the contexts and then the continuations, so that the memory of one layer is held at a time.
+    """
+    num_rows, length = batch.tokens.shape
+    num_options, option_length = batch.read.shape[1:]
+    starts = range(0, length, _CHUNK)
+    is_token = (jnp.arange(length, dtype=jnp.int32)[None] < batch.num_tokens[:, None]).astype(jnp.int32)
+    chunks, stream = [], StreamState.empty(num_rows)
+    for start in starts:
+        segments, stream = from_segments(is_token[:, start : start + _CHUNK], stream)
+        chunks.append(segments)
+    option_segments, _ = from_segments(jnp.ones_like(read), _for_each_option(stream, num_options))
+
+    def run(block: ResidualBlock, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        context, options = carry
+        memory, parts = block.mixer.init_memory(num_rows, length + option_length), []
+        for start, segments in zip(starts, chunks, strict=True):
+            part, memory = block(context[:, start : start + _CHUNK], segments, memory)
+            parts.append(part)
+        options, _ = block(options, option_segments, _for_each_option(memory, num_options))
+        return constrain_rows((jnp.concatenate(parts, axis=1), options))
+
+    carry = constrain_rows((model.embed(batch.tokens), model.embed(read)))
+    return jax.tree.map(model.final_norm, model.scan_layers(run, carry))
+
+
+def _for_each_option(tree: Any, num_options: int) -> Any:
+    return constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, num_options, axis=0), tree))

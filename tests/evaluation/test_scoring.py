@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from rat_jax.evaluation import scoring
-from rat_jax.evaluation.scoring import EvaluationError, Scorer, batch_scores, plan_batches, rolling_windows
+from rat_jax.evaluation.row_batches import PACKED_LENGTH, plan_batches
+from rat_jax.evaluation.scoring import EvaluationError, Scorer, batch_scores, rolling_windows
 from rat_jax.model import LanguageModel
 from rat_jax.release.weights import release_state_dict
 from tests.small import bigram_model, small_model
@@ -81,6 +82,17 @@ def test_neither_padding_nor_other_rows_matter(pattern, changes):
         np.testing.assert_allclose(score.log_probs, want, rtol=1e-4, atol=1e-4)
 
 
+def test_texts_that_share_a_row_do_not_see_each_other():
+    model = small_model(("rat", "local_attention"))
+    rng = np.random.default_rng(11)
+    pairs = [(random_ids(rng, 75), random_ids(rng, 1 + number % 8)) for number in range(12)]
+    packed, apart = make_scorer(model, 128, PACKED_LENGTH), make_scorer(model, 128, 128)
+    for one, other in zip(packed.score(pairs), apart.score(pairs), strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(one.greedy, other.greedy)
+    assert packed.num_tokens == PACKED_LENGTH  # one row
+
+
 def test_scores_equal_the_twins():
     config, num_tokens = random_config(("rat", "local_attention"), 0)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -152,28 +164,6 @@ def test_few_programs_are_compiled(bigrams):
     assert batch_scores._cache_size() - before == len(shapes)
     scorer.score(pairs[::-1])
     assert batch_scores._cache_size() - before == len(shapes)
-
-
-@pytest.mark.parametrize("num_devices", [1, 4])
-@pytest.mark.parametrize("batch_tokens", [1, 500, 16_384])
-def test_batches_hold_every_row_once_and_little_padding(num_devices, batch_tokens):
-    rng = np.random.default_rng(8)
-    lengths = np.exp(rng.uniform(np.log(1), np.log(1000), 2000)).astype(int).tolist()
-    plan = plan_batches(lengths, 1000, batch_tokens, num_devices)
-    assert sorted(row for batch in plan for row in batch.rows) == list(range(2000))
-    for batch in plan:
-        assert max(lengths[row] for row in batch.rows) <= batch.length <= 1000
-        assert len(batch.rows) <= batch.num_rows
-        assert batch.num_rows % num_devices == 0
-        assert batch.num_rows * batch.length <= max(batch_tokens, num_devices * batch.length)
-    assert len({batch.length for batch in plan}) <= 4 * 7  # octaves from 16 to 1,000
-    read = sum(max(16, length) for length in lengths)
-    assert sum(batch.num_rows * batch.length for batch in plan) < 1.25 * read
-
-
-def test_a_few_rows_make_a_small_batch():
-    (batch,) = plan_batches([20, 20, 20, 20, 20], 64, 100_000, 2)
-    assert (batch.num_rows, batch.length) == (8, 32)
 
 
 def test_blocks_of_logits_do_not_matter(recurrent, monkeypatch):

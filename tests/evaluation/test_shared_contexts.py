@@ -39,8 +39,9 @@ def test_they_are_scored_as_by_themselves(pattern, changes):
     pairs = questions(np.random.default_rng(0), SIZES)
     order = np.random.default_rng(1).permutation(len(pairs))
     pairs = [pairs[index] for index in order]  # options of a question need not be neighbours
-    scorer, alone = scorer_of(model), scorer_of(model, batch_tokens=79)  # no cache of two options fits into 79 tokens
-    together, apart = scorer.score(pairs), alone.score(pairs)
+    scorer, alone = scorer_of(model), scorer_of(model)
+    together = scorer.score(pairs)
+    apart = [score for pair in pairs for score in alone.score([pair])]
     assert alone.num_tokens == 14 * 32
     for index, score in enumerate(together):
         np.testing.assert_allclose(score.log_probs, apart[index].log_probs, rtol=1e-4, atol=1e-4)
@@ -69,17 +70,17 @@ def test_what_would_be_more_to_compute_is_scored_apart():
     assert scorer.num_tokens == 2 * 16  # the context's one token is padded to 16 where it is read by itself
 
 
-def test_caches_that_are_larger_than_a_batch_are_not_made():
+def test_contexts_that_are_larger_than_a_batch_are_not_read_together():
     rng = np.random.default_rng(7)
     model, table = bigram_model()
     # Texts that nothing precedes have one context, however many there are.
     pairs = [([0], rng.integers(0, V, 2).tolist()) for _ in range(40)]
-    fits, too_large = (scorer_of(model, batch_tokens=16 * (16 + 8) - less) for less in (0, 1))
+    fits, too_large = (scorer_of(model, batch_tokens=16 + 16 * 8 - less) for less in (0, 1))
     for scorer in (fits, too_large):
         for (_, continuation), score in zip(pairs, scorer.score(pairs), strict=True):
             assert score.total == pytest.approx(table[[0, continuation[0]], continuation].sum(), abs=1e-4)
     assert fits.num_tokens == 2 * (16 + 16 * 8) + (16 + 8 * 8)
-    assert too_large.num_tokens == (23 + 16) * 16 + (16 + 8 * 8)  # the first 32 are rows of 16 by themselves
+    assert too_large.num_tokens == 32 * 16 + (16 + 8 * 8)  # the first 32 are rows of 16 by themselves
 
 
 def test_contexts_that_are_cut_differently_are_different():
@@ -115,8 +116,8 @@ def test_plans_hold_every_context_once_in_few_shapes_and_bounded_memory(num_devi
             assert max(len(option) - 1 for option in contexts[index].options) <= planned.option_length
         assert len(planned.contexts) <= planned.num_contexts
         assert planned.num_contexts % num_devices == 0
-        room = planned.num_options * (planned.length + planned.option_length)
-        assert planned.num_contexts * room <= max(batch_tokens, num_devices * room)
+        each = planned.length + planned.num_options * planned.option_length
+        assert planned.num_contexts * each <= max(batch_tokens, num_devices * each)
     assert len({(planned.num_options, planned.option_length) for planned in plan}) <= 2 * 2
     assert len({planned.length for planned in plan}) <= 4 * 6  # octaves from 16 to 700
 

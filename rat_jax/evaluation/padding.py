@@ -1,11 +1,12 @@
 """Lengths that rows are padded to: few, so that few programs are compiled."""
 
-from rat_jax.sampling.prefill import cache_capacity
+_SHORTEST = 16
 
 
-def padded_length(num_tokens: int, most: int) -> int:
-    """A multiple of an eighth of the next power of two, four of them an octave; `most` at most."""
-    return min(cache_capacity(num_tokens), most)
+def padded_length(num_tokens: int, most: int, per_octave: int = 4) -> int:
+    """One of `per_octave` lengths, a power of two, between a power of two and the next; `most` at most."""
+    unit = max(_SHORTEST, (1 << (num_tokens - 1).bit_length()) // (2 * per_octave))
+    return min(-(-num_tokens // unit) * unit, most)
 
 
 def padded_count(count: int, most: int) -> int:

@@ -36,7 +36,7 @@ class SharedContext(NamedTuple):
     def num_tokens(self, context_length: int) -> int:
         """Tokens that are read, padding included."""
         longest = max(len(option) - 1 for option in self.options)
-        return padded_length(len(self.ids), context_length) + len(self.options) * _padded_option(longest)
+        return _padded_context(self, context_length) + len(self.options) * _padded_option(longest)
 
 
 class OptionScores(NamedTuple):
@@ -109,7 +109,7 @@ def plan_contexts(
         start = 0
         while start < len(order):
             option_length, first = order[start]
-            length = padded_length(len(contexts[first].ids), context_length)
+            length = _padded_context(contexts[first], context_length)
             per_device = max(1, batch_tokens // ((length + num_options * option_length) * num_devices))
             members = [i for need, i in order[start : start + per_device * num_devices] if need == option_length]
             count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
@@ -126,6 +126,10 @@ def _option_lengths(needed: Sequence[int]) -> list[int]:
     """
     usual, longest = (_padded_option(int(np.quantile(needed, part, method="higher"))) for part in (0.9, 1.0))
     return [usual if need <= usual else longest for need in needed]
+
+
+def _padded_context(context: SharedContext, context_length: int) -> int:
+    return padded_length(len(context.ids), context_length, per_octave=2)  # two kinds of length make shapes enough
 
 
 def _padded_option(num_tokens: int) -> int:

@@ -18,6 +18,7 @@ from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
 from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks
 from rat_jax.evaluation.ruler import measurement, run_ruler
+from rat_jax.evaluation.subject import Subject
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.sharding import make_mesh
 from rat_jax.training import train
@@ -132,10 +133,10 @@ def test_ruler(logged, loaded):
 
 
 def test_answers(logged, loaded, folder, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    TOKENIZER.save(tmp_path / "tokenizer")
     evaluate_answers(
-        loaded,
-        Workdir(tmp_path),
-        TOKENIZER,
+        Subject(loaded, Workdir(tmp_path), make_mesh(loaded.config.mesh), None),
         folder / "asked.jsonl",
         AnswerSettings(ANSWERS["context_length"], ANSWERS["max_new_tokens"]),
         batch_tokens=64,

@@ -21,6 +21,7 @@ from rat_jax.evaluation.shared_contexts import (
     SharedContext,
     context_scores,
     plan_contexts,
+    with_beginnings,
 )
 from rat_jax.loss import TokenScores, token_scores
 from rat_jax.memory import is_out_of_memory
@@ -108,7 +109,8 @@ class Scorer:
 
     Rows are sorted by length and padded to one of four lengths an octave, so that few programs are compiled. A score
     follows from its own tokens alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context
-    that several continuations have is read once (`rat_jax.evaluation.shared_contexts`) where that is less to compute.
+    that several continuations have, and what many contexts begin with, is read once where that is less to compute
+    (`rat_jax.evaluation.shared_contexts`).
     """
 
     num_tokens = 0  # computed so far, padding included
@@ -156,8 +158,9 @@ class Scorer:
         apart = self._plan_rows(rows, range(len(rows)))
         room = self.batch_tokens // self._num_devices
         contexts, alone = [], []
-        for context in _contexts_of(rows):
-            if len(context.rows) > 1 and context.room(self.context_length) <= room:
+        for context in with_beginnings(_contexts_of(rows)):
+            saves = len(context.rows) > 1 or context.num_common > 0
+            if saves and context.room(self.context_length) <= room:
                 contexts.append(context)
             else:
                 alone += context.rows

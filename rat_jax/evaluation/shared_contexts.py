@@ -1,10 +1,12 @@
 """Continuations of the same context: it is read once, and each continuation goes on from its cache.
 
-A question of T tokens with O options of M tokens each is read in T + O (M - 1) tokens instead of O (T + M - 1).
+A question of T tokens with O options of M tokens each is read in T + O (M - 1) tokens instead of O (T + M - 1). What
+many contexts begin with, such as examples that all questions of a task follow, is read once a batch.
 """
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.shapes import Array, Bool, Float32, Int
 
 _CHUNK = 1024  # tokens of a context read at a time
+_SHORTEST_BEGINNING, _FEWEST_ALIKE = 64, 8  # tokens, and contexts, from which on a common beginning is read once
 _SHORTEST_OPTION = 8  # tokens of a padded continuation, unless none of the batch needs any
 
 
@@ -29,6 +32,12 @@ class SharedContext(NamedTuple):
     ids: np.ndarray
     options: Sequence[np.ndarray]
     rows: Sequence[int]  # the caller's numbers of the options
+    num_common: int = 0  # of `ids`, the first ones: read once for all contexts of a batch, which begin with them
+
+    @property
+    def beginning(self) -> bytes:
+        """What contexts that are computed together have in common."""
+        return self.ids[: self.num_common].tobytes()
 
     def room(self, context_length: int) -> int:
         """Tokens that the caches of its continuations take, padding included."""
@@ -46,7 +55,8 @@ class OptionScores(NamedTuple):
 class ContextBatch(NamedTuple):
     """B contexts with O continuations each; padding follows what it fills up."""
 
-    tokens: Int[Array, "B T"] | np.ndarray  # of the contexts
+    beginning: Int[Array, "A P"] | np.ndarray  # tokens before those of every context, once for each device; P may be 0
+    tokens: Int[Array, "B T"] | np.ndarray  # of the contexts, after their beginning
     num_tokens: Int[Array, " B"] | np.ndarray
     read: Int[Array, "B O U"] | np.ndarray  # continuations without their last tokens; U may be 0
     targets: Int[Array, "B O M"] | np.ndarray  # the continuations; M = U + 1
@@ -58,26 +68,31 @@ class PlannedContexts:
 
     contexts: list[int]
     num_contexts: int  # padding included
-    length: int  # of contexts
+    num_devices: int
+    num_common: int  # tokens that all of them begin with
+    length: int  # of contexts, after these
     num_options: int  # of each
     option_length: int  # tokens that are read of a continuation
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are read, padding included."""
-        return self.num_contexts * (self.length + self.num_options * self.option_length)
+        of_contexts = self.num_contexts * (self.length + self.num_options * self.option_length)
+        return self.num_devices * self.num_common + of_contexts
 
     def batch(self, contexts: Sequence[SharedContext]) -> ContextBatch:
         """The arrays."""
         num_rows, num_options, length = self.num_contexts, self.num_options, self.option_length
+        common = contexts[self.contexts[0]].ids[: self.num_common]
         batch = ContextBatch(
+            beginning=np.tile(common.astype(np.int32), (self.num_devices, 1)),
             tokens=np.zeros((num_rows, self.length), np.int32),
             num_tokens=np.ones(num_rows, np.int32),
             read=np.zeros((num_rows, num_options, length), np.int32),
             targets=np.zeros((num_rows, num_options, length + 1), np.int32),
         )
         for place, index in enumerate(self.contexts):
-            ids, options, _ = contexts[index]
+            ids, options = contexts[index].ids[self.num_common :], contexts[index].options
             batch.tokens[place, : len(ids)] = ids
             batch.num_tokens[place] = len(ids)
             for number, option in enumerate(options):
@@ -89,7 +104,7 @@ class PlannedContexts:
 def plan_contexts(
     contexts: Sequence[SharedContext], context_length: int, batch_tokens: int, num_devices: int
 ) -> list[PlannedContexts]:
-    """Contexts with equally many continuations and of similar length together, the longest first, in few shapes.
+    """Contexts with equally many continuations, the same beginning and similar length together, in few shapes.
 
     Args:
       contexts: to plan.
@@ -103,19 +118,51 @@ def plan_contexts(
     for num_options in sorted(set(counts)):
         alike = [index for index, count in enumerate(counts) if count == num_options]
         lengths = _option_lengths([max(len(option) - 1 for option in contexts[index].options) for index in alike])
-        order = sorted(zip(lengths, alike, strict=True), key=lambda pair: (-pair[0], -len(contexts[pair[1]].ids)))
+        kinds = [(-length, contexts[index].beginning) for length, index in zip(lengths, alike, strict=True)]
+        order = sorted(zip(kinds, alike, strict=True), key=lambda pair: (pair[0], -len(contexts[pair[1]].ids)))
         start = 0
         while start < len(order):
-            option_length, first = order[start]
-            length = padded_length(len(contexts[first].ids), context_length)
+            kind, first = order[start]
+            option_length, num_common = -kind[0], contexts[first].num_common
+            length = padded_length(len(contexts[first].ids) - num_common, context_length - num_common)
             # A cache of the whole length for each continuation is what takes memory.
-            room = num_options * (length + option_length) if option_length else length
+            whole = num_common + length
+            room = num_options * (whole + option_length) if option_length else whole
             per_device = max(1, batch_tokens // (room * num_devices))
-            members = [i for need, i in order[start : start + per_device * num_devices] if need == option_length]
+            members = [i for other, i in order[start : start + per_device * num_devices] if other == kind]
             count = padded_count(-(-len(members) // num_devices), per_device) * num_devices
-            plan.append(PlannedContexts(members, count, length, num_options, option_length))
+            plan.append(PlannedContexts(members, count, num_devices, num_common, length, num_options, option_length))
             start += len(members)
     return plan
+
+
+def with_beginnings(contexts: Sequence[SharedContext]) -> list[SharedContext]:
+    """The same, each with how many of its first tokens it has in common with others.
+
+    Those that begin with the same 64 tokens are alike, where they are 8 or more: what all of them begin with is common,
+    rounded down to few lengths, without the last token of any.
+    """
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, context in enumerate(contexts):
+        if len(context.ids) > _SHORTEST_BEGINNING:
+            groups[context.ids[:_SHORTEST_BEGINNING].tobytes()].append(index)
+    found = list(contexts)
+    for members in groups.values():
+        if len(members) < _FEWEST_ALIKE:
+            continue
+        first = contexts[members[0]].ids
+        common = min(_num_equal(first, contexts[index].ids[:-1]) for index in members)
+        unit = (1 << (common.bit_length() - 1)) // 4
+        for index in members:
+            found[index] = contexts[index]._replace(num_common=common // unit * unit)
+    return found
+
+
+def _num_equal(x: np.ndarray, y: np.ndarray) -> int:
+    """How many first numbers two arrays have in common."""
+    length = min(len(x), len(y))
+    differ = x[:length] != y[:length]
+    return int(np.argmax(differ)) if differ.any() else length
 
 
 def _option_lengths(needed: Sequence[int]) -> list[int]:
@@ -147,7 +194,11 @@ def context_scores(graphdef: nnx.GraphDef, params: nnx.State, batch: ContextBatc
     num_rows, length = batch.tokens.shape
     num_options, option_length = batch.read.shape[1:]
     tokens = constrain_rows(batch.tokens)
-    cache = decoder.init_cache(num_rows, length + option_length)
+    num_first, num_common = batch.beginning.shape
+    cache = decoder.init_cache(num_first, num_common + length + option_length)
+    for start in range(0, num_common, _CHUNK):
+        _, cache = decoder.hidden(constrain_rows(batch.beginning[:, start : start + _CHUNK]), cache)
+    cache = constrain_rows(jax.tree.map(lambda x: jnp.repeat(x, num_rows // num_first, axis=0), cache))
     last = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)  # hidden state of the context's last token
     for start in range(0, length, _CHUNK):
         part = tokens[:, start : start + _CHUNK]

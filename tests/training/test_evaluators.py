@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import random
 import zlib
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -100,7 +102,10 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def finished(config, folder, patch):
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  # the harness seeds both
     assert train(config, folder / "run").finished
+    assert random.getstate() == before[0]
+    np.testing.assert_equal(np.random.get_state(), before[1])  # noqa: NPY002
     return folder / "run"
 
 

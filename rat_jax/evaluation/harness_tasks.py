@@ -90,7 +90,7 @@ class Tasks:
             if name not in self._manager.task_index:
                 close = difflib.get_close_matches(name, [*GROUPS, *self._manager.all_tasks], n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
-                raise EvaluationError(f"there is no task {name!r} in the harness or in --tasks_dir{hint}")
+                raise EvaluationError(f"there is no task {name!r} in the harness or in the folder of task files{hint}")
 
     def group_of(self, name: str) -> TaskGroup | None:
         """The group whose settings a task has."""

@@ -80,9 +80,11 @@ def test_what_contexts_begin_with_is_read_once():
 def test_contexts_with_a_common_beginning_are_scored_as_by_themselves():
     model = small_model(("rat", "rattention"))
     rng = np.random.default_rng(9)
-    beginning = rng.integers(0, V, 66).tolist()
-    pairs = questions(rng, [(length, [3, 2]) for length in range(4, 20, 2)] + [(9, [1])])
-    pairs = [([*beginning, *context], continuation) for context, continuation in pairs]
+    pairs = []
+    for _ in range(2):  # of equal shapes
+        beginning = rng.integers(0, V, 66).tolist()
+        new = questions(rng, [(length, [3, 2]) for length in range(4, 20, 2)] + [(9, [1])])
+        pairs += [([*beginning, *context], continuation) for context, continuation in new]
     scorer, alone = (scorer_of(model, 96, batch_tokens) for batch_tokens in (4096, 79))  # no cache fits into 79 tokens
     together, apart = scorer.score(pairs), alone.score(pairs)
     assert alone.num_tokens >= 80 * len(pairs) and scorer.num_tokens < alone.num_tokens / 2

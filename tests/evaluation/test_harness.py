@@ -368,30 +368,6 @@ def test_examples_that_a_task_does_not_show(bigrams, folder, tmp_path, of_file, 
     assert (line in table({"few": found}, header=True).splitlines()) == ignored
 
 
-def test_the_hash_of_task_files_follows_what_they_say(folder, tmp_path):
-    def found(path):
-        return Tasks(["choice"], path).files_hash()
-
-    first, second = (shutil.copytree(folder, tmp_path / name) for name in "ab")
-    assert found(first) == found(second) and Tasks(["piqa"]).files_hash() is None
-    before = found(second)
-    for name, change in (("choice.yaml", " "), ("divides.py", "\n"), ("more.yaml", "{task: more}")):
-        with (second / name).open("a") as file:
-            file.write(change)
-        after = found(second)
-        assert after != before
-        before = after
-    (second / "notes.txt").write_text("of no task")
-    assert found(second) == before
-    config = json.loads((second / "choice.yaml").read_text())
-    config["dataset_kwargs"]["data_files"]["test"] = [str(second / "choice.jsonl")]
-    (second / "choice.yaml").write_text(json.dumps(config))
-    before = found(second)
-    with (second / "choice.jsonl").open("a") as file:
-        file.write("\n")
-    assert found(second) != before
-
-
 def test_data_that_cannot_be_downloaded(folder, monkeypatch, tmp_path):
     def refuse(*arguments, **settings):
         raise ConnectionError("Couldn't reach 'owner/data' on the Hub")

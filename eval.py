@@ -56,6 +56,7 @@ from rat_jax.evaluation.loss_evaluation import evaluate_losses
 from rat_jax.evaluation.mode import Mode, chosen_mode
 from rat_jax.evaluation.subject import Subject
 from rat_jax.evaluation.task_evaluation import evaluate_tasks
+from rat_jax.evaluation_config import NEW_TOKENS
 from rat_jax.paths import local_path
 from rat_jax.sharding import make_mesh
 
@@ -75,7 +76,9 @@ _LENGTH_GENERALIZATION = flags.DEFINE_integer(
 _TASKS = flags.DEFINE_list("tasks", None, "groups as csr, or tasks of the lm-evaluation-harness, instead of the loss")
 _TASKS_DIR = flags.DEFINE_string("tasks_dir", None, "folder of task files (YAML) beside the harness's own")
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "examples before each question of a task; left out: as the task or its group says"
+    "num_fewshot",
+    None,
+    "examples before each question of a task whose file does not say 0; left out: as the task or its group says",
 )
 _LIMIT = flags.DEFINE_integer("limit", None, "documents of each task; left out: all")
 _BOS = flags.DEFINE_enum(
@@ -95,7 +98,7 @@ _JOINT_TOKENIZATION = flags.DEFINE_bool(
     "joint_tokenization", None, "tokenise a task's context and continuation as one text; left out: true"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "of generated texts, where a task does not say; left out: 256"
+    "max_new_tokens", None, f"of generated texts, where a task does not say; left out: {NEW_TOKENS}"
 )
 _SFT = flags.DEFINE_string("sft", None, "JSON lines of prompts and answers: greedy answers are compared with theirs")
 _RULER_TEMPLATES = flags.DEFINE_enum(
@@ -173,9 +176,7 @@ def _tasks(subject: Subject) -> None:
 def _answers(subject: Subject) -> None:
     new_tokens = {} if _MAX_NEW_TOKENS.value is None else {"max_new_tokens": _MAX_NEW_TOKENS.value}
     evaluate_answers(
-        subject.loaded,
-        subject.workdir,
-        subject.tokenizer(),
+        subject,
         local_path(_SFT.value, "--sft"),
         AnswerSettings(next(iter(_context_lengths()), subject.loaded.config.data.seq_len), **new_tokens),
         batch_tokens=_BATCH_TOKENS.value,
@@ -186,9 +187,7 @@ def _answers(subject: Subject) -> None:
 
 def _ruler(subject: Subject) -> None:
     ruler.evaluate_checkpoint(
-        subject.loaded,
-        subject.workdir.path,
-        subject.tokenizer(),
+        subject,
         tasks=_TASKS.value,
         print_json=_JSON.value,
         context_lengths=_context_lengths() or [subject.loaded.config.data.seq_len],

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from rat_jax.errors import require
 
+NEW_TOKENS = 256  # of a generated text, where nothing else is said
+
 
 def _check(group: Any, *, needed: str, counts: tuple[str, ...] = ()) -> None:
     """Refuses a group that is to be measured and lacks the field `needed`, and numbers below 1."""
@@ -61,7 +63,7 @@ class AnswersEvaluationConfig:
     every_steps: int | None = None  # and after the last step; None: never
     file: str | None = None  # JSON lines with prompt and answer, or chats
     context_length: int | None = None  # tokens of a prompt and its answer together; None: data.seq_len
-    max_new_tokens: int = 256  # of an answer; a prompt has the rest, and loses its middle where it is longer
+    max_new_tokens: int = NEW_TOKENS  # of an answer; a prompt has the rest, and loses its middle where it is longer
     limit: int | None = None  # so many records alone, the first ones; None: all
     batch_tokens: int = 16_384  # of the prompts and answers that are computed at a time; one at least
 

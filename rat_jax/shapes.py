@@ -21,6 +21,8 @@
 | V       | vocabulary                                                              |
 | W       | earlier tokens that a window reaches (`window`)                         |
 | O       | continuations of a context, such as the options of a question           |
+| A       | devices, each with a row that its contexts begin with                   |
+| P       | tokens with which all contexts of a batch begin                         |
 | M       | tokens of a continuation                                                |
 | U       | those of them that are read, M - 1                                      |
 | c, *c   | channels of an op that knows no heads, on one axis or on several        |

@@ -45,8 +45,8 @@ def run(data: int, fsdp: int, parts: int) -> dict:
             losses.append(float(metrics.loss))
     pairs = [([1] * length, [2, length]) for length in (20, 3, 9, 14, 5)]
     scorer = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=16, batch_tokens=1024)
-    questions = [([first] * 30, [2, last, first]) for first in (4, 5, 6) for last in range(4)]
-    of_questions = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=34, batch_tokens=1024)
+    questions = [([3] * 64 + [first], [2, last, first]) for first in range(11) for last in range(4)]
+    of_questions = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=80, batch_tokens=8192)
     options = [score.log_probs.tolist() for score in of_questions.score(questions if data == fsdp else [])]
     arrays = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
     moments = arrays["opt_state.adam.mu.blocks.00_rat.mixer.in_proj.kernel"]

@@ -119,6 +119,8 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.data",
         "rat_jax.decoder",
         "rat_jax.errors",
+        "rat_jax.evaluation_config",
+        "rat_jax.fields",
         "rat_jax.files",
         "rat_jax.loss",
         "rat_jax.memory",

@@ -153,8 +153,9 @@ class TestFourDevices:
     def test_options_of_questions_whose_contexts_are_read_once(self, results):
         np.testing.assert_allclose(results["2x2"]["options"], results["1x1"]["options"], atol=1e-4)
         assert np.std(results["1x1"]["options"]) > 0.01
-        # A context of 32 and four options of 8 tokens, padded, for each question; one more on four devices.
-        assert {mesh: results[mesh]["tokens_of_options"] for mesh in ("1x1", "2x2")} == {"1x1": 4 * 64, "2x2": 4 * 64}
+        # 64 tokens on each device that all begin with, then 16 and four options of 8 for each question, with padding.
+        tokens = {mesh: results[mesh]["tokens_of_options"] for mesh in ("1x1", "2x2")}
+        assert tokens == {"1x1": 64 + 16 * 48, "2x2": 4 * 64 + 16 * 48}
 
     def test_a_second_step_compiles_nothing(self, results):
         assert {result["compiled"] for result in results.values()} == {1}

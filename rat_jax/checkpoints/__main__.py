@@ -26,6 +26,7 @@ from rat_jax.checkpoints.model_workdir import require_unused, save_model
 from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.weights import Weights, check_new, is_weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
+from rat_jax.data import DataError
 from rat_jax.data.chat_template import load_chat_template
 from rat_jax.data.tokenizer import load_tokenizer
 from rat_jax.errors import RunStopped
@@ -121,7 +122,7 @@ def _look_at_weights(path: pathlib.Path, contents: bool) -> _Finding:
         holds = f"model of step {weights.step} in {' and '.join(weights.dtypes)}"
         if contents:
             weights.verify()
-    except (CheckpointError, FileError) as error:
+    except (CheckpointError, DataError, FileError) as error:
         problem = str(error)
     return _finding(path, holds, problem, contents)
 

@@ -97,15 +97,31 @@ class Weights:
 
         Raises:
           DataError: if it is damaged.
+          CheckpointError: if it is of another model.
         """
-        return load_tokenizer(self.tokenizer) if self.tokenizer.exists() else None
+        if not self.tokenizer.exists():
+            return None
+        tokenizer = load_tokenizer(self.tokenizer)
+        if tokenizer.vocab_size != self.config.model.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer in {self.tokenizer} has a vocabulary of {tokenizer.vocab_size:,}, the model of "
+                f"{self.config.model.vocab_size:,}: it belongs to another model"
+            )
+        return tokenizer
 
     def load_chat_template(self) -> ChatTemplate | None:
         """What makes texts of chats for the model; None if there is none. Errors as of `load_tokenizer`."""
         return load_chat_template(self.tokenizer)
 
     def verify(self) -> None:
-        """Reads all files, one array in memory at a time, and compares their checksums; errors as of `read`."""
+        """Reads all files, one array in memory at a time, and compares their checksums.
+
+        Raises:
+          CheckpointError, FileError: as of `read`.
+          DataError: if the tokenizer or the chat template is damaged.
+        """
+        self.load_tokenizer()
+        self.load_chat_template()
         for name in self.files:
             for _ in _read_arrays(self.path / name):
                 pass

@@ -134,11 +134,13 @@ def read_chat_template(path: pathlib.Path) -> ChatTemplate:
     if path.suffix == ".json":
         values = parse_object(content, str(path))
         source = values.get("chat_template", values.get("template"))
+        if isinstance(source, list):
+            raise DataError(f"chat template {path} holds several: write the one to use into a file of its own")
         if not isinstance(source, str):
             raise DataError(f"chat template {path} holds no text chat_template (it has: {', '.join(values)[:200]})")
     else:
         try:
-            source = content.decode()
+            source = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"chat template {path} is not UTF-8: {error.reason}") from None
     try:

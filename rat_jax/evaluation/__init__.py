@@ -15,7 +15,7 @@ length_report   it as a table and a picture
 groups          tasks that papers report together         harness           a model as the harness calls it
 document_cut    documents of the recall tasks             harness_tasks     tasks by name: loaded, changed, run
 tasks/          task files of ours                        text_settings     how texts become what a model reads
-                                                          task_report       results of tasks as a table
+task_files      a digest of a folder of them              task_report       results of tasks as a table
 """
 
 from rat_jax.evaluation.errors import EvaluationError

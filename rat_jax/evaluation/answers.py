@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import tqdm
 
 from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.data import DataError
 from rat_jax.data.answer_mask import cut_middle, prompt_ids
 from rat_jax.data.chat_template import ChatTemplate, load_chat_template
@@ -26,6 +25,8 @@ from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import results
 from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.subject import Subject
+from rat_jax.evaluation_config import NEW_TOKENS
 from rat_jax.files import FileError, write_json
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate
@@ -42,7 +43,7 @@ class AnswerSettings:
     """What answers depend on, beside the model and the prompts."""
 
     context_length: int  # tokens of a prompt and its answer together
-    max_new_tokens: int = 256  # of an answer; a prompt has the rest, and loses its middle where it is longer
+    max_new_tokens: int = NEW_TOKENS  # of an answer; a prompt has the rest, and loses its middle where it is longer
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -146,9 +147,7 @@ class Questions:
 
 
 def evaluate_answers(
-    loaded: LoadedModel,
-    workdir: Workdir,
-    tokenizer: Tokenizer,
+    subject: Subject,
     path: pathlib.Path,
     settings: AnswerSettings,
     *,
@@ -162,9 +161,7 @@ def evaluate_answers(
     earlier start has written there are not made again.
 
     Args:
-      loaded: the model.
-      workdir: that it is of, and that results go to.
-      tokenizer: of the model.
+      subject: what is evaluated.
       path: of the file.
       settings: what answers depend on.
       batch_tokens: tokens of all prompts that are answered at a time, their answers included.
@@ -176,7 +173,8 @@ def evaluate_answers(
       SamplingError, RunStopped: as of `rat_jax.sampling.generate`.
     """
     metrics = find_metrics()
-    template = load_chat_template(workdir.tokenizer)
+    loaded, tokenizer = subject.loaded, subject.tokenizer()
+    template = load_chat_template(subject.workdir.tokenizer)
     questions = Questions.read(path, template, tokenizer, settings.room, limit)
     measured = {
         "file": str(path),
@@ -186,7 +184,7 @@ def evaluate_answers(
         **dataclasses.asdict(settings),
     }
     digest = results.digest({**measured, "file": path.name})
-    out = workdir.path / f"answers-{loaded.step}-{results.part_of_a_name(path.stem)}-{digest}.jsonl"
+    out = subject.workdir.path / f"answers-{loaded.step}-{results.part_of_a_name(path.stem)}-{digest}.jsonl"
     answers = predict(loaded, questions, tokenizer, settings, out, batch_tokens=batch_tokens)
     values = {
         **results.of_checkpoint(loaded),
@@ -218,7 +216,7 @@ def predict(
     Answers that are in the file `out` are taken from there, and it gets the others as they are made; the rest is as of
     `evaluate_answers`.
     """
-    file = OutputFile(out, questions.prompts())
+    file = OutputFile(out, questions.prompts(), remedy="remove it, and all answers are made anew")
     file.go_on({"step": loaded.step, "tokenizer_hash": tokenizer.hash, **dataclasses.asdict(settings)})
     num_all = len(questions.ids)
     if file.num_done:

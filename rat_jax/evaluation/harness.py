@@ -11,13 +11,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.errors import shown
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.progress import Progress
 from rat_jax.evaluation.scoring import Scorer
 from rat_jax.evaluation.text_settings import TextSettings
+from rat_jax.fields import describe, fits
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate_text
 
+_TYPES = {"stop": list[str], "max_new_tokens": int, "top_k": int}  # of settings; the others are numbers
+_NAMES = {"stop": "until", "max_new_tokens": "max_gen_toks"}  # of settings, in a task's generation_kwargs
 _SAMPLING_KEYS = ("top_k", "top_p", "repetition_penalty")  # of a task's generation_kwargs, as `generate` has them
 
 
@@ -142,7 +146,10 @@ class HarnessModel(TemplateLM):
 
     def _generation_settings(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What a task's generation_kwargs mean to `generate_text`."""
-        given = normalize_gen_kwargs(arguments, self.settings.max_new_tokens)
+        try:
+            given = normalize_gen_kwargs(arguments, self.settings.max_new_tokens)
+        except (TypeError, ValueError) as error:
+            raise EvaluationError(f"a task's generation_kwargs have a value of another type: {error}") from None
         stop = [string for string in given.pop("until") if string]  # an empty one means none
         settings = {"stop": stop, "max_new_tokens": given.pop("max_gen_toks")}
         sampled = given.pop("do_sample")
@@ -155,4 +162,10 @@ class HarnessModel(TemplateLM):
         if given.pop("num_beams", 1) != 1 or given:
             names = ", ".join(given) or "num_beams"
             raise EvaluationError(f"a task's generation_kwargs have {names}, which is not supported: take it out")
+        for name, value in settings.items():
+            if not fits(_TYPES.get(name, float), value):
+                raise EvaluationError(
+                    f"a task's generation_kwargs have {_NAMES.get(name, name)}: {shown(value)}: it must be "
+                    f"{describe(_TYPES.get(name, float))}"
+                )
         return settings

@@ -6,11 +6,13 @@ import json
 import math
 import pathlib
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
+import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 from lm_eval.api.task import ConfigurableTask
@@ -20,14 +22,34 @@ from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from rat_jax.errors import RatJaxError
+from rat_jax.evaluation import harness
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.groups import GROUPS, GroupTask, TaskGroup
 from rat_jax.evaluation.harness import HarnessModel
+from rat_jax.evaluation.task_files import hash_of_files
 
 _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of tasks whose data are local files
 _SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}  # those of the harness's own programs
 _OUR_FILES = pathlib.Path(__file__).parent / "tasks"
 _HARNESS_FILES = pathlib.Path(importlib.util.find_spec("lm_eval.tasks").origin).parent
+# What a task's file, its functions and the harness's may raise for it: they are code of others, and one must not lose
+# the results of all.
+_ERRORS_OF_TASKS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    DatasetsError,
+    jinja2.TemplateError,
+    yaml.YAMLError,
+)
 _KNOWN = {task.name: (group, task) for name, group in GROUPS.items() for task in group.tasks}
 
 
@@ -62,16 +84,29 @@ class Tasks:
         if not names or len(set(self.names)) < len(self.names):
             given = ", ".join(self.names) or "none"
             raise EvaluationError(f"name one or several different tasks, got {given}")
+        self._folder = folder
         self._manager = _manager(self.names, folder)
         for name in self.names:
             if name not in self._manager.task_index:
                 close = difflib.get_close_matches(name, [*GROUPS, *self._manager.all_tasks], n=3)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
-                raise EvaluationError(f"there is no task {name!r} in the harness or in --tasks_dir{hint}")
+                raise EvaluationError(f"there is no task {name!r} in the harness or in the folder of task files{hint}")
 
     def group_of(self, name: str) -> TaskGroup | None:
         """The group whose settings a task has."""
         return self._specs[name][0] if name in self._specs else None
+
+    def files_hash(self) -> str | None:
+        """SHA-256 of the folder's task files and of the local data that the tasks to run name; None without a folder.
+
+        Raises:
+          FileError: if the system refuses to read one.
+        """
+        if self._folder is None:
+            return None
+        configs = [self._manager.task_index[name].cfg or {} for name in self.names]
+        local = [config for config in configs if config.get("dataset_path") in _FILE_FORMATS]
+        return hash_of_files(self._folder, [(config.get("dataset_kwargs") or {}).get("data_files") for config in local])
 
     def load(self, name: str) -> TaskDict:
         """A task, a group, or the tasks of a tag, with their data.
@@ -87,15 +122,13 @@ class Tasks:
                 loaded = self._manager.load([in_group["tasks"][name]])
             else:
                 loaded = self._manager.load([name])
-        except jinja2.TemplateError as error:
-            raise self._misfit(name, error) from None
         except ImportError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise EvaluationError(f"task {name} needs a package that is not installed: {reason}") from None
-        except (OSError, ValueError, LookupError, DatasetsError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise EvaluationError(f"task {name} needs a package that is not installed: {_reason(error)}") from None
+        except _ERRORS_OF_TASKS as error:
+            if not _comes_from(error, ConfigurableTask.download.__code__.co_filename, "download"):
+                raise self._misfit(name, error) from None
             raise EvaluationError(
-                f"task {name}: {self._data_of(name)} cannot be loaded: {reason}; {self._remedy(name)}"
+                f"task {name}: {self._data_of(name)} cannot be loaded: {_reason(error)}; {self._remedy(name)}"
             ) from None
         if spec is not None and spec.answer_ends is not None:
             config = loaded["tasks"][name].config
@@ -105,12 +138,13 @@ class Tasks:
     def run(self, name: str, model: HarnessModel, *, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
         """The harness's results of one name, as values that JSON can hold.
 
-        Beside them are how many contexts were too long, and how many documents the protocol leaves out.
+        Beside them are how many contexts were too long, how many documents the protocol leaves out, and, where there
+        are any, the tasks that show no examples whatever `num_fewshot` is.
 
         Args:
           name: one of `names`.
           model: what is evaluated.
-          num_fewshot: examples before each question; None: what the task says.
+          num_fewshot: examples before each question; None: what the task says. One whose file says 0 shows none.
           limit: documents of each task; None: all.
 
         Raises:
@@ -119,21 +153,32 @@ class Tasks:
         """
         loaded = self.load(name)
         num_truncated, num_left_out = model.num_truncated, 0
-        for task in loaded["tasks"].values():
-            _choose_examples(task, num_fewshot)
+        without_examples = [
+            task for task in loaded["tasks"] if not _choose_examples(loaded["tasks"][task], num_fewshot)
+        ]
         try:
             if name in self._specs and self._specs[name][1].cut is not None:
                 num_left_out = _cut(loaded["tasks"][name], self._specs[name][1], model)
             random.seed(_SEEDS["random"])
             np.random.seed(_SEEDS["numpy"])  # noqa: NPY002  # what tasks draw from
             found = evaluate(model, loaded, limit=limit, log_samples=False)
-        except (LookupError, jinja2.TemplateError) as error:
+        except RatJaxError as error:
+            raise EvaluationError(f"task {name}: {str(error).removeprefix(f'task {name}: ')}") from None
+        except _ERRORS_OF_TASKS as error:
+            if _comes_from(error, harness.__file__):  # a fault of this package
+                raise
             raise self._misfit(name, error) from None
+        for task, figures in found["results"].items():
+            if task in loaded["tasks"] and not any("," in figure for figure in figures):
+                raise EvaluationError(
+                    f"task {name}: nothing of {task} was measured: its file has no metric that the harness knows"
+                )
         kept = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
         values = {key: found[key] for key in kept if key in found}
         return _finite(json.loads(json.dumps(values, default=handle_non_serializable))) | {
             "num_truncated": model.num_truncated - num_truncated,
             "num_left_out": num_left_out,
+            **({"without_examples": without_examples} if without_examples else {}),
         }
 
     def _changes(self, spec: GroupTask) -> dict[str, Any]:
@@ -168,9 +213,9 @@ class Tasks:
         )
 
     def _misfit(self, name: str, error: Exception) -> EvaluationError:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return EvaluationError(
-            f"task {name} does not fit {self._data_of(name)}: {reason}; compare its file with the data's columns"
+            f"task {name} does not fit {self._data_of(name)}: {type(error).__name__}: {_reason(error)}; compare its "
+            f"file with the data's columns"
         )
 
     def _data_of(self, name: str) -> str:
@@ -193,6 +238,20 @@ def _manager(names: Sequence[str], folder: pathlib.Path | None) -> TaskManager:
     return TaskManager(include_path=own)
 
 
+def _comes_from(error: BaseException, file: str, function: str | None = None) -> bool:
+    """Whether it was raised within a file's functions, or within one of them."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(code.co_filename == file and function in (None, code.co_name) for code in codes)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error and the one that it came from say, in one line."""
+    if isinstance(error, StopIteration):
+        return "a file is empty"
+    said = dict.fromkeys(" ".join(str(one).split()) for one in (error, error.__cause__) if one is not None)
+    return ": ".join(filter(None, said))[:300] or type(error).__name__
+
+
 def _ending_at(ends: Sequence[str], judge: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
     """`process_results` of a task for answers that are cut where the model goes on with something else."""
 
@@ -206,12 +265,16 @@ def _ending_at(ends: Sequence[str], judge: Callable[..., dict[str, float]]) -> C
     return judge_cut
 
 
-def _choose_examples(task: ConfigurableTask, num_fewshot: int | None) -> None:
-    """Sets how many examples a task shows, and which; a task whose file says 0 shows none, as in the harness."""
+def _choose_examples(task: ConfigurableTask, num_fewshot: int | None) -> bool:
+    """Sets how many examples a task shows, and which; returns whether they are as many as asked for.
+
+    A task whose file says 0 shows none, as in the harness.
+    """
     of_file = task.get_config("num_fewshot")
     if of_file is None or (of_file != 0 and num_fewshot is not None):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=_SEEDS["fewshot"])
+    return not (of_file == 0 and num_fewshot)
 
 
 def _cut(task: ConfigurableTask, spec: GroupTask, model: HarnessModel) -> int:

@@ -20,6 +20,7 @@ from rat_jax.evaluation.shared_contexts import (
     SharedContext,
     context_scores,
     plan_contexts,
+    with_beginnings,
 )
 from rat_jax.loss import TokenScores, token_scores
 from rat_jax.memory import is_out_of_memory
@@ -76,8 +77,9 @@ class Scorer:
 
     Rows are sorted by length and padded to one of four lengths an octave, or short ones are packed into rows of one
     length, so that few programs are compiled (`rat_jax.evaluation.row_batches`). A score follows from its own tokens
-    alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context that several continuations have
-    is read once (`rat_jax.evaluation.shared_contexts`) where that is less to compute.
+    alone, up to rounding. Logits are held a block at a time (`rat_jax.loss`). A context that several continuations
+    have, and what many contexts begin with, is read once where that is less to compute
+    (`rat_jax.evaluation.shared_contexts`).
     """
 
     num_tokens = 0  # computed so far, padding included
@@ -125,8 +127,9 @@ class Scorer:
         apart = self._plan_rows(rows, range(len(rows)))
         most = self.batch_tokens // self._num_devices
         contexts, alone = [], []
-        for context in _contexts_of(rows):
-            if len(context.rows) > 1 and context.num_tokens(self.context_length) <= most:
+        for context in with_beginnings(_contexts_of(rows)):
+            saves = len(context.rows) > 1 or context.num_common > 0
+            if saves and context.num_tokens(self.context_length) <= most:
                 contexts.append(context)
             else:
                 alone += context.rows

@@ -86,7 +86,11 @@ def evaluate_tasks(
             | dataclasses.asdict(settings_of(group))
             for name, group in tasks.groups.items()
         }
-    path = results.tasks_path(subject.workdir.path, loaded.step, names, measured)
+    named_by = measured  # where the files of tasks are does not matter, but what they say
+    if (files_hash := tasks.files_hash()) is not None:
+        measured["tasks_hash"] = files_hash
+        named_by = measured | {"tasks_dir": None}
+    path = results.tasks_path(subject.workdir.path, loaded.step, names, named_by)
 
     earlier: dict[str, dict[str, Any]] = results.earlier_entries(path, "tasks") or {}
     done: dict[str, dict[str, Any]] = {}

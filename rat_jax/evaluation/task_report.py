@@ -20,6 +20,8 @@ def table(results: dict[str, dict[str, Any]], *, header: bool) -> str:
                 error = metrics.get(f"{metric.partition(',')[0]}_stderr,{of}")
                 cells = [f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in (value, error)]
                 lines.append(f"{task:<32} {label:<20} {count:>9} {cells[0]:>9} {cells[1]:>9}")
+        for task in values.get("without_examples", ()):
+            lines.append(f"{task:<32} --num_fewshot has no effect: the task's file says 0")
         if count := values["num_left_out"]:
             lines.append(
                 f"{name:<32} {count} {'document is' if count == 1 else 'documents are'} left out by the protocol"

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation_config import NEW_TOKENS
 
 Bos = Literal["empty", "always"]
 Truncation = Literal["left", "middle", "right"]
@@ -19,7 +20,7 @@ class TextSettings:
     truncation: Truncation = "left"  # what is taken out of a context that is too long
     # Whether a context and its continuation are tokenised as one text and cut where the context's own ids end.
     joint_tokenization: bool = True
-    max_new_tokens: int = 256  # of generated texts, where a task does not say
+    max_new_tokens: int = NEW_TOKENS  # of generated texts, where a task does not say
 
     def __post_init__(self):
         for name, choices in (("bos", get_args(Bos)), ("truncation", get_args(Truncation))):

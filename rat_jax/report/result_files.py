@@ -166,6 +166,8 @@ def _harness_scores(task: str, values: dict[str, Any], name: str, remarks: list[
         remarks.append(f"{task}: {values['num_truncated']} contexts were too long and cut")
     if values.get("num_left_out"):
         remarks.append(f"{task}: {values['num_left_out']} documents are left out, as its protocol does")
+    if without := _list(values, "without_examples", name):
+        remarks.append(f"{', '.join(map(str, without))}: no examples before the questions, as the task's file says")
     results, better = _dict(values, "results", name), _dict(values, "higher_is_better", name)
     counts = _dict(values, "n-samples", name)
     for part in results:

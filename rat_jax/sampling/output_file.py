@@ -20,8 +20,13 @@ class OutputFile:
     prompts: it is refused unless they are equal.
     """
 
-    def __init__(self, path: pathlib.Path, prompts: Sequence[Prompt]):
+    def __init__(self, path: pathlib.Path, prompts: Sequence[Prompt], remedy: str = "choose another name"):
         """Looks at what is there, and whether the file can be written; changes nothing.
+
+        Args:
+          path: of the file.
+          prompts: whose completions it holds.
+          remedy: what to do where it holds something else, for messages.
 
         Raises:
           FileError: if the file cannot be read or written.
@@ -29,14 +34,16 @@ class OutputFile:
         """
         self.path = path
         self._prompts = prompts
+        self._remedy = remedy
         self._settings: Mapping[str, Any] = {}
         self._waiting: dict[int, dict[str, Any]] = {}  # records whose predecessors are not there yet
         exists = path.exists()
         if exists and not path.is_file():
-            raise PromptError(f"output file {path} is no file: choose another name")
+            raise PromptError(f"output file {path} is no file: {self._remedy}")
         with system_errors(path, "read"):
             content = path.read_bytes() if exists else b""
         *lines, rest = content.split(b"\n")
+        self._num_bytes = len(content)  # of the file, as far as is known here
         self._kept_bytes: int | None = len(content) - len(rest)  # a line that was cut short is written again
         records = [self._read(number, line) for number, line in enumerate(lines)]
         self._completions = [record[_COMPLETION] for record in records]
@@ -81,17 +88,23 @@ class OutputFile:
         """Adds the line of a prompt, as soon as those of all prompts before it are there.
 
         Raises:
-          RunStopped: if the system refuses; the lines before stay.
+          RunStopped: if the system refuses, or another process has written to the file; the lines before stay.
         """
         self._waiting[index] = {**self._prompts[index].fields, _COMPLETION: completion, _SAMPLING: self._settings}
         try:
             with system_errors(self.path, "written"), self.path.open("ab") as file:
+                if file.tell() != self._num_bytes:
+                    raise RunStopped(
+                        f"{self.path} was changed by another process: wait until it has ended, and give the command "
+                        f"again"
+                    )
                 if self._kept_bytes is not None:
                     file.truncate(self._kept_bytes)
-                    self._kept_bytes = None
+                    self._num_bytes, self._kept_bytes = self._kept_bytes, None
                 while (record := self._waiting.pop(self.num_done, None)) is not None:
                     file.write(f"{json.dumps(record)}\n".encode())
                     file.flush()
+                    self._num_bytes = file.tell()
                     self._completions.append(record[_COMPLETION])
                     self._made_with.append(record[_SAMPLING])
         except FileError as error:
@@ -102,11 +115,11 @@ class OutputFile:
     def _read(self, number: int, line: bytes) -> dict[str, Any]:
         place = f"output file {self.path}, line {number + 1}"
         if number >= len(self._prompts):
-            raise PromptError(f"{place}: there are only {len(self._prompts)} prompts: choose another name")
+            raise PromptError(f"{place}: there are only {len(self._prompts)} prompts: {self._remedy}")
         try:
             record = parse_json(line.decode(), place)
         except UnicodeDecodeError:
-            raise PromptError(f"{place}: is not text: choose another name") from None
+            raise PromptError(f"{place}: is not text: {self._remedy}") from None
         prompt = self._prompts[number]
         is_ours = isinstance(record, dict) and (
             {name: value for name, value in record.items() if name not in OUTPUT_FIELDS} == prompt.fields
@@ -114,7 +127,7 @@ class OutputFile:
             and isinstance(record.get(_SAMPLING), dict)
         )
         if not is_ours:
-            raise PromptError(f"{place}: is no completion of {prompt.place}: choose another name")
+            raise PromptError(f"{place}: is no completion of {prompt.place}: {self._remedy}")
         return record
 
     def _check_cut_line(self, rest: bytes) -> None:
@@ -124,5 +137,5 @@ class OutputFile:
             if rest.startswith(beginning[: len(rest)]):
                 return
         raise PromptError(
-            f"output file {self.path}, line {self.num_done + 1}: is no beginning of a completion: choose another name"
+            f"output file {self.path}, line {self.num_done + 1}: is no beginning of a completion: {self._remedy}"
         )

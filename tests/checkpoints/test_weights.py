@@ -20,7 +20,7 @@ from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.weights import INDEX_FILE, ONE_FILE, Weights, write_weights
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.data.chat_template import ChatTemplate, load_chat_template
-from rat_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from rat_jax.data.tokenizer import IdTokenizer, load_tokenizer
 from rat_jax.files import FileError
 from rat_jax.mixers import MIXERS
 from rat_jax.model import LanguageModel
@@ -49,7 +49,7 @@ def model():
 @pytest.fixture(scope="module")
 def written(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "folder"
-    write_weights(folder, CONFIG, model, 7, ByteTokenizer())
+    write_weights(folder, CONFIG, model, 7, IdTokenizer(29, 0))
     return folder
 
 
@@ -146,7 +146,7 @@ class TestRoundTrip:
 
     def test_a_workdir_and_back(self, model, tmp_path, capsys):
         template = ChatTemplate("{{ messages[0].content }}")
-        save_model(tmp_path / "run", CONFIG, model, 7, ByteTokenizer(), template)
+        save_model(tmp_path / "run", CONFIG, model, 7, IdTokenizer(29, 0), template)
         for words in (
             ["export", tmp_path / "run", tmp_path / "folder"],
             ["import", tmp_path / "folder", tmp_path / "new"],
@@ -159,7 +159,7 @@ class TestRoundTrip:
         loaded = load_model(tmp_path / "new")
         assert (loaded.config, loaded.step) == (load_model(tmp_path / "run").config, 7)
         assert_equal(arrays(loaded.model), arrays(model))
-        assert load_tokenizer(tmp_path / "new/tokenizer").hash == ByteTokenizer().hash
+        assert load_tokenizer(tmp_path / "new/tokenizer").hash == IdTokenizer(29, 0).hash
         assert load_chat_template(tmp_path / "new/tokenizer") == template
         said = capsys.readouterr().out.splitlines()[-4:]
         for line, name, holds, state in zip(
@@ -214,6 +214,19 @@ class TestDamage:
             error = capsys.readouterr().err
             assert error.startswith("error: ") and error.count("\n") == 1
         assert not (tmp_path / "run").exists()
+
+    def test_a_tokenizer_of_another_model(self, folder, tmp_path, capsys):
+        """Whatever is made of it no program could use."""
+        IdTokenizer(31, 0).save(folder / "tokenizer")
+        message = "has a vocabulary of 31, the model of 29: it belongs to another model"
+        assert command.main(["import", str(folder), str(tmp_path / "new")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+        assert command.main(["verify", str(folder)]) == 2
+        assert message in capsys.readouterr().out
+        for file in (folder / "tokenizer").iterdir():
+            file.write_text("{")
+        assert command.main(["verify", str(folder)]) == 2
+        assert "tokenizer_info.json is damaged" in capsys.readouterr().out
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 100, b"\x08" + bytes(7) + b"{}      ", None])
     def test_other_files(self, folder, content):

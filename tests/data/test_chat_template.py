@@ -74,7 +74,8 @@ def test_it_is_stored_and_read(tmp_path):
 def test_published_files(tmp_path):
     (tmp_path / "a.jinja").write_text(CHATML)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": CHATML}))
-    for name in ("a.jinja", "tokenizer_config.json"):
+    (tmp_path / "mark.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())  # a byte order mark is no text
+    for name in ("a.jinja", "tokenizer_config.json", "mark.jinja"):
         assert read_chat_template(tmp_path / name) == ChatTemplate(CHATML)
 
 
@@ -84,6 +85,11 @@ def test_published_files(tmp_path):
         ("a.jinja", b"\n{% for %}", r"chat template .*a\.jinja, line 2 is no Jinja: "),
         ("a.jinja", b"\xff", r"chat template .*a\.jinja is not UTF-8"),
         ("a.json", b'{"eos_token": "x"}', r"chat template .*a\.json holds no text chat_template \(it has: eos_token\)"),
+        (
+            "a.json",
+            b'{"chat_template": [{"name": "default", "template": "x"}]}',
+            r"a\.json holds several: write the one",
+        ),
         ("a.json", b"[", r"a\.json is damaged"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
 from rat_jax.evaluation import EvaluationError, harness_tasks
 from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks, run_tasks
+from rat_jax.evaluation.task_report import table
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
 from tests.commands import call_script
@@ -68,9 +70,17 @@ def folder(tmp_path_factory):
     write_task(folder, "no_file", QUESTIONS, **choice)
     (folder / "no_file.jsonl").unlink()
     (folder / "needs.py").write_text("import no_such_package\n\ndef text(doc):\n    return doc['question']\n")
-    write_task(folder, "no_package", QUESTIONS, **choice)
-    text = (folder / "no_package.yaml").read_text()
-    (folder / "no_package.yaml").write_text(text.replace('"{{question}}"', "!function needs.text"))
+    (folder / "divides.py").write_text("def text(doc):\n    return str(1 // len(doc['question'].strip('?')))\n")
+    for name, function in (("no_package", "needs.text"), ("divides", "divides.text")):
+        write_task(folder, name, QUESTIONS, **choice)
+        text = (folder / f"{name}.yaml").read_text()
+        (folder / f"{name}.yaml").write_text(text.replace('"{{question}}"', f"!function {function}"))
+    write_task(folder, "unknown_field", QUESTIONS, **choice, no_such_field=1)
+    write_task(folder, "unknown_metric", QUESTIONS, **choice | {"metric_list": [metric("no_such_metric")]})
+    write_task(folder, "no_label", [QUESTIONS[0] | {"answer": 7}], **choice)
+    write_task(folder, "no_rows", [], **choice)
+    write_task(folder, "no_json", QUESTIONS, **choice)
+    (folder / "no_json.jsonl").write_text("text\n")
     write_task(
         folder,
         "rolling",
@@ -237,6 +247,16 @@ def test_a_context_too_long_leaves_room_for_the_continuation(bigrams, truncation
             {"until": [], "max_gen_toks": 4, "typical_p": 0.5},
             "generation_kwargs have typical_p, which is not supported",
         ),
+        ({"until": 5, "max_gen_toks": 4}, r"generation_kwargs have until: \[5\]: it must be "),
+        ({"until": [], "max_gen_toks": "many"}, "generation_kwargs have a value of another type: .*'many'"),
+        (
+            {"until": [], "max_gen_toks": 4, "temperature": 1.0, "top_k": 2.5},
+            r"generation_kwargs have top_k: 2\.5: it must be a whole number",
+        ),
+        (
+            {"until": [], "max_gen_toks": 4, "temperature": 1.0, "top_p": "x"},
+            "generation_kwargs have top_p: 'x': it must be a finite number",
+        ),
     ],
 )
 def test_generation_that_is_not_possible(bigrams, arguments, message):
@@ -300,6 +320,52 @@ def test_one_failing_task_does_not_lose_the_others(bigrams, folder):
     assert "\n" not in message
     assert done["wrong_column"]["error"].startswith("task wrong_column does not fit the data set json")
     assert "'no_such' is undefined" in done["wrong_column"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("divides", "does not fit the data set json .*: ZeroDivisionError: .* by zero; compare its file with"),
+        ("unknown_field", "does not fit the data set .*: TypeError: .* 'no_such_field'; compare its file with"),
+        ("no_label", "does not fit the data set json .*: IndexError: list index out of range; compare its file with"),
+        ("no_rows", "the data set json .* cannot be loaded: a file is empty; put the files there, or mend"),
+        ("no_json", "the data set json .* cannot be loaded: An error .*: JSON parse error: Invalid value.*; put the"),
+    ],
+)
+def test_tasks_and_data_that_are_wrong(bigrams, folder, name, message):
+    """Whatever the code of others raises: two rows of `divides` are good."""
+    with pytest.raises(EvaluationError, match=f"^task {name}:? {message}"):
+        Tasks([name], folder).run(name, make_model(bigrams), num_fewshot=None, limit=None)
+
+
+def test_a_task_without_a_figure_is_no_result(bigrams, folder, monkeypatch):
+    monkeypatch.setattr("lm_eval.api.registry.get_metric", lambda *arguments: None)  # it would ask a server
+    monkeypatch.setattr("lm_eval.api.task.get_metric", lambda *arguments: None)
+    with pytest.raises(EvaluationError, match="task unknown_metric: nothing of unknown_metric was measured: its file"):
+        Tasks(["unknown_metric"], folder).run("unknown_metric", make_model(bigrams), num_fewshot=None, limit=None)
+
+
+def test_faults_of_this_package_are_not_taken_for_those_of_a_task(bigrams, folder, monkeypatch):
+    def fail(*arguments, **settings):
+        raise TypeError("ours")
+
+    model = make_model(bigrams)
+    monkeypatch.setattr(model._scorer, "score", fail)
+    with pytest.raises(TypeError, match="ours"):
+        Tasks(["choice"], folder).run("choice", model, num_fewshot=None, limit=None)
+
+
+@pytest.mark.parametrize(
+    ("of_file", "asked", "shown", "ignored"), [(0, 1, 0, True), (None, 1, 1, False), (0, 0, 0, False)]
+)
+def test_examples_that_a_task_does_not_show(bigrams, folder, tmp_path, of_file, asked, shown, ignored):
+    text = json.loads((folder / "choice.yaml").read_text()) | {"task": "few", "fewshot_split": "test"}
+    (tmp_path / "few.yaml").write_text(json.dumps(text | {"num_fewshot": of_file}))
+    found = Tasks(["few"], tmp_path).run("few", make_model(bigrams), num_fewshot=asked, limit=1)
+    assert found["n-shot"] == {"few": shown}
+    assert found.get("without_examples", []) == ["few"] * ignored
+    line = "few                              --num_fewshot has no effect: the task's file says 0"
+    assert (line in table({"few": found}, header=True).splitlines()) == ignored
 
 
 def test_data_that_cannot_be_downloaded(folder, monkeypatch, tmp_path):
@@ -374,6 +440,12 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     assert call_script("eval.py", *arguments, "--tasks=choice,until") == 2
     assert f"error: {file} is damaged" in capsys.readouterr().err
     monkeypatch.undo()
+
+    moved = shutil.copytree(folder, folder.parent / "moved")
+    arguments[3] = moved
+    assert call_script("eval.py", *arguments, "--tasks=choice,until") == 2  # the same tasks: the file that is damaged
+    assert f"error: {file} is damaged" in capsys.readouterr().err
+    arguments[3] = folder
 
     other = make_corpus(folder.parent / "other", vocab_size=257)
     assert call_script("eval.py", *arguments, "--tasks=choice", "--data_path", other) == 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rat_jax.evaluation.scoring import Scorer
-from rat_jax.evaluation.shared_contexts import SharedContext, context_scores, plan_contexts
+from rat_jax.evaluation.shared_contexts import SharedContext, context_scores, plan_contexts, with_beginnings
 from tests.small import bigram_model, small_model
 
 V = 31
@@ -62,6 +62,48 @@ def test_a_context_is_read_once():
     single = scorer_of(model)
     single.score(questions(rng, [(48, [1, 1])] * 4))
     assert single.num_tokens == 4 * 48  # words of one token are not read
+
+
+def test_what_contexts_begin_with_is_read_once():
+    """Contexts that differ in their last token alone: what follows depends on it."""
+    model, table = bigram_model()
+    rng = np.random.default_rng(8)
+    beginning = rng.integers(0, V, 75).tolist()
+    pairs = [([*beginning, last], rng.integers(0, V, 8).tolist()) for last in range(12) for _ in range(2)]
+    scorer = scorer_of(model, context_length=128, batch_tokens=4096)
+    for (context, continuation), score in zip(pairs, scorer.score(pairs), strict=True):
+        before = [context[-1], *continuation[:-1]]
+        np.testing.assert_allclose(score.log_probs, table[before, continuation], atol=1e-5)
+    # 64 tokens; then the other 12, padded to 16, and two options, of 12 contexts, padded to 16.
+    assert scorer.num_tokens == 64 + 16 * (16 + 2 * 8)
+
+
+def test_contexts_with_a_common_beginning_are_scored_as_by_themselves():
+    model = small_model(("rat", "rattention"))
+    rng = np.random.default_rng(9)
+    pairs = []
+    for _ in range(2):  # of equal shapes
+        beginning = rng.integers(0, V, 66).tolist()
+        new = questions(rng, [(length, [3, 2]) for length in range(4, 20, 2)] + [(9, [1])])
+        pairs += [([*beginning, *context], continuation) for context, continuation in new]
+    scorer, alone = (scorer_of(model, 96, batch_tokens) for batch_tokens in (4096, 79))  # no cache fits into 79 tokens
+    together, apart = scorer.score(pairs), alone.score(pairs)
+    assert alone.num_tokens >= 80 * len(pairs) and scorer.num_tokens < alone.num_tokens / 2
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_which_beginnings_are_common():
+    ids = np.arange(200)
+    alike = [np.append(ids[: 90 + i], 0) for i in range(8)]  # 90 tokens, and the last one of each is kept
+    few = [np.append(ids[1 : 90 + i], 0) for i in range(7)]
+    short = [ids[:64]] * 9  # one token must follow
+    contexts = [SharedContext(x, [], []) for x in (*alike, *few, *short)]
+    found = with_beginnings(contexts)
+    assert [context.num_common for context in found] == [80] * 8 + [0] * (7 + 9)
+    assert all(one.ids is other.ids for one, other in zip(found, contexts, strict=True))
+    equal = with_beginnings([SharedContext(ids[:129], [], [])] * 8)
+    assert {context.num_common for context in equal} == {128}
 
 
 def test_what_would_be_more_to_compute_is_scored_apart():

@@ -50,7 +50,7 @@ def test_it_goes_on_from_every_byte_at_which_a_kill_may_have_cut_it(path):
         done = OutputFile(path, PROMPTS).num_done
         assert done == whole[:size].count(b"\n")
         assert path.read_bytes() == whole[:size]  # until there is something to write
-        assert finish(path, range(done, 3)) == whole
+        assert finish(path, reversed(range(done, 3))) == whole
 
 
 def test_equal_prompts_have_a_line_each(path):
@@ -94,6 +94,25 @@ def test_what_is_not_theirs_is_left_alone(path, change, message):
     with pytest.raises(PromptError, match=message):
         OutputFile(path, PROMPTS)
     assert path.read_bytes() == content
+
+
+def test_two_processes_do_not_mix_their_lines(path):
+    """What the first has written since the second looked stays as it is."""
+    finish(path, [0])
+    first, second = OutputFile(path, PROMPTS), OutputFile(path, PROMPTS)
+    first.write(1, "text")
+    content = path.read_bytes()
+    with pytest.raises(RunStopped, match="was changed by another process: wait until it has ended"):
+        second.write(1, "text")
+    assert path.read_bytes() == content
+    first.write(2, "text")
+    assert OutputFile(path, PROMPTS).num_done == 3
+
+
+def test_messages_say_what_the_caller_advises(path):
+    path.write_text("precious")
+    with pytest.raises(PromptError, match="is no beginning of a completion: remove it"):
+        OutputFile(path, PROMPTS, remedy="remove it")
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_at_once(path, tmp_path):

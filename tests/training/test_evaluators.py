@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import random
 import zlib
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -18,6 +20,7 @@ from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
 from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks
 from rat_jax.evaluation.ruler import measurement, run_ruler
+from rat_jax.evaluation.subject import Subject
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.sharding import make_mesh
 from rat_jax.training import train
@@ -99,7 +102,10 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def finished(config, folder, patch):
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  # the harness seeds both
     assert train(config, folder / "run").finished
+    assert random.getstate() == before[0]
+    np.testing.assert_equal(np.random.get_state(), before[1])  # noqa: NPY002
     return folder / "run"
 
 
@@ -132,10 +138,10 @@ def test_ruler(logged, loaded):
 
 
 def test_answers(logged, loaded, folder, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    TOKENIZER.save(tmp_path / "tokenizer")
     evaluate_answers(
-        loaded,
-        Workdir(tmp_path),
-        TOKENIZER,
+        Subject(loaded, Workdir(tmp_path), make_mesh(loaded.config.mesh), None),
         folder / "asked.jsonl",
         AnswerSettings(ANSWERS["context_length"], ANSWERS["max_new_tokens"]),
         batch_tokens=64,

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rat_jax.checkpoints.store import LoadedModel
-from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import results as result_files
 from rat_jax.evaluation.errors import EvaluationError
@@ -16,6 +14,7 @@ from rat_jax.evaluation.ruler.examples import TASKS
 from rat_jax.evaluation.ruler.heat_map import draw_heat_map, has_depths
 from rat_jax.evaluation.ruler.measurement import Failure
 from rat_jax.evaluation.ruler.table import table
+from rat_jax.evaluation.subject import Subject
 from rat_jax.files import FileError, write_json
 
 
@@ -35,9 +34,7 @@ def are_ruler_tasks(names: Sequence[str]) -> bool:
 
 
 def evaluate_checkpoint(
-    loaded: LoadedModel,
-    folder: pathlib.Path,
-    tokenizer: Tokenizer,
+    subject: Subject,
     *,
     tasks: Sequence[str],
     print_json: bool,
@@ -46,9 +43,7 @@ def evaluate_checkpoint(
     """Runs the tasks; what is measured is written after each of them, and printed at the end.
 
     Args:
-      loaded: the checkpoint.
-      folder: that results are written into.
-      tokenizer: the model's.
+      subject: what is evaluated.
       tasks: names, as of `run_ruler`.
       print_json: instead of tables.
       **settings: of `run_ruler`.
@@ -57,11 +52,12 @@ def evaluate_checkpoint(
       EvaluationError: if no task has a result; or as `run_ruler`.
       RunStopped: if some have none, or a file could not be written.
     """
+    loaded = subject.loaded
     so_far: list[RulerResults] = []
     earlier: list[dict[str, Any]] = []  # of the same command
 
     def path() -> pathlib.Path:
-        return result_files.tasks_path(folder, loaded.step, tasks, so_far[-1].measured, kind="ruler")
+        return result_files.tasks_path(subject.workdir.path, loaded.step, tasks, so_far[-1].measured, kind="ruler")
 
     def values() -> dict[str, Any]:
         return result_files.of_checkpoint(loaded) | so_far[-1].as_json()
@@ -81,7 +77,7 @@ def evaluate_checkpoint(
 
     stopped = None
     try:
-        run_ruler(loaded.model, tokenizer, tasks=tasks, on_result=keep, **settings)
+        run_ruler(loaded.model, subject.tokenizer(), tasks=tasks, on_result=keep, **settings)
     except (FileError, KeyboardInterrupt) as error:
         if not so_far:
             raise

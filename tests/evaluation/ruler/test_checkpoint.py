@@ -5,13 +5,17 @@ import json
 import pytest
 from flax import nnx
 
+from rat_jax.checkpoints import Workdir
 from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.store import LoadedModel
+from rat_jax.config import MeshConfig
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import EvaluationError
 from rat_jax.evaluation.ruler import are_ruler_tasks, evaluate_checkpoint, evaluation
+from rat_jax.evaluation.subject import Subject
 from rat_jax.model import LanguageModel
+from rat_jax.sharding import make_mesh
 from tests.commands import call_script
 from tests.evaluation.ruler.reader import read_answers
 from tests.small import small_model
@@ -33,11 +37,14 @@ def model():
 def measure(monkeypatch, tmp_path, model):
     """Measures a model whose answers are an oracle's."""
     monkeypatch.setattr(evaluation, "generate_text", oracle)
-    loaded = LoadedModel(model=model, config=tiny_config("corpus"), step=7, path=tmp_path / "7")
+    loaded = LoadedModel(model=model, config=tiny_config("corpus", model__vocab_size=257), step=7, path=tmp_path / "7")
+    (tmp_path / "tokenizer").mkdir()
+    TOKENIZER.save(tmp_path / "tokenizer")
+    subject = Subject(loaded, Workdir(tmp_path), make_mesh(MeshConfig(data=1, fsdp=1)), None)
     settings = {"context_lengths": [600], "batch_tokens": 600, "num_examples": 2, "templates": "own"}
 
     def run(tasks, print_json=False, **changes):
-        evaluate_checkpoint(loaded, tmp_path, TOKENIZER, tasks=tasks, print_json=print_json, **settings | changes)
+        evaluate_checkpoint(subject, tasks=tasks, print_json=print_json, **settings | changes)
 
     return run
 

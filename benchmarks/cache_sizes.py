@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", type=Path, default=CONFIGS, help="files of configs")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a row")
     flags = parser.parse_args()
+    if min(flags.lengths) < 1:
+        raise program.FlagError(f"--lengths must be 1 or more, got {min(flags.lengths)}")
     print(table(flags.configs, flags.lengths))
 
 

@@ -61,8 +61,8 @@ def use_cache(choice: str | None) -> None:
     Args:
       choice: a folder; `off`; None: the folder of JAX_COMPILATION_CACHE_DIR, which is left to JAX, or else
         `rat_jax/compiled` in the user's cache folder (XDG_CACHE_HOME, ~/.cache). JAX_ENABLE_COMPILATION_CACHE=0 is
-        heeded then. So is the number of processes: those of one job must all find a program or none, which folders
-        of several machines do not promise, so that there None is `off`.
+        heeded then. Of the processes of one job JAX has only the first write programs, so that the others find them
+        in a folder that all share: None is `off` there.
 
     Raises:
       PathError: if `choice` names no folder.

@@ -34,7 +34,7 @@ RULER's as ruler-STEP-NAMES-DIGEST.json, and a picture of depth and length. A ta
 the exit code is then 1, or 2 where none has a result.
 """
 
-from rat_jax import interrupts
+from rat_jax import interrupts, stopwatch
 
 if __name__ == "__main__":
     interrupts.exit_while_importing()
@@ -48,6 +48,7 @@ from absl import flags
 
 from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
+from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.config import MeshConfig
 from rat_jax.evaluation import EvaluationError, ruler
 from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
@@ -60,6 +61,7 @@ from rat_jax.evaluation_config import NEW_TOKENS
 from rat_jax.paths import local_path
 from rat_jax.sharding import make_mesh
 
+_use_compilation_cache = define_cache_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "evaluate the checkpoint of this step; left out: the newest")
 _DATA_PATH = flags.DEFINE_string("data_path", None, "prepared corpus; left out: the one that was trained on")
@@ -233,6 +235,7 @@ _MODES = [
 
 
 def main() -> None:
+    times = stopwatch.Stopwatch()
     mode = chosen_mode(_MODES)
     if _BATCH_TOKENS.value < 1:
         raise EvaluationError(f"batch_tokens must be 1 or more, got {_BATCH_TOKENS.value}")
@@ -240,9 +243,13 @@ def main() -> None:
     if len(lengths) > 1 and not mode.several_lengths:
         raise EvaluationError(f"--{mode.flag.name} wants one context length, got {', '.join(map(str, lengths))}")
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
+    _use_compilation_cache()
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
+    times.lap("load")
     mode.run(Subject(loaded, workdir, mesh, _DATA_PATH.value))
+    times.lap("evaluation")
+    times.report()
 
 
 if __name__ == "__main__":

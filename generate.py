@@ -9,7 +9,7 @@ again goes on after the lines that are there. Exit codes: 0; 2 if flags, the wor
 output file do not fit, and nothing was changed; 75 if Ctrl-C ended it; 1 if the output file could not be written.
 """
 
-from rat_jax import interrupts
+from rat_jax import interrupts, stopwatch
 
 if __name__ == "__main__":
     interrupts.exit_while_importing()
@@ -20,12 +20,14 @@ from absl import flags
 
 from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
+from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.paths import local_path
 from rat_jax.sampling import generate
 from rat_jax.sampling.completions import CompletionWriter
 from rat_jax.sampling.output_file import OutputFile
 from rat_jax.sampling.prompts import Prompt, PromptError, find_tokenizer, read_prompts
 
+_use_compilation_cache = define_cache_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "use the checkpoint of this step; left out: the newest")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "text to continue, may be empty; give it again for several")
@@ -55,9 +57,17 @@ def _prompts() -> list[Prompt]:
 
 
 def _continue(prompts: list[Prompt], output_file: OutputFile | None) -> None:
+    times = stopwatch.Stopwatch()
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
+    _use_compilation_cache()
     loaded = load_model(workdir.path, _STEP.value, report=lambda line: print(line, file=sys.stderr))
     writer = CompletionWriter(prompts, find_tokenizer(workdir, loaded.config, _DATA_PATH.value), output_file)
+    times.lap("load")
+
+    def add(row: int, tokens: list[int]) -> bool | None:
+        times.add_tokens(len(tokens))
+        return writer.add(row, tokens)
+
     settings = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
@@ -75,8 +85,9 @@ def _continue(prompts: list[Prompt], output_file: OutputFile | None) -> None:
         eos_id=writer.eos_id,
         batch_size=_BATCH_SIZE.value,
         first=0 if output_file is None else output_file.num_done,
-        on_tokens=writer.add,
+        on_tokens=add,
     )
+    times.report()
 
 
 def main() -> int:

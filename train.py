@@ -17,11 +17,12 @@ import jax
 from absl import flags
 
 from rat_jax import program
+from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.config_file import define_config_flag
 from rat_jax.paths import local_path
 from rat_jax.training import train
 
-_config = define_config_flag()
+_config, _use_compilation_cache = define_config_flag(), define_cache_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, log, loss curve")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several hosts: find the others first")
 
@@ -38,6 +39,7 @@ def main() -> int:
     config, workdir = _config(), local_path(_WORKDIR.value, "--workdir")
     if _DISTRIBUTED.value:
         _find_hosts()
+    _use_compilation_cache()
     return 0 if train(config, workdir).finished else program.INTERRUPTED
 
 

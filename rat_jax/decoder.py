@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.mixers.base import Mixer, MixerCache, check_cache_size, check_room, next_segments
-from rat_jax.segments import StreamState
+from rat_jax.segments import SegmentInfo, StreamState
 from rat_jax.shapes import Array, Float, Float32, Int
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DecoderModule(nnx.Module):
         x = self.embedding[...][tokens].astype(self.config.dtype)
         memories = []
         for layer, memory in zip(self.layers, cache.layers, strict=True):
-            x, memory = layer(x, segments, memory)
+            x, memory = _run_layer(*nnx.split(layer), x, segments, memory)
             memories.append(memory)
         return self.final_norm(x), ModelCache(tuple(memories), stream, cache.capacity)
 
@@ -85,6 +85,14 @@ class DecoderModule(nnx.Module):
         return sum(
             layer.mixer.step_bytes(memory, position) for layer, memory in zip(self.layers, cache.layers, strict=True)
         )
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _run_layer(
+    graphdef: nnx.GraphDef, params: nnx.State, x: Array, segments: SegmentInfo, memory: MixerCache
+) -> tuple[Array, MixerCache]:
+    """A layer; compiled functions that call it trace and lower layers alike once, however many there are."""
+    return nnx.merge(graphdef, params)(x, segments, memory)
 
 
 class Decoder:

@@ -12,6 +12,7 @@ from rat_jax.blocks import Mlp, ResidualBlock
 from rat_jax.config import ModelConfig
 from rat_jax.decoder import Decoder, DecoderModule, ModelCache, tied_logits
 from rat_jax.layers import INITIAL_STD, RmsNorm
+from rat_jax.memory import tree_bytes
 from rat_jax.mixers import MIXERS
 from rat_jax.ops.remat import saving_named
 from rat_jax.parameters import VECTOR, ParameterSpec
@@ -71,6 +72,10 @@ class LanguageModel(nnx.Module):
         """An empty cache for rows of at most `capacity` tokens; errors as of `Mixer.init_cache`."""
         names = [block_name(place, kind) for place, kind in enumerate(self.config.kinds)] * self.config.num_repeats
         return ModelCache.empty([self.blocks[name].mixer for name in names], batch_size, capacity)
+
+    def cache_bytes(self, batch_size: int, capacity: int) -> int:
+        """Bytes of what `init_cache` makes, of its decoder too, without making it; errors as there."""
+        return tree_bytes(jax.eval_shape(lambda: self.init_cache(batch_size, capacity)))
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # References in PyTorch and NumPy are loops of small operations: two threads take six times the CPU time of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nothing depends on what earlier runs left, nor leaves something
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # The suite compiles thousands of small programs and runs each for milliseconds: its time is that of compiling them.
 # `make test-optimized` sets DEFAULT_COMPILATION and runs a part of them compiled as users' programs are.

@@ -1,6 +1,7 @@
 """generate.py as a user runs it."""
 
 import json
+import re
 
 import pytest
 from flax import nnx
@@ -38,7 +39,8 @@ def expected(workdir):
 
 def test_one_prompt_prints_its_text(workdir, expected):
     done = run_script("generate.py", "--workdir", workdir, "--prompt", PROMPTS[0], *SETTINGS)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"times: imports .*, load .*, first token .* tokens in .*\n", done.stderr)
     assert done.stdout == f"{PROMPTS[0]}{expected[PROMPTS[0]]}\n"
 
 
@@ -50,7 +52,7 @@ def test_many_prompts_from_flags_and_file_in_batches(workdir, expected, tmp_path
     command = ["--workdir", workdir, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], *flags, *SETTINGS]
     assert call_script("generate.py", *command) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert printed.err.startswith("times: ") and printed.err.count("\n") == 1
     whole = output_file.read_bytes()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [(line["prompt"], line["completion"]) for line in lines] == [(text, expected[text]) for text in PROMPTS]
@@ -61,7 +63,7 @@ def test_many_prompts_from_flags_and_file_in_batches(workdir, expected, tmp_path
     output_file.write_bytes(whole[: whole.index(b"\n") + 20])  # a kill in the second line
     assert call_script("generate.py", *command) == 0
     assert output_file.read_bytes() == whole
-    assert capsys.readouterr().err == f"{output_file}: 1 of 4 completions are there\n"
+    assert capsys.readouterr().err.startswith(f"{output_file}: 1 of 4 completions are there\ntimes: ")
     assert call_script("generate.py", *command, "--prompt=more") == 2
     assert "is no completion of --prompt number 3" in capsys.readouterr().err
     assert call_script("generate.py", *command) == 0

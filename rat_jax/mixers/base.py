@@ -11,6 +11,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.fields import check_types
+from rat_jax.memory import tree_bytes
 from rat_jax.parameters import ParameterSpec
 from rat_jax.segments import PADDING, SegmentInfo, StreamState, as_segments, check_shape, from_segments
 from rat_jax.shapes import Array, Float, Int, Shaped
@@ -146,6 +147,10 @@ class Mixer(nnx.Module):
         """
         check_cache_size(batch_size, capacity)
         return LayerCache(self.init_memory(batch_size, capacity), StreamState.empty(batch_size), capacity)
+
+    def cache_bytes(self, batch_size: int, capacity: int) -> int:
+        """Bytes of what `init_cache` makes, without making it; errors as there."""
+        return tree_bytes(jax.eval_shape(lambda: self.init_cache(batch_size, capacity)))
 
     def extend(
         self, x: Float[Array, "B T D"], cache: LayerCache, segment_ids: Int[Array, "B T"] | None = None

@@ -403,7 +403,7 @@ def test_the_program(workdir, folder, capsys, monkeypatch):
     assert lines[3].split() == ["choice", "3", "contexts", "were", "too", "long", "and", "cut"]
     assert lines[4].split()[:3] == ["until", "exact_match", "2"]
     (file,) = workdir.glob("tasks-3-choice_until-*.json")
-    assert printed.err.endswith(f"written to {file}\n")
+    assert f"written to {file}\ntimes: imports " in printed.err
     values = json.loads(file.read_text())
     measured = values["measured"]
     assert (measured["bos"], measured["truncation"], measured["joint_tokenization"]) == ("empty", "left", True)

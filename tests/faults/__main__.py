@@ -61,4 +61,5 @@ def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # faults are not to depend on what earlier runs left
     sys.exit(main())

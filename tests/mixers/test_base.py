@@ -154,3 +154,10 @@ def test_facts_are_numbers(kind):
 def test_arguments_that_do_not_fit_are_named(kind, arguments, message):
     with pytest.raises(ConfigError, match=message):
         MIXERS[kind](**{"width": 16, "num_heads": 4, "rngs": nnx.Rngs(0)} | arguments)
+
+
+def test_bytes_of_a_cache_are_those_of_its_arrays(layer):
+    for sizes in ((1, 1), (3, TOKENS)):
+        assert layer.cache_bytes(*sizes) == sum(x.nbytes for x in jax.tree.leaves(layer.init_cache(*sizes)))
+    with pytest.raises(ValueError, match="capacity must be a whole number of 1 or more, got 0"):
+        layer.cache_bytes(1, 0)

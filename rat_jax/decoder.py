@@ -37,6 +37,14 @@ class ModelCache:
         memories = tuple(mixer.init_memory(batch_size, capacity) for mixer in mixers)
         return cls(memories, StreamState.empty(batch_size), capacity)
 
+    def take_rows(self, rows: Int[Array, " _"]) -> "ModelCache":
+        """The cache of these rows, any of them several times: what several continuations of a prompt start from.
+
+        Args:
+          rows: numbers of rows, from 0 on; others are not checked.
+        """
+        return jax.tree.map(lambda x: x[rows], self)
+
 
 class DecoderModule(nnx.Module):
     """One block a layer, matrices in the compute dtype: stacked float32 ones would be cut and cast at every step.

@@ -108,6 +108,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.errors",
         "rat_jax.files",
         "rat_jax.memory",
+        "rat_jax.mesh",
         "rat_jax.model",
         "rat_jax.paths",
         "rat_jax.shapes",

@@ -1,6 +1,6 @@
 """Lengths that rows are padded to: few, so that few programs are compiled."""
 
-from rat_jax.sampling.prefill import cache_capacity
+from rat_jax.sampling.caches import cache_capacity
 
 
 def padded_length(num_tokens: int, most: int) -> int:

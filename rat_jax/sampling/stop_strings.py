@@ -5,7 +5,8 @@ from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.generation import SamplingError, generate
+from rat_jax.sampling.errors import SamplingError
+from rat_jax.sampling.generation import generate
 from rat_jax.sampling.stream_decoder import StreamDecoder
 
 

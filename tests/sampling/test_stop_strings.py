@@ -5,8 +5,8 @@ import random
 import pytest
 
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.sampling import SamplingError, generate_text, generation
-from rat_jax.sampling.generation import STEPS_PER_CALL, generate
+from rat_jax.sampling import SamplingError, engine, generate, generate_text
+from rat_jax.sampling.slots import STEPS_PER_CALL
 from rat_jax.sampling.stop_strings import StoppedText
 from tests.small import small_model
 
@@ -98,13 +98,13 @@ def test_texts_are_those_of_generate_up_to_the_string(model, settings):
 
 def test_a_batch_ends_with_its_last_text(model, monkeypatch):
     seen, calls = [], []
-    real = generation._next_tokens
+    real = engine.decode_block
 
     def count(*arguments):
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "_next_tokens", count)
+    monkeypatch.setattr(engine, "decode_block", count)
 
     def enough_after_one_call(index, ids):
         seen.append((index, len(ids)))
@@ -112,5 +112,5 @@ def test_a_batch_ends_with_its_last_text(model, monkeypatch):
 
     ids = generate(model, PROMPTS[:2], max_new_tokens=NEW, on_tokens=enough_after_one_call)
     assert [len(x) for x in ids] == [1 + STEPS_PER_CALL] * 2
-    assert len(calls) == 2  # the second was under way; all tokens would take four
+    assert len(calls) == 3  # of first tokens, of a block, of one that was under way; all tokens would take five
     assert seen == [(0, 1), (1, 1), (0, STEPS_PER_CALL), (0, 0), (1, STEPS_PER_CALL), (1, 0)]

@@ -94,6 +94,13 @@ def make_engine(decoder, rule=GREEDY, **settings) -> Engine:
     return Engine(decoder, num_slots=16, capacity=CAPACITY, rule=rule, **settings)
 
 
+@pytest.fixture
+def log_compiles():
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    yield
+    jax.config.update("jax_log_compiles", False)
+
+
 RAGGED = [(1 + 7 * index % 29, 1 + 5 * index % 19) for index in range(40)]  # lengths, new tokens
 
 
@@ -115,7 +122,7 @@ def test_more_prompts_than_slots(decoder, ragged):
     assert ragged.ends == dict.fromkeys(itertools.product(range(len(RAGGED)), [0]), "length")
 
 
-def test_all_programs_are_compiled_up_front(caplog):
+def test_all_programs_are_compiled_up_front(caplog, log_compiles):
     """Ragged traffic compiles nothing more, and no more was compiled than the engine says."""
 
     def num_compiled() -> int:
@@ -128,15 +135,14 @@ def test_all_programs_are_compiled_up_front(caplog):
         return len(names)
 
     decoder = small_model(("rnn",), num_layers=1).decoder()
-    with jax.log_compiles():
-        caplog.clear()
-        engine = make_engine(decoder)
-        engine.compile()
-        assert num_compiled() == engine.num_programs == 2 + 2 * (2 + 2)
-        prompts = [Request(make_prompt(length), count, num_samples=1 + length % 3) for length, count in RAGGED]
-        for _ in engine.serve(prompts):
-            pass
-        assert num_compiled() == 0
+    caplog.clear()
+    engine = make_engine(decoder)
+    engine.compile()
+    assert num_compiled() == engine.num_programs == 2 + 2 * (2 + 2)
+    prompts = [Request(make_prompt(length), count, num_samples=1 + length % 3) for length, count in RAGGED]
+    for _ in engine.serve(prompts):
+        pass
+    assert num_compiled() == 0
     num_tokens, num_padded = engine.num_prompt_tokens
     assert num_tokens == sum(length for length, _ in RAGGED) < num_padded
 
@@ -201,11 +207,11 @@ def test_a_callback_ends_its_row_alone(decoder, ragged):
 
     engine, others = make_engine(decoder), Heard()
     length, count = RAGGED[3]
-    engine.submit(Request(make_prompt(length), 30 - length, on_event=enough))
+    engine.submit(Request(make_prompt(length), CAPACITY - length, on_event=enough))
     engine.submit(Request(make_prompt(length), count, on_event=others))
     engine.run()
     assert told[-1] == Event(0, 0, [], None, "stopped")
-    assert 3 <= sum(len(one.tokens) for one in told) < 30 - length
+    assert 3 <= sum(len(one.tokens) for one in told) < CAPACITY - length
     assert others.tokens[1, 0] == ragged.tokens[3, 0]
 
 
@@ -252,7 +258,7 @@ def test_running_rows_do_not_wait_for_a_long_prompt(decoder):
     engine.submit(Request(make_prompt(30), 3, on_event=heard))
     engine.run()
     before = list(itertools.takewhile(lambda event: event.request == 0, heard.events))
-    assert 3 * slots.STEPS_PER_CALL // 2 > sum(len(event.tokens) for event in before) > 1
+    assert [len(event.tokens) for event in before] == [1, 8, 16]  # the prompt was read in two parts
     assert heard.tokens[1, 0] == [token for token, _ in plain_loop(decoder, make_prompt(30), 3)]
 
 

@@ -1,38 +1,23 @@
 """An engine that continues prompts: rows in slots, which other prompts take as soon as a row ends."""
 
 import collections
-import concurrent.futures
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 
 from rat_jax.decoder import Decoder
-from rat_jax.memory import free_bytes, gib, is_out_of_memory
-from rat_jax.sampling.caches import cache_bytes
-from rat_jax.sampling.errors import SamplingStopped, require
-from rat_jax.sampling.prefill import CHUNK_SIZES, PromptRows, empty_prompts, read_chunk, sizes_up_to
+from rat_jax.sampling.device_rows import DeviceRows
+from rat_jax.sampling.errors import require
+from rat_jax.sampling.prefill import CHUNK_SIZES
 from rat_jax.sampling.reader import LOOK_AHEAD, PromptReader, Row, Submitted, like_prompts, prompt_digest
 from rat_jax.sampling.request import End, Event, Request
 from rat_jax.sampling.sampling_params import SamplingParams
-from rat_jax.sampling.slots import (
-    ENDED,
-    NOT_FINITE,
-    STEPS_PER_CALL,
-    Block,
-    Entries,
-    decode_block,
-    empty_slots,
-    insert,
-)
+from rat_jax.sampling.slots import NOT_FINITE, STEPS_PER_CALL, Block
 
 PREFILL_TOKENS = 1 << 15  # of prompts, read while all running rows wait
 _STEPS_WHILE_WAITING = 8  # of a block while prompts wait for slots, which are free at a block's end
-_MOST_PROMPT_ROWS = 8  # read together, on each device
-_SLOTS_PER_PROMPT_ROW = 8  # at least: the cache that prompts are read into is small beside that of the slots
 _LARGEST_SHARE = 4  # times as many tokens of prompts are read while few rows wait
 
 
@@ -56,7 +41,7 @@ class Engine:
     Prompts of like length are read together, in chunks of few sizes, into a small cache, from which the rows are copied
     into slots; a long prompt is read over several steps. While all slots are taken one more group of prompts is read.
 
-    After an error of `step` other than one that `submit` would raise the engine cannot go on. For one host.
+    After an error of `step` the engine cannot go on. For one host.
     """
 
     def __init__(
@@ -108,19 +93,10 @@ class Engine:
             num_slots % num_devices == 0,
             f"num_slots must be a multiple of the {num_devices} devices of the mesh, got {num_slots}",
         )
-        self.num_slots, self.capacity, self.chunk_sizes = num_slots, capacity, sizes_up_to(capacity, chunk_sizes)
-        self._decoder, self._mesh, self._rule, self._prefill_tokens = decoder, mesh, rule, prefill_tokens
-        rows_together = max(1, min(_MOST_PROMPT_ROWS, num_slots // (num_devices * _SLOTS_PER_PROMPT_ROW)))
-        self._row_counts = sorted({num_devices, rows_together * num_devices})  # of a group of prompts
-        self._known_row_counts: set[int] = set()  # whose programs are there
-        self.cache_bytes = cache_bytes(
-            decoder.graphdef, decoder.params, num_slots + self._row_counts[-1], capacity
-        )  # of slots and of prompts that are read, on all devices together
-        self._check_memory(num_devices)
-        self._eos_id = np.int32(ENDED if eos_id is None else eos_id)
-        self._seed_key = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
-        self._slots = self._run(empty_slots, num_slots=num_slots, **self._sizes)
-        self._reader = PromptReader(self.chunk_sizes)
+        self.num_slots, self.capacity = num_slots, capacity
+        self._prefill_tokens, self._vocab_size = prefill_tokens, vocab_size
+        self._device = DeviceRows(decoder, mesh, rule, eos_id, seed, num_slots, capacity, chunk_sizes)
+        self._reader = PromptReader(self._device.chunk_sizes)
         self._submitted: dict[int, Submitted] = {}  # all that have not ended
         self._waiting: dict[int, Submitted] = {}  # those of them whose prompts are still to be read, in their order
         self._num_submitted = 0
@@ -133,9 +109,14 @@ class Engine:
         self._started: _Started | None = None
 
     @property
+    def cache_bytes(self) -> int:
+        """What the caches take, of slots and of prompts that are read, on all devices together."""
+        return self._device.cache_bytes
+
+    @property
     def num_programs(self) -> int:
         """The most programs that are compiled for the engine, whatever it is asked for."""
-        return 2 + len(self._row_counts) * (2 + len(self.chunk_sizes))
+        return self._device.num_programs
 
     @property
     def num_running(self) -> int:
@@ -154,7 +135,8 @@ class Engine:
 
     def compile(self) -> None:
         """Compiles all programs now, side by side; they are compiled as they are needed otherwise."""
-        self._guarded(self._compile)
+        with self._device.naming_settings():
+            self._device.compile()
 
     def check(self, request: Request) -> np.ndarray:
         """The ids of a request's prompt, if the engine can serve it.
@@ -162,8 +144,7 @@ class Engine:
         Raises:
           SamplingError: naming the field that is out of range, or the capacity and the memory of a row.
         """
-        row_bytes = self.cache_bytes // (self.num_slots + self._row_counts[-1])
-        return request.check(self._decoder.config.vocab_size, self.capacity, row_bytes)
+        return request.check(self._vocab_size, self.capacity, self._device.row_bytes)
 
     def submit(self, request: Request) -> int:
         """Takes a request, which waits for a free slot; returns its number, counted from 0.
@@ -204,7 +185,11 @@ class Engine:
         Raises:
           SamplingStopped: if a device runs out of memory.
         """
-        self._guarded(self._step)
+        with self._device.naming_settings():
+            self._read_prompts()
+            before, self._started = self._started, self._start_block()
+            if before is not None:
+                self._collect(before)
         return self.is_busy
 
     def run(self) -> None:
@@ -239,61 +224,6 @@ class Engine:
             while events:
                 yield events.popleft()
 
-    @property
-    def _sizes(self) -> dict[str, Any]:
-        return {"capacity": self.capacity, "with_seen": self._rule.repetition_penalty is not None}
-
-    def _run(self, program: Callable, *arguments: Any, **sizes: Any) -> Any:
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return program(self._decoder.graphdef, self._decoder.params, *arguments, **sizes)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SamplingStopped(
-                f"{self.num_slots} prompts at a time are more than the device has memory for: lower batch_size "
-                f"(num_slots, {self.num_slots}), max_new_tokens or the prompts' lengths (capacity, {self.capacity:,} "
-                f"tokens a row), or the largest chunk of prompts (chunk_sizes, {self.chunk_sizes[-1]} tokens of "
-                f"{self._row_counts[-1]} rows)"
-            ) from None
-
-    def _check_memory(self, num_devices: int) -> None:
-        device = next(
-            iter(jax.tree.leaves(self._decoder.params)[0].devices())
-        )  # the set is jax's: nothing is taken out
-        free, needed = free_bytes(device), -(-self.cache_bytes // num_devices)
-        require(
-            free is None or needed <= free,
-            f"the caches of {self.num_slots} prompts at a time, of {self.capacity:,} tokens each with what follows "
-            f"them, take {gib(needed)}, the device has {gib(free or 0)} free: lower batch_size "
-            f"(num_slots), or max_new_tokens or the prompts' lengths (capacity)",
-        )
-
-    def _compile(self) -> None:
-        lowered = []
-        for num_rows in self._row_counts:
-            prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
-            num_left = np.zeros((num_rows,), np.int32)
-            for size in self.chunk_sizes:
-                tokens = np.zeros((num_rows, size), np.int32)
-                lowered.append(self._run(read_chunk.lower, prompts, tokens, num_left))
-            entries = Entries.none(num_rows, self.num_slots)
-            lowered.append(self._run(insert.lower, *self._insert_arguments(prompts, entries)))
-            self._known_row_counts.add(num_rows)
-        lowered.append(self._run(decode_block.lower, *self._block_arguments(0)))
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for compiled in [pool.submit(program.compile) for program in lowered]:
-                compiled.result()
-
-    def _step(self) -> None:
-        self._read_prompts()
-        before, self._started = self._started, self._start_block()
-        if before is not None:
-            self._collect(before)
-
     def _read_prompts(self) -> None:
         """Reads prompts and fills free slots; see `step` for how much."""
         budget = self._prefill_tokens * min(_LARGEST_SHARE, self.num_slots / max(1, self.num_running))
@@ -307,34 +237,23 @@ class Engine:
                     return
                 self._begin_group()
             tokens, num_left = self._reader.next_chunk()
-            self._reader.rows = self._run(read_chunk, self._reader.rows, tokens, num_left)
+            self._device.read(tokens, num_left)
             budget -= tokens.size
 
     def _begin_group(self) -> None:
-        group = like_prompts(self._waiting.values(), self._row_counts[-1])
+        group = like_prompts(self._waiting.values(), self._device.row_counts[-1])
         for submitted in group:
             del self._waiting[submitted.number]
-        num_rows = next(count for count in self._row_counts if count >= len(group))
-        if num_rows not in self._known_row_counts and self._row_counts[-1] in self._known_row_counts:
-            num_rows = self._row_counts[-1]  # to compile for a few rows takes longer than to read some padding
-        self._known_row_counts.add(num_rows)
-        self._reader.rows = None  # its memory is free for the next rows
-        self._reader.begin(group, self._run(empty_prompts, num_rows=num_rows, **self._sizes), num_rows)
+        self._reader.begin(group, self._device.begin_prompts(len(group)))
 
     def _fill_slots(self) -> None:
         entries, rows = self._reader.take(self._free, self.num_slots)
-        self._slots = self._run(insert, *self._insert_arguments(self._reader.rows, entries))
+        self._device.put(entries)
         for row in rows:
             self._rows[row.slot] = row
             self._left[row.slot] = row.submitted.request.max_new_tokens - 1  # the first is chosen
             self._stopped[row.slot] = False
             self._new.add(row.slot)
-
-    def _insert_arguments(self, prompts: PromptRows, entries: Entries) -> tuple:
-        return self._rule, self._slots, prompts, entries, self._seed_key, self._eos_id
-
-    def _block_arguments(self, num_steps: int) -> tuple:
-        return self._rule, self._slots, self._stopped, np.int32(num_steps), self._eos_id
 
     def _start_block(self) -> _Started | None:
         """Starts a block of steps, if any row runs; slots whose rows are sure to end in it are free then."""
@@ -347,10 +266,8 @@ class Engine:
             num_steps = _STEPS_WHILE_WAITING
         else:
             num_steps = STEPS_PER_CALL
-        self._slots, block = self._run(decode_block, *self._block_arguments(num_steps))
+        block = self._device.step(self._stopped, num_steps)
         self._stopped = np.zeros_like(self._stopped)  # a new one: the program may still read the old
-        for array in block:
-            array.copy_to_host_async()
         started = _Started(block, list(self._rows), self._new, num_steps)
         self._new = set()
         self._left -= num_steps

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rat_jax.sampling.prefill import PromptRows, chunk_of, plan_chunks
+from rat_jax.sampling.prefill import chunk_of, plan_chunks
 from rat_jax.sampling.request import Request
 from rat_jax.sampling.slots import Entries
 
@@ -56,7 +56,6 @@ class PromptReader:
 
     def __init__(self, chunk_sizes: tuple[int, ...]):
         self.num_tokens = self.num_padded_tokens = 0  # of all prompts so far; the second with their padding
-        self.rows: PromptRows | None = None  # on the device; None before the first group
         self.num_rows = 0  # of the group, spare ones among them
         self._chunk_sizes = chunk_sizes
         self._group: list[Submitted] = []
@@ -79,9 +78,9 @@ class PromptReader:
         """Whether it can begin with other prompts."""
         return not self.is_reading and not self._samples
 
-    def begin(self, group: list[Submitted], rows: PromptRows, num_rows: int) -> None:
-        """Starts to read prompts into empty rows, of which there may be more than prompts."""
-        self._group, self.rows, self.num_rows, self._start = group, rows, num_rows, 0
+    def begin(self, group: list[Submitted], num_rows: int) -> None:
+        """Starts to read prompts, in a group of so many rows or fewer."""
+        self._group, self.num_rows, self._start = group, num_rows, 0
         self._chunks.extend(plan_chunks(max(len(one.prompt) for one in group), self._chunk_sizes))
         self._samples.extend((row, one) for row, one in enumerate(group) for _ in range(one.request.num_samples))
         self.num_tokens += sum(len(one.prompt) for one in group)

@@ -26,8 +26,9 @@ def run(data: int, fsdp: int) -> dict:
     prompts = [np.random.default_rng(length).integers(0, 31, length).tolist() for length in LENGTHS]
     settings = {"temperature": 1.5, "repetition_penalty": 1.2}
     compiled = sum(program._cache_size() for program in PROGRAMS)
+    decoder = model.decoder()
     engine = Engine(
-        model.decoder(),
+        decoder,
         num_slots=4,
         capacity=32,
         rule=SamplingParams.of(**settings),
@@ -38,8 +39,8 @@ def run(data: int, fsdp: int) -> dict:
     tokens = [[] for _ in prompts]
     for event in engine.serve(Request(prompt, NEW) for prompt in prompts):
         tokens[event.request] += event.tokens
-    key = engine._slots.cache.layers[0].summary_key
-    weights = next(x for x in jax.tree.leaves(engine._decoder.params) if x.ndim == 2)
+    key = engine._device.slots.cache.layers[0].summary_key
+    weights = next(x for x in jax.tree.leaves(decoder.params) if x.ndim == 2)
     return {
         "tokens": tokens,
         "generated": generate(model, prompts[:3], max_new_tokens=2, **settings) if fsdp > 1 else None,

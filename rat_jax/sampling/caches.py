@@ -1,9 +1,8 @@
 """How large caches are, and whether a device has room for them."""
 
 import jax
-from flax import nnx
 
-from rat_jax.decoder import ModelCache
+from rat_jax.decoder import Decoder, ModelCache
 from rat_jax.memory import tree_bytes
 
 _SMALLEST_UNIT = 16  # tokens
@@ -15,17 +14,10 @@ def cache_capacity(num_tokens: int) -> int:
     return -(-num_tokens // unit) * unit
 
 
-def cache_bytes(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int) -> int:
-    """What a cache takes, without making it.
+def cache_bytes(decoder: Decoder, num_rows: int, capacity: int) -> int:
+    """What a cache for `num_rows` of `capacity` tokens takes, without making it."""
 
-    Args:
-      graphdef: of a `DecoderModule`.
-      params: of the decoder.
-      num_rows: of the cache.
-      capacity: tokens a row.
-    """
+    def make(arrays: list[jax.Array]) -> ModelCache:
+        return decoder.layout.merge(arrays).init_cache(num_rows, capacity)
 
-    def make(params: nnx.State) -> ModelCache:
-        return nnx.merge(graphdef, params).init_cache(num_rows, capacity)
-
-    return tree_bytes(jax.eval_shape(make, params))
+    return tree_bytes(jax.eval_shape(make, decoder.arrays))

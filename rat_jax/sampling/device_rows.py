@@ -53,7 +53,7 @@ class DeviceRows:
         rows_together = max(1, min(_MOST_PROMPT_ROWS, num_slots // (num_devices * _SLOTS_PER_PROMPT_ROW)))
         self.row_counts = sorted({num_devices, rows_together * num_devices})
         self._known_row_counts: set[int] = set()  # whose programs are there
-        self.cache_bytes = cache_bytes(decoder.graphdef, decoder.params, num_slots + self.row_counts[-1], capacity)
+        self.cache_bytes = cache_bytes(decoder, num_slots + self.row_counts[-1], capacity)
         self._check_memory(num_devices)
         self._eos_id = np.int32(ENDED if eos_id is None else eos_id)
         self._seed_key = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
@@ -145,7 +145,7 @@ class DeviceRows:
 
     def _run(self, program: Callable, *arguments: Any, **sizes: Any) -> Any:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return program(self._decoder.graphdef, self._decoder.params, *arguments, **sizes)
+            return program(self._decoder.layout, self._decoder.arrays, *arguments, **sizes)
 
     def _insert_arguments(self, prompts: PromptRows, entries: Entries) -> tuple:
         return self._rule, self.slots, prompts, entries, self._seed_key, self._eos_id
@@ -154,7 +154,7 @@ class DeviceRows:
         return self._rule, self.slots, stopped, np.int32(num_steps), self._eos_id
 
     def _check_memory(self, num_devices: int) -> None:
-        device = next(iter(jax.tree.leaves(self._decoder.params)[0].devices()))  # the set is jax's own
+        device = next(iter(self._decoder.arrays[0].devices()))  # the set is jax's own
         free, needed = free_bytes(device), -(-self.cache_bytes // num_devices)
         require(
             free is None or needed <= free,

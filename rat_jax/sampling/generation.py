@@ -136,7 +136,7 @@ def generate(
 
 def _mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:
     """The mesh that a model's parameters are on, if its devices divide rows."""
-    sharding = jax.tree.leaves(decoder.params)[0].sharding
+    sharding = decoder.arrays[0].sharding
     is_on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == BATCH_AXES
     return sharding.mesh if is_on_mesh and sharding.mesh.size > 1 else None
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from rat_jax.decoder import ModelCache
+from rat_jax.decoder import DecoderLayout, ModelCache
 from rat_jax.mesh import constrain_rows
 from rat_jax.shapes import Array, Bool, Float, Int
 
@@ -27,26 +26,26 @@ class PromptRows:
     seen: Bool[Array, "_ V"] | None  # tokens read; None without a repetition penalty
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_rows", "capacity", "with_seen"))
+@functools.partial(jax.jit, static_argnames=("layout", "num_rows", "capacity", "with_seen"))
 def empty_prompts(
-    graphdef: nnx.GraphDef, params: nnx.State, *, num_rows: int, capacity: int, with_seen: bool
+    layout: DecoderLayout, arrays: list[Array], *, num_rows: int, capacity: int, with_seen: bool
 ) -> PromptRows:
     """Rows before their first token."""
-    decoder = nnx.merge(graphdef, params)
+    decoder = layout.merge(arrays)
     hidden = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)
     seen = jnp.zeros((num_rows, decoder.config.vocab_size), bool) if with_seen else None
     return constrain_rows(PromptRows(decoder.init_cache(num_rows, capacity), hidden, seen))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="rows")
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="rows")
 def read_chunk(
-    graphdef: nnx.GraphDef, params: nnx.State, rows: PromptRows, tokens: Int[Array, "B T"], num_left: Int[Array, " B"]
+    layout: DecoderLayout, arrays: list[Array], rows: PromptRows, tokens: Int[Array, "B T"], num_left: Int[Array, " B"]
 ) -> PromptRows:
     """Reads the next T tokens of prompts of which `num_left` tokens are left, and may be none; others are padding."""
     rows, tokens = constrain_rows(rows), constrain_rows(tokens)
     indices = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     is_token = indices < num_left[:, None]
-    new, cache = nnx.merge(graphdef, params).hidden(tokens, rows.cache, is_token.astype(jnp.int32))
+    new, cache = layout.merge(arrays).hidden(tokens, rows.cache, is_token.astype(jnp.int32))
     last = num_left - 1
     ends_here = (last >= 0) & (last < tokens.shape[1])
     at_last = jnp.take_along_axis(new, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from rat_jax.decoder import DecoderModule, ModelCache
+from rat_jax.decoder import DecoderLayout, DecoderModule, ModelCache
 from rat_jax.mesh import constrain_rows, put_rows, replicate
 from rat_jax.sampling.prefill import PromptRows
 from rat_jax.sampling.sampling_params import SamplingParams, choose_tokens
@@ -66,10 +65,10 @@ class Block(NamedTuple):
     log_probs: Float32[Array, "B _"]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_slots", "capacity", "with_seen"))
-def empty_slots(graphdef: nnx.GraphDef, params: nnx.State, *, num_slots: int, capacity: int, with_seen: bool) -> Slots:
+@functools.partial(jax.jit, static_argnames=("layout", "num_slots", "capacity", "with_seen"))
+def empty_slots(layout: DecoderLayout, arrays: list[Array], *, num_slots: int, capacity: int, with_seen: bool) -> Slots:
     """Slots that are all free."""
-    decoder = nnx.merge(graphdef, params)
+    decoder = layout.merge(arrays)
 
     def zeros() -> Array:
         return jnp.zeros((num_slots,), jnp.int32)
@@ -87,10 +86,10 @@ def empty_slots(graphdef: nnx.GraphDef, params: nnx.State, *, num_slots: int, ca
     return constrain_rows(slots)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
 def insert(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    layout: DecoderLayout,
+    arrays: list[Array],
     rule: SamplingParams,
     slots: Slots,
     prompts: PromptRows,
@@ -118,14 +117,14 @@ def insert(
         min_new=entries.min_new,
         max_new=entries.max_new,
     )
-    rows = _choose(nnx.merge(graphdef, params), rule, prompts.hidden[entries.row], rows, eos_id)
+    rows = _choose(layout.merge(arrays), rule, prompts.hidden[entries.row], rows, eos_id)
     return constrain_rows(put_rows(slots, rows, entries.slot))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="slots")
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
 def decode_block(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    layout: DecoderLayout,
+    arrays: list[Array],
     rule: SamplingParams,
     slots: Slots,
     stopped: Bool[Array, " B"],
@@ -142,7 +141,7 @@ def decode_block(
 
     def advance(carry):
         step, slots, block = carry
-        decoder = nnx.merge(graphdef, params)
+        decoder = layout.merge(arrays)
         active = slots.goes_on
         read = jnp.where(active, slots.token, 0)[:, None]
         hidden, cache = decoder.hidden(read, slots.cache, active[:, None].astype(jnp.int32))

@@ -40,7 +40,7 @@ def run(data: int, fsdp: int) -> dict:
     for event in engine.serve(Request(prompt, NEW) for prompt in prompts):
         tokens[event.request] += event.tokens
     key = engine._device.slots.cache.layers[0].summary_key
-    weights = next(x for x in jax.tree.leaves(decoder.params) if x.ndim == 2)
+    weights = next(x for x in decoder.arrays if x.ndim == 2)
     return {
         "tokens": tokens,
         "generated": generate(model, prompts[:3], max_new_tokens=2, **settings) if fsdp > 1 else None,

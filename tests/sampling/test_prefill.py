@@ -30,10 +30,10 @@ def test_chunks_of_any_size_give_the_same():
     prompts = [np.random.default_rng(length).integers(0, 31, length) for length in (1, 7, 8, 9, 31)]
 
     def read(*sizes: int) -> jax.Array:
-        rows = empty_prompts(decoder.graphdef, decoder.params, num_rows=6, capacity=32, with_seen=True)
+        rows = empty_prompts(decoder.layout, decoder.arrays, num_rows=6, capacity=32, with_seen=True)
         start = 0
         for size in sizes:
-            rows = read_chunk(decoder.graphdef, decoder.params, rows, *chunk_of(prompts, start, size, 6))
+            rows = read_chunk(decoder.layout, decoder.arrays, rows, *chunk_of(prompts, start, size, 6))
             start += size
         for row, prompt in enumerate(prompts):
             assert set(np.flatnonzero(rows.seen[row])) == set(prompt)

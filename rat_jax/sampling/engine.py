@@ -11,10 +11,11 @@ from rat_jax.decoder import Decoder
 from rat_jax.sampling.device_rows import DeviceRows
 from rat_jax.sampling.errors import require
 from rat_jax.sampling.prefill import CHUNK_SIZES
-from rat_jax.sampling.reader import LOOK_AHEAD, PromptReader, Row, Submitted, like_prompts, prompt_digest
+from rat_jax.sampling.reader import LOOK_AHEAD, PromptReader, like_prompts
 from rat_jax.sampling.request import End, Event, Request
 from rat_jax.sampling.sampling_params import SamplingParams
 from rat_jax.sampling.slots import NOT_FINITE, STEPS_PER_CALL, Block
+from rat_jax.sampling.submitted import Row, Submitted, prompt_digest
 
 PREFILL_TOKENS = 1 << 15  # of prompts, read while all running rows wait
 _STEPS_WHILE_WAITING = 8  # of a block while prompts wait for slots, which are free at a block's end

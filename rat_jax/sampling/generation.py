@@ -14,9 +14,9 @@ from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.engine import Engine
 from rat_jax.sampling.errors import SamplingStopped, require
 from rat_jax.sampling.prefill import CHUNK_SIZES, sizes_up_to
-from rat_jax.sampling.reader import prompt_digest
 from rat_jax.sampling.request import Event, Request, check_ids
 from rat_jax.sampling.sampling_params import SamplingParams
+from rat_jax.sampling.submitted import prompt_digest
 
 _FEW_PROMPTS = 8
 
@@ -116,7 +116,7 @@ def generate(
             copies[digest] += 1
 
     decoder = model.decoder()
-    mesh = _mesh_of(decoder)
+    mesh = mesh_of(decoder)
     num_devices = 1 if mesh is None else mesh.size
     num_slots = -(-min(batch_size or num_rows, num_rows) // num_devices) * num_devices
     engine = Engine(
@@ -134,7 +134,7 @@ def generate(
     return results
 
 
-def _mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:
+def mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:
     """The mesh that a model's parameters are on, if its devices divide rows."""
     sharding = decoder.arrays[0].sharding
     is_on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == BATCH_AXES

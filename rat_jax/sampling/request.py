@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rat_jax.sampling.errors import require
+from rat_jax.sampling.errors import SamplingError, require
 
 End = Literal["eos", "length", "stopped", "cancelled", "not_finite"]
 """Why a row ends: its end-of-document token, `max_new_tokens`, a callback that returned True, `Engine.cancel`, or
@@ -70,5 +70,6 @@ def check_ids(name: str, ids: Sequence[int] | np.ndarray, vocab_size: int) -> No
     outside = (array < 0) | (array >= vocab_size)
     if outside.any():
         position = int(np.argmax(outside))
-        raise_for = f"{name}, position {position}: token id {ids[position]} is outside the vocabulary of {vocab_size}"
-        require(False, raise_for)
+        raise SamplingError(
+            f"{name}, position {position}: token id {ids[position]} is outside the vocabulary of {vocab_size}"
+        )

@@ -9,6 +9,7 @@ from flax import nnx
 
 from rat_jax.config import MeshConfig
 from rat_jax.sampling import Engine, Request, SamplingParams, generate
+from rat_jax.sampling.generation import mesh_of
 from rat_jax.sampling.prefill import empty_prompts, read_chunk
 from rat_jax.sampling.slots import decode_block, empty_slots, insert
 from rat_jax.sharding import make_mesh, shardings
@@ -44,6 +45,7 @@ def run(data: int, fsdp: int) -> dict:
     return {
         "tokens": tokens,
         "generated": generate(model, prompts[:3], max_new_tokens=2, **settings) if fsdp > 1 else None,
+        "mesh_is_found": mesh_of(decoder) == (mesh if mesh.size > 1 else None),
         "compiled": sum(program._cache_size() for program in PROGRAMS) - compiled,
         "num_programs": engine.num_programs,
         "slots_of_a_device": key.addressable_shards[0].data.shape[0],

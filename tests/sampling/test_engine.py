@@ -12,6 +12,7 @@ import pytest
 
 from rat_jax.memory import tree_bytes
 from rat_jax.sampling import Engine, Event, Request, SamplingError, SamplingParams, reader, slots
+from rat_jax.sampling.submitted import Submitted
 from tests.small import PATTERNS, small_model
 
 VOCAB = 31
@@ -280,7 +281,7 @@ def test_requests_are_taken_as_there_is_room(decoder, monkeypatch):
 
 def test_prompts_of_like_length_are_read_together():
     lengths = [50, 9, 8, 900, 51, 10, 7]
-    waiting = [reader.Submitted(i, None, np.zeros(length), 0, 0) for i, length in enumerate(lengths)]
+    waiting = [Submitted(i, None, np.zeros(length), 0, 0) for i, length in enumerate(lengths)]
     assert [len(one.prompt) for one in reader.like_prompts(waiting, 3)] == [50, 51, 10]
     assert [len(one.prompt) for one in reader.like_prompts(waiting[1:], 3)] == [9, 8, 10]
 

@@ -29,6 +29,7 @@ def test_four_devices_continue_as_one(results):
 
 
 def test_rows_and_parameters_are_cut(results):
+    assert all(result["mesh_is_found"] for result in results.values())
     assert [results[mesh]["slots_of_a_device"] for mesh in ("1x1", "2x2")] == [4, 1]
     assert [results[mesh]["weights_of_a_device"] for mesh in ("1x1", "2x2")] == [1, 1 / 2]
 

@@ -110,6 +110,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.memory",
         "rat_jax.mesh",
         "rat_jax.model",
+        "rat_jax.ops",
         "rat_jax.paths",
         "rat_jax.shapes",
     },

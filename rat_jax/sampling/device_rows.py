@@ -14,7 +14,7 @@ from rat_jax.sampling.caches import cache_bytes
 from rat_jax.sampling.errors import SamplingStopped, require
 from rat_jax.sampling.prefill import PromptRows, empty_prompts, read_chunk, sizes_up_to
 from rat_jax.sampling.sampling_params import SamplingParams
-from rat_jax.sampling.slots import ENDED, Block, Entries, decode_block, empty_slots, insert
+from rat_jax.sampling.slots import ENDED, Block, Entries, decode_block, empty_slots, first_tokens, insert
 
 _MOST_PROMPT_ROWS = 8  # read together, on each device
 _SLOTS_PER_PROMPT_ROW = 8  # at least: the cache that prompts are read into is small beside that of the slots
@@ -68,8 +68,8 @@ class DeviceRows:
 
     @property
     def num_programs(self) -> int:
-        """The most that are compiled: steps, empty slots, and an empty cache, an insertion and chunks a row count."""
-        return 2 + len(self.row_counts) * (2 + len(self.chunk_sizes))
+        """The most: of empty slots, first tokens, steps; of an empty cache, an insertion and chunks for a row count."""
+        return 3 + len(self.row_counts) * (2 + len(self.chunk_sizes))
 
     def compile(self) -> None:
         """Compiles all programs, side by side."""
@@ -82,7 +82,7 @@ class DeviceRows:
                 lowered.append(self._run(read_chunk.lower, prompts, tokens, num_left))
             lowered.append(self.lower_insert(prompts, Entries.none(num_rows, self.num_slots)))
             self._known_row_counts.add(num_rows)
-        lowered.append(self.lower_block())
+        lowered += [self._run(first_tokens.lower, self.slots), self.lower_block()]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for compiled in [pool.submit(program.compile) for program in lowered]:
                 compiled.result()
@@ -93,7 +93,7 @@ class DeviceRows:
 
     def lower_block(self) -> jax.stages.Lowered:
         """The program of `step`."""
-        return self._run(decode_block.lower, *self._block_arguments(np.zeros((self.num_slots,), bool), 0))
+        return self._run(decode_block.lower, *self._block_arguments(np.zeros((self.num_slots,), bool)))
 
     def begin_prompts(self, num_prompts: int) -> int:
         """Empty rows for so many prompts in place of those that were read before; returns how many rows."""
@@ -113,12 +113,14 @@ class DeviceRows:
         """Copies prompts that were read into slots, with a first token each."""
         self.slots = self._run(insert, *self._insert_arguments(self.prompts, entries))
 
-    def step(self, stopped: np.ndarray, num_steps: int) -> Block:
+    def first_tokens(self) -> Block:
+        """The tokens of rows that were put into slots after the last step."""
+        return _on_its_way(self._run(first_tokens, self.slots))
+
+    def step(self, stopped: np.ndarray) -> Block:
         """Continues all rows but those `stopped` (bool, a slot each; the array must not change afterwards)."""
-        self.slots, block = self._run(decode_block, *self._block_arguments(stopped, num_steps))
-        for array in block:
-            array.copy_to_host_async()
-        return block
+        self.slots, block = self._run(decode_block, *self._block_arguments(stopped))
+        return _on_its_way(block)
 
     @contextlib.contextmanager
     def naming_settings(self) -> Iterator[None]:
@@ -150,8 +152,8 @@ class DeviceRows:
     def _insert_arguments(self, prompts: PromptRows, entries: Entries) -> tuple:
         return self._rule, self.slots, prompts, entries, self._seed_key, self._eos_id
 
-    def _block_arguments(self, stopped: np.ndarray, num_steps: int) -> tuple:
-        return self._rule, self.slots, stopped, np.int32(num_steps), self._eos_id
+    def _block_arguments(self, stopped: np.ndarray) -> tuple:
+        return self._rule, self.slots, stopped, self._eos_id
 
     def _check_memory(self, num_devices: int) -> None:
         device = next(iter(self._decoder.arrays[0].devices()))  # the set is jax's own
@@ -162,3 +164,10 @@ class DeviceRows:
             f"them, take {gib(needed)}, the device has {gib(free or 0)} free: lower batch_size (num_slots), or "
             f"max_new_tokens or the prompts' lengths (capacity)",
         )
+
+
+def _on_its_way(block: Block) -> Block:
+    """The block, which is copied to the host as soon as it is there."""
+    for array in block:
+        array.copy_to_host_async()
+    return block

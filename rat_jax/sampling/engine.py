@@ -18,7 +18,6 @@ from rat_jax.sampling.slots import NOT_FINITE, STEPS_PER_CALL, Block
 from rat_jax.sampling.submitted import Row, Submitted, prompt_digest
 
 PREFILL_TOKENS = 1 << 15  # of prompts, read while all running rows wait
-_STEPS_WHILE_WAITING = 8  # of a block while prompts wait for slots, which are free at a block's end
 _LARGEST_SHARE = 4  # times as many tokens of prompts are read while few rows wait
 
 
@@ -178,7 +177,8 @@ class Engine:
     def step(self) -> bool:
         """Reads prompts into free slots, continues all rows by a block, tells of the block before it.
 
-        The device computes a block ahead of what is told. A block has 16 tokens of each row, 8 while prompts wait.
+        The device computes a block ahead of what is told. A block has 8 tokens of each row, or the first tokens alone
+        where all rows are new.
 
         Returns:
           Whether any request has not ended.
@@ -258,17 +258,13 @@ class Engine:
 
     def _start_block(self) -> _Started | None:
         """Starts a block of steps, if any row runs; slots whose rows are sure to end in it are free then."""
-        num_running = self.num_running
-        if num_running == 0:
+        if self.num_running == 0:
             return None
-        if len(self._new) == num_running:
-            num_steps = 0  # their first tokens are there: they are told at once
-        elif self._waiting or not self._reader.is_empty:
-            num_steps = _STEPS_WHILE_WAITING
+        if len(self._new) == self.num_running:
+            block, num_steps = self._device.first_tokens(), 0  # they are there: they are told at once
         else:
-            num_steps = STEPS_PER_CALL
-        block = self._device.step(self._stopped, num_steps)
-        self._stopped = np.zeros_like(self._stopped)  # a new one: the program may still read the old
+            block, num_steps = self._device.step(self._stopped), STEPS_PER_CALL
+            self._stopped = np.zeros_like(self._stopped)  # a new one: the program may still read the old
         started = _Started(block, list(self._rows), self._new, num_steps)
         self._new = set()
         self._left -= num_steps

@@ -10,11 +10,12 @@ import numpy as np
 
 from rat_jax.decoder import DecoderLayout, DecoderModule, ModelCache
 from rat_jax.mesh import constrain_rows, put_rows, replicate
+from rat_jax.ops.platform import expected_platform
 from rat_jax.sampling.prefill import PromptRows
 from rat_jax.sampling.sampling_params import SamplingParams, choose_tokens
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
-STEPS_PER_CALL = 16  # tokens of a row that the device chooses at most before the host looks at them
+STEPS_PER_CALL = 8  # tokens of a row that the device chooses before the host looks at them
 ENDED = -1  # stands for a token in slots whose row has ended, or that are free
 NOT_FINITE = -2  # stands for a token where the logits are NaN or infinite
 _KEY_KIND = "threefry2x32"  # under vmap its numbers do not depend on the batch
@@ -59,7 +60,7 @@ class Entries(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Tokens of up to STEPS_PER_CALL steps; column 0 has those that were chosen before the first step."""
+    """Tokens of STEPS_PER_CALL steps or none; column 0 has those that were chosen before the first step."""
 
     tokens: Int[Array, "B _"]  # negative where a row had none any more
     log_probs: Float32[Array, "B _"]
@@ -121,6 +122,13 @@ def insert(
     return constrain_rows(put_rows(slots, rows, entries.slot))
 
 
+@functools.partial(jax.jit, static_argnames="layout")
+def first_tokens(layout: DecoderLayout, arrays: list[Array], slots: Slots) -> Block:
+    """The tokens that rows have from their insertion, without a step."""
+    del layout, arrays
+    return Block(slots.token[:, None], slots.log_prob[:, None])
+
+
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
 def decode_block(
     layout: DecoderLayout,
@@ -128,19 +136,14 @@ def decode_block(
     rule: SamplingParams,
     slots: Slots,
     stopped: Bool[Array, " B"],
-    num_steps: Int[Array, ""],
     eos_id: Int[Array, ""],
 ) -> tuple[Slots, Block]:
-    """Up to `num_steps` steps of all rows but those `stopped`, fewer if all end; no more than STEPS_PER_CALL."""
+    """STEPS_PER_CALL steps of all rows but those `stopped`."""
     slots = constrain_rows(slots)
     slots = dataclasses.replace(slots, token=jnp.where(stopped, ENDED, slots.token))
 
-    def goes_on(carry):
-        step, slots, _ = carry
-        return (step < num_steps) & jnp.any(slots.goes_on)
-
-    def advance(carry):
-        step, slots, block = carry
+    def advance(step: Int[Array, ""], carry: tuple[Slots, Block]) -> tuple[Slots, Block]:
+        slots, block = carry
         decoder = layout.merge(arrays)
         active = slots.goes_on
         read = jnp.where(active, slots.token, 0)[:, None]
@@ -151,13 +154,20 @@ def decode_block(
             token=jnp.where(active, new.token, ENDED),
             num_new=jnp.where(active, new.num_new, slots.num_new),
         )
-        return step + 1, constrain_rows(new), _write(block, step + 1, new)
+        return constrain_rows(new), _write(block, step + 1, new)
 
     shape = (slots.token.shape[0], 1 + STEPS_PER_CALL)
     block = Block(jnp.full(shape, ENDED, jnp.int32), jnp.zeros(shape, jnp.float32))
-    carry = (jnp.int32(0), slots, constrain_rows(_write(block, 0, slots)))
-    _, slots, block = jax.lax.while_loop(goes_on, advance, carry)
-    return slots, block
+    carry = slots, constrain_rows(_write(block, 0, slots))
+    if expected_platform() != "cpu":
+        # The number of steps is fixed: a GPU's host would wait for each step to know whether there is another.
+        return jax.lax.fori_loop(0, STEPS_PER_CALL, advance, carry)
+    _, carry = jax.lax.while_loop(
+        lambda loop: (loop[0] < STEPS_PER_CALL) & jnp.any(loop[1][0].goes_on),
+        lambda loop: (loop[0] + 1, advance(*loop)),
+        (jnp.int32(0), carry),
+    )
+    return carry
 
 
 def _write(block: Block, column: int | Array, slots: Slots) -> Block:

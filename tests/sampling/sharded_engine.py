@@ -11,11 +11,11 @@ from rat_jax.config import MeshConfig
 from rat_jax.sampling import Engine, Request, SamplingParams, generate
 from rat_jax.sampling.generation import mesh_of
 from rat_jax.sampling.prefill import empty_prompts, read_chunk
-from rat_jax.sampling.slots import decode_block, empty_slots, insert
+from rat_jax.sampling.slots import decode_block, empty_slots, first_tokens, insert
 from rat_jax.sharding import make_mesh, shardings
 from tests.small import small_model
 
-PROGRAMS = (empty_slots, empty_prompts, read_chunk, insert, decode_block)
+PROGRAMS = (empty_slots, empty_prompts, read_chunk, insert, first_tokens, decode_block)
 LENGTHS = [1, 9, 3, 12, 5, 2, 8]
 NEW = 12
 

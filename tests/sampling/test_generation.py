@@ -13,7 +13,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.sampling import SamplingError, SamplingStopped, device_rows, generate
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.prefill import empty_prompts, read_chunk
-from rat_jax.sampling.slots import STEPS_PER_CALL, decode_block, empty_slots, insert
+from rat_jax.sampling.slots import STEPS_PER_CALL, decode_block, empty_slots, first_tokens, insert
 from rat_jax.sharding import make_mesh
 from tests.small import small_model
 
@@ -116,7 +116,7 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
 
 
 def test_prompts_of_many_lengths_and_other_settings_compile_nothing_new(rat_model):
-    programs = (empty_slots, empty_prompts, read_chunk, insert, decode_block)
+    programs = (empty_slots, empty_prompts, read_chunk, insert, first_tokens, decode_block)
     generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
     before = [program._cache_size() for program in programs]
     for longest in range(1, 13):

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from rat_jax.decoder import Decoder
 from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.sampling.caches import cache_bytes
 from rat_jax.sampling.errors import SamplingStopped, require
-from rat_jax.sampling.prefill import PromptRows, empty_prompts, read_chunk, sizes_up_to
+from rat_jax.sampling.prefill import PromptRows, empty_prompts, plan_chunks, read_chunk, sizes_up_to
 from rat_jax.sampling.sampling_params import SamplingParams
 from rat_jax.sampling.slots import ENDED, Block, Entries, decode_block, empty_slots, first_tokens, insert
 
@@ -71,13 +71,17 @@ class DeviceRows:
         """The most: of empty slots, first tokens, steps; of an empty cache, an insertion and chunks for a row count."""
         return 3 + len(self.row_counts) * (2 + len(self.chunk_sizes))
 
-    def compile(self) -> None:
-        """Compiles all programs, side by side."""
+    def compile(self, lengths: Sequence[int] | None) -> None:
+        """Compiles the programs for prompts of these lengths, side by side; None: all programs."""
+        row_counts, sizes = self.row_counts, self.chunk_sizes
+        if lengths is not None:
+            row_counts = [self._rows_for(min(len(lengths), self.row_counts[-1]))]
+            sizes = sorted({size for length in set(lengths) for size in plan_chunks(length, self.chunk_sizes)})
         lowered = []
-        for num_rows in self.row_counts:
+        for num_rows in row_counts:
             prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
             num_left = np.zeros((num_rows,), np.int32)
-            for size in self.chunk_sizes:
+            for size in sizes:
                 tokens = np.zeros((num_rows, size), np.int32)
                 lowered.append(self._run(read_chunk.lower, prompts, tokens, num_left))
             lowered.append(self.lower_insert(prompts, Entries.none(num_rows, self.num_slots)))
@@ -97,9 +101,7 @@ class DeviceRows:
 
     def begin_prompts(self, num_prompts: int) -> int:
         """Empty rows for so many prompts in place of those that were read before; returns how many rows."""
-        num_rows = next(count for count in self.row_counts if count >= num_prompts)
-        if num_rows not in self._known_row_counts and self.row_counts[-1] in self._known_row_counts:
-            num_rows = self.row_counts[-1]  # to compile for a few rows takes longer than to read some padding
+        num_rows = self._rows_for(num_prompts)
         self._known_row_counts.add(num_rows)
         self.prompts = None  # its memory is free for the next rows
         self.prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
@@ -140,6 +142,12 @@ class DeviceRows:
                 f"tokens a row), or the largest chunk of prompts (chunk_sizes, {self.chunk_sizes[-1]} tokens of "
                 f"{self.row_counts[-1]} rows)"
             ) from None
+
+    def _rows_for(self, num_prompts: int) -> int:
+        num_rows = next(count for count in self.row_counts if count >= num_prompts)
+        if num_rows not in self._known_row_counts and self.row_counts[-1] in self._known_row_counts:
+            return self.row_counts[-1]  # to compile for a few rows takes longer than to read some padding
+        return num_rows
 
     @property
     def _sizes(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -133,10 +133,17 @@ class Engine:
         """Whether any request has not ended."""
         return len(self._submitted) > 0
 
-    def compile(self) -> None:
-        """Compiles all programs now, side by side; they are compiled as they are needed otherwise."""
+    def compile(self, prompt_lengths: Sequence[int] | None = None) -> None:
+        """Compiles programs now, side by side, that are compiled as they are needed otherwise.
+
+        Args:
+          prompt_lengths: in tokens, of all prompts that are to come: the programs that they need. None: all programs.
+
+        Raises:
+          SamplingStopped: if a device runs out of memory.
+        """
         with self._device.naming_settings():
-            self._device.compile()
+            self._device.compile(prompt_lengths)
 
     def check(self, request: Request) -> np.ndarray:
         """The ids of a request's prompt, if the engine can serve it.

@@ -129,6 +129,8 @@ def generate(
         mesh=mesh,
         chunk_sizes=_chunk_sizes(num_rows, longest),
     )
+    if max_new_tokens > 1:  # else no steps are needed
+        engine.compile([len(prompt) for prompt in prompts[first:]])
     for _ in engine.serve(requests()):
         pass
     return results

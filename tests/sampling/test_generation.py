@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
-from rat_jax.sampling import SamplingError, SamplingStopped, device_rows, generate
+from rat_jax.sampling import SamplingError, SamplingStopped, generate
 from rat_jax.sampling.caches import cache_capacity
+from rat_jax.sampling.device_rows import DeviceRows
 from rat_jax.sampling.prefill import empty_prompts, read_chunk
 from rat_jax.sampling.slots import STEPS_PER_CALL, decode_block, empty_slots, first_tokens, insert
 from rat_jax.sharding import make_mesh
@@ -215,7 +216,7 @@ def test_a_device_that_runs_out_of_memory_is_a_message(rat_model, monkeypatch):
     def refuse(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(device_rows, "decode_block", refuse)
+    monkeypatch.setattr(DeviceRows, "step", refuse)
     settings = r"lower batch_size \(num_slots, 2\), max_new_tokens .* \(capacity, 16 .*\), or .* \(chunk_sizes, 16 .*\)"
     message = f"2 prompts at a time are more than the device has memory for: {settings}"
     with pytest.raises(SamplingStopped, match=message):

@@ -15,7 +15,7 @@ from rat_jax.layers import INITIAL_STD
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Int
 
-STEPS_PER_CALL = 16  # as many as `rat_jax.sampling.generation` takes before the host looks at them
+STEPS_PER_CALL = 16  # as many as `rat_jax.sampling.slots` takes before the host looks at them
 
 
 class DecodeRow(NamedTuple):

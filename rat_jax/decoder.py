@@ -37,6 +37,14 @@ class ModelCache:
         memories = tuple(mixer.init_memory(batch_size, capacity) for mixer in mixers)
         return cls(memories, StreamState.empty(batch_size), capacity)
 
+    def take_rows(self, rows: Int[Array, " _"]) -> "ModelCache":
+        """The cache of these rows, any of them several times: what several continuations of a prompt start from.
+
+        Args:
+          rows: numbers of rows, from 0 on; others are not checked.
+        """
+        return jax.tree.map(lambda x: x[rows], self)
+
 
 class DecoderModule(nnx.Module):
     """One block a layer, matrices in the compute dtype: stacked float32 ones would be cut and cast at every step.
@@ -95,6 +103,24 @@ def _run_layer(
     return nnx.merge(graphdef, params)(x, segments, memory)
 
 
+class DecoderLayout:
+    """All of a decoder but its arrays: a static argument of compiled functions, of which equal decoders have one.
+
+    A call compares and hashes its static arguments. This one is compared by identity: the graph of a model of 24 layers
+    takes milliseconds to hash, as long as a step.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, treedef: jax.tree_util.PyTreeDef):
+        self._graphdef, self._treedef = graphdef, treedef
+
+    def merge(self, arrays: list[Array]) -> DecoderModule:
+        """The decoder of these arrays, in the order of `Decoder.arrays`; use it inside compiled functions."""
+        return nnx.merge(self._graphdef, self._treedef.unflatten(arrays))
+
+
+_layout = functools.lru_cache(maxsize=64)(DecoderLayout)
+
+
 class Decoder:
     """A model that reads tokens into a cache, compiled: once for every shape of the tokens and of the cache.
 
@@ -104,6 +130,8 @@ class Decoder:
     def __init__(self, module: DecoderModule):
         self.config = module.config
         self.graphdef, self.params = nnx.split(module)
+        self.arrays, treedef = jax.tree.flatten(self.params)
+        self.layout = _layout(self.graphdef, treedef)
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """An empty cache for rows of at most `capacity` tokens; errors as of `Mixer.init_cache`."""

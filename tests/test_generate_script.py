@@ -11,7 +11,7 @@ from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.store import load_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.generation import generate
+from rat_jax.sampling import generate
 from tests.commands import call_script, run_script
 from tests.tiny_run import tiny_config
 

@@ -1,93 +1,93 @@
-"""Reading prompts of different lengths into a cache, a chunk at a time, in few shapes."""
+"""Reading prompts into a cache of their own, a chunk at a time, in few shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from rat_jax.decoder import ModelCache
-from rat_jax.memory import tree_bytes
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.decoder import DecoderLayout, ModelCache
+from rat_jax.mesh import constrain_rows
+from rat_jax.shapes import Array, Bool, Float, Int
 
-PREFILL_TOKENS = 1 << 14  # of all rows together, read in one call: what bounds the memory of long prompts
-MAX_PREFILL_CHUNK = 1024  # tokens of a row read in one call
-MIN_PREFILL_CHUNK = 16
+CHUNK_SIZES = (16, 64, 256, 1024)  # tokens of a row read in one call; the largest bounds the memory that a call takes
+_CALL_COST = 16  # tokens a row that could be read in the time by which a call is slower than a part of another
 
 
-def prefill(
-    graphdef: nnx.GraphDef, params: nnx.State, prompts: Sequence[Sequence[int]], capacity: int
-) -> tuple[Float[Array, "B D"], ModelCache]:
-    """The hidden state of each prompt's last token, and the cache after it; prompts of at least one token.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Rows that are reading prompts; they are others than those of the slots they go to, and fewer."""
 
-    Args:
-      graphdef: of a `DecoderModule`.
-      params: of the decoder.
-      prompts: lengths may differ.
-      capacity: of the cache, tokens a row.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    hidden, cache = _empty(graphdef, params, len(prompts), capacity)
-    start = 0
-    for size in prefill_chunks(int(lengths.max()), len(prompts)):
-        tokens = np.zeros((len(prompts), size), np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[start : start + size]
-            tokens[row, : len(part)] = part
-        hidden, cache = _read_chunk(graphdef, params, tokens, lengths - start, hidden, cache)
-        start += size
-    return hidden, cache
+    cache: ModelCache
+    hidden: Float[Array, "_ D"]  # of the last token of each prompt that has been read to its end
+    seen: Bool[Array, "_ V"] | None  # tokens read; None without a repetition penalty
 
 
-def prefill_chunks(num_tokens: int, num_rows: int) -> list[int]:
-    """Tokens of a row in each call that reads prompts: full chunks, then a power of two. Few shapes, few compilations.
-
-    Args:
-      num_tokens: of the longest prompt.
-      num_rows: prompts; the more there are, the shorter the chunks.
-    """
-    limit = max(MIN_PREFILL_CHUNK, min(MAX_PREFILL_CHUNK, PREFILL_TOKENS // num_rows))
-    chunk = 1 << (limit.bit_length() - 1)
-    rest = num_tokens % chunk
-    last = [] if rest == 0 else [max(MIN_PREFILL_CHUNK, 1 << (rest - 1).bit_length())]
-    return [chunk] * (num_tokens // chunk) + last
-
-
-def cache_capacity(num_tokens: int) -> int:
-    """Room for `num_tokens`, in few sizes: a multiple of an eighth of the next power of two."""
-    unit = max(MIN_PREFILL_CHUNK, (1 << (num_tokens - 1).bit_length()) // 8)
-    return -(-num_tokens // unit) * unit
-
-
-def cache_bytes(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int) -> int:
-    """What a cache takes, without making it; the arguments are those of `prefill`."""
-    shapes = jax.eval_shape(functools.partial(_empty, graphdef, num_rows=num_rows, capacity=capacity), params)
-    return tree_bytes(shapes)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_rows", "capacity"))
-def _empty(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int) -> tuple[Array, ModelCache]:
-    decoder = nnx.merge(graphdef, params)
+@functools.partial(jax.jit, static_argnames=("layout", "num_rows", "capacity", "with_seen"))
+def empty_prompts(
+    layout: DecoderLayout, arrays: list[Array], *, num_rows: int, capacity: int, with_seen: bool
+) -> PromptRows:
+    """Rows before their first token."""
+    decoder = layout.merge(arrays)
     hidden = jnp.zeros((num_rows, decoder.config.width), decoder.config.dtype)
-    return hidden, decoder.init_cache(num_rows, capacity)
+    seen = jnp.zeros((num_rows, decoder.config.vocab_size), bool) if with_seen else None
+    return constrain_rows(PromptRows(decoder.init_cache(num_rows, capacity), hidden, seen))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames=("hidden", "cache"))
-def _read_chunk(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    tokens: Int[Array, "B T"],
-    num_left: Int[Array, " B"],
-    hidden: Float[Array, "B D"],
-    cache: ModelCache,
-) -> tuple[Float[Array, "B D"], ModelCache]:
-    """Reads one chunk of prompts of which `num_left` tokens were left; `hidden` changes where a prompt ends in it."""
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="rows")
+def read_chunk(
+    layout: DecoderLayout, arrays: list[Array], rows: PromptRows, tokens: Int[Array, "B T"], num_left: Int[Array, " B"]
+) -> PromptRows:
+    """Reads the next T tokens of prompts of which `num_left` tokens are left, and may be none; others are padding."""
+    rows, tokens = constrain_rows(rows), constrain_rows(tokens)
     indices = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    is_token = (indices < num_left[:, None]).astype(jnp.int32)
-    new, cache = nnx.merge(graphdef, params).hidden(tokens, cache, is_token)
+    is_token = indices < num_left[:, None]
+    new, cache = layout.merge(arrays).hidden(tokens, rows.cache, is_token.astype(jnp.int32))
     last = num_left - 1
     ends_here = (last >= 0) & (last < tokens.shape[1])
     at_last = jnp.take_along_axis(new, jnp.clip(last, 0, tokens.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(ends_here[:, None], at_last, hidden), cache
+    hidden = jnp.where(ends_here[:, None], at_last, rows.hidden)
+    seen = rows.seen
+    if seen is not None:
+        places = jnp.where(is_token, tokens, seen.shape[1])
+        seen = seen.at[jnp.arange(tokens.shape[0])[:, None], places].set(True, mode="drop")
+    return constrain_rows(PromptRows(cache, hidden, seen))
+
+
+def chunk_of(prompts: Sequence[np.ndarray], start: int, size: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `start`, ... of prompts, padded to [B, T], and how many were left there of each; rows may be spare."""
+    tokens = np.zeros((num_rows, size), np.int32)
+    num_left = np.zeros((num_rows,), np.int32)
+    for row, prompt in enumerate(prompts):
+        part = prompt[start : start + size]
+        tokens[row, : len(part)] = part
+        num_left[row] = len(prompt) - start
+    return tokens, num_left
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_chunks(num_tokens: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the chunks that hold `num_tokens`, the largest first: little padding in few calls.
+
+    Args:
+      num_tokens: of the longest prompt that is read.
+      sizes: that chunks may have, ascending.
+    """
+    *smaller, size = sizes
+    count, rest = divmod(num_tokens, size)
+    whole = (size,) * count
+    if rest == 0:
+        return whole
+    rounded = (*whole, size)
+    if not smaller:
+        return rounded
+    exact = whole + plan_chunks(rest, tuple(smaller))
+    return min(exact, rounded, key=lambda plan: sum(plan) + _CALL_COST * len(plan))
+
+
+def sizes_up_to(num_tokens: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes, ascending, that prompts of up to `num_tokens` have use for: up to the first that holds them whole."""
+    return tuple(size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] < num_tokens)

@@ -1,10 +1,12 @@
 """The rule by which the next token follows from a model's logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from rat_jax.sampling.errors import require
 from rat_jax.shapes import Array, Bool, Float32, Int
 
 # Logits are float32: a smaller temperature or top-p would be 0 there, and larger factors infinite.
@@ -21,6 +23,43 @@ class SamplingParams:
     top_k: int | None = dataclasses.field(metadata={"static": True})
     top_p: float | None
     repetition_penalty: float | None
+
+    @classmethod
+    def of(
+        cls,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+    ) -> "SamplingParams":
+        """The rule of settings as users give them: temperature 0 takes the likeliest token, penalty 1 does nothing.
+
+        Raises:
+          SamplingError: if a setting is out of range or has no effect.
+        """
+        require(
+            temperature == 0 or SMALLEST <= temperature < math.inf,
+            f"temperature must be 0, which takes the likeliest token, or {SMALLEST} or more, got {temperature}",
+        )
+        require(top_k is None or top_k >= 1, f"top_k must be 1 or more, got {top_k}")
+        require(top_p is None or SMALLEST <= top_p <= 1, f"top_p must lie between {SMALLEST} and 1, got {top_p}")
+        for name, value in (("top_k", top_k), ("top_p", top_p)):
+            require(
+                value is None or temperature > 0,
+                f"{name} {value} has no effect at temperature 0, which always takes the likeliest token: give a "
+                f"temperature above 0, or leave {name} out",
+            )
+        require(
+            1 / LARGEST_PENALTY <= repetition_penalty <= LARGEST_PENALTY,
+            f"repetition_penalty must lie between {1 / LARGEST_PENALTY} and {LARGEST_PENALTY}, got "
+            f"{repetition_penalty}",
+        )
+        return cls(
+            temperature=None if temperature == 0 else temperature,
+            top_k=top_k,
+            top_p=None if top_p == 1 else top_p,
+            repetition_penalty=None if repetition_penalty == 1 else repetition_penalty,
+        )
 
 
 def adjust_logits(

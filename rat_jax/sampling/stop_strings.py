@@ -5,7 +5,8 @@ from typing import Any
 
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.generation import SamplingError, generate
+from rat_jax.sampling.errors import SamplingError
+from rat_jax.sampling.generation import generate
 from rat_jax.sampling.stream_decoder import StreamDecoder
 
 
@@ -63,8 +64,8 @@ def generate_text(
 ) -> list[str]:
     """Continues every prompt up to a stop string, the end of a document, or `max_new_tokens`.
 
-    Prompts of similar length are continued together, and a batch ends when the last of its texts has. A text does not
-    depend on the others, as `generate` says.
+    The longest prompts are continued first, another as soon as a text ends. A text does not depend on the others, as
+    `generate` says.
 
     Args:
       model: what predicts.

@@ -1,8 +1,6 @@
 """Generated tokens: equal to the model's own predictions, to each row alone, and repeatable."""
 
 import itertools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
-from rat_jax.decoder import DecoderModule
-from rat_jax.sampling import generation, prefill
-from rat_jax.sampling.generation import STEPS_PER_CALL, SamplingError, SamplingStopped, generate
-from rat_jax.sampling.sampling_params import SamplingParams
+from rat_jax.sampling import SamplingError, SamplingStopped, generate
+from rat_jax.sampling.caches import cache_capacity
+from rat_jax.sampling.device_rows import DeviceRows
+from rat_jax.sampling.prefill import empty_prompts, read_chunk
+from rat_jax.sampling.slots import STEPS_PER_CALL, decode_block, empty_slots, first_tokens, insert
 from rat_jax.sharding import make_mesh
 from tests.small import small_model
 
@@ -117,41 +116,8 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
         assert row[-1] == [] and all(row[:-1])  # the end is told once, after all tokens
 
 
-def test_long_prompts_read_in_chunks_give_the_same(rat_model, monkeypatch):
-    prompts = make_prompts([15, 16, 17, 33, 47])
-    graphdef, params = nnx.split(DecoderModule(rat_model))
-    assert prefill.prefill_chunks(47, len(prompts)) == [64]
-    expected, _ = prefill.prefill(graphdef, params, prompts, 48)
-    monkeypatch.setattr(prefill, "MAX_PREFILL_CHUNK", 16)
-    assert prefill.prefill_chunks(47, len(prompts)) == [16, 16, 16]
-    hidden, _ = prefill.prefill(graphdef, params, prompts, 48)
-    np.testing.assert_allclose(hidden, expected, atol=1e-5, rtol=0)
-
-
-def test_steps_copy_no_parameters_and_no_keys_or_values(rat_model):
-    """What a step copies is small: the largest arrays are written in place and read as they are."""
-    graphdef, params = nnx.split(DecoderModule(rat_model))
-    rule, keys = SamplingParams(None, None, None, None), generation._row_keys(PROMPTS, seed=0)
-    hidden, cache = prefill.prefill(graphdef, params, PROMPTS, 64)
-    rows = generation._first_tokens(graphdef, params, rule, hidden, cache, keys, None, jnp.int32(-1))
-    step = generation._next_tokens.lower(graphdef, params, rule, rows, jnp.int32(NEW), jnp.int32(-1)).compile()
-    computations = [text for text in step.as_text().split("\n\n") if not text.lstrip().startswith("%fused")]
-    copied = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", "".join(computations))  # others lay out a product's operand
-    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in copied]
-    cached = [x.size for x in jax.tree.leaves(rows.cache) if x.ndim == 4]
-    assert sizes and max(sizes) < min(cached)
-
-
-def test_chunks_hold_the_prompt_in_bounded_memory():
-    for num_rows in (1, 7, 700):
-        for num_tokens in (1, 15, 16, 100, 1024, 5000):
-            chunks = prefill.prefill_chunks(num_tokens, num_rows)
-            assert sum(chunks) >= num_tokens > sum(chunks[:-1])
-            assert max(chunks) * num_rows <= max(prefill.PREFILL_TOKENS, prefill.MIN_PREFILL_CHUNK * num_rows)
-
-
 def test_prompts_of_many_lengths_and_other_settings_compile_nothing_new(rat_model):
-    programs = (prefill._empty, prefill._read_chunk, generation._first_tokens, generation._next_tokens)
+    programs = (empty_slots, empty_prompts, read_chunk, insert, first_tokens, decode_block)
     generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
     before = [program._cache_size() for program in programs]
     for longest in range(1, 13):
@@ -161,10 +127,10 @@ def test_prompts_of_many_lengths_and_other_settings_compile_nothing_new(rat_mode
 
 
 def test_cache_sizes_are_few_and_large_enough():
-    capacities = {prefill.cache_capacity(num_tokens) for num_tokens in range(1, 4097)}
-    assert all(num_tokens <= prefill.cache_capacity(num_tokens) for num_tokens in range(1, 4097))
+    capacities = {cache_capacity(num_tokens) for num_tokens in range(1, 4097)}
+    assert all(num_tokens <= cache_capacity(num_tokens) for num_tokens in range(1, 4097))
     assert len(capacities) < 40
-    assert prefill.cache_capacity(4096) == 4096
+    assert cache_capacity(4096) == 4096
 
 
 def test_the_decoder_is_the_model_in_its_compute_dtype():
@@ -250,8 +216,10 @@ def test_a_device_that_runs_out_of_memory_is_a_message(rat_model, monkeypatch):
     def refuse(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(generation, "_collect", refuse)
-    with pytest.raises(SamplingStopped, match="2 prompts at a time are more than the device has memory for"):
+    monkeypatch.setattr(DeviceRows, "step", refuse)
+    settings = r"lower batch_size \(num_slots, 2\), max_new_tokens .* \(capacity, 16 .*\), or .* \(chunk_sizes, 16 .*\)"
+    message = f"2 prompts at a time are more than the device has memory for: {settings}"
+    with pytest.raises(SamplingStopped, match=message):
         generate(rat_model, [[1], [2]], max_new_tokens=2)
 
 

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.sampling import SamplingError, generate_text, generation
-from rat_jax.sampling.generation import STEPS_PER_CALL, generate
+from rat_jax.sampling import SamplingError, generate, generate_text
+from rat_jax.sampling.device_rows import DeviceRows
+from rat_jax.sampling.slots import STEPS_PER_CALL
 from rat_jax.sampling.stop_strings import StoppedText
 from tests.small import small_model
 
@@ -98,13 +99,13 @@ def test_texts_are_those_of_generate_up_to_the_string(model, settings):
 
 def test_a_batch_ends_with_its_last_text(model, monkeypatch):
     seen, calls = [], []
-    real = generation._next_tokens
+    real = DeviceRows.step
 
     def count(*arguments):
         calls.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "_next_tokens", count)
+    monkeypatch.setattr(DeviceRows, "step", count)
 
     def enough_after_one_call(index, ids):
         seen.append((index, len(ids)))

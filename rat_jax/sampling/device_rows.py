@@ -1,0 +1,181 @@
+"""An engine's rows on the devices: their caches, and the compiled programs that change them."""
+
+import concurrent.futures
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rat_jax.decoder import Decoder
+from rat_jax.memory import free_bytes, gib, is_out_of_memory
+from rat_jax.sampling.caches import cache_bytes
+from rat_jax.sampling.errors import SamplingStopped, require
+from rat_jax.sampling.prefill import PromptRows, empty_prompts, plan_chunks, read_chunk, sizes_up_to
+from rat_jax.sampling.sampling_params import SamplingParams
+from rat_jax.sampling.slots import ENDED, Block, Entries, decode_block, empty_slots, first_tokens, insert
+
+_MOST_PROMPT_ROWS = 8  # read together, on each device
+_SLOTS_PER_PROMPT_ROW = 8  # at least: the cache that prompts are read into is small beside that of the slots
+
+
+class DeviceRows:
+    """Rows in slots, and a group of prompts that are read.
+
+    Attributes:
+      num_slots: rows in slots.
+      capacity: tokens of a row.
+      chunk_sizes: tokens of a row that are read in one call, ascending.
+      row_counts: that a group of prompts may have, ascending; spare rows among them.
+      cache_bytes: of slots and of prompts, on all devices together.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: jax.sharding.Mesh | None,
+        rule: SamplingParams,
+        eos_id: int | None,
+        seed: int,
+        num_slots: int,
+        capacity: int,
+        chunk_sizes: tuple[int, ...],
+    ):
+        """Makes the slots' caches; the arguments are those of `Engine`.
+
+        Raises:
+          SamplingError: if the caches are larger than what the device has free.
+        """
+        self.num_slots, self.capacity, self.chunk_sizes = num_slots, capacity, sizes_up_to(capacity, chunk_sizes)
+        self._decoder, self._mesh, self._rule = decoder, mesh, rule
+        num_devices = 1 if mesh is None else mesh.size
+        rows_together = max(1, min(_MOST_PROMPT_ROWS, num_slots // (num_devices * _SLOTS_PER_PROMPT_ROW)))
+        self.row_counts = sorted({num_devices, rows_together * num_devices})
+        self._known_row_counts: set[int] = set()  # whose programs are there
+        self.cache_bytes = cache_bytes(decoder, num_slots + self.row_counts[-1], capacity)
+        self._check_memory(num_devices)
+        self._eos_id = np.int32(ENDED if eos_id is None else eos_id)
+        self._seed_key = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
+        self.prompts: PromptRows | None = None
+        with self.naming_settings():
+            self.slots = self._run(empty_slots, num_slots=num_slots, **self._sizes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row's cache."""
+        return self.cache_bytes // (self.num_slots + self.row_counts[-1])
+
+    @property
+    def num_programs(self) -> int:
+        """The most: of empty slots, first tokens, steps; of an empty cache, an insertion and chunks for a row count."""
+        return 3 + len(self.row_counts) * (2 + len(self.chunk_sizes))
+
+    def compile(self, lengths: Sequence[int] | None) -> None:
+        """Compiles the programs for prompts of these lengths, side by side; None: all programs."""
+        row_counts, sizes = self.row_counts, self.chunk_sizes
+        if lengths is not None:
+            row_counts = [self._rows_for(min(len(lengths), self.row_counts[-1]))]
+            sizes = sorted({size for length in set(lengths) for size in plan_chunks(length, self.chunk_sizes)})
+        lowered = []
+        for num_rows in row_counts:
+            prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
+            num_left = np.zeros((num_rows,), np.int32)
+            for size in sizes:
+                tokens = np.zeros((num_rows, size), np.int32)
+                lowered.append(self._run(read_chunk.lower, prompts, tokens, num_left))
+            lowered.append(self.lower_insert(prompts, Entries.none(num_rows, self.num_slots)))
+            self._known_row_counts.add(num_rows)
+        lowered += [self._run(first_tokens.lower, self.slots), self.lower_block()]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for compiled in [pool.submit(program.compile) for program in lowered]:
+                compiled.result()
+
+    def lower_insert(self, prompts: PromptRows, entries: Entries) -> jax.stages.Lowered:
+        """The program of `put`."""
+        return self._run(insert.lower, *self._insert_arguments(prompts, entries))
+
+    def lower_block(self) -> jax.stages.Lowered:
+        """The program of `step`."""
+        return self._run(decode_block.lower, *self._block_arguments(np.zeros((self.num_slots,), bool)))
+
+    def begin_prompts(self, num_prompts: int) -> int:
+        """Empty rows for so many prompts in place of those that were read before; returns how many rows."""
+        num_rows = self._rows_for(num_prompts)
+        self._known_row_counts.add(num_rows)
+        self.prompts = None  # its memory is free for the next rows
+        self.prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
+        return num_rows
+
+    def read(self, tokens: np.ndarray, num_left: np.ndarray) -> None:
+        """Reads the next chunk of the prompts, as `prefill.read_chunk` says."""
+        self.prompts = self._run(read_chunk, self.prompts, tokens, num_left)
+
+    def put(self, entries: Entries) -> None:
+        """Copies prompts that were read into slots, with a first token each."""
+        self.slots = self._run(insert, *self._insert_arguments(self.prompts, entries))
+
+    def first_tokens(self) -> Block:
+        """The tokens of rows that were put into slots after the last step."""
+        return _on_its_way(self._run(first_tokens, self.slots))
+
+    def step(self, stopped: np.ndarray) -> Block:
+        """Continues all rows but those `stopped` (bool, a slot each; the array must not change afterwards)."""
+        self.slots, block = self._run(decode_block, *self._block_arguments(stopped))
+        return _on_its_way(block)
+
+    @contextlib.contextmanager
+    def naming_settings(self) -> Iterator[None]:
+        """Names what to change where a device runs out of memory.
+
+        Raises:
+          SamplingStopped: in place of the error that says so.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SamplingStopped(
+                f"{self.num_slots} prompts at a time are more than the device has memory for: lower batch_size "
+                f"(num_slots, {self.num_slots}), max_new_tokens or the prompts' lengths (capacity, {self.capacity:,} "
+                f"tokens a row), or the largest chunk of prompts (chunk_sizes, {self.chunk_sizes[-1]} tokens of "
+                f"{self.row_counts[-1]} rows)"
+            ) from None
+
+    def _rows_for(self, num_prompts: int) -> int:
+        num_rows = next(count for count in self.row_counts if count >= num_prompts)
+        if num_rows not in self._known_row_counts and self.row_counts[-1] in self._known_row_counts:
+            return self.row_counts[-1]  # to compile for a few rows takes longer than to read some padding
+        return num_rows
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "with_seen": self._rule.repetition_penalty is not None}
+
+    def _run(self, program: Callable, *arguments: Any, **sizes: Any) -> Any:
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return program(self._decoder.layout, self._decoder.arrays, *arguments, **sizes)
+
+    def _insert_arguments(self, prompts: PromptRows, entries: Entries) -> tuple:
+        return self._rule, self.slots, prompts, entries, self._seed_key, self._eos_id
+
+    def _block_arguments(self, stopped: np.ndarray) -> tuple:
+        return self._rule, self.slots, stopped, self._eos_id
+
+    def _check_memory(self, num_devices: int) -> None:
+        device = next(iter(self._decoder.arrays[0].devices()))  # the set is jax's own
+        free, needed = free_bytes(device), -(-self.cache_bytes // num_devices)
+        require(
+            free is None or needed <= free,
+            f"the caches of {self.num_slots} prompts at a time, of {self.capacity:,} tokens each with what follows "
+            f"them, take {gib(needed)}, the device has {gib(free or 0)} free: lower batch_size (num_slots), or "
+            f"max_new_tokens or the prompts' lengths (capacity)",
+        )
+
+
+def _on_its_way(block: Block) -> Block:
+    """The block, which is copied to the host as soon as it is there."""
+    for array in block:
+        array.copy_to_host_async()
+    return block

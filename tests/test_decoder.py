@@ -1,0 +1,18 @@
+"""Caches of a decoder: rows of them can be copied."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.small import small_model
+
+
+def test_several_continuations_of_a_prompt():
+    decoder = small_model(("rat", "local_attention")).decoder()
+    prompts = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 9)))
+    _, cache = decoder.extend(prompts, decoder.init_cache(2, 16))
+    copies = cache.take_rows(jnp.array([1, 1, 0]))
+    logits, _ = decoder.extend(jnp.array([[3], [4], [3]]), copies)
+    for row, (prompt, token) in enumerate([(1, 3), (1, 4), (0, 3)]):
+        alone, _ = decoder.extend(jnp.array([[token], [token]]), cache)
+        np.testing.assert_allclose(logits[row], alone[prompt], atol=1e-5)
+    assert np.abs(logits[0] - logits[1]).max() > 0.1

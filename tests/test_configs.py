@@ -274,7 +274,6 @@ OPTIONS = {
     "model.rattention.feature_map": "tests/mixers/test_rattention.py",
     "model.rattention.meta_tokens": "tests/mixers/test_rattention.py",
     "model.rattention.rope_base": "tests/mixers/test_rattention.py",
-    "model.scan_unroll": "tests/test_model.py",
     "optimizer.beta1": "tests/training/test_optimizer.py",
     "optimizer.beta2": "tests/training/test_optimizer.py",
     "optimizer.clip_norm": "tests/training/test_optimizer.py",

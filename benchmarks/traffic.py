@@ -96,7 +96,8 @@ class _Served(NamedTuple):
 def num_slots(decoder: Decoder, requests: list[Request], most: int) -> int:
     """Slots for a job: `most` of them, or as many as there are prompts, or as fit the device; at least one."""
     fitting = decode_steps.most_rows(decoder, capacity_of(requests))
-    return min(most, len(requests), max(1, (fitting or most + _PROMPT_ROWS) - _PROMPT_ROWS))
+    most = min(most, len(requests))
+    return most if fitting is None else min(most, max(1, fitting - _PROMPT_ROWS))
 
 
 def capacity_of(requests: list[Request]) -> int:

@@ -13,10 +13,9 @@ from benchmarks import card, decode_steps, decode_throughput, model_throughput, 
 from rat_jax.config import config_from_dict
 from rat_jax.config_file import load_config_file
 from rat_jax.report.costs import cache_bytes
-from tests.small import small_model
 
 GB_PER_S = 100.0
-JOB = traffic.Job(5, (1, 40), (1, 12))
+JOB = traffic.Job(5, (1, 16), (1, 12))
 CONFIG = """
 from configs import default
 
@@ -25,7 +24,8 @@ def get_config():
     config = default.get_config()
     config.model.vocab_size = 31
     config.model.width = 16
-    config.model.num_layers = 2
+    config.model.num_layers = 1
+    config.model.pattern = ("rat",)
     config.model.mlp_width = 32
     return config
 """
@@ -41,6 +41,11 @@ def config_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_config(config_file):
     return config_from_dict(load_config_file(str(config_file), "--configs")).model
+
+
+@pytest.fixture(scope="module")
+def decoder(model_config):
+    return decode_steps.random_decoder(model_config)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +120,8 @@ def test_model_throughput_prints_the_same_columns(config_file, measured, capsys)
     assert len(lines[-1].split()) == 7 and lines[-1].split()[0] == "4"
 
 
-def test_steps_are_spread_over_the_positions():
-    decoder, starts = small_model(("rat",)).decoder(), []
+def test_steps_are_spread_over_the_positions(decoder):
+    starts = []
 
     class Compiled:
         def __call__(self, arrays, tokens, cache, start):
@@ -133,8 +138,7 @@ def test_steps_are_spread_over_the_positions():
     assert row.held_gb == 5e-9
 
 
-def test_rows_that_fit(monkeypatch):
-    decoder = small_model(("rat",)).decoder()
+def test_rows_that_fit(decoder, monkeypatch):
     row_bytes = decode_steps.cache_bytes(decoder, 1, 64)
 
     def sizes(free):

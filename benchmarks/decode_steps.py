@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks import card
+from benchmarks import card, step_profile
 from benchmarks.caches import random_contents
 from benchmarks.timing import time_once
 from rat_jax.config import ModelConfig
@@ -117,6 +117,17 @@ def measure(
         cache_gb=tree_bytes(shapes) / 1e9,
         read_gb=read / 1e9,
         held_gb=card.held_gb(compiled),
+    )
+
+
+def profile(
+    decoder: Decoder, compiled: jax.stages.Compiled, num_rows: int, capacity: int, position: int, folder: str
+) -> str:
+    """What the device does in one call of `lower`'s program at a position; leaves the trace in the folder."""
+    tokens, cache = jnp.zeros((num_rows,), jnp.int32), random_contents(_cache_shapes(decoder, num_rows, capacity))
+    tokens, cache = jax.block_until_ready(compiled(decoder.arrays, tokens, cache, jnp.int32(position)))
+    return step_profile.report(
+        step_profile.trace(compiled, (decoder.arrays, tokens, cache, jnp.int32(position)), folder), top=40
     )
 
 

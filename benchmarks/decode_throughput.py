@@ -22,6 +22,9 @@ of the positions that the traffic has. The shares of it: new tokens, all tokens,
 `planned` is weights, caches and the most that one program allocates for a while. For seconds from a cache of compiled
 programs run the same command twice with `--compilation_cache`.
 
+`--profile` lists what the device does in a call of 16 steps, how often each kernel runs and how long; the program then
+runs without CUDA graphs, whose kernels cannot be told apart, and its other figures do not count.
+
 `--out` writes a PNG, and the tables beside it as JSON, after each config.
 """
 
@@ -38,7 +41,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import card, decode_steps, traffic
+from benchmarks import card, decode_steps, step_profile, traffic
 from rat_jax import program
 from rat_jax.compilation_cache import OFF, use_cache
 from rat_jax.config import ModelConfig, config_from_dict
@@ -75,6 +78,9 @@ def measure_steps(name: str, decoder: Decoder, flags: argparse.Namespace, gb_per
             yield _reason(name, position, num_rows, card.reason(error))
             continue
         print(f"{position:>8} {row.line(gb_per_s)}", flush=True)
+        if flags.profile is not None:
+            report = decode_steps.profile(decoder, compiled.result(), num_rows, position, first, flags.profile)
+            print(f"\nprofile of {decode_steps.STEPS_PER_CALL} steps\n{report}\n", flush=True)
         bound_ms = row.bound_ms(gb_per_s)
         yield {"config": name, "position": position, **row._asdict()} | {
             "tokens_per_s": row.tokens_per_s,
@@ -168,6 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=736, help="of the engine; fewer if they do not fit")
     parser.add_argument("--prompts", type=int, default=None, help="the first ones of each job; left out: all")
     parser.add_argument("--compilation_cache", default=OFF, help="folder that keeps compiled programs; left out: none")
+    parser.add_argument("--profile", default=None, help="folder for traces of some steps of each row of the table")
     parser.add_argument("--out", default=None, help="PNG; the tables go beside it as JSON")
     flags = parser.parse_args(arguments)
     shortest = 4 * decode_steps.STEPS_PER_CALL  # a quarter of it holds a call
@@ -193,6 +200,8 @@ def run(flags: argparse.Namespace) -> None:
         file: config_from_dict(load_config_file(file, "--configs")).model for file in flags.configs
     }
     card.share_memory()
+    if flags.profile is not None:
+        step_profile.name_every_kernel()
     use_cache(flags.compilation_cache)
     ceilings = card.measure_ceilings(3)
     table: Row = {"card": card.describe(), **ceilings._asdict(), "steps": [], "traffic": []}

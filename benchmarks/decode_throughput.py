@@ -144,10 +144,13 @@ def draw(steps: Sequence[Row], jobs: Sequence[Row], gb_per_s: float, caption: st
     reached.set(xscale="log", ylim=(0, 105), xlabel=f"rows at position {shown:,}", ylabel="of the memory bound, %")
     reached.set_title(f"bound: cache and weights read at {gb_per_s:,.0f} GB/s", fontsize=9)
     longer.set(xscale="log", yscale="log", xlabel="position", ylabel="tokens/s, the most rows that were measured")
+    all_rows = sorted({row["num_rows"] for row in steps if row["position"] == shown})
+    for axes in (rates, reached):
+        axes.set_xticks(all_rows, [f"{count:,}" for count in all_rows], minor=False)
     ticks = sorted(set(positions))
     longer.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks], minor=False)
-    longer.set_xticks([], minor=True)
     for axes in (rates, longer, reached):
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         if steps:
             axes.legend(fontsize=8)

@@ -123,7 +123,7 @@ def test_model_throughput_prints_the_same_columns(config_file, measured, capsys)
 def test_profile(decoder, tmp_path):
     compiled = decode_steps.lower(decoder, 4, 64).compile()
     report = decode_steps.profile(decoder, compiled, 4, 64, 48, str(tmp_path))
-    assert "ms of device work" in report and "matrix products, mlp" in report
+    assert "ms of device work" in report and "element-wise, mixer" in report
     assert list(tmp_path.glob("**/*.xplane.pb"))
 
 

@@ -68,9 +68,15 @@ def _random_weights(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Arr
     return INITIAL_STD * jax.random.normal(key, shape, dtype) if len(shape) >= 2 else jnp.ones(shape, dtype)
 
 
+def free_for_rows() -> int | None:
+    """Bytes that the device has free; None where it does not tell, and of a CPU, whose memory others use too."""
+    device = jax.devices()[0]
+    return None if device.platform == "cpu" else free_bytes(device)
+
+
 def most_rows(decoder: Decoder, capacity: int) -> int | None:
-    """So many rows of `capacity` tokens fit what the device has free; None where it does not tell."""
-    free = free_bytes(jax.devices()[0])
+    """So many rows of `capacity` tokens fit what the device has free; None as of `free_for_rows`."""
+    free = free_for_rows()
     if free is None:
         return None
     logits = 2 * 4 * decoder.config.vocab_size  # float32, and once more on their way to the likeliest

@@ -6,7 +6,8 @@
 
 All weights are random. Steps are greedy, on caches of random numbers with room for a position's tokens, spread over the
 last quarter before it. `bound` is the time to read cache and weights at the measured copy bandwidth, `all` the memory
-of weights, cache and activations. Without `--batch_sizes` the numbers of rows are 1, 16, 256 and the most that fit.
+of weights, cache and activations. Without `--batch_sizes`, which a CPU needs, the numbers of rows are 1, 16, 256 and
+the most that fit.
 
 Traffic is a list of prompts of random tokens that an engine continues, greedily and without an end of document:
 
@@ -32,7 +33,7 @@ import argparse
 import concurrent.futures
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,15 +60,22 @@ COMPILERS = 4  # at a time; each may try matrix products on the device
 Row = dict[str, Any]
 
 
-def measure_steps(name: str, decoder: Decoder, flags: argparse.Namespace, gb_per_s: float) -> Iterator[Row]:
-    """Rows of the first table, printed; all programs are compiled before the first is timed."""
+def measure_steps(
+    name: str, decoder: Decoder, rows_at: Mapping[int, list[int]], flags: argparse.Namespace, gb_per_s: float
+) -> Iterator[Row]:
+    """Rows of the first table, printed; all programs are compiled before the first is timed.
+
+    Args:
+      name: of the config.
+      decoder: of its model.
+      rows_at: numbers of rows, by position.
+      flags: of the program.
+      gb_per_s: at which the bound reads.
+    """
     print(f"\n{name}, {flags.steps} steps before each position\n{'position':>8} {decode_steps.TITLES}", flush=True)
-    wanted = []
-    for position in flags.positions:
-        fitting = flags.batch_sizes or _batch_sizes(decoder, position)
-        wanted += [(position, num_rows) for num_rows in fitting]
-        if not fitting:
-            yield _reason(name, position, 1, "does not fit the memory of this device")
+    for position in (position for position, counts in rows_at.items() if not counts):
+        yield _reason(name, position, 1, "does not fit the memory of this device")
+    wanted = [(position, num_rows) for position, counts in rows_at.items() for num_rows in counts]
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         started = [pool.submit(decode_steps.lower(decoder, n, position).compile) for position, n in wanted]
     for (position, num_rows), compiled in zip(wanted, started, strict=True):
@@ -111,11 +119,11 @@ def _batch_sizes(decoder: Decoder, position: int) -> list[int]:
     """Those of BATCH_SIZES that fit, and the most that fit; none if one row does not.
 
     Raises:
-      FlagError: if the device does not tell what it has free.
+      FlagError: if the device does not tell what it has free, or is a CPU.
     """
     most = decode_steps.most_rows(decoder, position)
     if most is None:
-        raise program.FlagError("this device does not tell how much memory it has: give --batch_sizes")
+        raise program.FlagError("how many rows fit is known of devices with memory of their own: give --batch_sizes")
     return sorted({num_rows for num_rows in (*BATCH_SIZES, most) if 1 <= num_rows <= most})
 
 
@@ -213,8 +221,9 @@ def run(flags: argparse.Namespace) -> None:
     for file, config in configs.items():
         decoder = decode_steps.random_decoder(config)
         name = pathlib.Path(file).stem
+        rows_at = {position: flags.batch_sizes or _batch_sizes(decoder, position) for position in flags.positions}
         table["traffic"] += measure_traffic(name, decoder, flags)  # first: its peak of memory is then its own
-        table["steps"] += measure_steps(name, decoder, flags, ceilings.copy_gb_per_s)
+        table["steps"] += measure_steps(name, decoder, rows_at, flags, ceilings.copy_gb_per_s)
         del decoder  # the next needs the room
         if flags.out is not None:
             write_picture(draw(table["steps"], table["traffic"], ceilings.copy_gb_per_s, caption), flags.out)

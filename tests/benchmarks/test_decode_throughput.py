@@ -149,7 +149,7 @@ def test_rows_that_fit(decoder, monkeypatch):
     row_bytes = decode_steps.cache_bytes(decoder, 1, 64)
 
     def sizes(free):
-        monkeypatch.setattr(decode_steps, "free_bytes", lambda device: free)
+        monkeypatch.setattr(decode_steps, "free_for_rows", lambda: free)
         return decode_throughput._batch_sizes(decoder, 64)
 
     most = sizes(400 * row_bytes)[-1]
@@ -159,7 +159,7 @@ def test_rows_that_fit(decoder, monkeypatch):
     assert sizes(row_bytes) == []
     requests = JOB.requests(31)
     assert traffic.num_slots(decoder, requests, 4) == 1  # one is tried
-    monkeypatch.setattr(decode_steps, "free_bytes", lambda device: None)
+    monkeypatch.undo()  # a CPU, whose memory is not its own
     assert traffic.num_slots(decoder, requests, 4) == 4
     with pytest.raises(decode_throughput.program.FlagError, match="--batch_sizes"):
         decode_throughput._batch_sizes(decoder, 64)
@@ -174,7 +174,7 @@ def test_rows_that_do_not_fit_leave_the_others(monkeypatch, capsys):
     monkeypatch.setattr(decode_steps, "measure", measure)
     monkeypatch.setattr(decode_steps, "lower", lambda *arguments: argparse.Namespace(compile=lambda: None))
     flags = decode_throughput.parse(["--configs", "x.py", "--batch_sizes", "4", "8", "--positions", "1024"])
-    failed, done = decode_throughput.measure_steps("x", None, flags, GB_PER_S)
+    failed, done = decode_throughput.measure_steps("x", None, {1024: [4, 8]}, flags, GB_PER_S)
     assert failed["error"] == "does not fit the memory of this device"
     assert (done["num_rows"], done["tokens_per_s"], done["reached"]) == (8, 4000, 5)
     assert failed["error"] in capsys.readouterr().out

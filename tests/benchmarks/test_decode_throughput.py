@@ -104,6 +104,16 @@ def test_traffic(measured, model_config):
     assert row["planned_gb"] > caches + table["steps"][0]["read_gb"] / 2
 
 
+def test_an_engine_leaves_its_memory_to_the_next(decoder, measured):
+    def held():
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    requests = JOB.requests(decoder.config.vocab_size)
+    before = held()
+    traffic._serve(decoder, requests, 3, traffic.capacity_of(requests))
+    assert held() - before < decode_steps.cache_bytes(decoder, 1, traffic.capacity_of(requests))
+
+
 def test_picture_and_card(measured):
     printed, table, picture = measured
     assert picture.startswith(b"\x89PNG")

@@ -12,24 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax import nnx
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rat_jax import program
-from rat_jax.config import ModelConfig, config_from_dict
+from rat_jax.config import config_from_dict
 from rat_jax.config_file import load_config_file
-from rat_jax.model import LanguageModel
+from rat_jax.report.costs import cache_bytes
 
 LENGTHS = [4096, 32_768, 131_072]
 _FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = [file for size in ("1b", "3b") for file in sorted(_FOLDER.glob(f"*_{size}.py"))]
-
-
-def cache_bytes(config: ModelConfig, lengths: Sequence[int]) -> list[int]:
-    """Of one row of each length."""
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    return [model.cache_bytes(1, length) for length in lengths]
 
 
 def table(files: Sequence[Path], lengths: Sequence[int]) -> str:
@@ -38,7 +30,7 @@ def table(files: Sequence[Path], lengths: Sequence[int]) -> str:
     lines = [head, ["---"] * 2 + ["--:"] * (len(lengths) + 1)]
     for file in files:
         config = config_from_dict(load_config_file(str(file), "--configs")).model
-        sizes = cache_bytes(config, [*lengths, 2 * max(lengths)])
+        sizes = cache_bytes(config, (*lengths, 2 * max(lengths)))
         further = (sizes[-1] - max(sizes[:-1])) / max(lengths)
         runs = [(name, len(list(run))) for name, run in itertools.groupby(config.pattern)]
         pattern = ", ".join(name if count == 1 else f"{count} {name}" for name, count in runs)

@@ -9,7 +9,9 @@ for each batch size (sequences on one device at a time); a batch that does not f
 runs without CUDA graphs, whose kernels cannot be told apart.
 
 Decoding takes greedy steps of random weights with caches of random numbers, spread over the positions
-`--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth.
+`--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth, and
+`all` the memory of weights, cache and activations. `benchmarks/decode_throughput.py` compares configs, positions and
+traffic.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import card, decode_throughput, step_profile
+from benchmarks import card, decode_steps, step_profile
 from benchmarks.timing import time_once
 from rat_jax import program
 from rat_jax.config import Config, config_from_dict
@@ -98,24 +100,17 @@ def train_table(flags: argparse.Namespace) -> None:
 
 def decode_table(flags: argparse.Namespace, bandwidth: float) -> None:
     """Prints decode throughput."""
-    config = load_config(flags.config, 1).model
-    graphdef, params = decode_throughput.random_decoder(config)
-    print(f"\npositions {flags.decode_first} .. {flags.decode_last}, {flags.decode_steps} steps")
-    print(f"{'batch':>6} {'ms a step':>10} {'tokens/s':>10} {'bound ms':>9} {'reached':>8} {'cache GB':>9}")
+    decoder = decode_steps.random_decoder(load_config(flags.config, 1).model)
+    first, last = flags.decode_first, flags.decode_last
+    print(f"\npositions {first} .. {last}, {flags.decode_steps} steps\n{decode_steps.TITLES}")
     for batch_size in flags.batch_sizes or DECODE_BATCH_SIZES:
         try:
-            row = decode_throughput.measure(
-                graphdef, params, batch_size, flags.decode_first, flags.decode_last, flags.decode_steps
-            )
+            compiled = decode_steps.lower(decoder, batch_size, last).compile()
+            row = decode_steps.measure(decoder, compiled, batch_size, last, first, last, flags.decode_steps)
         except jax.errors.JaxRuntimeError as error:
             print(f"{batch_size:>6} {card.reason(error)}", flush=True)
             continue
-        bound_ms = 1e3 * row.read_gb / bandwidth
-        print(
-            f"{batch_size:>6} {row.ms:>10.2f} {1e3 * batch_size / row.ms:>10.0f} {bound_ms:>9.2f} "
-            f"{bound_ms / row.ms:>8.1%} {row.cache_gb:>9.2f}",
-            flush=True,
-        )
+        print(row.line(bandwidth), flush=True)
 
 
 def main() -> None:

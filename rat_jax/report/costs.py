@@ -8,7 +8,6 @@ from flax import nnx
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config, ModelConfig
 from rat_jax.flops import flops_per_token
-from rat_jax.memory import tree_bytes
 
 
 @functools.lru_cache(maxsize=64)
@@ -24,10 +23,6 @@ def training_flops(config: Config) -> float:
 
 @functools.lru_cache(maxsize=64)
 def cache_bytes(config: ModelConfig, lengths: tuple[int, ...]) -> list[int]:
-    """Bytes of the cache of one row of so many tokens, for each length: what the mixers' own caches take."""
-    graphdef, params = abstract_model(config)
-
-    def empty(params: nnx.State, capacity: int):
-        return nnx.merge(graphdef, params).init_cache(1, capacity)
-
-    return [tree_bytes(jax.eval_shape(functools.partial(empty, capacity=length), params)) for length in lengths]
+    """Bytes of the cache of one row of so many tokens, for each length."""
+    model = nnx.merge(*abstract_model(config))
+    return [model.cache_bytes(1, length) for length in lengths]

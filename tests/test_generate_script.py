@@ -12,6 +12,7 @@ from rat_jax.checkpoints.store import load_model
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate
+from rat_jax.sampling.output_file import OutputFile
 from tests.commands import call_script, run_script
 from tests.tiny_run import tiny_config
 
@@ -101,6 +102,23 @@ def test_bad_and_long_lines_are_named_skipped_and_counted(workdir, expected, tmp
         if record["sample"] == 0:
             whole = expected[record["prompt"]]
             assert record["completion"] == whole.split(stop)[0]
+
+
+def test_ctrl_c_keeps_what_is_done(workdir, expected, tmp_path, capsys, monkeypatch):
+    output_file, real = tmp_path / "texts.jsonl", OutputFile.write
+
+    def interrupt_second(file, *arguments):
+        if file.num_done == 1:
+            raise KeyboardInterrupt
+        real(file, *arguments)
+
+    monkeypatch.setattr(OutputFile, "write", interrupt_second)
+    flags = [f"--prompt={PROMPTS[1]}", f"--prompt={PROMPTS[3]}", f"--output_file={output_file}"]
+    assert call_script("generate.py", "--workdir", workdir, *flags, "--order=arrival", *SETTINGS) == 75
+    said = f"interrupted: 1 of 2 completions are in {output_file}; the same command goes on\n"
+    assert capsys.readouterr().err.endswith(said)
+    (line,) = map(json.loads, output_file.read_text().splitlines())
+    assert line["completion"] == expected[line["prompt"]]
 
 
 def test_errors_are_one_line_and_come_before_the_model_is_loaded(workdir, tmp_path, capsys, monkeypatch):

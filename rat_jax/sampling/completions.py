@@ -20,19 +20,22 @@ class Completion:
 
     def __init__(self, row: int, sample: int, prompt: Prompt, ids: Sequence[int], tokenizer: Tokenizer, stop: tuple):
         self.row, self.sample, self.prompt = row, sample, prompt
-        self.tokens: list[int] = []  # up to the one that completes a stop string
+        self.tokens: list[int] = []  # with log-probabilities: up to the one that completes a stop string
         self.log_probs: list[float] = []
         self._text = StoppedText(tokenizer, ids, stop)
         self._searches = bool(stop)
+        self._num_read = 0  # tokens whose text was asked for: to decode them all at once is the least work
 
     @property
     def text(self) -> str:
         """All of it so far."""
+        self._read()
         return self._text.text
 
     @property
     def certain(self) -> str:
         """What will not change."""
+        self._read()
         return self._text.certain
 
     @property
@@ -42,16 +45,23 @@ class Completion:
 
     def add(self, tokens: Sequence[int], log_probs: Sequence[float] | None, is_end: bool) -> None:
         """Takes the next tokens, and whether they are the last."""
-        size = 1 if self._searches else max(1, len(tokens))  # one by one: none behind a stop string is kept
+        size = 1 if self._searches and log_probs is not None else max(1, len(tokens))
         for start in range(0, len(tokens), size):
             if self.is_stopped:
                 break
             part = slice(start, start + size)
             self.tokens += tokens[part]
             self.log_probs += [] if log_probs is None else log_probs[part]
-            self._text.push(tokens[part])
+            if self._searches:
+                self._read()
         if is_end:
+            self._read()
             self._text.push([])
+
+    def _read(self) -> None:
+        new, self._num_read = self.tokens[self._num_read :], len(self.tokens)
+        if new:  # none would mean that the text is complete
+            self._text.push(new)
 
 
 class Printer:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from rat_jax.data.tokenizer import ByteTokenizer
-from rat_jax.sampling import SamplingError, engine, generate
+from rat_jax.sampling import Event, SamplingError, SamplingStopped, engine, generate
 from rat_jax.sampling.batch import Batch
 from rat_jax.sampling.prompts import Prompt, PromptError
 from rat_jax.sampling.request import Request
@@ -130,6 +130,13 @@ def test_nothing_is_begun_while_the_sink_has_no_room(model):
     assert (next(requests), next(requests)) == (None, None)
     sink.has_room = True
     assert [len(request.prompt) for request in requests] == [12, 3]
+
+
+def test_logits_that_are_not_finite_end_the_batch_and_name_the_prompt(model):
+    request = next(make_batch(model, PROMPTS)._requests(Kept()))
+    request.on_event(Event(0, 0, [65, 66], None, None))
+    with pytest.raises(SamplingStopped, match="line 1: the logits of new token 3 are not finite"):
+        request.on_event(Event(0, 0, [67], None, "not_finite"))
 
 
 def test_long_prompts_are_refused_with_the_limit_and_what_they_would_take(model):

@@ -3,9 +3,11 @@
   python generate.py --workdir=runs/default --prompt="import os"
   python generate.py --workdir=runs/default --prompts_file=prompts.jsonl --output_file=texts.jsonl --temperature=0.8
 
-Prints each prompt with its continuation; of a single prompt as it is made. The output file gets a line of JSON for each
-prompt, in their order: the fields of its record, `completion`, and `sampling`, the settings. The same command given
-again goes on after the lines that are there. Exit codes: 0; 2 if flags, the workdir, its checkpoint, the prompts or the
+Prints each prompt with its continuation; of a single prompt as it is made. With an output file nothing is printed: the
+file gets a line of JSON for each text, with the fields of the prompt's record, `completion`, and `sampling`, the
+settings. The same command given again goes on after the lines that are there. Prompts are read one by one, twice, and
+never held. A line of the prompts' file that cannot be continued is named on standard error and skipped. Exit codes: 0,
+also where lines were skipped, as the last line says then; 2 if flags, the workdir, its checkpoint, all prompts or the
 output file do not fit, and nothing was changed; 75 if Ctrl-C ended it; 1 if the output file could not be written.
 """
 
@@ -16,16 +18,20 @@ if __name__ == "__main__":
 
 import sys
 
+import tqdm
 from absl import flags
 
 from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.paths import local_path
-from rat_jax.sampling import generate
-from rat_jax.sampling.completions import CompletionWriter
-from rat_jax.sampling.output_file import OutputFile
-from rat_jax.sampling.prompts import Prompt, PromptError, find_tokenizer, read_prompts
+from rat_jax.sampling.batch import Batch
+from rat_jax.sampling.completions import FileWriter, Printer
+from rat_jax.sampling.first_pass import FirstPass
+from rat_jax.sampling.output_file import OutputFile, added_fields
+from rat_jax.sampling.prompt_list import PromptList
+from rat_jax.sampling.prompts import find_tokenizer
+from rat_jax.sampling.text_settings import TextSettings
 
 _use_compilation_cache = define_cache_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
@@ -37,74 +43,107 @@ _PROMPTS_FILE = flags.DEFINE_string(
     'prompts, one a line; in a file called *.jsonl: {"prompt": "..."} a line; in *.json an array of either',
 )
 _OUTPUT_FILE = flags.DEFINE_string("output_file", None, "file for JSON lines; what is there is gone on with")
+_ORDER = flags.DEFINE_enum("order", "input", ["input", "arrival"], "of lines: the prompts', or as texts are complete")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "tokens after which a text ends if it has not before")
+_MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "tokens before which the end of a document is not chosen")
+_STOP = flags.DEFINE_multi_string("stop", [], "a text ends before this string; give it again for several")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 draws as the model predicts")
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw from the k likeliest tokens; left out: from all")
 _TOP_P = flags.DEFINE_float("top_p", None, "draw from the likeliest tokens that reach this probability")
 _REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "above 1: tokens that were there are less likely")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "texts for each prompt, which is read once for all of them")
 _SEED = flags.DEFINE_integer("seed", 0, "of the random numbers")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "prompts that are continued at a time", lower_bound=1)
+_LOG_PROBS = flags.DEFINE_bool("log_probs", False, "write tokens and their log-probabilities to the output file too")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "texts that are made at a time", lower_bound=1)
+_MAX_PROMPT_TOKENS = flags.DEFINE_integer(
+    "max_prompt_tokens", None, "skip longer prompts; left out: caches have room for the longest", lower_bound=1
+)
 _DATA_PATH = flags.DEFINE_string("data_path", None, "prepared corpus of the tokenizer, where the workdir has none")
 
 
-def _prompts() -> list[Prompt]:
-    prompts = [Prompt.of(text, f"--prompt number {number}") for number, text in enumerate(_PROMPT.value, start=1)]
-    if _PROMPTS_FILE.value is not None:
-        prompts += read_prompts(local_path(_PROMPTS_FILE.value, "--prompts_file"))
-    if not prompts:
-        raise PromptError("there is nothing to continue: give --prompt or --prompts_file")
-    return prompts
+def _settings() -> TextSettings:
+    if _SEED.present and _TEMPERATURE.value == 0:
+        print(f"seed {_SEED.value} has no effect at temperature 0, which draws nothing", file=sys.stderr)
+    return TextSettings(
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        seed=_SEED.value,
+        min_new_tokens=_MIN_NEW_TOKENS.value,
+        num_samples=_NUM_SAMPLES.value,
+        stop=tuple(_STOP.value),
+        log_probs=_LOG_PROBS.value,
+    )
 
 
-def _continue(prompts: list[Prompt], output_file: OutputFile | None) -> None:
+def _continue(
+    prompts: PromptList, first_pass: FirstPass, settings: TextSettings, output_file: OutputFile | None
+) -> None:
     times = stopwatch.Stopwatch()
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
     _use_compilation_cache()
     loaded = load_model(workdir.path, _STEP.value, report=lambda line: print(line, file=sys.stderr))
-    writer = CompletionWriter(prompts, find_tokenizer(workdir, loaded.config, _DATA_PATH.value), output_file)
+    tokenizer = find_tokenizer(workdir, loaded.config, _DATA_PATH.value)
     times.lap("load")
-
-    def add(row: int, tokens: list[int]) -> bool | None:
-        times.add_tokens(len(tokens))
-        return writer.add(row, tokens)
-
-    settings = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
-        "temperature": _TEMPERATURE.value,
-        "top_k": _TOP_K.value,
-        "top_p": _TOP_P.value,
-        "repetition_penalty": _REPETITION_PENALTY.value,
-        "seed": _SEED.value,
-    }
     if output_file is not None:
-        output_file.go_on({"step": loaded.step, **settings})
-    generate(
-        loaded.model,
-        writer.prompt_ids,
-        **settings,
-        eos_id=writer.eos_id,
-        batch_size=_BATCH_SIZE.value,
-        first=0 if output_file is None else output_file.num_done,
-        on_tokens=add,
-    )
+        output_file.go_on({"step": loaded.step, **settings.to_record()})
+    sizes = {"batch_size": _BATCH_SIZE.value, "max_prompt_tokens": _MAX_PROMPT_TOKENS.value}
+    batch = Batch(loaded.model, tokenizer, prompts, settings, **sizes)
+    printer = Printer(first_pass.num_prompts, settings.num_samples)
+    is_quiet = not sys.stderr.isatty()
+    with tqdm.tqdm(
+        desc="counting tokens", unit="prompt", total=first_pass.num_prompts, disable=is_quiet, leave=False
+    ) as bar:
+        survey = batch.survey(printer if output_file is None else output_file, first_pass.tell, bar.update)
+    times.lap("prompts")
+    first_pass.check_any_left()
+    if survey.num_rows > 0:  # else those that are not done are all refused
+        engine = batch.engine(survey)
+        if output_file is None:
+            batch.run(engine, printer, times.add_tokens)
+        else:
+            with FileWriter(output_file, engine.num_slots) as writer:
+                batch.run(engine, writer, times.add_tokens)
     times.report()
 
 
 def main() -> int:
-    prompts = _prompts()
+    settings = _settings()
+    if _LOG_PROBS.value and _OUTPUT_FILE.value is None:
+        raise program.FlagError("--log_probs needs an --output_file, to which they are written")
+    path = None if _PROMPTS_FILE.value is None else local_path(_PROMPTS_FILE.value, "--prompts_file")
+    prompts = PromptList(_PROMPT.value, path, added_fields(settings.num_samples, settings.log_probs))
+    first_pass = FirstPass(prompts)
     if _OUTPUT_FILE.value is None:
-        _continue(prompts, None)
+        for _ in first_pass:
+            pass
+        first_pass.check_any_left()
+        _continue(prompts, first_pass, settings, None)
+        first_pass.report()
         return 0
-    output_file = OutputFile(local_path(_OUTPUT_FILE.value, "--output_file"), prompts)
+    output_file = OutputFile(
+        local_path(_OUTPUT_FILE.value, "--output_file"),
+        first_pass,
+        order=_ORDER.value,
+        num_samples=settings.num_samples,
+        with_log_probs=settings.log_probs,
+    )
+    first_pass.check_any_left()
     if output_file.num_done > 0:
-        print(f"{output_file.path}: {output_file.num_done} of {len(prompts)} completions are there", file=sys.stderr)
+        print(
+            f"{output_file.path}: {output_file.num_done} of {output_file.num_rows} completions are there",
+            file=sys.stderr,
+        )
     try:
-        if output_file.num_done < len(prompts):
-            _continue(prompts, output_file)
+        if output_file.num_done < output_file.num_rows:
+            _continue(prompts, first_pass, settings, output_file)
     except KeyboardInterrupt:
-        done = f"{output_file.num_done} of {len(prompts)} completions are in {output_file.path}"
+        done = f"{output_file.num_done} of {output_file.num_rows} completions are in {output_file.path}"
         print(f"interrupted: {done}; the same command goes on", file=sys.stderr)
         return program.INTERRUPTED
+    first_pass.report()
     return 0
 
 

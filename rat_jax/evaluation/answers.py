@@ -216,7 +216,8 @@ def predict(
     Answers that are in the file `out` are taken from there, and it gets the others as they are made; the rest is as of
     `evaluate_answers`.
     """
-    file = OutputFile(out, questions.prompts(), remedy="remove it, and all answers are made anew")
+    prompts = questions.prompts()
+    file = OutputFile(out, prompts, remedy="remove it, and all answers are made anew")
     file.go_on({"step": loaded.step, "tokenizer_hash": tokenizer.hash, **dataclasses.asdict(settings)})
     num_all = len(questions.ids)
     if file.num_done:
@@ -224,7 +225,7 @@ def predict(
     with tqdm.tqdm(total=num_all, initial=file.num_done, unit="answer", disable=not sys.stderr.isatty()) as bar:
 
         def add(index: int, text: str) -> None:
-            file.write(index, text)
+            file.write(index, prompts[index], text)
             bar.update()
 
         try:

@@ -205,8 +205,11 @@ class Engine:
         while self.step():
             pass
 
-    def serve(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def serve(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         """Takes requests as there is room for them and gives all their events; few requests are held at a time.
+
+        Args:
+          requests: asked for more before each step; None: none for now, as long as others run.
 
         Raises:
           SamplingError: as `submit` and `step`.
@@ -221,13 +224,15 @@ class Engine:
 
             return dataclasses.replace(request, on_event=on_event)
 
+        end = object()
         is_exhausted = False
         while self.is_busy or not is_exhausted:
             while not is_exhausted and len(self._waiting) < LOOK_AHEAD:
-                request = next(source, None)
-                is_exhausted = request is None
-                if request is not None:
-                    self.submit(listening(request))
+                request = next(source, end)
+                is_exhausted = request is end
+                if not isinstance(request, Request):
+                    break
+                self.submit(listening(request))
             self.step()
             while events:
                 yield events.popleft()

@@ -77,12 +77,6 @@ def generate(
     require(batch_size is None or batch_size >= 1, f"batch_size must be 1 or more, got {batch_size}")
     require(first >= 0, f"first must be 0 or more, got {first}")
     num_rows = max(0, len(prompts) - first)
-    longest = max(map(len, prompts[first:]), default=0)
-    require(
-        longest + max_new_tokens < 2**31,
-        f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} are more than 2**31 - 1, up to which "
-        f"positions are counted",
-    )
     if num_rows == 0:
         return []
     results: list[list[int]] = [[] for _ in range(num_rows)]
@@ -115,25 +109,70 @@ def generate(
                 )
             copies[digest] += 1
 
+    engine = make_engine(
+        model,
+        num_rows=num_rows,
+        lengths=[len(prompt) for prompt in prompts[first:]],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size or num_rows,
+        rule=rule,
+        eos_id=eos_id,
+        seed=seed,
+    )
+    for _ in engine.serve(requests()):
+        pass
+    return results
+
+
+def make_engine(
+    model: LanguageModel,
+    *,
+    num_rows: int,
+    lengths: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    rule: SamplingParams,
+    eos_id: int | None,
+    seed: int,
+) -> Engine:
+    """An engine for so many rows, no larger than they need, whose programs are compiled.
+
+    Args:
+      model: what predicts; its mesh is the engine's.
+      num_rows: texts that will be made.
+      lengths: of their prompts, in tokens; of many equal ones a few suffice.
+      max_new_tokens: the most tokens of a text.
+      batch_size: texts that are made at a time.
+      rule: how tokens are chosen.
+      eos_id: the token that ends a row.
+      seed: of the random numbers.
+
+    Raises:
+      SamplingError: as `Engine`, or too long a row.
+      SamplingStopped: if a device runs out of memory.
+    """
+    longest = max(lengths)
+    require(
+        longest + max_new_tokens < 2**31,
+        f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} are more than 2**31 - 1, up to which "
+        f"positions are counted",
+    )
     decoder = model.decoder()
     mesh = mesh_of(decoder)
     num_devices = 1 if mesh is None else mesh.size
-    num_slots = -(-min(batch_size or num_rows, num_rows) // num_devices) * num_devices
     engine = Engine(
         decoder,
-        num_slots=num_slots,
+        num_slots=-(-min(batch_size, num_rows) // num_devices) * num_devices,
         capacity=cache_capacity(longest + max_new_tokens - 1),  # the last token is never read
         rule=rule,
         eos_id=eos_id,
         seed=seed,
         mesh=mesh,
-        chunk_sizes=_chunk_sizes(num_rows, longest),
+        chunk_sizes=_chunk_sizes(len(lengths), longest),
     )
     if max_new_tokens > 1:  # else no steps are needed
-        engine.compile([len(prompt) for prompt in prompts[first:]])
-    for _ in engine.serve(requests()):
-        pass
-    return results
+        engine.compile(lengths)
+    return engine
 
 
 def mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from rat_jax.checkpoints.workdir import Workdir
@@ -16,8 +16,9 @@ from rat_jax.errors import RatJaxError, shown
 from rat_jax.files import system_errors
 from rat_jax.paths import local_path
 
-# What an output line has beside the fields of its prompt: the continuation, and the settings that it was made with.
-OUTPUT_FIELDS = ("completion", "sampling")
+# What an output line has beside the fields of its prompt: the continuation, the settings that it was made with, and
+# where its place does not say it, the number of the prompt.
+OUTPUT_FIELDS = ("completion", "sampling", "prompt_number")
 
 
 class PromptError(RatJaxError, ValueError):
@@ -42,15 +43,15 @@ class Prompt:
         return cls.of_record({"prompt": text}, place)
 
     @classmethod
-    def of_record(cls, record: Any, place: str) -> "Prompt":
-        """The prompt of an object with a field `prompt`.
+    def of_record(cls, record: Any, place: str, reserved: Sequence[str] = OUTPUT_FIELDS) -> "Prompt":
+        """The prompt of an object with a field `prompt`; `reserved` are the fields that the output adds.
 
         Raises:
           PromptError: if the record has no such field, has one that the output adds, or its prompt is not text.
         """
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise PromptError(f'{place}: expected an object like {{"prompt": "text"}}, got {shown(record)}')
-        for name in OUTPUT_FIELDS:
+        for name in reserved:
             if name in record:
                 raise PromptError(f"{place}: has a field {name!r}, which the output adds: give it another name")
         text = record["prompt"]
@@ -65,31 +66,62 @@ class Prompt:
 
 
 def read_prompts(path: pathlib.Path) -> list[Prompt]:
-    """The prompts of a file: one a line, or by the end of its name JSON.
-
-    .jsonl, .ndjson   an object with a field `prompt` a line
-    .json             an array of texts, or of such objects
-
-    Empty lines are skipped, and a byte-order mark is dropped.
+    """All prompts of a file, as of `iterate_prompts`.
 
     Raises:
       FileError: if the file cannot be read.
-      PromptError: if it holds no prompts, naming the line.
+      PromptError: if it holds anything else, naming the line.
     """
-    with system_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise PromptError(f"{path}, line {line}: is not UTF-8: {error.reason}; convert the file to UTF-8") from None
+    prompts = []
+    for prompt in iterate_prompts(path):
+        if isinstance(prompt, PromptError):
+            raise prompt
+        prompts.append(prompt)
+    return prompts
+
+
+def iterate_prompts(path: pathlib.Path, reserved: Sequence[str] = OUTPUT_FIELDS) -> Iterator[Prompt | PromptError]:
+    """The prompts of a file, one by one: one a line, or by the end of its name JSON.
+
+    .jsonl, .ndjson   an object with a field `prompt` a line
+    .json             an array of texts, or of such objects; the only kind that is read as a whole
+
+    Empty lines are skipped, and a byte-order mark is dropped.
+
+    Args:
+      path: of the file.
+      reserved: fields that the output adds, which no record may have.
+
+    Yields:
+      Each prompt, or in its place the error that names its line and says what is wrong with it.
+
+    Raises:
+      FileError: if the file cannot be read.
+      PromptError: if a .json file holds no array.
+    """
     suffix = path.suffix.lower()
     if suffix == ".json":
-        return _of_array(parse_json(text, str(path)), path)
-    lines = [(f"{path}, line {i}", line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1)]
-    if suffix in (".jsonl", ".ndjson"):
-        return [Prompt.of_record(parse_json(line, place), place) for place, line in lines if line.strip()]
-    return [Prompt.of(line, place) for place, line in lines if line]
+        with system_errors(path, "read"):
+            content = path.read_bytes()
+        yield from _of_array(parse_json(_decoded(content, str(path)), str(path)), path, reserved)
+        return
+    has_records = suffix in (".jsonl", ".ndjson")
+    with system_errors(path, "read"):
+        file = path.open("rb")
+    with file:
+        number = 0
+        while True:
+            with system_errors(path, "read"):
+                line = file.readline()
+            if not line:
+                return
+            number += 1
+            try:
+                prompt = _of_line(line, number, path, reserved if has_records else None)
+            except PromptError as error:
+                prompt = error
+            if prompt is not None:
+                yield prompt
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -106,19 +138,16 @@ def parse_json(text: str, place: str) -> Any:
     return value
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids of each prompt; an empty one starts from the id that ends documents.
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a prompt; an empty one starts from the id that ends documents.
 
     Raises:
-      PromptError: naming the prompt that the tokenizer refuses.
+      PromptError: if the tokenizer refuses it.
     """
-    ids = []
-    for prompt in prompts:
-        try:
-            ids.append(tokenizer.encode(prompt.text) or [tokenizer.eos_id])
-        except DataError as error:
-            raise PromptError(f"{prompt.place}: {error}") from None
-    return ids
+    try:
+        return tokenizer.encode(prompt.text) or [tokenizer.eos_id]
+    except DataError as error:
+        raise PromptError(f"{prompt.place}: {error}") from None
 
 
 def find_tokenizer(workdir: Workdir, config: Config, data_path: str | None) -> Tokenizer:
@@ -153,14 +182,31 @@ def find_tokenizer(workdir: Workdir, config: Config, data_path: str | None) -> T
     return tokenizer
 
 
-def _of_array(values: Any, path: pathlib.Path) -> list[Prompt]:
+def _of_line(line: bytes, number: int, path: pathlib.Path, reserved: Sequence[str] | None) -> Prompt | None:
+    """The prompt of a line, None if it is empty; `reserved`: None where lines are texts, not records."""
+    place = f"{path}, line {number}"
+    text = _decoded(line, place, "utf-8-sig" if number == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+    if reserved is None:
+        return Prompt.of(text, place) if text else None
+    return Prompt.of_record(parse_json(text, place), place, reserved) if text.strip() else None
+
+
+def _decoded(content: bytes, place: str, encoding: str = "utf-8-sig") -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{place}: is not UTF-8: {error.reason}; convert the file to UTF-8") from None
+
+
+def _of_array(values: Any, path: pathlib.Path, reserved: Sequence[str]) -> Iterator[Prompt | PromptError]:
     if not isinstance(values, list):
         raise PromptError(f"{path}: expected an array of prompts, got {shown(values)}; JSON lines are called .jsonl")
-    places = [f"{path}, item {number}" for number in range(1, len(values) + 1)]
-    return [
-        Prompt.of(value, place) if isinstance(value, str) else Prompt.of_record(value, place)
-        for value, place in zip(values, places, strict=True)
-    ]
+    for number, value in enumerate(values, start=1):
+        place = f"{path}, item {number}"
+        try:
+            yield Prompt.of(value, place) if isinstance(value, str) else Prompt.of_record(value, place, reserved)
+        except PromptError as error:
+            yield error
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -10,6 +10,16 @@ from rat_jax.sampling.generation import generate
 from rat_jax.sampling.stream_decoder import StreamDecoder
 
 
+def check_stop(stop: Sequence[str]) -> None:
+    """Refuses strings that cannot end a text.
+
+    Raises:
+      SamplingError: if one is empty.
+    """
+    if "" in stop:
+        raise SamplingError("a stop string is empty, which would end every text before it begins: leave it out")
+
+
 class StoppedText:
     """The text of tokens that come one by one or several at a time, up to a stop string.
 
@@ -18,18 +28,22 @@ class StoppedText:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
-        """Before the first new token after `prompt`, whose text is not searched.
-
-        Raises:
-          SamplingError: if a stop string is empty.
-        """
-        if "" in stop:
-            raise SamplingError("a stop string is empty, which would end every text before it begins: leave it out")
+        """Before the first new token after `prompt`, whose text is not searched; errors as of `check_stop`."""
+        check_stop(stop)
         self.text = ""
         self.is_stopped = False
         self._stop = stop
         self._decoder = StreamDecoder(tokenizer)
         self._decoder.begin(prompt)
+
+    @property
+    def certain(self) -> str:
+        """The text so far without an end that may turn out to begin a stop string."""
+        most = max((len(string) - 1 for string in self._stop), default=0)
+        for start in range(max(0, len(self.text) - most), len(self.text)):
+            if any(string.startswith(self.text[start:]) for string in self._stop):
+                return self.text[:start]
+        return self.text
 
     def push(self, ids: Sequence[int]) -> None:
         """Takes the next tokens; none mean that the text is complete. After a stop string nothing is taken."""

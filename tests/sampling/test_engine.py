@@ -122,6 +122,13 @@ def test_more_prompts_than_slots(decoder, ragged):
     assert ragged.ends == dict.fromkeys(itertools.product(range(len(RAGGED)), [0]), "length")
 
 
+def test_requests_may_be_held_back(decoder):
+    """None: there are none now, while others run or not."""
+    requests = [None, Request(make_prompt(3), 4), None, None, Request(make_prompt(5), 4)]
+    ends = [event.request for event in make_engine(decoder).serve(iter(requests)) if event.end == "length"]
+    assert ends == [0, 1]
+
+
 def test_all_programs_are_compiled_up_front(caplog, log_compiles):
     """Ragged traffic compiles nothing more, and no more was compiled than the engine says."""
 

@@ -1,4 +1,4 @@
-"""The file of completions: whole lines in the order of the prompts, gone on with, never mixed with anything else."""
+"""The file of completions: whole lines, in the order of the prompts or not, gone on with, never mixed with others."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def finish(path, numbers, prompts=PROMPTS) -> bytes:
     output = OutputFile(path, prompts)
     output.go_on(SETTINGS)
     for number in numbers:
-        output.write(number, f"text {number}\n")
+        output.write(number, prompts[number], f"text {number}\n")
     return path.read_bytes()
 
 
@@ -33,7 +33,7 @@ def test_lines_hold_all_fields_in_the_order_of_the_prompts(path):
     output.go_on(SETTINGS)
     done = []
     for number in (1, 0, 2):
-        output.write(number, f"text {number}\n")
+        output.write(number, PROMPTS[number], f"text {number}\n")
         done.append(output.num_done)
     assert done == [0, 2, 3]
     assert output.completions == OutputFile(path, PROMPTS).completions == ["text 0\n", "text 1\n", "text 2\n"]
@@ -100,12 +100,12 @@ def test_two_processes_do_not_mix_their_lines(path):
     """What the first has written since the second looked stays as it is."""
     finish(path, [0])
     first, second = OutputFile(path, PROMPTS), OutputFile(path, PROMPTS)
-    first.write(1, "text")
+    first.write(1, PROMPTS[1], "text")
     content = path.read_bytes()
     with pytest.raises(RunStopped, match="was changed by another process: wait until it has ended"):
-        second.write(1, "text")
+        second.write(1, PROMPTS[1], "text")
     assert path.read_bytes() == content
-    first.write(2, "text")
+    first.write(2, PROMPTS[2], "text")
     assert OutputFile(path, PROMPTS).num_done == 3
 
 
@@ -137,4 +137,79 @@ def test_a_write_that_fails_keeps_what_is_there(path):
     path.unlink()
     path.mkdir()
     with pytest.raises(RunStopped, match=r"cannot be written: Is a directory.*; 1 of 3 completions are there, and the"):
-        output.write(1, "text")
+        output.write(1, PROMPTS[1], "text")
+
+
+REFUSED = PromptError("line 2: is not JSON")
+
+
+def numbers(path) -> list[tuple]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line["id"], line.get("prompt_number"), line.get("sample")) for line in lines]
+
+
+def test_lines_as_they_come_say_which_prompts_they_are_of(path):
+    output = OutputFile(path, PROMPTS, order="arrival")
+    output.go_on(SETTINGS)
+    output.write(2, PROMPTS[2], "text 2\n")
+    output.write(0, PROMPTS[0], "text 0\n")
+    assert numbers(path) == [(3, 3, None), (1, 1, None)]
+    again = OutputFile(path, PROMPTS)  # in either order
+    assert [again.is_done(row) for row in range(3)] == [True, False, True]
+    again.go_on(SETTINGS)
+    again.write(1, PROMPTS[1], "text 1\n")
+    assert numbers(path)[2] == (2, None, None)  # after 1
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert OutputFile(path, PROMPTS, order="arrival").num_done == whole[:size].count(b"\n")
+
+
+def test_prompts_that_were_refused_have_no_line_until_they_are_mended(path):
+    """Of those that cannot be read and those that are found too long later."""
+    prompts = [PROMPTS[0], REFUSED, PROMPTS[1], PROMPTS[2]]
+    output = OutputFile(path, prompts)
+    output.go_on(SETTINGS)
+    output.write(3, PROMPTS[2], "text 3")
+    output.skip(2)
+    assert (output.num_done, output.num_waiting) == (0, 1)
+    output.write(0, PROMPTS[0], "text 0")
+    assert (output.num_done, output.num_rows) == (2, 2)
+    assert numbers(path) == [(1, None, None), (3, 4, None)]
+
+    mended = Prompt.of_record({"id": 9, "prompt": "mended"}, "line 2")
+    output = OutputFile(path, [PROMPTS[0], mended, *PROMPTS[1:]])
+    assert (output.num_done, output.num_rows) == (2, 4)
+    output.go_on(SETTINGS)
+    output.write(2, PROMPTS[1], "text 2")
+    output.write(1, mended, "text 1")
+    assert numbers(path) == [(1, None, None), (3, 4, None), (9, 2, None), (2, None, None)]
+    with pytest.raises(PromptError, match="line 3: is of a prompt that cannot be read: line 2: is not JSON"):
+        OutputFile(path, prompts)
+
+
+def test_samples_of_a_prompt(path):
+    output = OutputFile(path, [PROMPTS[0], REFUSED, PROMPTS[1]], num_samples=2)
+    output.go_on(SETTINGS)
+    for row in (1, 5, 0, 4):
+        output.write(row, PROMPTS[row // 4], f"text {row}")
+    assert numbers(path) == [(1, None, 0), (1, None, 1), (2, 3, 0), (2, None, 1)]
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(True)[:3]))
+    again = OutputFile(path, [PROMPTS[0], REFUSED, PROMPTS[1]], num_samples=2)
+    assert [again.is_done(row) for row in range(6)] == [True, True, False, False, True, False]
+    for changes in ({"num_samples": 1}, {"num_samples": 2, "with_log_probs": True}):
+        with pytest.raises(PromptError, match="line 1: was made with another number of samples, or other wishes"):
+            OutputFile(path, [PROMPTS[0], REFUSED, PROMPTS[1]], **changes)
+    path.write_bytes(whole.replace(b'"prompt_number": 3', b'"prompt_number": 1'))
+    with pytest.raises(PromptError, match="line 3: is of the same prompt as line 1"):
+        OutputFile(path, PROMPTS, num_samples=2)
+
+
+def test_log_probabilities(path):
+    output = OutputFile(path, PROMPTS, with_log_probs=True)
+    output.go_on({})
+    output.write(0, PROMPTS[0], "text", [5, 6], [-0.5, -1.0])
+    line = json.loads(path.read_text())
+    assert (line["tokens"], line["log_probs"]) == ([5, 6], [-0.5, -1.0])
+    assert OutputFile(path, PROMPTS, with_log_probs=True).num_done == 1

@@ -1,6 +1,8 @@
-"""Prompts from files, texts to files, and the tokenizer that belongs to a model."""
+"""Prompts from files, and the tokenizer that belongs to a model."""
 
+import itertools
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -8,11 +10,19 @@ from hypothesis import strategies as st
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.data import DataError
-from rat_jax.data.tokenizer import ByteTokenizer, IdTokenizer
+from rat_jax.data.tokenizer import IdTokenizer
 from rat_jax.files import FileError
-from rat_jax.sampling.completions import CompletionWriter
-from rat_jax.sampling.output_file import OutputFile
-from rat_jax.sampling.prompts import Prompt, PromptError, encode_prompts, find_tokenizer, read_prompts
+from rat_jax.sampling.output_file import added_fields
+from rat_jax.sampling.prompt_list import PromptList
+from rat_jax.sampling.prompts import (
+    OUTPUT_FIELDS,
+    Prompt,
+    PromptError,
+    encode_prompt,
+    find_tokenizer,
+    iterate_prompts,
+    read_prompts,
+)
 from tests.tiny_run import make_corpus, tiny_config
 
 
@@ -103,22 +113,38 @@ def test_no_prompts_file_is_a_traceback(tmp_path_factory, name, content, before)
 
 def test_a_prompt_that_a_tokenizer_refuses_is_named():
     prompts = [Prompt.of("1 2", "--prompt number 1"), Prompt.of("text", "--prompt number 2")]
+    assert encode_prompt(prompts[0], IdTokenizer(29, 0)) == [1, 2]
     with pytest.raises(PromptError, match="--prompt number 2: this tokenizer reads token ids"):
-        encode_prompts(prompts, IdTokenizer(29, 0))
-    assert encode_prompts([Prompt.of("", "")], IdTokenizer(29, 4)) == [[4]]
+        encode_prompt(prompts[1], IdTokenizer(29, 0))
+    assert encode_prompt(Prompt.of("", ""), IdTokenizer(29, 4)) == [4]
 
 
-def test_texts_grow_by_whole_characters(tmp_path, capsys):
-    prompts = [Prompt.of("é", "")]
-    output = OutputFile(tmp_path / "texts.jsonl", prompts)
-    writer = CompletionWriter(prompts, ByteTokenizer(), output)
-    assert writer.prompt_ids == [[0xC3, 0xA9]]
-    shown = []
-    for ids in ([0xE2, 0x82], [0xAC, 0x21], [0xC3], []):
-        writer.add(0, ids)
-        shown.append(capsys.readouterr().out)
-    assert shown == ["é", "€!", "", "\ufffd\n"]
-    assert json.loads((tmp_path / "texts.jsonl").read_text())["completion"] == "€!\ufffd"
+def test_lines_are_read_one_by_one_and_a_bad_one_stands_for_itself(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n\n{"prompt"\n\xff\n{"prompt": "b"}\n' + b"?\n" * 100_000)
+    lines = iterate_prompts(path)
+    shown = [str(line) if isinstance(line, PromptError) else line.text for line in itertools.islice(lines, 4)]
+    assert [shown[0], shown[3]] == ["a", "b"]
+    assert shown[1].startswith(f"{path}, line 3: is not JSON")
+    assert shown[2].startswith(f"{path}, line 4: is not UTF-8")
+    path.write_bytes(b"")  # the rest was not read: all but what a file reads ahead
+    assert sum(1 for _ in lines) < 100_000
+    path.write_text('[3, "a"]')
+    path = path.rename(tmp_path / "prompts.json")
+    assert [isinstance(prompt, PromptError) for prompt in iterate_prompts(path)] == [True, False]
+
+
+def test_a_list_of_prompts_gives_them_again_and_again(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "b", "sample": 1}\n')
+    prompts = PromptList(["a"], path, OUTPUT_FIELDS)
+    for _ in range(2):
+        assert [prompt.text for prompt in prompts] == ["a", "b"]
+    _, refused = PromptList(["a"], path, added_fields(2, False))
+    assert "line 1: has a field 'sample', which the output adds" in str(refused)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PromptError, match="pipe is no file, and prompts are read more than once"):
+        PromptList([], tmp_path / "pipe", OUTPUT_FIELDS)
 
 
 def test_the_tokenizer_of_the_workdir_or_else_of_the_data(tmp_path):

@@ -65,7 +65,7 @@ LONG = {"batch": 1, "tokens": 262144, "heads": 16, "key_heads": 4, "head_dim": 1
 @pytest.mark.parametrize(
     ("change", "spilled"),
     [
-        pytest.param({}, 512, marks=pytest.mark.slow),  # the other has everything that this one has
+        pytest.param({}, 512, marks=pytest.mark.slow),  # the other has more, and may spill more
         ({"segmented": True, "initial_rows": 1, "initial_heads": 16}, 1200),
     ],
 )

@@ -84,7 +84,11 @@ def expected_sums(model: LanguageModel, batch: Batch, edges: list[int]) -> tuple
     return tuple(np.array(sums).T)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+# Kinds with positions are here by themselves; two hybrids show that kinds go together.
+SLOW = ("rat_swa", "attention_rattention_nope")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS])
 def test_chunks_give_what_one_pass_gives_in_one_program(name):
     pattern, edges = PATTERNS[name], list(range(LENGTH + 1))  # a bucket for each position
     without_positions = pattern if name.endswith("_nope") else ("attention",) if "_nope_" in name else ()

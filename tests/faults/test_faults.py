@@ -16,7 +16,8 @@ FILES = [
     "header of a token file changed",
     "a folder where a file should be",
 ]
-LIVE = ["killed while it saves", "started a second time"]
+# A second process at a workdir is also in tests/checkpoints/test_owner.py and tests/training/test_run.py, more quickly.
+LIVE = ["killed while it saves", pytest.param("started a second time", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,11 @@ def test_round_trip_of_parameters_is_exact(name):
         np.testing.assert_array_equal(array, state_dict[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The layers of rat and of local attention are those of rat_swa.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("rat", "attention_swa"))) for name in MODELS],
+)
 def test_training_run(name):
     """20 steps of the recorded recipe through the project's own train step, each from the one before.
 

@@ -23,7 +23,11 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 class TestResume:
     """The same command again."""
 
-    @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
+    # Every second step is saved: from nothing, from step 2 and from step 4, before a save and behind one.
+    @pytest.mark.parametrize(
+        "step",
+        [pytest.param(step, marks=[pytest.mark.slow] * (step in (2, 3, 6))) for step in range(1, NUM_STEPS + 1)],
+    )
     def test_a_run_stopped_before_any_step_ends_like_one_that_was_not(
         self, config, uninterrupted, tmp_path, monkeypatch, step
     ):
@@ -56,6 +60,7 @@ class TestResume:
         assert train(config, tmp_path / "run").finished
         assert_same_run(tmp_path / "run", uninterrupted)
 
+    @pytest.mark.slow  # tests/faults/test_faults.py kills a process as well, while it saves
     def test_killed_process(self, config, uninterrupted, tmp_path):
         """SIGKILL at no certain point, in processes of their own; the last start gets as far as it takes."""
         command = train_command(tmp_path, config)

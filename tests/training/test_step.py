@@ -33,16 +33,16 @@ class TestTrainStep:
             state = initial_state(config, mesh)
             return train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
 
-    def test_accumulation_changes_nothing(self, corpus, batch):
+    @pytest.mark.parametrize("num_parts", [pytest.param(2, marks=pytest.mark.slow), 4])
+    def test_accumulation_changes_nothing(self, corpus, batch, num_parts):
         whole, whole_metrics = self.run(corpus, batch, 1)
-        for num_parts in (2, 4):
-            parts, metrics = self.run(corpus, batch, num_parts)
-            np.testing.assert_allclose(metrics.loss, whole_metrics.loss, rtol=1e-6)
-            np.testing.assert_allclose(metrics.grad_norm, whole_metrics.grad_norm, rtol=1e-5)
-            for a, b in zip(
-                jax.tree.leaves(parts.opt_state["adam"].mu), jax.tree.leaves(whole.opt_state["adam"].mu), strict=True
-            ):
-                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+        parts, metrics = self.run(corpus, batch, num_parts)
+        np.testing.assert_allclose(metrics.loss, whole_metrics.loss, rtol=1e-6)
+        np.testing.assert_allclose(metrics.grad_norm, whole_metrics.grad_norm, rtol=1e-5)
+        for a, b in zip(
+            jax.tree.leaves(parts.opt_state["adam"].mu), jax.tree.leaves(whole.opt_state["adam"].mu), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
     def test_loss_is_the_mean_over_targets(self, config, corpus, batch):
         _, metrics = self.run(corpus, batch, 1)

@@ -118,11 +118,11 @@ CASES = {
     "segments_of_documents": LinearCase(
         tiling_of(2, 130, 2, 1, 16, "float32", "softmax", True, sum_programs=8), ((60, 30, 20, 20), (128, 2))
     ),
-    "grouped_heads": LinearCase(tiling_of(2, 40, 6, 2, 20, initial_rows=1, initial_heads=6)),
+    "grouped_heads": LinearCase(tiling_of(1, 40, 6, 2, 20, initial_rows=1, initial_heads=6)),
     "float16": LinearCase(tiling_of(1, 100, 4, 2, 32, "float16", initial_rows=1, initial_heads=2)),
     "float16_relu": LinearCase(tiling_of(1, 130, 2, 1, 32, "float16", "relu")),
     "one_token": LinearCase(tiling_of(2, 1, 2, 2, 16)),
-    "odd_head": LinearCase(tiling_of(1, 33, 2, 1, 7, feature_map="relu", initial_rows=1, initial_heads=1)),
+    "odd_head": LinearCase(tiling_of(2, 33, 2, 1, 7, feature_map="relu", initial_rows=1, initial_heads=1)),
     "two_column_tiles": LinearCase(tiling_of(1, 40, 2, 1, 48)),
     "documents": LinearCase(
         tiling_of(2, 100, 2, 1, 16, segmented=True, initial_rows=2, initial_heads=2), ((40, 2, 50, 1, 7), (32, 64, 4))

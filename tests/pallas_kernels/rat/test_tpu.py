@@ -109,8 +109,13 @@ def check(case, results, d_out, tolerance):
         assert error <= tolerance * max(1.0, np.abs(true).max()), f"{name}: error {error:.2e}"
 
 
-# The longest takes the tiles of "chunks of one", many of them as "several tiles" do.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "long")) for name in CASES])
+# The longest takes the tiles of "chunks of one", many of them as "several tiles" do; a row is shorter than its chunk in
+# "one token" and longer in "chunk and one"; packed chunks of several tokens are in "packed, chunks over tiles" and in
+# tests/ops/test_rat.py.
+SLOW = ("long", "chunk less one", "one chunk", "packed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_values_and_gradients(name):
     *shape, tiles, packed = CASES[name]
     case = make_case(*shape, packed)
@@ -162,7 +167,8 @@ def test_large_scores_do_not_overflow():
     check(case, results, d_out, 1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+# Whole rows in bfloat16 are in tests/ops/test_rat.py too.
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bfloat16(packed):
     case = make_case(100, 8, 2, 1, 128, 10000.0, packed)
     d_out = output_gradient(case)

@@ -232,13 +232,16 @@ CASES = {
     "one_chunk": Case(shape_of(1, 20, 2, 1, 16, 20)),
     "gates_open": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=8.0),
     "gates_shut": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=-8.0),
-    "documents": Case(shape_of(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
-    "long_chunk_documents": Case(shape_of(1, 50, 2, 1, 16, 9, segmented=True), ((29, -3, 18),)),
+    "documents": Case(shape_of(2, 20, 2, 1, 16, 3, segmented=True), ((7, 2, 10, 1), (-2, 8, -3, 5, -2))),
+    "long_chunk_documents": Case(shape_of(1, 32, 2, 1, 16, 9, segmented=True), ((20, -2, 10),)),  # in two pieces
 }
 
 
 def mend_interpreter() -> None:
-    """Triton 3.6 reads loop bounds as int(array of shape [1]), which numpy 2.4 refuses; triton 3.7 squeezes them."""
+    """Makes it run with numpy 2.4, and a fifth faster.
+
+    Triton 3.6 reads loop bounds as int(array of shape [1]), which numpy 2.4 refuses; triton 3.7 squeezes them.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -249,21 +252,34 @@ def mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_and_squeeze
 
+    # Patching looks through all of the language. The kernel has done so when it calls a function: once for each module
+    # of such functions, which may know the language under another name, is enough.
+    modules = set()
+
+    def patch_once_and_call(function, *args, **kwargs):
+        if function.fn.__module__ not in modules:
+            modules.add(function.fn.__module__)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = patch_once_and_call
+
 
 DECODE_CASES = {
-    "decode": (Case(shape_of(2, 11, 4, 2, 16, 2)), 6),
+    "decode": (Case(shape_of(2, 7, 4, 2, 16, 2)), 4),
     "decode_split": (Case(shape_of(1, 9, 2, 1, 12, 1)), 260),
-    "decode_documents": (Case(shape_of(2, 14, 2, 1, 8, 2, segmented=True), ((5, 4, 5), (3, 10, 1))), 9),
+    "decode_documents": (Case(shape_of(2, 9, 2, 1, 8, 2, segmented=True), ((3, 2, 4), (1, 7, 1))), 6),
     "decode_odd_head": (Case(shape_of(2, 7, 2, 1, 7, 3, rope=False)), 3),
 }
 
 
 EXTEND_CASES = {
-    "extend": (Case(shape_of(2, 23, 4, 2, 16, 4)), 6, (7, 1, 11, 4)),
+    # Parts that begin at a chunk, in it and at its end; those of one size share their compiled places.
+    "extend": (Case(shape_of(1, 22, 4, 2, 16, 4)), 6, (7, 1, 7, 7)),
     "extend_documents": (
-        Case(shape_of(2, 29, 2, 1, 16, 3, segmented=True), ((7, 2, 13, 1, 6), (-2, 11, -4, 9, -3))),
-        10,
-        (5, 10, 14),
+        Case(shape_of(2, 20, 2, 1, 16, 3, segmented=True), ((7, 2, 10, 1), (-2, 8, -3, 5, -2))),
+        7,
+        (5, 5, 10),
     ),
     "extend_odd_head": (Case(shape_of(1, 12, 2, 1, 7, 5, rope=False)), 2, (12,)),
 }

@@ -5,10 +5,10 @@
 
 Prints each prompt with its continuation; of a single prompt as it is made. With an output file nothing is printed: the
 file gets a line of JSON for each text, with the fields of the prompt's record, `completion`, and `sampling`, the
-settings. The same command given again goes on after the lines that are there. Prompts are read one by one, three times, and
-never held. A line of the prompts' file that cannot be continued is named on standard error and skipped. Exit codes: 0,
-also where lines were skipped, as the last line says then; 2 if flags, the workdir, its checkpoint, all prompts or the
-output file do not fit, and nothing was changed; 75 if Ctrl-C ended it; 1 if the output file could not be written.
+settings. The same command given again goes on after the lines that are there. Prompts are read one by one, three times,
+and never held. A line of the prompts' file that cannot be continued is named on standard error and skipped. Exit codes:
+0, also where lines were skipped, as the last line says then; 2 if flags, the workdir, its checkpoint, all prompts or
+the output file do not fit, and nothing was changed; 75 if Ctrl-C ended it; 1 if the output file could not be written.
 """
 
 from rat_jax import interrupts, stopwatch

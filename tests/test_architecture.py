@@ -148,7 +148,6 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.errors",
         "rat_jax.files",
         "rat_jax.flops",
-        "rat_jax.memory",
         "rat_jax.paths",
         "rat_jax.program",
     },

@@ -7,7 +7,7 @@ _BEGAN_SECS = time.monotonic()  # before the imports that take seconds, which ar
 
 
 class Stopwatch:
-    """Seconds from the import of this module on, lap by lap, and those of all laps that went to compiling.
+    """Seconds from the import of this module on, lap by lap, and those that went to compiling, added up over threads.
 
     For one program in a process: it listens to what JAX says of its compilations until `report`.
     """
@@ -43,7 +43,7 @@ class Stopwatch:
         self._monitoring.unregister_event_listener(self._add_event)
         read = f", {self._num_read} of them from the compilation cache" if self._num_read else ""
         print(
-            f"times: {', '.join(self._laps)}; compiling took {self._compile_secs:.2f} s of it "
+            f"times: {', '.join(self._laps)}; compiling took {self._compile_secs:.2f} s, some of it side by side "
             f"({self._num_programs} programs{read})",
             file=sys.stderr,
         )

@@ -15,7 +15,6 @@ from rat_jax.decoder import Decoder, DecoderLayout, DecoderModule, ModelCache
 from rat_jax.layers import INITIAL_STD
 from rat_jax.memory import free_bytes, tree_bytes
 from rat_jax.model import LanguageModel
-from rat_jax.sampling.caches import cache_bytes
 from rat_jax.shapes import Array, Int
 
 STEPS_PER_CALL = 16  # before the host, which waits for each call, starts the next
@@ -80,7 +79,7 @@ def most_rows(decoder: Decoder, capacity: int) -> int | None:
     if free is None:
         return None
     logits = 2 * 4 * decoder.config.vocab_size  # float32, and once more on their way to the likeliest
-    count = int(_CACHE_SHARE * free / (cache_bytes(decoder, _ROWS_UNIT, capacity) / _ROWS_UNIT + logits))
+    count = int(_CACHE_SHARE * free / (decoder.cache_bytes(_ROWS_UNIT, capacity) / _ROWS_UNIT + logits))
     return count if count < _ROWS_UNIT else count // _ROWS_UNIT * _ROWS_UNIT
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rat_jax.memory import tree_bytes
 from rat_jax.mixers.base import Mixer, MixerCache, check_cache_size, check_room, next_segments
 from rat_jax.segments import SegmentInfo, StreamState
 from rat_jax.shapes import Array, Float, Float32, Int
@@ -129,14 +130,19 @@ class Decoder:
 
     def __init__(self, module: DecoderModule):
         self.config = module.config
-        self.graphdef, self.params = nnx.split(module)
-        self.arrays, treedef = jax.tree.flatten(self.params)
-        self.layout = _layout(self.graphdef, treedef)
+        graphdef, params = nnx.split(module)
+        self.arrays, treedef = jax.tree.flatten(params)
+        self.layout = _layout(graphdef, treedef)
 
     def init_cache(self, batch_size: int, capacity: int) -> ModelCache:
         """An empty cache for rows of at most `capacity` tokens; errors as of `Mixer.init_cache`."""
         check_cache_size(batch_size, capacity)
-        return _init_cache(self.graphdef, self.params, batch_size, capacity)
+        return _init_cache(self.layout, self.arrays, batch_size, capacity)
+
+    def cache_bytes(self, batch_size: int, capacity: int) -> int:
+        """Bytes of what `init_cache` makes, without making it; errors as there."""
+        check_cache_size(batch_size, capacity)
+        return tree_bytes(jax.eval_shape(lambda: self.layout.merge(self.arrays).init_cache(batch_size, capacity)))
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
@@ -158,19 +164,19 @@ class Decoder:
             Calls that fill it together beyond that are not noticed: what does not fit is not remembered.
         """
         check_room(segment_ids, cache.stream, tokens.shape, cache.capacity)
-        return _extend(self.graphdef, self.params, tokens, cache, segment_ids)
+        return _extend(self.layout, self.arrays, tokens, cache, segment_ids)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "batch_size", "capacity"))
-def _init_cache(graphdef: nnx.GraphDef, params: nnx.State, batch_size: int, capacity: int) -> ModelCache:
-    return nnx.merge(graphdef, params).init_cache(batch_size, capacity)
+@functools.partial(jax.jit, static_argnames=("layout", "batch_size", "capacity"))
+def _init_cache(layout: DecoderLayout, arrays: list[Array], batch_size: int, capacity: int) -> ModelCache:
+    return layout.merge(arrays).init_cache(batch_size, capacity)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jax.jit, static_argnames="layout")
 def _extend(
-    graphdef: nnx.GraphDef, params: nnx.State, tokens: Array, cache: ModelCache, segment_ids: Array | None
+    layout: DecoderLayout, arrays: list[Array], tokens: Array, cache: ModelCache, segment_ids: Array | None
 ) -> tuple[Array, ModelCache]:
-    module = nnx.merge(graphdef, params)
+    module = layout.merge(arrays)
     hidden, cache = module.hidden(tokens, cache, segment_ids)
     return module.logits(hidden), cache
 

@@ -1,7 +1,9 @@
 """How much memory a device has free, and how much arrays take."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +32,17 @@ def gib(num_bytes: int) -> str:
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
     """Whether a device, or a CPU's host, refused an allocation."""
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(explain: Callable[[], Exception]) -> Iterator[None]:
+    """Where an allocation is refused, what `explain` returns is raised in its place; other errors stay as they are."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain() from None
 
 
 def _host_bytes() -> int | None:

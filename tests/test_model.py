@@ -222,10 +222,10 @@ def test_layers_alike_are_traced_once():
     decoder = small_model(("rat", "local_attention"), num_layers=6).decoder()
     cache = decoder.init_cache(1, 8)
 
-    def read(params, tokens, cache):
-        return nnx.merge(decoder.graphdef, params).hidden(tokens, cache)
+    def read(arrays, tokens, cache):
+        return decoder.layout.merge(arrays).hidden(tokens, cache)
 
-    traced = jax.make_jaxpr(read)(decoder.params, jnp.ones((1, 2), jnp.int32), cache)
+    traced = jax.make_jaxpr(read)(decoder.arrays, jnp.ones((1, 2), jnp.int32), cache)
     layers = [equation.params["jaxpr"] for equation in traced.eqns if equation.params.get("name") == "_run_layer"]
     assert len(layers) == 6
     assert len({id(layer) for layer in layers}) == 2

@@ -1,11 +1,7 @@
 """The mesh, the table of parameters, and that neither changes what is computed."""
 
 import importlib
-import json
-import os
 import pathlib
-import subprocess
-import sys
 import types
 
 import jax
@@ -20,6 +16,7 @@ from rat_jax.config import ConfigError, MeshConfig, config_from_dict
 from rat_jax.mixers import MIXERS
 from rat_jax.model import parameter_spec
 from rat_jax.sharding import check_divides, check_spec, leaf_names, make_mesh, partition_specs, shardings
+from tests import four_devices
 from tests.small import small_model_config
 from tests.tiny_run import tiny_config
 
@@ -120,12 +117,7 @@ class TestMesh:
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.sharded_steps"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return four_devices.run("tests.sharded_steps")
 
 
 class TestFourDevices:

@@ -16,18 +16,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch, ValidationData
-from rat_jax.decoder import ModelCache
+from rat_jax.decoder import DecoderLayout, ModelCache
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.perplexity import check_length
 from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums, add, require_result
 from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.loss import token_scores
-from rat_jax.memory import free_bytes, gib, is_out_of_memory, tree_bytes
+from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Float32, Int
@@ -179,17 +178,12 @@ def measure(
             f"context length {context_length:,}: to read batches of {num_rows:,} sequences takes {need}; {remedy}"
         )
 
-    try:
-        with jax.set_mesh(mesh):
-            reader = Reader(loaded.model, context_length, edges, chunk_tokens)
-            needed, free = num_rows // mesh.size * reader.cache_bytes(context_length), free_bytes(mesh.local_devices[0])
-            if free is not None and needed > free:
-                raise too_large(f"caches of {gib(needed)} on each device, which has {gib(free)} free")
-            sums = functools.reduce(add, (reader.sums(batch, mesh) for batch in progress(data, len(data))), None)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise too_large("more memory than is free") from None
+    with explaining_out_of_memory(lambda: too_large("more memory than is free")), jax.set_mesh(mesh):
+        reader = Reader(loaded.model, context_length, edges, chunk_tokens)
+        needed, free = num_rows // mesh.size * reader.cache_bytes(context_length), free_bytes(mesh.local_devices[0])
+        if free is not None and needed > free:
+            raise too_large(f"caches of {gib(needed)} on each device, which has {gib(free)} free")
+        sums = functools.reduce(add, (reader.sums(batch, mesh) for batch in progress(data, len(data))), None)
     return LengthGeneralization(
         trained_length=trained.seq_len,
         context_length=context_length,
@@ -214,23 +208,22 @@ class Reader:
           edges: of the buckets, from `bucket_edges`.
           chunk_tokens: of a row, read in one call; at most `context_length`.
         """
-        decoder = model.decoder()
-        self.graphdef, self.params = decoder.graphdef, decoder.params
+        self._decoder = model.decoder()
         self.embedding = model.embedding[...]
         self.context_length, self.chunk_tokens = context_length, chunk_tokens
         self._edges = edges
 
     def cache_bytes(self, capacity: int) -> int:
         """Of one row of so many tokens."""
-        empty = jax.eval_shape(lambda params: nnx.merge(self.graphdef, params).init_cache(1, capacity), self.params)
-        return tree_bytes(empty)
+        return self._decoder.cache_bytes(1, capacity)
 
     def sums(self, batch: Batch, mesh: jax.sharding.Mesh) -> PositionSums:
         """Sums over a batch of this host's rows, one for each bucket."""
         num_rows = batch.tokens.shape[0] * jax.process_count()
-        reading = start_reading(self.graphdef, self.params, num_rows, self.context_length, len(self._edges) - 1)
+        layout, arrays = self._decoder.layout, self._decoder.arrays
+        reading = start_reading(layout, arrays, num_rows, self.context_length, len(self._edges) - 1)
         for chunk in chunks(batch, self._edges, self.chunk_tokens):
-            reading = read_chunk(self.graphdef, self.params, self.embedding, global_batch(chunk, mesh), reading)
+            reading = read_chunk(layout, arrays, self.embedding, global_batch(chunk, mesh), reading)
         return reading.sums
 
 
@@ -259,36 +252,38 @@ def _buckets(positions: np.ndarray, edges: list[int]) -> np.ndarray:
     return (np.searchsorted(edges, positions, side="right") - 1).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "num_rows", "capacity", "num_buckets"))
-def start_reading(graphdef: nnx.GraphDef, params: nnx.State, num_rows: int, capacity: int, num_buckets: int) -> Reading:
+@functools.partial(jax.jit, static_argnames=("layout", "num_rows", "capacity", "num_buckets"))
+def start_reading(
+    layout: DecoderLayout, arrays: list[Array], num_rows: int, capacity: int, num_buckets: int
+) -> Reading:
     """Before the first chunk: an empty cache for rows of `capacity` tokens, sums of zero.
 
     Args:
-      graphdef: of a `DecoderModule`.
-      params: of the decoder.
+      layout: of a `Decoder`.
+      arrays: of the decoder.
       num_rows: of a batch, over all devices.
       capacity: tokens of a row.
       num_buckets: of positions.
     """
-    cache = nnx.merge(graphdef, params).init_cache(num_rows, capacity)
+    cache = layout.merge(arrays).init_cache(num_rows, capacity)
     zeros = jnp.zeros((num_buckets,), jnp.float32)
     return Reading(constrain_rows(cache), PositionSums(replicate(zeros), replicate(zeros)))
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="reading")
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="reading")
 def read_chunk(
-    graphdef: nnx.GraphDef, params: nnx.State, embedding: Float32[Array, "V D"], chunk: Chunk, reading: Reading
+    layout: DecoderLayout, arrays: list[Array], embedding: Float32[Array, "V D"], chunk: Chunk, reading: Reading
 ) -> Reading:
     """Reads the next chunk of every row, and adds its losses to the sums.
 
     Args:
-      graphdef: of a `DecoderModule`.
-      params: of the decoder.
+      layout: of a `Decoder`.
+      arrays: of the decoder.
       embedding: of the model, with which logits are made a block at a time.
       chunk: of all rows.
       reading: of the chunks before; is donated.
     """
-    module = nnx.merge(graphdef, params)
+    module = layout.merge(arrays)
     hidden, cache = module.hidden(constrain_rows(chunk.tokens), reading.cache, constrain_rows(chunk.segment_ids))
     log_probs = token_scores(constrain_rows(hidden), embedding, chunk.targets).log_probs
     in_bucket = chunk.buckets[None] == jnp.arange(reading.sums.loss.shape[0])[:, None, None]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums, add, require_result
 from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.loss import position_losses
-from rat_jax.memory import free_bytes, gib, is_out_of_memory
+from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding, global_batch
@@ -199,14 +199,12 @@ def check_length(corpus: Corpus, context_length: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _out_of_memory_as_message(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise EvaluationError(_too_large(mesh, context_length, batch_tokens, "more memory than is free")) from None
+def _out_of_memory_as_message(
+    mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int
+) -> contextlib.AbstractContextManager[None]:
+    return explaining_out_of_memory(
+        lambda: EvaluationError(_too_large(mesh, context_length, batch_tokens, "more memory than is free"))
+    )
 
 
 def _least_bytes(loaded: LoadedModel, mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:

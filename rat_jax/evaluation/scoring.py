@@ -23,7 +23,7 @@ from rat_jax.evaluation.shared_contexts import (
     with_beginnings,
 )
 from rat_jax.loss import TokenScores, token_scores
-from rat_jax.memory import is_out_of_memory
+from rat_jax.memory import explaining_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding
@@ -224,24 +224,24 @@ class Scorer:
         batches = (planned.batch(contexts if isinstance(planned, PlannedContexts) else texts) for planned in plan)
         scores: dict[int, Score] = {}
         under_way = None
-        try:
-            with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-                for planned, batch in zip(plan, progress(batches, len(plan)), strict=True):
-                    compute = context_scores if isinstance(planned, PlannedContexts) else batch_scores
-                    started = planned, compute(self._graphdef, self._params, self._on_devices(batch))
-                    self.num_tokens += planned.num_tokens
-                    if under_way is not None:  # while the device computes
-                        collect(*under_way)
-                    under_way = started
-            if under_way is not None:
-                collect(*under_way)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise EvaluationError(
+
+        def too_large() -> EvaluationError:
+            return EvaluationError(
                 f"batches of {self.batch_tokens:,} tokens need more memory than is free; lower batch_tokens, or the "
                 f"context length of {self.context_length:,}"
-            ) from None
+            )
+
+        on_mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with explaining_out_of_memory(too_large), on_mesh:
+            for planned, batch in zip(plan, progress(batches, len(plan)), strict=True):
+                compute = context_scores if isinstance(planned, PlannedContexts) else batch_scores
+                started = planned, compute(self._graphdef, self._params, self._on_devices(batch))
+                self.num_tokens += planned.num_tokens
+                if under_way is not None:  # while the device computes
+                    collect(*under_way)
+                under_way = started
+            if under_way is not None:
+                collect(*under_way)
         return [scores[index] for index in range(len(rows))]
 
     def _on_devices(self, batch: RowBatch | ContextBatch) -> RowBatch | ContextBatch:

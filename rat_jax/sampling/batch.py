@@ -10,7 +10,7 @@ from rat_jax.memory import gib
 from rat_jax.model import LanguageModel
 from rat_jax.sampling.completions import Completion
 from rat_jax.sampling.engine import Engine
-from rat_jax.sampling.errors import SamplingStopped
+from rat_jax.sampling.errors import not_finite
 from rat_jax.sampling.generation import make_engine
 from rat_jax.sampling.prompts import Prompt, PromptError, encode_prompt
 from rat_jax.sampling.request import Event, Request
@@ -180,10 +180,7 @@ class Batch:
             completion = completions[sample]
             completion.add(event.tokens, event.log_probs, event.end is not None)
             if event.end == "not_finite":
-                raise SamplingStopped(
-                    f"{prompt.place}: the logits of new token {len(completion.tokens)} are not finite: the model's "
-                    f"parameters are damaged, or too large for its dtype"
-                )
+                raise not_finite(prompt.place, len(completion.tokens))
             if event.end is None:
                 sink.grow(completion)
                 return completion.is_stopped

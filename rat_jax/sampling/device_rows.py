@@ -2,15 +2,14 @@
 
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from rat_jax.decoder import Decoder
-from rat_jax.memory import free_bytes, gib, is_out_of_memory
-from rat_jax.sampling.caches import cache_bytes
+from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
 from rat_jax.sampling.errors import SamplingStopped, require
 from rat_jax.sampling.prefill import PromptRows, empty_prompts, plan_chunks, read_chunk, sizes_up_to
 from rat_jax.sampling.sampling_params import SamplingParams
@@ -53,7 +52,7 @@ class DeviceRows:
         rows_together = max(1, min(_MOST_PROMPT_ROWS, num_slots // (num_devices * _SLOTS_PER_PROMPT_ROW)))
         self.row_counts = sorted({num_devices, rows_together * num_devices})
         self._known_row_counts: set[int] = set()  # whose programs are there
-        self.cache_bytes = cache_bytes(decoder, num_slots + self.row_counts[-1], capacity)
+        self.cache_bytes = decoder.cache_bytes(num_slots + self.row_counts[-1], capacity)
         self._check_memory(num_devices)
         self._eos_id = np.int32(ENDED if eos_id is None else eos_id)
         self._seed_key = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
@@ -124,24 +123,20 @@ class DeviceRows:
         self.slots, block = self._run(decode_block, *self._block_arguments(stopped))
         return _on_its_way(block)
 
-    @contextlib.contextmanager
-    def naming_settings(self) -> Iterator[None]:
+    def naming_settings(self) -> contextlib.AbstractContextManager[None]:
         """Names what to change where a device runs out of memory.
 
         Raises:
           SamplingStopped: in place of the error that says so.
         """
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SamplingStopped(
+        return explaining_out_of_memory(
+            lambda: SamplingStopped(
                 f"{self.num_slots} prompts at a time are more than the device has memory for: lower batch_size "
                 f"(num_slots, {self.num_slots}), max_new_tokens or the prompts' lengths (capacity, {self.capacity:,} "
                 f"tokens a row), or the largest chunk of prompts (chunk_sizes, {self.chunk_sizes[-1]} tokens of "
                 f"{self.row_counts[-1]} rows)"
-            ) from None
+            )
+        )
 
     def _rows_for(self, num_prompts: int) -> int:
         num_rows = next(count for count in self.row_counts if count >= num_prompts)

@@ -12,7 +12,7 @@ from rat_jax.mesh import BATCH_AXES
 from rat_jax.model import LanguageModel
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.engine import Engine
-from rat_jax.sampling.errors import SamplingStopped, require
+from rat_jax.sampling.errors import not_finite, require
 from rat_jax.sampling.prefill import CHUNK_SIZES, sizes_up_to
 from rat_jax.sampling.request import Event, Request, check_ids
 from rat_jax.sampling.sampling_params import SamplingParams
@@ -85,10 +85,7 @@ def generate(
         result = results[row - first]
         result += event.tokens
         if event.end == "not_finite":
-            raise SamplingStopped(
-                f"prompt {row}: the logits of new token {len(result)} are not finite: the model's parameters are "
-                f"damaged, or too large for its dtype"
-            )
+            raise not_finite(f"prompt {row}", len(result))
         if on_tokens is None:
             return False
         has_enough = bool(event.tokens) and bool(on_tokens(row, event.tokens))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from benchmarks.caches import random_contents
 from tests.small import PATTERNS, small_model
@@ -13,15 +12,15 @@ from tests.small import PATTERNS, small_model
 @pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
 def test_positions_are_those_of_rows_that_were_read(pattern):
     decoder = small_model(pattern).decoder()
-    module = nnx.merge(decoder.graphdef, decoder.params)
-    cache_at = jax.jit(lambda params, *arguments: nnx.merge(decoder.graphdef, params).cache_at(*arguments))
+    module = decoder.layout.merge(decoder.arrays)
+    cache_at = jax.jit(lambda arrays, *arguments: decoder.layout.merge(arrays).cache_at(*arguments))
     read = decoder.init_cache(2, capacity=24)
     contents = random_contents(jax.eval_shape(lambda: read))
     for position in range(1, 18):
         _, read = decoder.extend(jnp.ones((2, 1), jnp.int32), read)
         if position not in (3, 17):
             continue
-        got = cache_at(decoder.params, contents, jnp.int32(position))
+        got = cache_at(decoder.arrays, contents, jnp.int32(position))
         for (path, value), expected in zip(
             jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(read), strict=True
         ):

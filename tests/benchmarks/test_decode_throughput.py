@@ -111,7 +111,7 @@ def test_an_engine_leaves_its_memory_to_the_next(decoder, measured):
     requests = JOB.requests(decoder.config.vocab_size)
     before = held()
     traffic._serve(decoder, requests, 3, traffic.capacity_of(requests))
-    assert held() - before < decode_steps.cache_bytes(decoder, 3, traffic.capacity_of(requests))
+    assert held() - before < decoder.cache_bytes(3, traffic.capacity_of(requests))
 
 
 def test_picture_and_card(measured):
@@ -156,7 +156,7 @@ def test_steps_are_spread_over_the_positions(decoder):
 
 
 def test_rows_that_fit(decoder, monkeypatch):
-    row_bytes = decode_steps.cache_bytes(decoder, 1, 64)
+    row_bytes = decoder.cache_bytes(1, 64)
 
     def sizes(free):
         monkeypatch.setattr(decode_steps, "free_for_rows", lambda: free)

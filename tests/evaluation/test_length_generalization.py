@@ -13,7 +13,7 @@ from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.config import MeshConfig
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import Batch
-from rat_jax.decoder import DecoderModule
+from rat_jax.decoder import Decoder, DecoderModule
 from rat_jax.evaluation import length_generalization, length_report, results
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.length_generalization import (
@@ -107,12 +107,12 @@ def test_chunks_give_what_one_pass_gives_in_one_program(name):
 
 def chunk_memory(pattern: tuple[str, ...], capacity: int, num_tokens: int = CHUNK) -> tuple[int, int]:
     """Bytes of temporaries that the program of a chunk has, and of the cache."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: DecoderModule(make_model(pattern))))
-    reading = jax.eval_shape(lambda params: start_reading(graphdef, params, 2, capacity, 12), params)
+    decoder = Decoder(nnx.eval_shape(lambda: DecoderModule(make_model(pattern))))
+    reading = jax.eval_shape(lambda arrays: start_reading(decoder.layout, arrays, 2, capacity, 12), decoder.arrays)
     integers, weights = (jax.ShapeDtypeStruct((2, num_tokens), dtype) for dtype in (np.int32, np.float32))
     chunk = Chunk(integers, integers, weights, integers, integers)
     embedding = jax.ShapeDtypeStruct((VOCAB, 16), np.float32)
-    program = read_chunk.lower(graphdef, params, embedding, chunk, reading).compile()
+    program = read_chunk.lower(decoder.layout, decoder.arrays, embedding, chunk, reading).compile()
     return program.memory_analysis().temp_size_in_bytes, tree_bytes(reading.cache)
 
 

@@ -1,24 +1,15 @@
 """Kernels under shard_map: four devices compute what one does."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+
+from tests import four_devices
 
 
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.ops.sharded_kernels"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return four_devices.run("tests.ops.sharded_kernels")
 
 
 @pytest.mark.parametrize("op", ["rat", "linear"])

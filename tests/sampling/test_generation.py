@@ -138,16 +138,15 @@ def test_the_decoder_is_the_model_in_its_compute_dtype():
     tokens = jnp.array(make_prompts([8, 8]))
     graphdef, params = nnx.split(model)
     decoder = model.decoder()
-    decoder_graphdef, decoder_params = decoder.graphdef, decoder.params
 
     @jax.jit
-    def both(params, decoder_params):
-        model, decoder = nnx.merge(graphdef, params), nnx.merge(decoder_graphdef, decoder_params)
-        hidden, _ = decoder.hidden(tokens, decoder.init_cache(2, 8))
-        return model.extend(tokens, model.init_cache(2, 8))[0], decoder.logits(hidden)
+    def both(params, arrays):
+        model, module = nnx.merge(graphdef, params), decoder.layout.merge(arrays)
+        hidden, _ = module.hidden(tokens, module.init_cache(2, 8))
+        return model.extend(tokens, model.init_cache(2, 8))[0], module.logits(hidden)
 
-    np.testing.assert_array_equal(*both(params, decoder_params))
-    leaves = jax.tree.leaves(decoder_params)
+    np.testing.assert_array_equal(*both(params, decoder.arrays))
+    leaves = decoder.arrays
     assert {x.dtype for x in leaves if x.ndim >= 2} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in leaves if x.ndim == 1} == {jnp.dtype("float32")}
 

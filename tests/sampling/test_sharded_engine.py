@@ -1,25 +1,14 @@
 """The engine on the devices of a mesh."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
+from tests import four_devices
 
 
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.sampling.sharded_engine"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return four_devices.run("tests.sampling.sharded_engine")
 
 
 def test_four_devices_continue_as_one(results):

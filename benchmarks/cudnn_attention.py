@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rat_jax.mixers import Attention, LocalAttention
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.shapes import Array, Float
 
 _SLOTS = 64  # cuDNN takes keys in multiples of this at its fastest
 
@@ -53,10 +53,7 @@ class CudnnLocalAttention(LocalAttention):
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
         slots = -(-min(self.config.window + 1, capacity) // _SLOTS) * _SLOTS
         zeros = jnp.zeros((batch_size, slots, self.shape.kv_heads, self.shape.head_dim), self.shape.dtype)
-        return AttentionCache(zeros, zeros, jnp.zeros((batch_size, slots), jnp.int32))
-
-    def memory_at(self, memory: AttentionCache, position: Int[Array, ""]) -> AttentionCache:
-        return memory
+        return AttentionCache(zeros, zeros)
 
     def step_bytes(self, memory: AttentionCache, position: int) -> int:
         share = min(position, memory.key.shape[1]) / memory.key.shape[1]

@@ -156,4 +156,4 @@ def _steps(
         hidden, cache = decoder.hidden(tokens[:, None], cache)
         return jnp.argmax(decoder.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), cache
 
-    return jax.lax.fori_loop(0, STEPS_PER_CALL, step, (tokens, layout.merge(arrays).cache_at(cache, start)))
+    return jax.lax.fori_loop(0, STEPS_PER_CALL, step, (tokens, cache.at(start)))

@@ -131,12 +131,11 @@ def decode(
     The memory, to be donated, is the carry of the loop, so that it is updated in place.
     """
     first = position - steps
-    layer = nnx.merge(graphdef, params)
 
     def step(i, carry):
         return nnx.merge(graphdef, params).step(carry[0], first + i, carry[1])
 
-    return jax.lax.fori_loop(0, steps, step, (x, layer.mixer.memory_at(memory, first)))
+    return jax.lax.fori_loop(0, steps, step, (x, memory))
 
 
 def product_operations(graphdef: nnx.GraphDef, params: nnx.State, batch: int, tokens: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from rat_jax.memory import tree_bytes
 from rat_jax.sampling import Engine, Request, SamplingParams
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.device_rows import DeviceRows
-from rat_jax.sampling.prefill import CHUNK_SIZES, read_chunk
+from rat_jax.sampling.prefill import CHUNK_SIZES, read_chunk, sizes_for
 from rat_jax.sampling.slots import Entries
 
 _RULE = SamplingParams.of()
@@ -147,8 +147,10 @@ def measure(decoder: Decoder, requests: list[Request], slots: int, steps: int) -
 
 def _serve(decoder: Decoder, requests: list[Request], slots: int, capacity: int) -> _Served:
     start = time.perf_counter()
-    engine = Engine(decoder, num_slots=slots, capacity=capacity, rule=_RULE, eos_id=None)
-    engine.compile([len(request.prompt) for request in requests])
+    lengths = [len(request.prompt) for request in requests]
+    sizes = sizes_for(lengths, CHUNK_SIZES)
+    engine = Engine(decoder, num_slots=slots, capacity=capacity, rule=_RULE, eos_id=None, chunk_sizes=sizes)
+    engine.compile(lengths)
     compiled = time.perf_counter()
     got = sum(len(event.tokens) for event in engine.serve(requests))
     end = time.perf_counter()

@@ -46,6 +46,15 @@ class ModelCache:
         """
         return jax.tree.map(lambda x: x[rows], self)
 
+    def at(self, position: Int[Array, ""]) -> "ModelCache":
+        """The cache of rows that have read `position` tokens of one document, its numbers as they are.
+
+        Measurements start in the middle of a row by it, without reading the tokens before.
+        """
+        ones = jnp.ones_like(self.stream.position)
+        stream = StreamState(segment_id=ones, num_documents=ones, position=position * ones, num_tokens=position * ones)
+        return dataclasses.replace(self, stream=stream)
+
 
 class DecoderModule(nnx.Module):
     """One block a layer, matrices in the compute dtype: stacked float32 ones would be cut and cast at every step.
@@ -79,15 +88,6 @@ class DecoderModule(nnx.Module):
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """As `LanguageModel.logits`."""
         return tied_logits(hidden, self.embedding[...])
-
-    def cache_at(self, cache: ModelCache, position: Int[Array, ""]) -> ModelCache:
-        """The cache of rows that have read `position` tokens of one document, its numbers as they are."""
-        ones = jnp.ones_like(cache.stream.position)
-        stream = StreamState(segment_id=ones, num_documents=ones, position=position * ones, num_tokens=position * ones)
-        memories = (
-            layer.mixer.memory_at(memory, position) for layer, memory in zip(self.layers, cache.layers, strict=True)
-        )
-        return ModelCache(tuple(memories), stream, cache.capacity)
 
     def step_bytes(self, cache: ModelCache, position: int) -> int:
         """Bytes that a step at `position` reads at least of a cache (arrays or their shapes)."""

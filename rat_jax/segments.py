@@ -41,6 +41,40 @@ class SegmentInfo:
         """True at the last token of every full run of `period` tokens of a document."""
         return (self.positions % period == period - 1) & self.is_token
 
+    # Caches keep what tokens leave in slots: token t of the row in slot t, or what it leaves at the end of a run of
+    # `period` tokens of its document in slot (t + 1) // period - 1. Such ends are `period` tokens apart or more, so
+    # that each has a slot of its own, and those of a document are neighbours. What a slot holds follows from where the
+    # row and its document are: no layer keeps a record of it.
+
+    def first_slots(self, period: int = 1) -> Int[Array, "B T"]:
+        """The slot of the first run of each token's document; that of its run c lies c further."""
+        return (self.token_index - self.positions) // period
+
+    def held(self, num_slots: int, period: int = 1) -> Int[Array, "B S"]:
+        """Documents of what slots held before the call, 0 where none of its tokens may see it.
+
+        They are those of the document that the row's first token continues.
+        """
+        segment_id, position, index = self._continued
+        begin, slots = (index - position) // period, jnp.arange(num_slots, dtype=jnp.int32)[None]
+        return jnp.where((slots >= begin) & (slots < begin + position // period), segment_id, PADDING)
+
+    def held_in_ring(self, num_slots: int) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+        """As `held` where token t is in slot t mod S and replaces the one before it; also which token a slot holds."""
+        segment_id, position, index = self._continued
+        last, slots = index - 1, jnp.arange(num_slots, dtype=jnp.int32)[None]
+        held_index = last - (last - slots) % num_slots
+        return jnp.where(held_index >= index - position, segment_id, PADDING), held_index
+
+    @property
+    def _continued(self) -> tuple[Int[Array, "B 1"], Int[Array, "B 1"], Int[Array, "B 1"]]:
+        """Segment, position and index of each row's first token; where a row has none it continues no document."""
+        first = jnp.argmax(self.is_token, axis=1)[:, None]
+        segment_id, position, index = (
+            jnp.take_along_axis(x, first, axis=1) for x in (self.segment_ids, self.positions, self.token_index)
+        )
+        return segment_id, jnp.where(segment_id == PADDING, 0, position), index
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

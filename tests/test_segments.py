@@ -40,3 +40,30 @@ def test_whole_rows_are_what_one_segment_a_row_describes():
     for name in ("segment_ids", "positions", "token_index"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(one, name))
     assert whole.contiguous and not one.contiguous
+
+
+def test_slots_hold_what_was_left_in_them():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0, 2, 2, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1, 0], [0] * 10])
+    whole, _ = from_segments(segments)
+    period, capacity, ring = 2, 4, 3
+    for cut in range(1, segments.shape[1]):
+        _, end = from_segments(segments[:, :cut])
+        later, _ = from_segments(segments[:, cut:], end)
+        for row in range(3):
+            slots, runs, last = np.zeros(10), np.zeros(capacity), [-1] * ring
+            new = np.flatnonzero(np.array(later.is_token[row]))
+            seen = int(later.segment_ids[row, new[0]]) if new.size else -1  # the document that may still see slots
+            for t in np.flatnonzero(np.array(whole.is_token[row, :cut])):
+                index, segment = int(whole.token_index[row, t]), int(whole.segment_ids[row, t])
+                slots[index], last[index % ring] = segment, index
+                if whole.ends(period)[row, t]:
+                    slot = int(whole.first_slots(period)[row, t] + whole.positions[row, t] // period)
+                    assert slot == (index + 1) // period - 1 and runs[slot] == 0
+                    runs[slot] = segment
+            np.testing.assert_array_equal(later.held(10)[row], np.where(slots == seen, slots, 0))
+            np.testing.assert_array_equal(later.held(capacity, period)[row], np.where(runs == seen, runs, 0))
+            held, index = (np.array(x[row]) for x in later.held_in_ring(ring))
+            for slot in range(ring):
+                visible = last[slot] >= 0 and slots[last[slot]] == seen
+                assert held[slot] == (seen if visible else 0)
+                assert not visible or index[slot] == last[slot]

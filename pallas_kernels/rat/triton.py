@@ -94,6 +94,8 @@ def rat_extend(
     state: State,
     segment_ids: jax.Array,
     positions: jax.Array,
+    first_slots: jax.Array,
+    held: jax.Array,
 ) -> tuple[jax.Array, State]:
     """Reads tokens that follow a state: out [B, T, D], and the state with them.
 
@@ -101,16 +103,27 @@ def rat_extend(
       shape: sizes for which `triton_tiling.unsupported_reason` has no reason; `continued`.
       projected, gate_bias: see `rat_forward`.
       state: of the tokens before these.
-      segment_ids, positions: see `triton_segments.continued_documents`.
+      segment_ids, positions, first_slots, held: see `triton_segments.continued_documents`.
     """
-    return extend(launcher.run, shape, projected, gate_bias, state, segment_ids, positions)
+    places = segment_ids, positions, first_slots, held
+    return extend(launcher.run, shape, projected, gate_bias, state, *places)
 
 
-def extend(run: launcher.Run, shape: RatShape, projected, gate_bias, state: State, segment_ids, positions):
+def extend(
+    run: launcher.Run,
+    shape: RatShape,
+    projected,
+    gate_bias,
+    state: State,
+    segment_ids,
+    positions,
+    first_slots,
+    held,
+):
     """The kernels of `rat_extend` through `run`, on JAX arrays."""
-    state_keys, state_values, summary_keys, summary_values, summary_segment_ids, num_summaries = state
-    documents, slots = continued_documents(shape, segment_ids, positions, summary_segment_ids, num_summaries)
+    state_keys, state_values, summary_keys, summary_values = state
     chunk_size, capacity = shape.chunk_size, summary_keys.shape[1]
+    documents, slots = continued_documents(shape, segment_ids, positions, first_slots, held)
     count = capacity + shape.num_chunks + 1  # rows that outgrow the cache turn no further
     places = jnp.minimum(positions // chunk_size, count - 1) * chunk_size + positions % chunk_size
     is_token = segment_ids != 0
@@ -134,14 +147,11 @@ def extend(run: launcher.Run, shape: RatShape, projected, gate_bias, state: Stat
         projected, values, current_scores, queries, summary_keys, summary_values, *documents.of_slots,
     )  # fmt: skip
     any_token = (last >= 0)[:, None, None]
-    completed = is_token & (positions % chunk_size == chunk_size - 1)
     return out, State(
         jnp.where(any_token, last_keys, state_keys),
         jnp.where(any_token, last_values, state_values),
         summary_keys,
         summary_values,
-        documents.slot_segments,
-        num_summaries + jnp.sum(completed, axis=1, dtype=jnp.int32),
     )
 
 

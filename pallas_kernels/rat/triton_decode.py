@@ -1,8 +1,8 @@
 """One new token a row: the running states, the summaries and the output in one kernel, in place.
 
 The equations are those of `rat`, for a token at position t of its document, t = c L + j: the states restart if j = 0,
-the token attends to its document's c summaries, the last c of the row's, and to the current pair, and if j = L - 1 its
-states become the row's next summary. Every summary of the document is read once, which bounds the time. With few rows,
+the token attends to its document's c summaries and to the current pair, and if j = L - 1 its states become the next of
+them. Every summary of the document is read once, which bounds the time. With few rows,
 `rat_decode_attend` first splits a row's summaries over programs.
 """
 
@@ -29,7 +29,7 @@ def rat_decode_attend(
     cosines,
     sines,
     positions,
-    num_summaries,
+    first_slots,
     summary_keys,
     summary_values,
     capacity,
@@ -52,7 +52,7 @@ def rat_decode_attend(
     n = tl.program_id(0) // SPLITS
     row = tl.program_id(1).to(tl.int64)
     half = tl.arange(0, HALF_PADDED)
-    begin, end = _slots_of_document(positions, num_summaries, row, capacity, L)
+    begin, end = _slots_of_document(positions, first_slots, row, capacity, L)
     q_low, q_high = _query(projected, cosines, sines, row, n, half, N, G, H, ROPE, SCORE_SCALE)
     size = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
     begin += split * size
@@ -77,7 +77,7 @@ def rat_decode_step(
     cosines,  # [B, H / 2] float32: of the rotation by the token's chunk index
     sines,
     positions,  # [B] int32: tokens of the document before this one
-    num_summaries,  # [B] int32: of the row; those past the capacity were dropped
+    first_slots,  # [B] int32: of the first chunk of the token's document; slots from the capacity on are not kept
     is_token,  # [B] int32: 0 leaves the row as it is and gives zero
     split_values,  # from `rat_decode_attend`; read only if SPLITS is above 1
     split_maxima,
@@ -111,7 +111,7 @@ def rat_decode_step(
     low, high = half < HALF, HALF + half < H
     position = tl.load(positions + row)
     use = tl.load(is_token + row) != 0
-    begin, end = _slots_of_document(positions, num_summaries, row, capacity, L)
+    begin, end = _slots_of_document(positions, first_slots, row, capacity, L)
     at = projected + row * (3 * D + 2 * G * H) + n * H + half
     state_at = row * D + n * H + half
     z_low, z_high = _vector(at, low, high, HALF)
@@ -149,7 +149,7 @@ def rat_decode_step(
     low, high = low & use, high & use
     _store_vector(state_keys + state_at, k_low, k_high, low, high, HALF)
     _store_vector(state_values + state_at, v_low, v_high, low, high, HALF)
-    slot = tl.load(num_summaries + row)
+    slot = tl.load(first_slots + row) + position // L
     if (position % L == L - 1) & (slot < capacity):
         if ROPE:
             k_low, k_high = k_low * cos - k_high * sin, k_high * cos + k_low * sin
@@ -159,11 +159,10 @@ def rat_decode_step(
 
 
 @triton.jit
-def _slots_of_document(positions, num_summaries, row, capacity, L: tl.constexpr):
-    """The summaries of the token's document: the last position // L of the row's, as far as they were kept."""
-    count = tl.load(num_summaries + row)
-    end = tl.minimum(count, capacity)
-    return tl.minimum(count - tl.load(positions + row) // L, end), end
+def _slots_of_document(positions, first_slots, row, capacity, L: tl.constexpr):
+    """The summaries of the token's document: position // L of them, as far as they were kept."""
+    begin = tl.load(first_slots + row)
+    return tl.minimum(begin, capacity), tl.minimum(begin + tl.load(positions + row) // L, capacity)
 
 
 @triton.jit
@@ -258,6 +257,7 @@ def rat_decode(
     state: State,
     segment_ids: jax.Array,
     positions: jax.Array,
+    first_slots: jax.Array,
 ) -> tuple[jax.Array, State]:
     """One token of every row: out [B, 1, D], and the state with it, in place where `state` is donated.
 
@@ -265,38 +265,34 @@ def rat_decode(
       shape: sizes for which `triton_tiling.unsupported_reason` has no reason, of one token a row.
       projected: [B, 1, 3 D + 2 G H], in the order of `rat`.
       gate_bias: [D] float32.
-      state: of the tokens before it; a row's document has completed at least positions // L of its chunks.
+      state: of the tokens before it.
       segment_ids: [B, 1] int32; a row whose id is 0 has no token, keeps its state, and its output is zero.
       positions: [B, 1] int32, the tokens of the token's document before it.
+      first_slots: [B, 1] int32, where the first chunk of the token's document has its summary.
     """
-    ids, position = segment_ids[:, 0], positions[:, 0]
+    is_token, position = segment_ids[:, 0] != 0, positions[:, 0]
     tables = rotation(position // shape.chunk_size, shape.head_dim, shape.rope_base)
-    places = (x.astype(jnp.int32) for x in (position, state.num_summaries, ids != 0))
-    out, *cache = step(
-        launcher.run, shape, projected, gate_bias.astype(jnp.float32), tables, *places, state[:4]
-    )  # fmt: skip
-    completed = (position % shape.chunk_size == shape.chunk_size - 1) & (ids != 0)
-    index = jnp.where(completed, state.num_summaries, state.summary_segment_ids.shape[1])
-    summary_segment_ids = state.summary_segment_ids.at[jnp.arange(shape.batch), index].set(ids, mode="drop")
-    return out, State(*cache, summary_segment_ids, state.num_summaries + completed.astype(jnp.int32))
+    places = (x.astype(jnp.int32) for x in (position, jnp.where(is_token, first_slots[:, 0], 0), is_token))
+    out, *cache = step(launcher.run, shape, projected, gate_bias.astype(jnp.float32), tables, *places, state)
+    return out, State(*cache)
 
 
-def step(run: launcher.Run, shape: RatShape, projected, gate_bias, tables, positions, num_summaries, is_token, cache):
+def step(run: launcher.Run, shape: RatShape, projected, gate_bias, tables, positions, first_slots, is_token, cache):
     """The kernels of a step through `run`, on the arrays of whatever library it runs them with."""
     capacity = cache[2].shape[1]
     splits = number_of_splits(shape, capacity)
     parts = (gate_bias,) * 3
     if splits > 1:
-        parts = run(attend_launch(shape, capacity, splits), projected, *tables, positions, num_summaries, *cache[2:])
+        parts = run(attend_launch(shape, capacity, splits), projected, *tables, positions, first_slots, *cache[2:])
     return run(
         step_launch(shape, capacity, splits),
-        projected, gate_bias, *tables, positions, num_summaries, is_token, *parts, *cache,
+        projected, gate_bias, *tables, positions, first_slots, is_token, *parts, *cache,
     )  # fmt: skip
 
 
 def number_of_splits(shape: RatShape, capacity: int) -> int:
     """Programs that share a row's summaries."""
-    return max(1, min(cdiv(ENOUGH_PROGRAMS, shape.batch * shape.num_heads), cdiv(capacity, 4 * KEYS)))
+    return max(1, min(cdiv(ENOUGH_PROGRAMS, shape.batch * shape.num_heads), cdiv(capacity, KEYS)))
 
 
 def attend_launch(shape: RatShape, capacity: int, splits: int) -> Launch:

@@ -60,49 +60,42 @@ def documents_of(shape: RatShape, segment_ids: jax.Array | None, positions: jax.
 
 
 def continued_documents(
-    shape: RatShape,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    summary_segment_ids: jax.Array,
-    num_summaries: jax.Array,
+    shape: RatShape, segment_ids: jax.Array, positions: jax.Array, first_slots: jax.Array, held: jax.Array
 ) -> tuple[Documents, jax.Array]:
     """The places in rows that continue from the summaries of a cache, and where in it new summaries go.
 
     Args:
       shape: sizes.
-      segment_ids: [B, T] int32, 0 is padding; a row resumes the document of its last summaries if the ids agree.
+      segment_ids: [B, T] int32, 0 is padding.
       positions: [B, T] int32, in the document, the tokens of earlier calls counted.
-      summary_segment_ids: [B, C] int32, of the slots filled before.
-      num_summaries: [B] int32, slots filled before; those past C were dropped.
+      first_slots: [B, T] int32, of the document's first chunk in the cache.
+      held: [B, C] int32, segments of slots filled before that the row's tokens may see, 0 elsewhere.
 
     Returns:
-      The places, in which `slot_tokens` is -1 for slots filled before, and [B, ceil(T / L)] int32, the slot in the
+      The places, in which `slot_tokens` is -1 for slots that are held, and [B, ceil(T / L)] int32, the slot in the
       cache for each block of L tokens, C where no chunk ends in the block.
     """
-    capacity = summary_segment_ids.shape[1]
     is_token = segment_ids != 0
     first = is_token & (jnp.cumsum(is_token, axis=1) == 1)
     chunk_starts = _chunk_starts(is_token, first | (positions % shape.chunk_size == 0))
-    ends = is_token & (positions % shape.chunk_size == shape.chunk_size - 1)
-    completed = num_summaries[:, None] + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+    capacity = held.shape[1]
+    end_slots = first_slots + (positions + 1) // shape.chunk_size
+    # Padding takes the place of the token before it.
+    first_slots, end_slots = (jax.lax.cummax(jnp.where(is_token, x, 0), axis=1) for x in (first_slots, end_slots))
     new_tokens = completing_tokens(shape, is_token, positions)
-    found = new_tokens < NEVER
-    slots = num_summaries[:, None] + jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1
-    slots = jnp.where(found, jnp.minimum(slots, capacity), capacity)
+    completing = jnp.minimum(new_tokens, shape.tokens - 1)
+    new_slots = jnp.take_along_axis(end_slots, completing, axis=1) - 1
+    slots = jnp.where(new_tokens < NEVER, jnp.minimum(new_slots, capacity), capacity)
     rows = jnp.arange(shape.batch)[:, None]
-    filled = jnp.arange(capacity, dtype=jnp.int32)[None, :] < num_summaries[:, None]
-    slot_tokens = jnp.where(filled, -1, NEVER).at[rows, slots].set(new_tokens, mode="drop")
-    new_segments = jnp.take_along_axis(segment_ids, jnp.minimum(new_tokens, shape.tokens - 1), axis=1)
-    slot_segments = summary_segment_ids.at[rows, slots].set(new_segments, mode="drop")
-    # A document's completed chunks are the row's last ones; padding takes the place of the token before it.
-    before = completed - ends - jnp.where(is_token, positions, 0) // shape.chunk_size
-    first_slots = jax.lax.cummax(jnp.where(is_token, before, 0), axis=1)
+    slot_tokens = jnp.where(held != 0, -1, NEVER).at[rows, slots].set(new_tokens, mode="drop")
+    new_segments = jnp.take_along_axis(segment_ids, completing, axis=1)
+    slot_segments = held.at[rows, slots].set(new_segments, mode="drop")
     places = Documents(
         positions.astype(jnp.int32),
         chunk_starts,
         segment_ids.astype(jnp.int32),
         first_slots.astype(jnp.int32),
-        jnp.minimum(completed, capacity),
+        jnp.minimum(end_slots, capacity).astype(jnp.int32),
         slot_tokens.astype(jnp.int32),
         slot_segments.astype(jnp.int32),
         jnp.zeros((1, 1), jnp.int32),

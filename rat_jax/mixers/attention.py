@@ -16,14 +16,13 @@ from rat_jax.mixers.base import (
     ModelShape,
     ReleaseCell,
     bytes_of,
-    filled,
     require_even_heads,
 )
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rope import rotate
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.shapes import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,6 @@ class AttentionCache:
 
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
-    segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
 
 
 class HeadProjections(Mixer):
@@ -126,31 +124,29 @@ class Attention(HeadProjections):
         info = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
         key_info = info
         if memory is not None:
-            memory = _append(memory, key, value, segments)
+            memory, key_info = _append(memory, key, value, segments)
             key, value = memory.key, memory.value
-            slots = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-            key_info = KeyInfo(memory.segment_ids, jnp.broadcast_to(slots, memory.segment_ids.shape))
         mixed = attention(query, key, value, query_info=info, key_info=key_info)
         return self.out_proj(mixed.out.reshape(x.shape)), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
         shape = (batch_size, capacity, self.shape.kv_heads, self.shape.head_dim)
         zeros = jnp.zeros(shape, self.shape.dtype)
-        return AttentionCache(zeros, zeros, jnp.zeros(shape[:2], jnp.int32))
-
-    def memory_at(self, memory: AttentionCache, position: Int[Array, ""]) -> AttentionCache:
-        batch_size, capacity = memory.segment_ids.shape
-        return dataclasses.replace(memory, segment_ids=filled(capacity, position, batch_size))
+        return AttentionCache(zeros, zeros)
 
     def step_bytes(self, memory: AttentionCache, position: int) -> int:
         return 2 * bytes_of(memory.key, position)
 
 
-def _append(memory: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> AttentionCache:
-    slots = jnp.where(segments.is_token, segments.token_index, memory.key.shape[1])
+def _append(memory: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> tuple[AttentionCache, KeyInfo]:
+    """The cache with new tokens, and what its slots hold then."""
+    num_slots = memory.key.shape[1]
+    slots = jnp.where(segments.is_token, segments.token_index, num_slots)
     rows = jnp.arange(slots.shape[0])[:, None]
-    return AttentionCache(
-        key=memory.key.at[rows, slots].set(key, mode="drop"),
-        value=memory.value.at[rows, slots].set(value, mode="drop"),
-        segment_ids=memory.segment_ids.at[rows, slots].set(segments.segment_ids, mode="drop"),
-    )
+
+    def write(old: Array, new: Array) -> Array:
+        return old.at[rows, slots].set(new, mode="drop")
+
+    segment_ids = write(segments.held(num_slots), segments.segment_ids)
+    token_index = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32)[None], segment_ids.shape)
+    return AttentionCache(write(memory.key, key), write(memory.value, value)), KeyInfo(segment_ids, token_index)

@@ -103,7 +103,7 @@ class Mixer(nnx.Module):
     """Moves information between tokens, [B, T, D] to [B, T, D]; see `rat_jax.mixers` for its use.
 
     A subclass takes plain arguments, fields of `ModelShape` and of its config, and holds them as `shape` and `config`;
-    it defines `mix`, `init_memory`, `memory_at` and `step_bytes`. Parameters are float32.
+    it defines `mix`, `init_memory` and `step_bytes`. Parameters are float32.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -183,13 +183,9 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def init_memory(self, batch_size: int, capacity: int) -> MixerCache:
-        """What is remembered before the first token, with room for `capacity` tokens a row."""
-        raise NotImplementedError
+        """What is remembered before the first token, with room for `capacity` tokens a row.
 
-    def memory_at(self, memory: MixerCache, position: Int[Array, ""]) -> MixerCache:
-        """The memory of rows that have read `position` tokens of one document, its numbers as they are.
-
-        Measurements start in the middle of a row by it, without reading the tokens before.
+        Where in it a row's tokens are follows from their places in the row (`SegmentInfo`), which all layers share.
         """
         raise NotImplementedError
 
@@ -233,12 +229,6 @@ def check_cache_size(batch_size: int, capacity: int) -> None:
     for name, size in (("batch_size", batch_size), ("capacity", capacity)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a whole number of 1 or more, got {size!r}")
-
-
-def filled(num_slots: int, count: Int[Array, ""], batch_size: int) -> Int[Array, "B S"]:
-    """Segment ids of slots of which the first `count` hold tokens of document 1."""
-    ids = (jnp.arange(num_slots, dtype=jnp.int32) < count).astype(jnp.int32)
-    return jnp.broadcast_to(ids[None], (batch_size, num_slots))
 
 
 def bytes_of(x: Shaped[Array | jax.ShapeDtypeStruct, "B S *axes"], num_slots: int | None = None) -> int:

@@ -16,7 +16,7 @@ from rat_jax.ops.gated_delta_rule import gated_delta_rule
 from rat_jax.ops.short_convolution import short_convolution
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32
 
 _LENGTH_EPSILON = 1e-6  # added to the squared lengths of queries and keys, as published
 _DECAY_RATES = (1e-4, 16.0)  # exp(A_log) starts uniform between them; published from 0, whose logarithm is not finite
@@ -173,9 +173,6 @@ class GatedDeltaNet(Mixer):
             state=jnp.zeros((batch_size, heads, key_dim, value_dim), jnp.float32),
             last_inputs=jnp.zeros(inputs, self.shape.dtype),
         )
-
-    def memory_at(self, memory: GatedDeltaNetCache, position: Int[Array, ""]) -> GatedDeltaNetCache:
-        return memory
 
     def step_bytes(self, memory: GatedDeltaNetCache, position: int) -> int:
         return bytes_of(memory.state) + bytes_of(memory.last_inputs)

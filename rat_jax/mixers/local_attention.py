@@ -11,7 +11,7 @@ from rat_jax.mixers.attention import HeadProjections
 from rat_jax.mixers.base import MixerConfig, ModelShape, ReleaseCell, bytes_of, require_even_heads
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.shapes import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,43 +47,40 @@ class LocalAttentionCache:
 
     key: Float[Array, "B S K H"]  # rotated; S = W + 1, or the capacity where it is less
     value: Float[Array, "B S K H"]
-    segment_ids: Int[Array, "B S"]  # 0 where nothing has been written
-    token_index: Int[Array, "B S"]  # which token of the row a slot holds
 
     @classmethod
     def empty(cls, batch_size: int, capacity: int, window: int, shape: ModelShape) -> "LocalAttentionCache":
         """The ring before the first token; its size does not grow with `capacity` once that exceeds the window."""
         ring = (batch_size, min(window + 1, capacity), shape.kv_heads, shape.head_dim)
-        zeros, none = jnp.zeros(ring, shape.dtype), jnp.zeros(ring[:2], jnp.int32)
-        return cls(zeros, zeros, segment_ids=none, token_index=none)
+        zeros = jnp.zeros(ring, shape.dtype)
+        return cls(zeros, zeros)
 
-    def extend(self, new: "LocalAttentionCache") -> tuple["LocalAttentionCache", "LocalAttentionCache"]:
+    def extend(
+        self, new: "LocalAttentionCache", segments: SegmentInfo
+    ) -> tuple["LocalAttentionCache", KeyInfo, "LocalAttentionCache"]:
         """What new tokens may attend to, and the ring after them; `new` has a slot for each of them, in their order."""
-        written = self._write(new)
-        if new.token_index.shape[1] == 1:  # the slot that the new token takes holds one that has just left the window
-            return written, written
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), self, new), written
+        size = self.key.shape[1]
+        last = jnp.max(jnp.where(segments.is_token, segments.token_index, -1), axis=1, keepdims=True)
+        is_kept = segments.is_token & (segments.token_index > last - size)  # of those that share a slot the last
+        slots = jnp.where(is_kept, segments.token_index % size, size)
+        rows = jnp.arange(slots.shape[0])[:, None]
 
-    def at(self, position: Int[Array, ""]) -> "LocalAttentionCache":
-        """The ring after `position` tokens of one document, its keys and values as they are."""
-        size = self.token_index.shape[1]
-        slots = jnp.arange(size)
-        index = position - 1 - (position - 1 - slots) % size  # the last token before `position` of each slot
-        index = jnp.broadcast_to(index[None], self.token_index.shape).astype(jnp.int32)
-        return dataclasses.replace(self, segment_ids=(index >= 0).astype(jnp.int32), token_index=index)
+        def write(old: Array, added: Array) -> Array:
+            return old.at[rows, slots].set(added, mode="drop")
+
+        written = jax.tree.map(write, self, new)
+        old_info, new_info = segments.held_in_ring(size), (segments.segment_ids, segments.token_index)
+        if slots.shape[1] == 1:  # the slot that the new token takes holds one that has just left the window
+            return written, KeyInfo(*map(write, old_info, new_info)), written
+
+        def join(old: Array, added: Array) -> Array:
+            return jnp.concatenate([old, added], axis=1)
+
+        return jax.tree.map(join, self, new), KeyInfo(*map(join, old_info, new_info)), written
 
     def bytes_read(self, position: int) -> int:
         """Bytes that a step at `position` reads of keys and values."""
         return 2 * bytes_of(self.key, position)
-
-    def _write(self, new: "LocalAttentionCache") -> "LocalAttentionCache":
-        """The ring after new tokens; of those that would share a slot only the last is written."""
-        size = self.token_index.shape[1]
-        is_token = new.segment_ids != 0
-        last = jnp.max(jnp.where(is_token, new.token_index, -1), axis=1, keepdims=True)
-        slots = jnp.where(is_token & (new.token_index > last - size), new.token_index % size, size)
-        rows = jnp.arange(slots.shape[0])[:, None]
-        return jax.tree.map(lambda old, added: old.at[rows, slots].set(added, mode="drop"), self, new)
 
 
 class LocalAttention(HeadProjections):
@@ -125,9 +122,6 @@ class LocalAttention(HeadProjections):
     def init_memory(self, batch_size: int, capacity: int) -> LocalAttentionCache:
         return LocalAttentionCache.empty(batch_size, capacity, self.config.window, self.shape)
 
-    def memory_at(self, memory: LocalAttentionCache, position: Int[Array, ""]) -> LocalAttentionCache:
-        return memory.at(position)
-
     def step_bytes(self, memory: LocalAttentionCache, position: int) -> int:
         return memory.bytes_read(position)
 
@@ -141,17 +135,12 @@ def attend_in_window(
     window: int,
 ) -> tuple[Float[Array, "B T N H"], LocalAttentionCache | None]:
     """Attention of new tokens to themselves and to `window` earlier ones, and the ring after them if there was one."""
-    seen = LocalAttentionCache(key, value, segments.segment_ids, segments.token_index)
+    seen = LocalAttentionCache(key, value)
+    query_info = key_info = KeyInfo.of(segments)
     aligned = memory is None
     if memory is not None:
-        seen, memory = memory.extend(seen)
+        seen, key_info, memory = memory.extend(seen, segments)
     attended = attention(
-        query,
-        seen.key,
-        seen.value,
-        query_info=KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous),
-        key_info=KeyInfo(seen.segment_ids, seen.token_index, segments.contiguous and aligned),
-        window=window,
-        aligned=aligned,
+        query, seen.key, seen.value, query_info=query_info, key_info=key_info, window=window, aligned=aligned
     )
     return attended.out, memory

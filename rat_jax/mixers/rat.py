@@ -17,14 +17,13 @@ from rat_jax.mixers.base import (
     ModelShape,
     ReleaseCell,
     bytes_of,
-    filled,
     require_even_heads,
 )
 from rat_jax.ops.rat import RatImplementation, rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Int
+from rat_jax.shapes import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +116,6 @@ class Rat(Mixer):
     def init_memory(self, batch_size: int, capacity: int) -> RatState:
         shape, dtype = self.shape, jnp.dtype(self.shape.dtype)
         return RatState.empty(batch_size, capacity, shape.num_heads, shape.head_dim, self.config.chunk_size, dtype)
-
-    def memory_at(self, memory: RatState, position: Int[Array, ""]) -> RatState:
-        batch_size, num_slots = memory.summary_segment_ids.shape
-        count = position // self.config.chunk_size
-        return dataclasses.replace(
-            memory,
-            summary_segment_ids=filled(num_slots, count, batch_size),
-            num_summaries=count * jnp.ones_like(memory.num_summaries),
-        )
 
     def step_bytes(self, memory: RatState, position: int) -> int:
         summaries = 2 * bytes_of(memory.summary_key, position // self.config.chunk_size)

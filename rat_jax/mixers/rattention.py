@@ -20,7 +20,7 @@ from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32
 
 _BRANCH_NORM_EPSILON = 1e-8
 _META = ParameterSpec((None, "kv_channels"), matmul=True)  # [meta_tokens, K H]
@@ -155,9 +155,6 @@ class Rattention(Mixer):
             state=jnp.zeros((batch_size, shape.kv_heads, 2 * shape.head_dim, shape.head_dim), jnp.float32),
         )
 
-    def memory_at(self, memory: RattentionCache, position: Int[Array, ""]) -> RattentionCache:
-        return dataclasses.replace(memory, ring=memory.ring.at(position))
-
     def step_bytes(self, memory: RattentionCache, position: int) -> int:
         return memory.ring.bytes_read(position) + bytes_of(memory.state)
 
@@ -215,8 +212,10 @@ class Rattention(Mixer):
         rows = jnp.arange(query.shape[0])[:, None]
         reach = options.window + 1
         index = segments.token_index - reach
-        slots = index % ring.token_index.shape[1]
-        from_ring = (ring.token_index[rows, slots] == index) & (ring.segment_ids[rows, slots] == segments.segment_ids)
+        ring_size = ring.key.shape[1]
+        slots = index % ring_size
+        held_segments, held_index = segments.held_in_ring(ring_size)
+        from_ring = (held_index[rows, slots] == index) & (held_segments[rows, slots] == segments.segment_ids)
         left_key, left_value = ring.key[rows, slots], ring.value[rows, slots]
         if options.rope:
             left_key = rotate(left_key, reach - segments.positions, options.rope_base)

@@ -14,7 +14,7 @@ from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, byt
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,6 @@ class Rnn(Mixer):
     def init_memory(self, batch_size: int, capacity: int) -> RnnCache:
         del capacity  # the state has one size
         return RnnCache(jnp.zeros((batch_size, self.shape.width), jnp.float32))
-
-    def memory_at(self, memory: RnnCache, position: Int[Array, ""]) -> RnnCache:
-        return memory
 
     def step_bytes(self, memory: RnnCache, position: int) -> int:
         return bytes_of(memory.state)

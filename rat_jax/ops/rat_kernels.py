@@ -72,16 +72,14 @@ class Extend(dispatch.Kernel):
         from pallas_kernels.rat.triton import rat_extend
         from pallas_kernels.rat.triton_decode import rat_decode
 
-        extend = rat_decode if self.shape.tokens == 1 else rat_extend
-        before = State(
-            state.key,
-            state.value,
-            state.summary_key,
-            state.summary_value,
-            state.summary_segment_ids,
-            state.num_summaries,
-        )
-        out, after = extend(self.shape, projected, gate_bias, before, segments.segment_ids, segments.positions)
+        before = State(state.key, state.value, state.summary_key, state.summary_value)
+        first_slots = segments.first_slots(self.shape.chunk_size)
+        arguments = self.shape, projected, gate_bias, before, segments.segment_ids, segments.positions, first_slots
+        if self.shape.tokens == 1:
+            out, after = rat_decode(*arguments)
+        else:
+            held = segments.held(state.summary_key.shape[1], self.shape.chunk_size)
+            out, after = rat_extend(*arguments, held)
         return (out, RatState(*after)), None
 
     def plain(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32
 
 
 @jax.tree_util.register_dataclass
@@ -14,15 +14,14 @@ from rat_jax.shapes import Array, Float, Float32, Int
 class RatState:
     """What later tokens need to know of a row: the running pair and the summaries of all full chunks.
 
-    A chunk that its document ended inside is never attended to, so that T tokens leave at most T // L summaries.
+    A chunk that its document ended inside is never attended to, so that T tokens leave at most T // L summaries. Where
+    they lie follows from where tokens are in their row and document: `SegmentInfo.first_slots` of period L.
     """
 
     key: Float32[Array, "B N H"]  # running k~, not rotated
     value: Float32[Array, "B N H"]  # running v~
     summary_key: Float[Array, "B S N H"]  # rotated by the chunk's position in its document
     summary_value: Float[Array, "B S N H"]
-    summary_segment_ids: Int[Array, "B S"]  # 0 where no summary has been written
-    num_summaries: Int[Array, " B"]
 
     @classmethod
     def empty(
@@ -32,14 +31,7 @@ class RatState:
         chunks = max(1, capacity // chunk_size)
         running = jnp.zeros((batch_size, num_heads, head_dim), jnp.float32)
         summaries = jnp.zeros((batch_size, chunks, num_heads, head_dim), dtype)
-        return cls(
-            key=running,
-            value=running,
-            summary_key=summaries,
-            summary_value=summaries,
-            summary_segment_ids=jnp.zeros((batch_size, chunks), jnp.int32),
-            num_summaries=jnp.zeros((batch_size,), jnp.int32),
-        )
+        return cls(key=running, value=running, summary_key=summaries, summary_value=summaries)
 
 
 class RatOutput(NamedTuple):

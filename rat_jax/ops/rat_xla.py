@@ -44,7 +44,7 @@ def mix(
         if shape.rope_base is not None:
             query = rotate(query, segments.positions // chunk_size, shape.rope_base)
         extended = None if state is None else _extend(state, running_key[:, -1], running_value[:, -1], summaries)
-        mixed = _attend(query, current_score, running_value, segments, summaries, state, extended)
+        mixed = _attend(chunk_size, query, current_score, running_value, segments, summaries, state, extended)
     out = (jax.nn.sigmoid(z.astype(jnp.float32)) * mixed.reshape(batch, tokens, width)).astype(projected.dtype)
     return RatOutput(out, extended)
 
@@ -56,6 +56,7 @@ class _Summaries(NamedTuple):
     value: Float[Array, "B C N H"]
     segment_ids: Int[Array, "B C"]  # 0: no chunk is completed among these tokens
     token_index: Int[Array, "B C"]  # of the token that completed the chunk
+    slots: Int[Array, "B C"]  # where a state keeps them; of no meaning where no chunk is completed
 
 
 def _summarise(
@@ -85,10 +86,12 @@ def _summarise(
         value=value.astype(dtype),
         segment_ids=jnp.where(found, pick(segments.segment_ids), 0),
         token_index=pick(segments.token_index),
+        slots=pick(segments.first_slots(chunk_size) + segments.positions // chunk_size),
     )
 
 
 def _attend(
+    chunk_size: int,
     query: Array,
     current_score: Array,
     own_value: Array,
@@ -101,13 +104,14 @@ def _attend(
     after = summaries.token_index + 1  # strictly earlier summaries alone are seen
     sources = [(summaries.key, summaries.value, summaries.segment_ids, after)]
     if state is not None:
-        before_all = jnp.full_like(state.summary_segment_ids, -1)
+        held = segments.held(state.summary_key.shape[1], chunk_size)
+        before_all = jnp.full_like(held, -1)
         if query.shape[1] == 1:
-            # A single token sees no summary of its own call. The new arrays are read, under the ids of the old: were
+            # A single token sees no summary of its own call. The new arrays are read, where the old ones are held: were
             # the old ones still read after the write, a loop over steps would copy all summaries at each.
-            sources = [(extended.summary_key, extended.summary_value, state.summary_segment_ids, before_all)]
+            sources = [(extended.summary_key, extended.summary_value, held, before_all)]
         else:
-            sources.insert(0, (state.summary_key, state.summary_value, state.summary_segment_ids, before_all))
+            sources.insert(0, (state.summary_key, state.summary_value, held, before_all))
     key, value, segment_ids, order = (
         jnp.concatenate(x, axis=1) if len(x) > 1 else x[0] for x in zip(*sources, strict=True)
     )
@@ -125,9 +129,7 @@ def _attend(
 
 def _extend(state: RatState, running_key: Array, running_value: Array, summaries: _Summaries) -> RatState:
     """Appends the completed chunks of a call; what does not fit the capacity is dropped."""
-    found = summaries.segment_ids != 0
-    slots = state.num_summaries[:, None] + jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1
-    slots = jnp.where(found, slots, state.summary_key.shape[1])
+    slots = jnp.where(summaries.segment_ids != 0, summaries.slots, state.summary_key.shape[1])
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def write(old, new):
@@ -138,6 +140,4 @@ def _extend(state: RatState, running_key: Array, running_value: Array, summaries
         value=running_value,
         summary_key=write(state.summary_key, summaries.key),
         summary_value=write(state.summary_value, summaries.value),
-        summary_segment_ids=write(state.summary_segment_ids, summaries.segment_ids),
-        num_summaries=state.num_summaries + found.sum(axis=1, dtype=jnp.int32),
     )

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -76,19 +76,11 @@ class DeviceRows:
         if lengths is not None:
             row_counts = [self._rows_for(min(len(lengths), self.row_counts[-1]))]
             sizes = sorted({size for length in set(lengths) for size in plan_chunks(length, self.chunk_sizes)})
-        lowered = []
-        for num_rows in row_counts:
-            prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
-            num_left = np.zeros((num_rows,), np.int32)
-            for size in sizes:
-                tokens = np.zeros((num_rows, size), np.int32)
-                lowered.append(self._run(read_chunk.lower, prompts, tokens, num_left))
-            lowered.append(self.lower_insert(prompts, Entries.none(num_rows, self.num_slots)))
-            self._known_row_counts.add(num_rows)
-        lowered += [self._run(first_tokens.lower, self.slots), self.lower_block()]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            for compiled in [pool.submit(program.compile) for program in lowered]:
-                compiled.result()
+            # Each program is compiled while the next is traced; those that take longest come first.
+            compiled = [pool.submit(program.compile) for program in self._lowered(row_counts, sizes[::-1])]
+            for future in compiled:
+                future.result()
 
     def lower_insert(self, prompts: PromptRows, entries: Entries) -> jax.stages.Lowered:
         """The program of `put`."""
@@ -143,6 +135,18 @@ class DeviceRows:
         if num_rows not in self._known_row_counts and self.row_counts[-1] in self._known_row_counts:
             return self.row_counts[-1]  # to compile for a few rows takes longer than to read some padding
         return num_rows
+
+    def _lowered(self, row_counts: Sequence[int], sizes: Sequence[int]) -> Iterator[jax.stages.Lowered]:
+        """All programs for chunks of these sizes of so many rows."""
+        for num_rows in reversed(row_counts):
+            prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
+            num_left = np.zeros((num_rows,), np.int32)
+            for size in sizes:
+                yield self._run(read_chunk.lower, prompts, np.zeros((num_rows, size), np.int32), num_left)
+            yield self.lower_insert(prompts, Entries.none(num_rows, self.num_slots))
+            self._known_row_counts.add(num_rows)
+        yield self.lower_block()
+        yield self._run(first_tokens.lower, self.slots)
 
     @property
     def _sizes(self) -> dict[str, Any]:

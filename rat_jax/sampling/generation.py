@@ -13,7 +13,7 @@ from rat_jax.model import LanguageModel
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.engine import Engine
 from rat_jax.sampling.errors import not_finite, require
-from rat_jax.sampling.prefill import CHUNK_SIZES, sizes_up_to
+from rat_jax.sampling.prefill import CHUNK_SIZES, sizes_for
 from rat_jax.sampling.request import Event, Request, check_ids
 from rat_jax.sampling.sampling_params import SamplingParams
 from rat_jax.sampling.submitted import prompt_digest
@@ -165,7 +165,7 @@ def make_engine(
         eos_id=eos_id,
         seed=seed,
         mesh=mesh,
-        chunk_sizes=_chunk_sizes(len(lengths), longest),
+        chunk_sizes=_chunk_sizes(lengths),
     )
     if max_new_tokens > 1:  # else no steps are needed
         engine.compile(lengths)
@@ -179,8 +179,8 @@ def mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:
     return sharding.mesh if is_on_mesh and sharding.mesh.size > 1 else None
 
 
-def _chunk_sizes(num_prompts: int, longest: int) -> tuple[int, ...]:
+def _chunk_sizes(lengths: Sequence[int]) -> tuple[int, ...]:
     """One size for a few prompts, which are read sooner than a second program is compiled."""
-    if num_prompts > _FEW_PROMPTS:
-        return sizes_up_to(longest, CHUNK_SIZES)
-    return (min(CHUNK_SIZES[-1], max(CHUNK_SIZES[0], 1 << (longest - 1).bit_length())),)
+    if len(lengths) > _FEW_PROMPTS:
+        return sizes_for(lengths, CHUNK_SIZES)
+    return (min(CHUNK_SIZES[-1], max(CHUNK_SIZES[0], 1 << (max(lengths) - 1).bit_length())),)

@@ -13,6 +13,7 @@ from rat_jax.mesh import constrain_rows
 from rat_jax.shapes import Array, Bool, Float, Int
 
 CHUNK_SIZES = (16, 64, 256, 1024)  # tokens of a row read in one call; the largest bounds the memory that a call takes
+_PROGRAM_COST = 1.05  # times the tokens are read rather than one more size compiled
 _CALL_COST = 16  # tokens a row that could be read in the time by which a call is slower than a part of another
 
 
@@ -86,6 +87,19 @@ def plan_chunks(num_tokens: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
         return rounded
     exact = whole + plan_chunks(rest, tuple(smaller))
     return min(exact, rounded, key=lambda plan: sum(plan) + _CALL_COST * len(plan))
+
+
+def sizes_for(lengths: Sequence[int], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes, ascending, for prompts of these lengths: without small ones that save little padding."""
+    sizes = sizes_up_to(max(lengths), sizes)
+
+    def num_read(sizes: tuple[int, ...]) -> int:
+        return sum(sum(plan_chunks(length, sizes)) for length in lengths)
+
+    most = _PROGRAM_COST * num_read(sizes)
+    while len(sizes) > 1 and num_read(sizes[1:]) <= most:
+        sizes = sizes[1:]
+    return sizes
 
 
 def sizes_up_to(num_tokens: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

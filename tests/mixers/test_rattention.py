@@ -82,4 +82,4 @@ def test_cache_holds_the_window_and_a_state_whatever_the_length():
         sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda n=n: mixer.init_memory(3, n))))
         for n in (5, 1 << 10, 1 << 20)
     ]
-    assert sizes == [3 * (5 * (2 * 2 * HEAD_DIM + 2) + 2 * 2 * HEAD_DIM * HEAD_DIM)] * 3
+    assert sizes == [3 * (5 * 2 * 2 * HEAD_DIM + 2 * 2 * HEAD_DIM * HEAD_DIM)] * 3

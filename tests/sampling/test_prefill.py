@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from rat_jax.sampling.prefill import CHUNK_SIZES, chunk_of, empty_prompts, plan_chunks, read_chunk, sizes_up_to
+from rat_jax.sampling.prefill import (
+    CHUNK_SIZES,
+    chunk_of,
+    empty_prompts,
+    plan_chunks,
+    read_chunk,
+    sizes_for,
+    sizes_up_to,
+)
 from tests.small import small_model
 
 
@@ -23,6 +31,20 @@ def test_chunks_hold_the_prompt_with_little_padding():
 )
 def test_sizes_that_prompts_have_use_for(longest, sizes):
     assert sizes_up_to(longest, CHUNK_SIZES) == sizes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([5, 12], (16,)),
+        ([20, 40, 60], (16, 64)),  # 176 tokens in place of 192, were there no 16
+        ([50, 60, 64], (64,)),
+        (range(20, 1000), (64, 256, 1024)),
+        (range(1020, 1025), (1024,)),
+    ],
+)
+def test_sizes_that_save_little_padding_are_left_out(lengths, sizes):
+    assert sizes_for(lengths, CHUNK_SIZES) == sizes
 
 
 def test_chunks_of_any_size_give_the_same():

@@ -139,10 +139,9 @@ def test_a_decode_step_is_traced_with_its_state():
     import_jax_triton()
     shape = triton_twin.shape_of(2, 1, 4, 2, 16, 4, "bfloat16")
     running, summaries = jnp.zeros((2, 4, 16)), jnp.zeros((2, 300, 4, 16), jnp.bfloat16)
-    places = jnp.zeros((2, 300), jnp.int32), jnp.zeros(2, jnp.int32)
-    state = State(running, running, summaries, summaries, *places)
+    state = State(running, running, summaries, summaries)
     arrays = (jnp.zeros((2, 1, shape.projected_width), jnp.bfloat16), jnp.zeros(64), state)
-    arrays += (jnp.ones((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32))
+    arrays += (jnp.ones((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 1), jnp.int32))
     out, after = jax.eval_shape(lambda *arrays: triton_decode.rat_decode(shape, *arrays), *arrays)
     assert out.shape == (2, 1, 64)
     assert [(x.shape, x.dtype) for x in after] == [(x.shape, x.dtype) for x in state]

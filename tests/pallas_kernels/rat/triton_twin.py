@@ -18,6 +18,7 @@ from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
 from pallas_kernels.rat.triton_segments import Documents, documents_of
+from rat_jax.segments import SegmentInfo
 
 ROPE_BASE = 10_000.0
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
@@ -163,7 +164,7 @@ def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu") 
     slots = (p.batch, capacity, p.num_heads, p.head_dim)
     cache = [torch.full(state, math.nan, device=device) for _ in range(2)]
     cache += [torch.full(slots, math.nan, device=device, dtype=projected.dtype) for _ in range(2)]
-    done, num_summaries = np.zeros((2, p.batch), np.int32)
+    done = np.zeros(p.batch, np.int32)
     rows = np.arange(p.batch)
     out = torch.zeros(wanted.shape, dtype=torch.float64)
     count = 0
@@ -175,14 +176,14 @@ def decode_error(case: Case, capacity: int, seed: int = 0, device: str = "cpu") 
         token = projected[rows, now][:, None].contiguous().to(device)
         turns = rotation(jnp.asarray(positions // p.chunk_size), p.head_dim, p.rope_base)
         tables = [torch.tensor(np.array(x), device=device) for x in turns]
-        places = [torch.tensor(x, device=device) for x in (positions, num_summaries, is_token.astype(np.int32))]
+        first_slots = np.where(is_token, (done - positions) // p.chunk_size, 0).astype(np.int32)
+        places = [torch.tensor(x, device=device) for x in (positions, first_slots, is_token.astype(np.int32))]
         y, *cache = triton_decode.step(run, p, token, gate_bias.to(device), tables, *places, tuple(cache))
         for b in range(p.batch):
             if is_token[b]:
                 out[b, done[b]] = y[b, 0].double().cpu()
             else:
                 assert not y[b].any()
-        num_summaries = num_summaries + (is_token & (positions % p.chunk_size == p.chunk_size - 1)).astype(np.int32)
         done = done + is_token
         count += 1
     return float((out - wanted).norm() / wanted.norm())
@@ -203,11 +204,14 @@ def extend_error(case: Case, capacity: int, parts: tuple[int, ...], seed: int = 
     positions = case.positions if p.segmented else np.arange(p.tokens, dtype=np.int32)[None].repeat(p.batch, 0)
     state = jnp.full((p.batch, p.num_heads, p.head_dim), jnp.nan)
     slots = jnp.full((p.batch, capacity, p.num_heads, p.head_dim), jnp.nan)
-    cache = State(state, state, slots, slots, jnp.zeros((p.batch, capacity), jnp.int32), jnp.zeros(p.batch, jnp.int32))
+    cache = State(state, state, slots, slots)
+    index = np.cumsum(ids != 0, axis=1, dtype=np.int32) - 1
     out, start = [], 0
     for size in parts:
         part = slice(start, start + size)
-        places = (jnp.asarray(ids[:, part]), jnp.asarray(positions[:, part]))
+        segments = SegmentInfo(*(jnp.asarray(x[:, part]) for x in (ids, positions, index)), contiguous=False)
+        places = (segments.segment_ids, segments.positions, segments.first_slots(p.chunk_size))
+        places += (segments.held(capacity, p.chunk_size),)
         sizes = dataclasses.replace(p, tokens=size, segmented=True, continued=True)
         arrays = (jnp.asarray(projected[:, part].numpy()), jnp.asarray(gate_bias.numpy()))
         y, cache = triton.extend(run_on_jax, sizes, *arrays, cache, *places)

@@ -4,16 +4,22 @@ What it shares with the other 3B models stands in `configs/attention_3b.py`. In 
 windows of 2048 and keeps working far beyond its training length.
 
   python train.py --config=configs/rattention_3b.py --workdir=runs/rattention_3b
+
+`configs/rattention_3b.py:rattention` has RAttention in every layer: a cache that does not grow.
 """
 
 from ml_collections import config_dict
 
 from configs import attention_3b
 
+_PATTERNS = {"hybrid": ("attention", "rattention", "rattention", "rattention"), "rattention": ("rattention",)}
 
-def get_config() -> config_dict.ConfigDict:
+
+def get_config(layers: str = "hybrid") -> config_dict.ConfigDict:
+    if layers not in _PATTERNS:
+        raise ValueError(f"{layers!r} is none of {', '.join(_PATTERNS)}")
     config = attention_3b.get_config()
-    config.model.pattern = ("attention", "rattention", "rattention", "rattention")
+    config.model.pattern = _PATTERNS[layers]
     config.model.attention.rope = False
     config.model.rattention.window = 512
     return config

@@ -15,6 +15,7 @@ from flax import nnx
 
 from configs import default
 from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
+from rat_jax.config_file import load_config_file
 from rat_jax.mixers import MIXERS, RatConfig
 from rat_jax.model import LanguageModel
 from rat_jax.paths import PathError
@@ -44,6 +45,25 @@ def test_config_builds_abstractly(file):
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
     if file.stem in MILLIONS:
         assert round(parameters / 1e6, 1) == MILLIONS[file.stem]
+
+
+@pytest.mark.parametrize(
+    ("argument", "pattern"),
+    [
+        ("niah.py:rat,384", ("rat",)),
+        ("rattention_3b.py:rattention", ("rattention",)),
+        ("rattention_3b.py:hybrid", ("attention", "rattention", "rattention", "rattention")),
+    ],
+)
+def test_arguments_choose_the_layers(argument, pattern):
+    config = config_from_dict(load_config_file(f"configs/{argument}", "--config"))
+    assert config.model.pattern == pattern
+
+
+@pytest.mark.parametrize("argument", ["niah.py:rat,2048", "rattention_3b.py:all"])
+def test_arguments_that_choose_nothing(argument):
+    with pytest.raises(ConfigError, match="is none of"):
+        load_config_file(f"configs/{argument}", "--config")
 
 
 def test_round_trip():

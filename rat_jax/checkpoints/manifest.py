@@ -1,12 +1,13 @@
 """The manifest of a checkpoint: what it holds, and how to see that all of it is still there."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import pathlib
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -16,6 +17,7 @@ from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
 from rat_jax.data.json_object import checksum, is_digest
+from rat_jax.data.workers import available_cpus
 from rat_jax.files import ContentError, FileError, explain, read_object, write_json
 
 FORMAT_VERSION = 4
@@ -26,6 +28,7 @@ _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
 MODEL_ONLY_FOLDER = "0"  # where a model alone is saved, whatever its step: a run that starts from it saves later steps
 ITEMS = ("params", "optimizer")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class VersionError(CheckpointError):
@@ -128,21 +131,19 @@ class Manifest:
           CheckpointError: naming the first that is missing, cut short, changed or not listed.
           FileError: if the system refuses to read one that is there.
         """
-        for name, (size, digest) in self.files.items():
-            file = path / name
-            try:
-                found = file.stat().st_size if file.is_file() else None
-                if found == size and (not contents or sha256(file) == digest):
-                    continue
-            except FileNotFoundError:
-                found = None
-            except OSError as error:
-                raise FileError(f"{file} cannot be read: {explain(error)}") from error
+        for name, (size, _) in self.files.items():
+            found = _of_file(path / name, lambda file: file.stat().st_size if file.is_file() else None)
             if found is None:
                 raise CheckpointError(f"{path} is damaged: {name} is missing")
             if found != size:
                 raise CheckpointError(f"{path} is damaged: {name} has {found} bytes, not {size}")
-            raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
+        if contents:
+            found_digests = in_parallel(lambda name: _of_file(path / name, sha256), self.files)
+            for (name, (_, digest)), found in zip(self.files.items(), found_digests, strict=True):
+                if found is None:
+                    raise CheckpointError(f"{path} is damaged: {name} is missing")
+                if found != digest:
+                    raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
         for item in self.arrays:
             for file in sorted((path / item).rglob("[!.]*")):  # what begins with a dot is the file system's own
                 name = str(file.relative_to(path))
@@ -244,6 +245,25 @@ def versions_here() -> dict[str, str]:
         "orbax-checkpoint": ORBAX_VERSION,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
+
+
+def _of_file(file: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
+    """What `read` says of a file; None if it is missing."""
+    try:
+        return read(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FileError(f"{file} cannot be read: {explain(error)}") from error
+
+
+def in_parallel(function: Callable[[S], T], arguments: Collection[S]) -> Iterator[T]:
+    """Results in order, by a thread a CPU: for functions that wait, or that hash, which holds no lock.
+
+    A checkpoint of 1.3 billion parameters and its optimizer has 16 GB, some ten seconds of one CPU.
+    """
+    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
+        yield from pool.map(function, arguments)
 
 
 def sha256(file: pathlib.Path) -> str:

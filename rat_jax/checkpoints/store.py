@@ -27,6 +27,7 @@ from rat_jax.checkpoints.manifest import (
     Manifest,
     VersionError,
     from_first_host,
+    in_parallel,
     sha256,
     versions_here,
 )
@@ -181,7 +182,10 @@ class Checkpoints:
         with write_errors(path):
             if is_first_host:
                 files = sorted(file for file in path.rglob("*") if file.is_file())
-                digests = {str(file.relative_to(path)): [file.stat().st_size, sha256(file)] for file in files}
+                digests = {
+                    str(file.relative_to(path)): [file.stat().st_size, digest]
+                    for file, digest in zip(files, in_parallel(sha256, files), strict=True)
+                }
                 if self._owner is not None:
                     self._owner.check()
                 dataclasses.replace(manifest, files=digests).write(path)

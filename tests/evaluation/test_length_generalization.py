@@ -84,8 +84,8 @@ def expected_sums(model: LanguageModel, batch: Batch, edges: list[int]) -> tuple
     return tuple(np.array(sums).T)
 
 
-# Kinds with positions are here by themselves; two hybrids show that kinds go together.
-SLOW = ("rat_swa", "attention_rattention_nope")
+# Kinds with positions are here by themselves, or as RAttention in the last; two hybrids show that kinds go together.
+SLOW = ("rattention", "rat_swa", "attention_rattention_nope")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS])

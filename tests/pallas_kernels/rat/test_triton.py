@@ -60,10 +60,24 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(("capability", "segmented"), [(80, True), (90, False)])
-def test_kernels_compile_for_gpus(capability, segmented):
+FORWARD = [triton_recurrence.forward_launch, triton_attention.forward_launch]
+
+
+# Every kernel for one of the cards, and for both where there is time.
+@pytest.mark.parametrize(
+    ("capability", "segmented", "is_forward"),
+    [
+        (80, True, False),
+        (90, False, True),
+        pytest.param(80, True, True, marks=pytest.mark.slow),
+        pytest.param(90, False, False, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_for_gpus(capability, segmented, is_forward):
     small = triton_twin.shape_of(1, 64, 4, 2, 32, 2, "bfloat16", segmented=segmented)
     for make, inputs in LAUNCHES.items():
+        if (make in FORWARD) != is_forward:
+            continue
         dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in inputs.split())
         found = triton_compile.compile_launch(make(small), dtypes, capability)
         assert make(small).name in found.text
@@ -84,9 +98,9 @@ def test_decode_kernels_compile_for_gpus():
 @pytest.mark.parametrize(
     "make",
     [
-        triton_attention.forward_launch,
-        triton_attention_backward.queries_launch,
-        triton_attention_backward.summaries_launch,
+        pytest.param(triton_attention.forward_launch, marks=pytest.mark.slow),
+        triton_attention_backward.queries_launch,  # holds the most
+        pytest.param(triton_attention_backward.summaries_launch, marks=pytest.mark.slow),
     ],
 )
 def test_long_rows_fit_cards_with_little_shared_memory(make):

@@ -118,7 +118,8 @@ class LiveRun:
 
     def wait_somewhere(self) -> int:
         """Waits for a step drawn at random; returns it."""
-        step = self.rng.randrange(5, self.num_steps // 5 if self.num_workers else self.num_steps - 40)  # processes read slowly
+        last = self.num_steps // 5 if self.num_workers else self.num_steps - 40  # processes read slowly
+        step = self.rng.randrange(5, last)
         self.wait_for_step(step)
         time.sleep(self.rng.random() * 0.05)
         return step

@@ -23,7 +23,12 @@ NEW = STEPS_PER_CALL + 4  # more than one device call
 LENGTHS = [1, 3, 4, 9, 12]  # chunks of the models have 4 tokens, windows 5; one cache size and one prefill for all
 
 
-@pytest.fixture(scope="module", params=[("rat", "local_attention"), ("attention", "rnn")], ids="+".join)
+# tests/sampling/test_engine.py has every kind by itself.
+@pytest.fixture(
+    scope="module",
+    params=[("rat", "local_attention"), pytest.param(("attention", "rnn"), marks=pytest.mark.slow)],
+    ids="+".join,
+)
 def model(request):
     return small_model(request.param)
 

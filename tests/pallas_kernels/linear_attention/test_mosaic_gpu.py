@@ -32,12 +32,15 @@ CASES = {  # B, T, N, K, H, dtype, feature map, key_lag
     "whole_rows": (70, 300, 4, 2, 64, "bfloat16", "softmax", 65),
 }
 SMALL = (1, 304, 2, 1, 64, "bfloat16", "softmax", 65)
-EMULATED = {name: CASES[name] for name in ("no_delay", "short", "nothing_seen")} | {
-    "any_delay": (1, *CASES["any_delay"][1:]),  # "short" has several rows
-    "relu": (1, *CASES["relu"][1:]),
-    "whole_tiles": (1, 600, 2, 1, 64, "float16", "softmax", 64),
-    "one_more": (1, 600, 2, 1, 128, "bfloat16", "softmax", 65),
-}
+EMULATED = (
+    {name: CASES[name] for name in ("no_delay", "short", "nothing_seen")}
+    | {
+        "any_delay": (1, *CASES["any_delay"][1:]),  # "short" has several rows
+        "relu": (1, *CASES["relu"][1:]),
+        "whole_tiles": (1, 600, 2, 1, 64, "float16", "softmax", 64),
+        "one_more": (1, 600, 2, 1, 128, "bfloat16", "softmax", 65),
+    }
+)
 LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}
 NAMES = ("out", "final", "d_query", "d_key", "d_value")
 
@@ -112,7 +115,9 @@ def check_values(case, want, values):
 LOWERED_SLOWLY = ("plain", "short", "no_delay", "nothing_seen")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LOWERED_SLOWLY)) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LOWERED_SLOWLY)) for name in CASES]
+)
 def test_kernels_lower_for_cuda(name):
     arrays = jax.eval_shape(lambda: inputs(CASES[name]))
     traced = jax.jit(functools.partial(both, CASES[name])).trace(*arrays)

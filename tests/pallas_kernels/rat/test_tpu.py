@@ -111,8 +111,12 @@ def check(case, results, d_out, tolerance):
 
 # The longest takes the tiles of "chunks of one", many of them as "several tiles" do; a row is shorter than its chunk in
 # "one token" and longer in "several tiles"; chunks lie over tiles in "one long chunk" and, packed, in "packed, chunks
-# over tiles"; packed chunks of several tokens are in the latter and in tests/ops/test_rat.py.
-SLOW = ("long", "chunk less one", "one chunk", "chunk and one", "chunks over tiles", "packed")
+# over tiles"; packed chunks of several tokens are in the latter and in tests/ops/test_rat.py, chunks of one in rows
+# that are not packed.
+SLOW = (
+    *("long", "chunk less one", "one chunk", "chunk and one", "chunks over tiles"),
+    *("packed", "packed, chunks of one"),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])

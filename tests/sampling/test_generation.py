@@ -61,7 +61,8 @@ def test_greedy_tokens_are_the_argmax_of_one_pass(model):
         assert likeliest[row, len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == result
 
 
-@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+# Greedy rows beside others are in tests/sampling/test_engine.py.
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"])
 def test_batched_equals_one_by_one(rat_model, settings):
     together = generate(rat_model, PROMPTS, max_new_tokens=NEW, **settings)
     alone = [generate(rat_model, [prompt], max_new_tokens=NEW, **settings)[0] for prompt in PROMPTS]

@@ -82,7 +82,7 @@ WITH_ALL = {"segmented": True, "initial_rows": 1, "initial_heads": 16}
 @pytest.mark.parametrize(
     ("change", "part", "spilled"),
     [
-        (WITH_ALL, "keys", 1200),  # spills the most
+        (WITH_ALL, "keys", 1200),
         pytest.param(WITH_ALL, "", 1200, marks=pytest.mark.slow),
         pytest.param({}, "", 512, marks=pytest.mark.slow),
     ],

@@ -118,7 +118,7 @@ def test_decode_kernels_compile_for_gpus():
     "make",
     [
         pytest.param(triton_attention.forward_launch, marks=pytest.mark.slow),
-        triton_attention_backward.queries_launch,  # holds the most
+        triton_attention_backward.queries_launch,
         pytest.param(triton_attention_backward.summaries_launch, marks=pytest.mark.slow),
     ],
 )

@@ -10,11 +10,11 @@ from typing import Any
 _REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-def run(program: str) -> Any:
+def run(program: str, *arguments: str) -> Any:
     """What a module prints as JSON."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", program]
+    command = [sys.executable, "-m", program, *arguments]
     done = subprocess.run(command, cwd=_REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -1,4 +1,7 @@
-"""Two training steps, and scores of tokens, on several meshes; run on four devices by test_sharding.py, prints JSON."""
+"""Two training steps, and scores of tokens, on the meshes that its arguments name; prints JSON.
+
+test_sharding.py runs it on four devices.
+"""
 
 import json
 import sys
@@ -63,5 +66,5 @@ def run(data: int, fsdp: int, parts: int) -> dict:
 
 
 if __name__ == "__main__":
-    results = {name: run(*sizes) for name, sizes in MESHES.items()}
+    results = {name: run(*MESHES[name]) for name in sys.argv[1:]}
     json.dump(results, sys.stdout)

@@ -40,6 +40,9 @@ WRONG = {
 }
 
 
+RUN_ALL = "import runpy, sys; [runpy.run_path(script, run_name='__main__') for script in sys.argv[1:]]"
+
+
 @pytest.fixture(scope="module")
 def problems():
     """What is wrong with each command of the pages, and with each that is wrong on purpose; None for nothing."""
@@ -83,22 +86,32 @@ def test_every_block_names_a_language_that_is_checked_or_is_text(page):
     assert documented.languages(page) <= {"sh", "python", "text", "bibtex"}
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if documented.blocks(page, "python")], ids=lambda page: page.name
-)
-def test_python_blocks_run(page, tmp_path):
-    """All of a page in one process, in order, in a folder with a workdir and a file of the release."""
+def test_python_blocks_run(tmp_path):
+    """Those of a page in order, in a folder with a workdir and a file of the release.
+
+    All pages run in one process, which imports and compiles once what they share.
+    """
     config = dataclasses.replace(tiny_config("corpus").model, vocab_size=257)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     run = dataclasses.replace(tiny_config("corpus"), model=config)
     save_model(tmp_path / "runs" / "default", run, model, 0, ByteTokenizer())
     _, release_config, state_dict = recording("rat")
     write_release_file(tmp_path / "rat-xl.pth", ReleaseFile(state_dict, release_config, 0))
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(documented.blocks(page, "python")))
+    scripts = []
+    (tmp_path / "pages").mkdir()
+    for page in PAGES:
+        if blocks := documented.blocks(page, "python"):
+            scripts.append(tmp_path / "pages" / f"{page.stem}.py")
+            scripts[-1].write_text("\n".join(blocks))
+    assert len(scripts) > 2
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", RUN_ALL, *scripts],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
 

@@ -116,15 +116,25 @@ class TestMesh:
 
 @pytest.fixture(scope="module")
 def results():
-    """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    return four_devices.run("tests.sharded_steps")
+    """What a process of its own, which sees four CPU devices, computed on one of them and on two by two."""
+    return four_devices.run("tests.sharded_steps", "1x1", "2x2")
+
+
+@pytest.fixture(scope="module")
+def results_of_lines():
+    """The same on meshes of one axis, which 2x2 has both."""
+    return four_devices.run("tests.sharded_steps", "1x1", "4x1", "1x4")
+
+
+LINES = [pytest.param("results_of_lines", mesh, marks=pytest.mark.slow, id=mesh) for mesh in ("4x1", "1x4")]
 
 
 class TestFourDevices:
     """Four devices compute what one does."""
 
-    @pytest.mark.parametrize("mesh", ["4x1", "1x4", "2x2"])
-    def test_every_mesh_computes_the_same(self, results, mesh):
+    @pytest.mark.parametrize(("computed", "mesh"), [*LINES, pytest.param("results", "2x2", id="2x2")])
+    def test_every_mesh_computes_the_same(self, request, computed, mesh):
+        results = request.getfixturevalue(computed)
         one, many = results["1x1"], results[mesh]
         np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
         assert one["losses"][1] < one["losses"][0]
@@ -133,10 +143,15 @@ class TestFourDevices:
         for a, b, start in zip(many["params"], one["params"], one["start"], strict=True):
             moved = np.abs(np.subtract(b, start)).max()
             np.testing.assert_allclose(a, b, atol=1e-4 * moved)
+        assert many["compiled"] == 1
 
-    @pytest.mark.parametrize(("mesh", "part"), [("1x1", 1), ("4x1", 1), ("1x4", 1 / 4), ("2x2", 1 / 2)])
-    def test_the_optimizer_state_is_cut_like_its_parameters(self, results, mesh, part):
-        assert results[mesh]["moments_on_a_device"] == part
+    def test_the_optimizer_state_is_cut_like_its_parameters(self, results):
+        assert {mesh: result["moments_on_a_device"] for mesh, result in results.items()} == {"1x1": 1, "2x2": 1 / 2}
+
+    @pytest.mark.slow
+    def test_the_optimizer_state_is_cut_along_one_axis(self, results_of_lines):
+        parts = {mesh: result["moments_on_a_device"] for mesh, result in results_of_lines.items()}
+        assert parts == {"1x1": 1, "4x1": 1, "1x4": 1 / 4}
 
     def test_scores_of_tokens(self, results):
         np.testing.assert_allclose(results["2x2"]["log_probs"], results["1x1"]["log_probs"], atol=1e-4)

@@ -8,8 +8,11 @@ import pytest
 from benchmarks.caches import random_contents
 from tests.small import PATTERNS, small_model
 
+# The kinds of the hybrid are here by themselves.
+MARKED = [pytest.param(pattern, marks=[pytest.mark.slow] * (len(pattern) > 1)) for pattern in PATTERNS]
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
+
+@pytest.mark.parametrize("pattern", MARKED, ids="+".join)
 def test_positions_are_those_of_rows_that_were_read(pattern):
     decoder = small_model(pattern).decoder()
     module = decoder.layout.merge(decoder.arrays)

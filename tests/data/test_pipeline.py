@@ -280,7 +280,12 @@ def test_worker_processes_change_nothing(config):
     data.close()
     passes = validation_data(dataclasses.replace(workers, num_workers=1))
     assert_equal(list(passes), list(validation_data(config)))
-    passes = validation_data(dataclasses.replace(workers, num_workers=1), max_batches=2)
+
+
+@pytest.mark.slow
+def test_a_worker_process_of_a_part_of_the_validation(config):
+    config = dataclasses.replace(config, segment_documents=True)
+    passes = validation_data(dataclasses.replace(config, num_workers=1), max_batches=2)
     assert_equal(list(passes), list(validation_data(config, max_batches=2)))
 
 

@@ -84,8 +84,9 @@ def expected_sums(model: LanguageModel, batch: Batch, edges: list[int]) -> tuple
     return tuple(np.array(sums).T)
 
 
-# Kinds with positions are here by themselves; two hybrids show that kinds go together.
-SLOW = ("rat_swa", "attention_rattention_nope")
+# Kinds with positions are here by themselves, or as RAttention in the last, which shows that kinds go together and that
+# they can do without.
+SLOW = ("rattention", "rat_swa", "rat_swa_nope", "attention_rattention_nope")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS])
@@ -116,7 +117,12 @@ def chunk_memory(pattern: tuple[str, ...], capacity: int, num_tokens: int = CHUN
     return program.memory_analysis().temp_size_in_bytes, tree_bytes(reading.cache)
 
 
-@pytest.mark.parametrize("pattern", [("local_attention", "rattention"), ("rnn", "gated_deltanet")], ids="-".join)
+# RAttention has a state too, and a window beside it.
+@pytest.mark.parametrize(
+    "pattern",
+    [("local_attention", "rattention"), pytest.param(("rnn", "gated_deltanet"), marks=pytest.mark.slow)],
+    ids="-".join,
+)
 def test_windows_and_states_need_the_same_memory_at_any_length(pattern):
     assert chunk_memory(pattern, 1 << 8) == chunk_memory(pattern, 1 << 16)
 

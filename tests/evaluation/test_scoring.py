@@ -62,7 +62,7 @@ def test_documents_of_a_known_distribution(bigrams):
 @pytest.mark.parametrize(
     ("pattern", "changes"),
     [
-        (("rat", "local_attention"), {}),
+        pytest.param(("rat", "local_attention"), {}, marks=pytest.mark.slow),
         (("rattention", "attention"), {"num_kv_heads": 2}),
     ],
     ids=str,

@@ -15,7 +15,6 @@ def get_config() -> config_dict.ConfigDict:
     config.model.pattern = ("rnn",)
     config.data.seq_len = 16
     config.data.global_batch_size = 8
-    config.training.num_steps = 600
     config.training.log_every_steps = 5
     config.training.validate_every_steps = 60
     config.training.validation_batches = 4

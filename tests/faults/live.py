@@ -44,6 +44,7 @@ class LiveRun:
     workdir: pathlib.Path
     rng: random.Random
     num_workers: int = 0
+    num_steps: int = NUM_STEPS
     process: subprocess.Popen | None = None
     repair: Callable[[], object] = lambda: None  # what the user does before the next start
     may_lose: int = 0  # steps: where the fault itself takes the newest checkpoint away
@@ -53,7 +54,7 @@ class LiveRun:
         """Starts the command in a process group of its own."""
         command = [sys.executable, REPOSITORY / "train.py", f"--config={pathlib.Path(__file__).parent / 'config.py'}"]
         command += [f"--workdir={self.workdir}", f"--config.data.path={self.corpus}"]
-        command += [f"--config.data.num_workers={self.num_workers}"]
+        command += [f"--config.data.num_workers={self.num_workers}", f"--config.training.num_steps={self.num_steps}"]
         self.process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
@@ -117,7 +118,8 @@ class LiveRun:
 
     def wait_somewhere(self) -> int:
         """Waits for a step drawn at random; returns it."""
-        step = self.rng.randrange(5, NUM_STEPS // 5 if self.num_workers else NUM_STEPS - 40)  # processes read slowly
+        last = self.num_steps // 5 if self.num_workers else self.num_steps - 40  # processes read slowly
+        step = self.rng.randrange(5, last)
         self.wait_for_step(step)
         time.sleep(self.rng.random() * 0.05)
         return step
@@ -176,7 +178,7 @@ def killed_at_any_step(run: LiveRun) -> str:
 @live(8, -signal.SIGKILL)
 def killed_while_it_saves(run: LiveRun) -> str:
     run.start()
-    after = run.rng.randrange(0, NUM_STEPS - 60, 30)
+    after = run.rng.randrange(0, run.num_steps - 60, 30)
     run.wait_for_step(after)
     folder = run.workdir / "checkpoints"
     run.wait_until(
@@ -317,7 +319,7 @@ def log_damaged_while_it_is_written(run: LiveRun) -> str:
 @live(4, 1, -signal.SIGKILL, 75, 0)
 def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
     run.start()
-    run.wait_for_step(run.rng.randrange(100, NUM_STEPS - 60))
+    run.wait_for_step(run.rng.randrange(100, run.num_steps - 60))
     run.signal(signal.SIGKILL)
     run.process.wait()
     newest = run.workdir / "checkpoints" / str(run.saved_step())
@@ -330,12 +332,12 @@ def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
     return str(path.relative_to(run.workdir))
 
 
-def judge_live(reference: pathlib.Path, kind: LiveKind, seed: int) -> Verdict:
+def judge_live(reference: pathlib.Path, kind: LiveKind, seed: int, num_steps: int = NUM_STEPS) -> Verdict:
     """Meets a run with a fault, ends it, starts it again until it is finished, and compares."""
     rng, start = random.Random(f"{kind.name} {seed}"), time.monotonic()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fault-"))
     shutil.copytree(reference.parent / "data/corpus", folder / "corpus")
-    run = LiveRun(folder / "corpus", folder / "run", rng, kind.num_workers)
+    run = LiveRun(folder / "corpus", folder / "run", rng, kind.num_workers, num_steps)
     done = ""
     try:
         done = kind.inject(run)
@@ -356,7 +358,7 @@ def judge_named(reference: pathlib.Path, name: str, seed: int) -> Verdict:
 
 def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pathlib.Path) -> tuple[str, str]:
     code, said = run.end()
-    if code not in kind.exit_codes and not (code == 0 and run.saved_step() == NUM_STEPS):
+    if code not in kind.exit_codes and not (code == 0 and run.saved_step() == run.num_steps):
         return f"ended with {code}", said[-1500:]
     if code in (1, 2) and not re.search(r"^error: ", said, re.MULTILINE):
         return "no message", said[-500:]
@@ -373,16 +375,16 @@ def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pat
             break
     else:
         return "never finished", said[-1500:]
-    wrong = differences(run.workdir, reference, logged_from=NUM_STEPS if run.takes_log else 0)
+    wrong = differences(run.workdir, reference, logged_from=run.num_steps if run.takes_log else 0)
     return ("finished", "") if wrong is None else ("diverged", wrong)
 
 
-def make_reference(folder: pathlib.Path) -> pathlib.Path:
+def make_reference(folder: pathlib.Path, num_steps: int = NUM_STEPS) -> pathlib.Path:
     """The corpus, and a run that nothing befell; what is there already is used."""
     workdir = folder / "whole"
     if not (folder / "ready").is_file():
         make_corpus(folder / "data")
-        run = LiveRun(folder / "data/corpus", workdir, random.Random(0))
+        run = LiveRun(folder / "data/corpus", workdir, random.Random(0), num_steps=num_steps)
         run.start()
         code, said = run.end()
         if code != 0:

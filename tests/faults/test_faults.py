@@ -17,6 +17,7 @@ FILES = [
     "a folder where a file should be",
 ]
 # A second process at a workdir is also in tests/checkpoints/test_owner.py and tests/training/test_run.py, more quickly.
+NUM_LIVE_STEPS = 180  # a third of those of `make faults`: a checkpoint every 30
 LIVE = ["killed while it saves", pytest.param("started a second time", marks=pytest.mark.slow)]
 
 
@@ -33,8 +34,9 @@ def test_damaged_files(base, name):
 
 @pytest.mark.parametrize("name", LIVE)
 def test_a_live_run(tmp_path_factory, name):
-    reference = live.make_reference(tmp_path_factory.getbasetemp() / "live")
-    verdict = live.judge_live(reference, next(kind for kind in live.LIVE_KINDS if kind.name == name), seed=0)
+    reference = live.make_reference(tmp_path_factory.getbasetemp() / "live", NUM_LIVE_STEPS)
+    kind = next(kind for kind in live.LIVE_KINDS if kind.name == name)
+    verdict = live.judge_live(reference, kind, seed=0, num_steps=NUM_LIVE_STEPS)
     assert verdict.is_right, verdict
 
 

@@ -120,7 +120,7 @@ def test_plain_xla_is_chosen_without_a_gpu():
     assert lowered_for_cuda(jax.grad(loss), inputs(dtype=jnp.bfloat16)) == [False, False]
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 5])
 def test_traced_for_a_gpu_but_lowered_for_the_cpu(window, traced_for_a_gpu):
     arguments = inputs(key_heads=2, dtype=jnp.bfloat16)
 

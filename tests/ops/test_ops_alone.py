@@ -40,12 +40,17 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", OPS)
+# The code of these is in the others: of residual linear attention, and of the chunked recurrence.
+SLOW = ("windowed_attention", "lagged_linear_attention", "gated_recurrence")
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in OPS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_rows_are_one_document_each_without_ids(name):
     close(run(name), run(name, segment_ids=jnp.ones((2, 16), jnp.int32)))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", MARKED)
 def test_a_packed_document_is_what_it_is_alone(name, monkeypatch):
     packed = run(name, segment_ids=jnp.asarray(IDS))
     whole = {name: globals()[name] for name in ("QUERY", "KEY", "VALUE", "PROJECTED")}

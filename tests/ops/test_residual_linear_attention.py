@@ -49,8 +49,20 @@ def close(found, want, tolerance=1e-5):
     assert np.abs(np.asarray(found) - want).max() <= tolerance * max(1e-6, np.abs(want).max())
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", pytest.param("triton", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("feature_map", ["softmax", "relu"])
+@pytest.mark.parametrize(
+    ("implementation", "feature_map"),
+    [
+        pytest.param(implementation, feature_map, id=f"{feature_map}-{implementation}", marks=marks)
+        for implementation, feature_map, marks in [
+            ("xla", "softmax", []),
+            ("xla", "relu", []),
+            ("pallas_tpu", "softmax", []),
+            ("pallas_tpu", "relu", pytest.mark.slow),  # the kernels' relu is in their own tests
+            ("triton", "softmax", pytest.mark.gpu),
+            ("triton", "relu", pytest.mark.gpu),
+        ]
+    ],
+)
 def test_equals_the_recordings(feature_map, implementation):
     with np.load(FOLDER / f"rla_{feature_map}.npz") as file:
         arrays = dict(file)
@@ -170,7 +182,7 @@ def test_packed_documents_are_refused_by_the_name_of_mosaic_gpu():
         )
 
 
-@pytest.mark.parametrize("kernel", ["pallas_tpu", "mosaic_gpu"])
+@pytest.mark.parametrize("kernel", ["pallas_tpu", pytest.param("mosaic_gpu", marks=pytest.mark.slow)])
 def test_traced_for_a_kernel_but_lowered_for_a_cpu_plain_xla_runs(kernel, monkeypatch):
     whole = kernel == "mosaic_gpu"
     arrays = inputs(head_dim=64, dtype=jnp.bfloat16) if whole else inputs()
@@ -249,7 +261,7 @@ def documents(row):
     return [(a, b) for a, b in itertools.pairwise(edges) if SEGMENTS[row][a]]
 
 
-@pytest.mark.parametrize("window", [0, 4, 10])
+@pytest.mark.parametrize("window", [0, pytest.param(4, marks=pytest.mark.slow), 10])
 def test_packed_documents_equal_each_alone(window, blocks):
     arguments, segments, state = inputs(rows=4), jnp.array(SEGMENTS), initial(4, 4)
     weights = jax.random.normal(jax.random.key(3), arguments[0].shape) * (segments != 0)[..., None, None]

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 
-def errors_of(program: str) -> dict[str, dict[str, float]]:
-    """What a module that prints a line of JSON for each of its cases finds, by case, when kernels are interpreted."""
+def errors_of(program: str, cases: list[str]) -> dict[str, dict[str, float]]:
+    """What a module that prints a line of JSON for each named case finds, by case, when kernels are interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", program],
+        [sys.executable, "-m", program, *cases],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,

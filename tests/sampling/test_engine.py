@@ -64,10 +64,15 @@ class Heard:
             self.ends[row] = event.end
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids="+".join)
+# Tests below continue ragged prompts by the hybrid.
+@pytest.mark.parametrize(
+    "pattern",
+    [pytest.param(pattern, marks=[pytest.mark.slow] * (len(pattern) > 1)) for pattern in PATTERNS],
+    ids="+".join,
+)
 def test_ragged_prompts_are_continued_as_by_a_plain_loop(pattern):
     """Two slots, prompts that are read in parts beside rows that run, some that come late."""
-    decoder, heard = small_model(pattern).decoder(), Heard()
+    decoder, heard = small_model(pattern, num_layers=len(pattern)).decoder(), Heard()
     engine = Engine(decoder, num_slots=2, capacity=CAPACITY, rule=GREEDY, eos_id=None, chunk_sizes=(8,))
     requests = [Request(make_prompt(length), NEW - index, on_event=heard) for index, length in enumerate(LENGTHS)]
     for request in requests[:3]:

@@ -23,7 +23,12 @@ NEW = STEPS_PER_CALL + 4  # more than one device call
 LENGTHS = [1, 3, 4, 9, 12]  # chunks of the models have 4 tokens, windows 5; one cache size and one prefill for all
 
 
-@pytest.fixture(scope="module", params=[("rat", "local_attention"), ("attention", "rnn")], ids="+".join)
+# tests/sampling/test_engine.py has every kind by itself.
+@pytest.fixture(
+    scope="module",
+    params=[("rat", "local_attention"), pytest.param(("attention", "rnn"), marks=pytest.mark.slow)],
+    ids="+".join,
+)
 def model(request):
     return small_model(request.param)
 
@@ -56,7 +61,8 @@ def test_greedy_tokens_are_the_argmax_of_one_pass(model):
         assert likeliest[row, len(prompt) - 1 : len(prompt) + NEW - 1].tolist() == result
 
 
-@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+# Greedy rows beside others are in tests/sampling/test_engine.py.
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"])
 def test_batched_equals_one_by_one(rat_model, settings):
     together = generate(rat_model, PROMPTS, max_new_tokens=NEW, **settings)
     alone = [generate(rat_model, [prompt], max_new_tokens=NEW, **settings)[0] for prompt in PROMPTS]

@@ -48,7 +48,8 @@ class TestResume:
         train(config, tmp_path / "run")
         assert_same_run(tmp_path / "run", uninterrupted)
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    # A SIGTERM ends a run in tests/training/test_evaluations.py too.
+    @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
     def test_a_signal_ends_the_run_after_a_checkpoint_of_that_step(
         self, config, uninterrupted, tmp_path, monkeypatch, number
     ):

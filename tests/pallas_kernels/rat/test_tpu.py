@@ -110,9 +110,13 @@ def check(case, results, d_out, tolerance):
 
 
 # The longest takes the tiles of "chunks of one", many of them as "several tiles" do; a row is shorter than its chunk in
-# "one token" and longer in "chunk and one"; packed chunks of several tokens are in "packed, chunks over tiles" and in
-# tests/ops/test_rat.py.
-SLOW = ("long", "chunk less one", "one chunk", "packed")
+# "one token" and longer in "several tiles"; chunks lie over tiles in "one long chunk" and, packed, in "packed, chunks
+# over tiles"; packed chunks of several tokens are in the latter and in tests/ops/test_rat.py, chunks of one in rows
+# that are not packed.
+SLOW = (
+    *("long", "chunk less one", "one chunk", "chunk and one", "chunks over tiles"),
+    *("packed", "packed, chunks of one"),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
@@ -180,7 +184,8 @@ def test_bfloat16(packed):
     check(case, results, d_out, 2 * float(jnp.finfo(jnp.bfloat16).eps))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+# Packed rows are read by the same kernels, which then read the places of documents too.
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_is_read_that_was_not_written(packed):
     case = make_case(45, 7, 2, 1, 8, 10000.0, packed, batch=1)  # chunks of 7 are padded to fit tiles
     d_out = output_gradient(case)

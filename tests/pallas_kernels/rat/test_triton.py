@@ -1,6 +1,8 @@
 """The Triton kernels of the RAT op: interpreted, compiled ahead of time, traced through jax-triton, and on a GPU."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +25,48 @@ from pallas_kernels.rat.state import State
 from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.rat import triton_twin
 
+# "float16" has grouped heads too, "odd_sizes" several chunks and a rest, "long_chunk_documents" chunks of several
+# tiles, "one_token" a row of one chunk, "extend_documents" what is read in parts.
+SLOW = ("plain", "long_chunk", "one_chunk", "extend")
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    """Errors of every case, from one process in which triton interprets kernels."""
-    return triton_interpreter.errors_of("tests.pallas_kernels.rat.triton_twin")
+def interpreted() -> Callable[[str], dict[str, float]]:
+    """Errors of a case, from a process in which triton interprets kernels: one for quick cases, one for the slow."""
+
+    @functools.cache
+    def errors(are_slow: bool) -> dict[str, dict[str, float]]:
+        names = [
+            name
+            for name in [*triton_twin.CASES, *triton_twin.DECODE_CASES, *triton_twin.EXTEND_CASES]
+            if (name in SLOW) == are_slow
+        ]
+        return triton_interpreter.errors_of("tests.pallas_kernels.rat.triton_twin", names)
+
+    return lambda name: errors(name in SLOW)[name]
 
 
-@pytest.mark.parametrize("name", triton_twin.CASES)
+def marked(names) -> list:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(triton_twin.CASES))
 def test_values_and_gradients_are_those_of_float64(interpreted, name):
-    found = interpreted[name]
+    found = interpreted(name)
     assert set(found) == {"out", "d_bias", "d_z", "d_v", "d_g", "d_q", "d_k"}
     limit = LIMITS[triton_twin.CASES[name].shape.dtype]
     assert all(error < limit for error in found.values()), found  # false for NaN too
 
 
-@pytest.mark.parametrize("name", triton_twin.DECODE_CASES)
+@pytest.mark.parametrize("name", marked(triton_twin.DECODE_CASES))
 def test_decoding_is_the_forward_pass(interpreted, name):
-    assert interpreted[name]["out"] < LIMITS["float32"]
+    assert interpreted(name)["out"] < LIMITS["float32"]
 
 
-@pytest.mark.parametrize("name", triton_twin.EXTEND_CASES)
+@pytest.mark.parametrize("name", marked(triton_twin.EXTEND_CASES))
 def test_reading_in_parts_is_the_forward_pass(interpreted, name):
-    assert interpreted[name]["out"] < LIMITS["float32"]
+    assert interpreted(name)["out"] < LIMITS["float32"]
 
 
 LAUNCHES = {
@@ -60,10 +79,24 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(("capability", "segmented"), [(80, True), (90, False)])
-def test_kernels_compile_for_gpus(capability, segmented):
+FORWARD = [triton_recurrence.forward_launch, triton_attention.forward_launch]
+
+
+# Every kernel for one of the cards, and for both where there is time.
+@pytest.mark.parametrize(
+    ("capability", "segmented", "is_forward"),
+    [
+        (80, True, False),
+        (90, False, True),
+        pytest.param(80, True, True, marks=pytest.mark.slow),
+        pytest.param(90, False, False, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_for_gpus(capability, segmented, is_forward):
     small = triton_twin.shape_of(1, 64, 4, 2, 32, 2, "bfloat16", segmented=segmented)
     for make, inputs in LAUNCHES.items():
+        if (make in FORWARD) != is_forward:
+            continue
         dtypes = tuple({"d": "bfloat16", "f": "float32", "i": "int32"}[letter] for letter in inputs.split())
         found = triton_compile.compile_launch(make(small), dtypes, capability)
         assert make(small).name in found.text
@@ -84,9 +117,9 @@ def test_decode_kernels_compile_for_gpus():
 @pytest.mark.parametrize(
     "make",
     [
-        triton_attention.forward_launch,
+        pytest.param(triton_attention.forward_launch, marks=pytest.mark.slow),
         triton_attention_backward.queries_launch,
-        triton_attention_backward.summaries_launch,
+        pytest.param(triton_attention_backward.summaries_launch, marks=pytest.mark.slow),
     ],
 )
 def test_long_rows_fit_cards_with_little_shared_memory(make):

@@ -191,14 +191,21 @@ def test_no_prompts():
         ([[1]], {"top_k": 9}, "top_k 9 has no effect at temperature 0"),
         ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty must lie between 0.001 and 1000.0, got 0.0"),
         ([[1]], {"max_new_tokens": 2**31}, r"are more than 2\*\*31 - 1, up to which positions are counted"),
-        ([[1], [2]], {"max_new_tokens": 2**30}, r"the caches of 2 prompts .* take [\d,.]+ GiB, the device has .* free"),
+        (
+            [[1], [2]],
+            {"max_new_tokens": 2**30},
+            r"the caches of 2 prompts .* take [\d,.]+ GiB, the device has 1\.\d* GiB",
+        ),
         ([[1]], {"first": -1}, "first must be 0 or more, got -1"),
         ([[1]], {"seed": -1}, "seed must lie between"),
         ([[1]], {"eos_id": VOCAB}, "eos_id 31 is outside the vocabulary of 31"),
         ([[1]], {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(rat_model, prompts, settings, message):
+def test_what_cannot_be_sampled_is_refused(rat_model, prompts, settings, message, monkeypatch):
+    monkeypatch.setattr(
+        "rat_jax.sampling.device_rows.free_bytes", lambda device: 2**30
+    )  # some machines have room for all of it
     with pytest.raises(SamplingError, match=message):
         generate(rat_model, prompts, **{"max_new_tokens": 2} | settings)
 

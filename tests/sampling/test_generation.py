@@ -203,9 +203,8 @@ def test_no_prompts():
     ],
 )
 def test_what_cannot_be_sampled_is_refused(rat_model, prompts, settings, message, monkeypatch):
-    monkeypatch.setattr(
-        "rat_jax.sampling.device_rows.free_bytes", lambda device: 2**30
-    )  # some machines have room for all of it
+    # Some machines have room for all that is asked for.
+    monkeypatch.setattr("rat_jax.sampling.device_rows.free_bytes", lambda device: 2**30)
     with pytest.raises(SamplingError, match=message):
         generate(rat_model, prompts, **{"max_new_tokens": 2} | settings)
 

@@ -2,8 +2,8 @@
 
 The equations are those of `rat`, for a token at position t of its document, t = c L + j: the states restart if j = 0,
 the token attends to its document's c summaries and to the current pair, and if j = L - 1 its states become the next of
-them. Every summary of the document is read once, which bounds the time. With few rows,
-`rat_decode_attend` first splits a row's summaries over programs.
+them. Every summary of the document is read once, which bounds the time. With few rows, `rat_decode_attend` first splits
+a row's summaries over programs.
 """
 
 import jax

@@ -224,12 +224,12 @@ def test_speed_and_caches(folder):
         "records": "6",
     }
     assert "No speed in the log of second." in shown.notes
-    # Two layers hold a key and a value of 16 channels and an id of 4 bytes for each token.
+    # Two layers hold a key and a value of 16 channels for each token.
     caches = shown.cells(CACHES)
     assert list(caches) == ["1,024", "4,096", "16,384", "65,536", "262,144"]
     assert caches["262,144"] == {
-        "first float32": f"{2 * (2 * 16 * 4 + 4):.1f} (66.0 MiB)",
-        "second bfloat16": f"{2 * (2 * 16 * 2 + 4):.1f} (34.0 MiB)",
+        "first float32": f"{2 * 2 * 16 * 4:.1f} (64.0 MiB)",
+        "second bfloat16": f"{2 * 2 * 16 * 2:.1f} (32.0 MiB)",
     }
 
 

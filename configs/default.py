@@ -84,6 +84,7 @@ def get_config() -> config_dict.ConfigDict:
     config.training.validate_every_steps = 350
     config.training.validation_batches = 32
     config.training.checkpoint_every_steps = 350
+    config.training.checkpoint_every_minutes = config_dict.placeholder(float)  # by steps alone
     config.training.checkpoints_to_keep = 2
     config.training.wandb_project = config_dict.placeholder(str)
     config.training.on_non_finite = "stop"
@@ -91,6 +92,8 @@ def get_config() -> config_dict.ConfigDict:
     config.training.spike_factor = 2.0
     config.training.spike_window_steps = 100
     config.training.max_skips_in_a_row = 10
+    config.training.profile_step = config_dict.placeholder(int)  # none
+    config.training.profile_num_steps = 3
 
     config.mesh = config_dict.ConfigDict()
     config.mesh.data = 1

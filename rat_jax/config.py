@@ -159,6 +159,7 @@ class TrainingConfig:
     validate_every_steps: int = 1000
     validation_batches: int = 4  # of `data.global_batch_size` sequences, evenly spread; fewer if the split has fewer
     checkpoint_every_steps: int = 1000
+    checkpoint_every_minutes: float | None = None  # too, after such a time without one; None: by steps alone
     checkpoints_to_keep: int = 2  # the newest ones
     wandb_project: str | None = None  # log to this Weights & Biases project too
     on_non_finite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is no finite number
@@ -166,6 +167,8 @@ class TrainingConfig:
     spike_factor: float = 2.0  # a spike is above so many times the median ...
     spike_window_steps: int = 100  # ... of the losses of so many steps
     max_skips_in_a_row: int = 10  # the next one ends the run
+    profile_step: int | None = None  # the first of the steps, from 1, whose trace is written to WORKDIR/profile
+    profile_num_steps: int = 3
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -173,6 +176,9 @@ class TrainingConfig:
             if field.type is int:
                 require(value >= 1, f"{field.name} must be 1 or more, got {value}")
         require(self.spike_factor > 1, f"spike_factor must be above 1, got {self.spike_factor}")
+        minutes, profiled = self.checkpoint_every_minutes, self.profile_step
+        require(minutes is None or minutes > 0, f"checkpoint_every_minutes must be above 0, got {minutes}")
+        require(profiled is None or profiled >= 1, f"profile_step must be 1 or more, got {profiled}")
 
 
 @dataclasses.dataclass(frozen=True)

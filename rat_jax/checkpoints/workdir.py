@@ -41,6 +41,7 @@ _FREE_FIELDS = (
     "training.log_every_steps",
     "training.validate_every_steps",
     "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes",
     "training.checkpoints_to_keep",
     "training.wandb_project",
     "training.on_non_finite",
@@ -48,6 +49,8 @@ _FREE_FIELDS = (
     "training.spike_factor",
     "training.spike_window_steps",
     "training.max_skips_in_a_row",
+    "training.profile_step",
+    "training.profile_num_steps",
     "data.num_workers",
     "data.path",  # the data's fingerprint is compared instead
     "optimizer.accumulation_steps",
@@ -121,6 +124,10 @@ class Workdir:
     @property
     def tensorboard(self) -> pathlib.Path:
         return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        return self.path / "profile"
 
     @property
     def loss_curve(self) -> pathlib.Path:

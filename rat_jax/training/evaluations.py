@@ -67,7 +67,7 @@ class Evaluations:
             start = time.perf_counter()
             try:
                 check()
-                with monitor.pause():
+                with monitor.pause("evaluating"):
                     figures = dict(evaluator.run(params, step, check))
             except _SignalError:
                 return

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from time import monotonic
 
 import jax
 
@@ -17,6 +18,7 @@ from rat_jax.training.evaluations import Evaluations
 from rat_jax.training.guards import Guard
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.preemption import agreed
+from rat_jax.training.profile import StepProfile
 from rat_jax.training.step import TrainState, batch_loss, train_step
 
 
@@ -45,6 +47,7 @@ class TrainLoop:
     checkpoints: Checkpoints
     guard: Guard
     progress: TrainMonitor
+    profile: StepProfile
     interrupts: Interrupts
     state: TrainState  # after `start` steps; its arrays are donated
     start: int  # steps done
@@ -54,6 +57,7 @@ class TrainLoop:
         self._training = self.config.training
         self._graphdef = abstract_model(self.config.model)[0]
         self._done = self._saved = self.start  # steps: started, and handed to the checkpoints
+        self._saved_secs = monotonic()
 
     def run(self) -> TrainResult:
         """Steps, saves and validates as the config says, until the last step or a signal.
@@ -79,7 +83,7 @@ class TrainLoop:
     def _turn(self) -> TrainResult | None:
         """What is due after the steps done, and one step more; returns the result where none is to follow."""
         done, training, progress = self._done, self._training, self.progress
-        if done > self._saved and (done == training.num_steps or done % training.checkpoint_every_steps == 0):
+        if done > self._saved and self._is_save_due():
             self._save()
         is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)
         if is_due and self.validation_loss is None:
@@ -89,13 +93,15 @@ class TrainLoop:
             self.evaluations.run(self.state.params, done, progress, self.interrupts)
         if done == training.num_steps and self.validation_loss is not None and not self.evaluations.due(done):
             return TrainResult(done, True, self.validation_loss)
-        if agreed(self.interrupts, done, training.log_every_steps):
+        if agreed(self.interrupts.requested, done, training.log_every_steps):
             if done > self._saved:
                 self._save()
             self.checkpoints.wait()
             say(f"interrupted after step {done}; the same command resumes there")
             return TrainResult(done, False, None)
-        batch = global_batch(next(self.data), self.mesh)
+        with progress.times.spent_on("data"):
+            batch = global_batch(next(self.data), self.mesh)
+        self.profile.before(done + 1)
         with progress.calling("training step"):
             self.state, metrics = train_step(
                 self._graphdef,
@@ -108,20 +114,31 @@ class TrainLoop:
         self.interrupts.note()  # there is a step to save
         self._done, self.validation_loss = done + 1, None
         progress.step(done + 1, metrics)
+        self.profile.after(done + 1, progress.settle)
         return None
+
+    def _is_save_due(self) -> bool:
+        """After the steps done; by the time of any host."""
+        done, minutes = self._done, self._training.checkpoint_every_minutes
+        if done == self._training.num_steps or done % self._training.checkpoint_every_steps == 0:
+            return True
+        if minutes is None:
+            return False
+        is_late = monotonic() - self._saved_secs >= 60 * minutes
+        return agreed(is_late, done, self._training.log_every_steps)
 
     def _save(self) -> None:
         self.progress.settle()  # nothing is saved after a step that was not finite
         data = self.data.state() | {"guard": self.guard.state()}
-        with self.progress.pause():
+        with self.progress.pause("saving"):
             self.checkpoints.save(self._done, self.state.params, self.state.opt_state, data)
-        self._saved = self._done
+        self._saved, self._saved_secs = self._done, monotonic()
 
     def _validate(self) -> float | None:
         """Mean loss of the validation data; None if a signal came meanwhile."""
         self.progress.settle()
         sums = []
-        with self.progress.pause(), contextlib.closing(iter(self.validation)) as batches:
+        with self.progress.pause("validating"), contextlib.closing(iter(self.validation)) as batches:
             for batch in batches:
                 if jax.process_count() == 1 and self.interrupts.requested:
                     return None

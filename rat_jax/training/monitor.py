@@ -15,6 +15,7 @@ from rat_jax.flops import mfu
 from rat_jax.training.guards import Guard, NonFiniteError
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
+from rat_jax.training.time_shares import Activity, TimeShares
 
 
 def say(message: str) -> None:
@@ -27,6 +28,9 @@ class TrainMonitor:
     """Follows the steps of a run one step late, so that the device never waits for the host.
 
     Hosts other than the first only check figures.
+
+    Attributes:
+      times: what the loop's time goes to; its shares are in the log.
     """
 
     def __init__(self, config: Config, guard: Guard, log: MetricLog | None, start_step: int, num_parameters: int):
@@ -51,6 +55,7 @@ class TrainMonitor:
         self._losses: list[float] = []  # of the steps since the last record
         self._called: set[str] = set()  # compiled programs
         self._paused = False
+        self.times = TimeShares()
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=config.training.num_steps,
@@ -115,6 +120,7 @@ class TrainMonitor:
                 record["mfu"] = used
                 self._speed_text += f", MFU {record['mfu']:.1%}"
         self._clock_step, self._clock_secs = done, now
+        record |= {f"time_share_{activity}": share for activity, share in self.times.take().items()}
         if self._log is not None:
             self._log.write(done, record)
 
@@ -153,21 +159,22 @@ class TrainMonitor:
         self._called.add(program)
         say(f"compiling the {program}, which can take a minute or two ...")
         start = time.perf_counter()
-        with self.pause():
+        with self.pause("compiling"):
             yield
         say(f"compiled the {program} in {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, activity: Activity) -> Iterator[None]:
         """The time of this block counts neither against throughput nor in the bar's forecast."""
-        if self._paused:  # the block around this one counts it
-            yield
-            return
-        self._paused, start = True, time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused = False
+        with self.times.spent_on(activity):
+            if self._paused:  # the block around this one counts it
+                yield
+                return
+            self._paused, start = True, time.perf_counter()
+            try:
+                yield
+            finally:
+                self._paused = False
         secs = time.perf_counter() - start
         self._clock_secs += secs
         if not self._bar.disable:

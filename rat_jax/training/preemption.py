@@ -1,19 +1,17 @@
-"""Whether a run is to end early, which all its hosts must decide alike."""
+"""What hosts of a run decide alike: whether to end early, or to save."""
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rat_jax.interrupts import Interrupts
 
-
-def agreed(interrupts: Interrupts, step: int, every_steps: int) -> bool:
-    """Whether to end after `step`: as soon as a signal came; with other hosts at a multiple of `every_steps`.
+def agreed(wanted: bool, step: int, every_steps: int) -> bool:
+    """Whether any host wants it after `step`; where there are several, asked at multiples of `every_steps` alone.
 
     All hosts get the same answer for the same step.
     """
     if jax.process_count() == 1:
-        return interrupts.requested
+        return wanted
     if step % every_steps:
         return False
-    return bool(multihost_utils.process_allgather(np.asarray(interrupts.requested)).any())
+    return bool(multihost_utils.process_allgather(np.asarray(wanted)).any())

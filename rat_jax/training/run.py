@@ -38,6 +38,7 @@ from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.origin import Origin, open_origin
+from rat_jax.training.profile import StepProfile
 from rat_jax.training.step import TrainState, abstract_state, initial_state
 
 
@@ -146,6 +147,8 @@ class _Run:
                 log = self._open_log(start, stack)
                 progress = TrainMonitor(self.config, self.guard, log, start, num_parameters)
                 stack.callback(progress.close)
+                profile = StepProfile(self.config.training, self.workdir.profile, start, say)
+                stack.callback(profile.close)
                 loop = TrainLoop(
                     config=self.config,
                     mesh=self.mesh,
@@ -155,12 +158,14 @@ class _Run:
                     checkpoints=self.checkpoints,
                     guard=self.guard,
                     progress=progress,
+                    profile=profile,
                     interrupts=interrupts,
                     state=state,
                     start=start,
                     validation_loss=loss,
                 )
                 result = loop.run()
+                say(f"time went to {progress.times.summary()}")
         except RunStopped:
             raise
         except (RatJaxError, OSError) as error:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rat_jax.checkpoints.store import load_model
+from rat_jax.checkpoints.store import Checkpoints, load_model
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import ValidationData
 from rat_jax.errors import RunStopped
@@ -39,6 +39,10 @@ class TestReports:
             assert said.count(f"compiling the {program}") == 1
         coverage = f"on {100 * 16 / data.num_records:.3g} % of the validation split, evenly spread"
         assert said.count(coverage) == 3  # of two validations and of the report
+        for record in records:
+            shares = [value for name, value in record.items() if name.startswith("time_share_")]
+            assert ("loss" in record) == bool(shares) and sum(shares) == pytest.approx(float(bool(shares)))
+        assert re.search(r"time went to .*steps \d+\.\d%", said)
 
     def test_the_validation_loss_is_that_of_the_evaluation(self, config, corpus, uninterrupted):
         mesh = make_mesh(config.mesh)
@@ -54,6 +58,33 @@ class TestReports:
         )
         (logged,) = [v for step, name, v in figures(uninterrupted) if (step, name) == (NUM_STEPS, "validation_loss")]
         assert result.loss == pytest.approx(logged, rel=1e-6)
+
+
+class TestSaves:
+    """When a run saves."""
+
+    def test_by_time_too(self, corpus, uninterrupted, tmp_path, monkeypatch):
+        seconds = [0.0]
+
+        def step(*arguments):
+            seconds[0] += 25.0
+            return train_step(*arguments)
+
+        saved = []
+        save = Checkpoints.save
+
+        def note(checkpoints, done, *arguments):
+            saved.append(done)
+            save(checkpoints, done, *arguments)
+
+        monkeypatch.setattr(loop, "monotonic", lambda: seconds[0])
+        monkeypatch.setattr(loop, "train_step", step)
+        monkeypatch.setattr(Checkpoints, "save", note)
+        often = {"training__checkpoint_every_minutes": 1, "training__checkpoint_every_steps": 4}
+        assert train(tiny_config(corpus, **often), tmp_path / "run").finished
+        assert saved == [3, 4, 6]  # after 75 s; of step 4 as of the last whatever the time
+        monkeypatch.undo()
+        assert_same_run(tmp_path / "run", uninterrupted)
 
 
 class TestBadFigures:

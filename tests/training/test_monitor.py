@@ -30,7 +30,7 @@ def test_throughput_is_that_of_whole_intervals(monkeypatch):
         seconds[0] = max(100.0, 90 + 2 * done)
         if done == 11:  # right after the record of step 10
             progress.settle()
-            with progress.pause():
+            with progress.pause("saving"):
                 seconds[0] += 1000
     progress.close()
     tokens = config.data.global_batch_size * config.data.seq_len

@@ -9,6 +9,7 @@ WORKDIR ?= runs/default
 CORPUS := data/python-stdlib-bpe2048
 # Compiles for TPU topologies need libtpu, which is kept out of the environment of the other tests.
 TPU_VENV ?= .venv-tpu
+TPU_TESTS ?= tpu
 
 # The suite compiles quickly (tests/conftest.py); these run at XLA's default level too, which is what users compile at.
 OPTIMIZED := 'tests/ops/test_rat.py::test_values_and_gradients[xla-packed]' \
@@ -27,7 +28,7 @@ train: $(VENV)/ready
 	  --max_new_tokens 240 --temperature 0.6 --top_p 0.9
 
 test: lint # the environment of the TPU compiles is made while other tests run
-	$(MAKE) --jobs=2 test-cpu test-tpu test-optimized
+	$(MAKE) --jobs=2 test-cpu test-tpu test-optimized TPU_TESTS='tpu and not slow'
 
 test-cpu: # workers that have nothing left take tests from the other, so that both end together
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not tpu"
@@ -40,13 +41,13 @@ lint: $(VENV)/ready-for-tests
 	$(BIN)/ruff format --check .
 
 test-slow: $(VENV)/ready-for-tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not tpu and not gpu"
 
 test-gpu: # in the environment at hand, where jax sees a GPU
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu
 
 test-tpu: $(TPU_VENV)/ready
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m tpu tests/pallas_kernels/test_tpu_compile.py
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU_VENV)/bin/python -m pytest -m '$(TPU_TESTS)' tests/pallas_kernels/test_tpu_compile.py
 
 faults: $(VENV)/ready-for-tests # hundreds of faults, 20,000 damaged inputs: within an hour on 2 cores
 	$(BIN)/python -m tests.faults

@@ -51,13 +51,17 @@ def test_memory_is_linear_in_tokens():
 
     Compilers differ in what they keep beside it: 0.27 to 0.50 of `projected` forward, 1.35 to 1.85 backward.
     """
-    results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 131072, 262144)])
+    results = compile_cases("v5e:2x2", [dict(tokens=tokens) for tokens in (4096, 262144)])
     for direction, bound in ((0, 0.6), (1, 2.0)):
         for result in results[direction::2]:
             assert result["temporary_bytes_per_token"] <= bound * PROJECTED_BYTES
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
+# `make test` compiles for v5e and v4, and on each of the others one op.
+@pytest.mark.parametrize(
+    "topology",
+    ["v5p:2x2x1", pytest.param("v4:2x2x1", marks=pytest.mark.slow), pytest.param("v6e:2x2", marks=pytest.mark.slow)],
+)
 def test_other_chips(topology):
     compile_cases(topology, [dict(tokens=131072 if topology.startswith("v5p") else 4096)])
 
@@ -93,7 +97,7 @@ def test_linear_attention():
         assert result["result_bytes_per_token"] <= 1.1 * scale * (of_query + 2 * of_key)
 
 
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
 def test_linear_attention_on_other_chips(topology):
     compile_cases(topology, [dict(tokens=8192)], "linear_attention")
 

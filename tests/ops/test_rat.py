@@ -114,7 +114,10 @@ def test_values_and_gradients(implementation, case):
     assert max(errors(case, implementation)) < 3e-6
 
 
-@pytest.mark.parametrize("implementation", [pytest.param("pallas_tpu"), pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(  # tests/pallas_kernels/rat/test_tpu.py has quicker ones of the kernels alone
+    "implementation",
+    [pytest.param("pallas_tpu", marks=pytest.mark.slow), pytest.param("triton", marks=pytest.mark.gpu)],
+)
 def test_bfloat16_errs_at_most_twice_as_much_as_plain_xla(implementation):
     case = case_of(40, chunk=4)
     plain = errors(case, "xla", jnp.bfloat16)

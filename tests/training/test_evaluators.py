@@ -44,7 +44,7 @@ RULER = {
     "seed": SEED,
     "batch_tokens": 2 * LENGTH,
 }
-MODEL = {"model__vocab_size": 257, "model__num_layers": 1, "model__pattern": ("rat",)}
+MODEL = {"model__vocab_size": 257, "model__num_layers": 1, "model__pattern": ("rnn",)}
 RECORDS = [{"prompt": f"{i} {i * i}", "answer": "7 1 7"} for i in range(3)]
 ANSWERS = {"every_steps": NUM_STEPS, "context_length": 32, "max_new_tokens": 16, "limit": 2, "batch_tokens": 64}
 TASKS = {"every_steps": NUM_STEPS, "names": ("texts", "until"), "limit": 2, "batch_tokens": 128}

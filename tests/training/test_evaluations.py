@@ -74,8 +74,8 @@ def test_no_evaluation_counts_against_the_time_of_steps(config, evaluators, monk
     paused, real = [], TrainMonitor.pause
 
     @contextlib.contextmanager
-    def pause(monitor):
-        with real(monitor):
+    def pause(monitor, activity):
+        with real(monitor, activity):
             paused.append(monitor._paused)
             yield
             paused.pop()

@@ -78,6 +78,7 @@ def test_right_answers_are_counted_apart(corpus, monkeypatch):
     assert 0 < row.far < 100
 
 
+@pytest.mark.slow  # tests/test_docs.py runs it up to its work, the tests above do the work
 def test_the_documented_command(workdirs, tmp_path):
     """From another folder; all mixers of the runs, and a picture beside them."""
     command = [sys.executable, ROOT / "docs/draw_recall.py", workdirs / "recall_both", workdirs / "recall_rnn"]

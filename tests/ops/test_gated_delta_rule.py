@@ -320,7 +320,7 @@ def test_no_token_reads_a_later_one(small_groups):
             np.testing.assert_array_equal(met, reads)
 
 
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("tokens", [1, pytest.param(130, marks=pytest.mark.slow)])
 def test_bfloat16_errs_at_most_twice_as_much_as_the_loop_in_bfloat16(tokens):
     arrays = inputs(tokens, key_dim=16, value_dim=32)
     arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in ("query", "key", "value")}

@@ -151,6 +151,7 @@ def test_tasks_of_ruler_are_told_from_others():
         are_ruler_tasks(["arc_easy", "ruler"])
 
 
+@pytest.mark.slow  # tests/test_docs.py runs it up to its work, test_evaluation.py does the work
 def test_the_script(tmp_path, capsys):
     config = tiny_config("corpus", model__vocab_size=257)
     workdir = tmp_path / "run"

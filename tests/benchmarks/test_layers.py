@@ -24,7 +24,17 @@ from rat_jax.mixers import MIXERS
 SIZES = Sizes(width=32, heads=4, key_heads=2, settings={"chunk_size": 4, "window": 5, "num_groups": 2})
 
 
-@pytest.mark.parametrize("name", [*MIXERS, "rat:implementation=xla", "rattention:window=2"])
+# The mixers' own steps are tested with them: quick are two whose memories lie in slots.
+QUICK = ("rat", "rattention:window=2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in [*MIXERS, "rat:implementation=xla"] if name != "rat"),
+    ],
+)
 def test_steps_are_the_pass(name):
     graphdef, params = make_layer(name, SIZES)
     x = jax.random.normal(jax.random.key(0), (2, 11, SIZES.width), DTYPE)

@@ -131,24 +131,27 @@ class Manifest:
           CheckpointError: naming the first that is missing, cut short, changed or not listed.
           FileError: if the system refuses to read one that is there.
         """
-        for name, (size, _) in self.files.items():
-            found = _of_file(path / name, lambda file: file.stat().st_size if file.is_file() else None)
-            if found is None:
-                raise CheckpointError(f"{path} is damaged: {name} is missing")
-            if found != size:
-                raise CheckpointError(f"{path} is damaged: {name} has {found} bytes, not {size}")
-        if contents:
-            found_digests = in_parallel(lambda name: _of_file(path / name, sha256), self.files)
-            for (name, (_, digest)), found in zip(self.files.items(), found_digests, strict=True):
-                if found is None:
-                    raise CheckpointError(f"{path} is damaged: {name} is missing")
-                if found != digest:
-                    raise CheckpointError(f"{path} is damaged: the content of {name} has changed")
+        for damage in in_parallel(lambda name: self._damage(path, name, contents), self.files):
+            if damage is not None:
+                raise CheckpointError(f"{path} is damaged: {damage}")
         for item in self.arrays:
             for file in sorted((path / item).rglob("[!.]*")):  # what begins with a dot is the file system's own
                 name = str(file.relative_to(path))
                 if name not in self.files and file.is_file():
                     raise CheckpointError(f"{path} is damaged: its {MANIFEST_FILE} does not list {name}")
+
+    def _damage(self, path: pathlib.Path, name: str, contents: bool) -> str | None:
+        """What is wrong with a file; None: nothing."""
+        file, (size, digest) = path / name, self.files[name]
+        try:
+            found = file.stat().st_size if file.is_file() else None
+            if found == size:
+                return f"the content of {name} has changed" if contents and sha256(file) != digest else None
+        except FileNotFoundError:
+            found = None
+        except OSError as error:
+            raise FileError(f"{file} cannot be read: {explain(error)}") from error
+        return f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}"
 
 
 class _Damage(ValueError):
@@ -245,16 +248,6 @@ def versions_here() -> dict[str, str]:
         "orbax-checkpoint": ORBAX_VERSION,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def _of_file(file: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T | None:
-    """What `read` says of a file; None if it is missing."""
-    try:
-        return read(file)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FileError(f"{file} cannot be read: {explain(error)}") from error
 
 
 def in_parallel(function: Callable[[S], T], arguments: Collection[S]) -> Iterator[T]:

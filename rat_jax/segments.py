@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rat_jax.shapes import Array, Bool, Int
+from rat_jax.shapes import Array, Bool, Int, Shaped
 
 PADDING = 0  # the segment id of tokens that are not there
 
@@ -90,6 +90,11 @@ class StreamState:
     def empty(cls, batch_size: int) -> "StreamState":
         zeros = jnp.zeros((batch_size,), jnp.int32)
         return cls(segment_id=zeros, num_documents=zeros, position=zeros, num_tokens=zeros)
+
+
+def write_slots(slots: Int[Array, "B T"], kept: Shaped[Array, "B S *axes"], new: Shaped[Array, "B T *axes"]) -> Array:
+    """What a cache keeps with new values in these slots; those of slots from S on are dropped."""
+    return kept.at[jnp.arange(slots.shape[0])[:, None], slots].set(new, mode="drop")
 
 
 def as_segments(segment_ids: Int[Array, "B T"] | SegmentInfo | None, shape: tuple[int, int]) -> SegmentInfo:

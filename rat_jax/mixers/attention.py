@@ -1,6 +1,7 @@
 """Causal softmax attention over all earlier tokens."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from rat_jax.mixers.base import (
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rope import rotate
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
-from rat_jax.segments import SegmentInfo
+from rat_jax.segments import SegmentInfo, write_slots
 from rat_jax.shapes import Array, Float
 
 
@@ -141,12 +142,7 @@ class Attention(HeadProjections):
 def _append(memory: AttentionCache, key: Array, value: Array, segments: SegmentInfo) -> tuple[AttentionCache, KeyInfo]:
     """The cache with new tokens, and what its slots hold then."""
     num_slots = memory.key.shape[1]
-    slots = jnp.where(segments.is_token, segments.token_index, num_slots)
-    rows = jnp.arange(slots.shape[0])[:, None]
-
-    def write(old: Array, new: Array) -> Array:
-        return old.at[rows, slots].set(new, mode="drop")
-
+    write = functools.partial(write_slots, jnp.where(segments.is_token, segments.token_index, num_slots))
     segment_ids = write(segments.held(num_slots), segments.segment_ids)
     token_index = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32)[None], segment_ids.shape)
     return AttentionCache(write(memory.key, key), write(memory.value, value)), KeyInfo(segment_ids, token_index)

@@ -1,6 +1,7 @@
 """Causal softmax attention within a sliding window."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from rat_jax.errors import require
 from rat_jax.mixers.attention import HeadProjections
 from rat_jax.mixers.base import MixerConfig, ModelShape, ReleaseCell, bytes_of, require_even_heads
 from rat_jax.ops.attention import KeyInfo, attention
-from rat_jax.segments import SegmentInfo
+from rat_jax.segments import SegmentInfo, write_slots
 from rat_jax.shapes import Array, Float
 
 
@@ -63,11 +64,7 @@ class LocalAttentionCache:
         last = jnp.max(jnp.where(segments.is_token, segments.token_index, -1), axis=1, keepdims=True)
         is_kept = segments.is_token & (segments.token_index > last - size)  # of those that share a slot the last
         slots = jnp.where(is_kept, segments.token_index % size, size)
-        rows = jnp.arange(slots.shape[0])[:, None]
-
-        def write(old: Array, added: Array) -> Array:
-            return old.at[rows, slots].set(added, mode="drop")
-
+        write = functools.partial(write_slots, slots)
         written = jax.tree.map(write, self, new)
         old_info, new_info = segments.held_in_ring(size), (segments.segment_ids, segments.token_index)
         if slots.shape[1] == 1:  # the slot that the new token takes holds one that has just left the window

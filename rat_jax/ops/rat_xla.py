@@ -10,7 +10,7 @@ from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.rope import rotate
-from rat_jax.segments import SegmentInfo
+from rat_jax.segments import SegmentInfo, write_slots
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
@@ -130,14 +130,9 @@ def _attend(
 def _extend(state: RatState, running_key: Array, running_value: Array, summaries: _Summaries) -> RatState:
     """Appends the completed chunks of a call; what does not fit the capacity is dropped."""
     slots = jnp.where(summaries.segment_ids != 0, summaries.slots, state.summary_key.shape[1])
-    rows = jnp.arange(slots.shape[0])[:, None]
-
-    def write(old, new):
-        return old.at[rows, slots].set(new, mode="drop")
-
     return RatState(
         key=running_key,
         value=running_value,
-        summary_key=write(state.summary_key, summaries.key),
-        summary_value=write(state.summary_value, summaries.value),
+        summary_key=write_slots(slots, state.summary_key, summaries.key),
+        summary_value=write_slots(slots, state.summary_value, summaries.value),
     )

@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,9 +122,24 @@ def write_errors(path: pathlib.Path) -> Iterator[None]:
         raise CheckpointError(f"{path} could not be written: {explain(error)}") from error
 
 
+def _ignore_abandoned_tasks() -> None:
+    """The first write that fails ends a save; of the errors of Orbax's others nothing is told from here on.
+
+    It would be told when the tasks are collected, which may be at any later time: so this is not undone.
+    """
+    logging.getLogger("asyncio").addFilter(_is_not_abandoned)
+    warnings.filterwarnings("ignore", r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)
+
+
+def _is_not_abandoned(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not (message.startswith("Task exception was never retrieved") and f"{os.sep}orbax{os.sep}" in message)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Within the block Orbax's threads do not print the errors that the main thread gets anyway, traces and all."""
+    _ignore_abandoned_tasks()
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
     def is_other(record: logging.LogRecord) -> bool:

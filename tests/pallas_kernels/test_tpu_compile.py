@@ -34,7 +34,7 @@ def compile_cases(topology: str, cases: list[dict], op: str = "rat") -> list[dic
     both = [json.dumps(case | {"op": op, "backward": backward}) for case in cases for backward in (False, True)]
     done = subprocess.run(
         [sys.executable, program, topology, *both],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )

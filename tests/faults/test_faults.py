@@ -17,7 +17,7 @@ FILES = [
     "a folder where a file should be",
 ]
 # A second process at a workdir is also in tests/checkpoints/test_owner.py and tests/training/test_run.py, more quickly.
-NUM_LIVE_STEPS = 180  # a third of those of `make faults`: a checkpoint every 30
+NUM_LIVE_STEPS = 90  # of 600 in `make faults`: a checkpoint every 30
 LIVE = ["killed while it saves", pytest.param("started a second time", marks=pytest.mark.slow)]
 
 

@@ -26,8 +26,8 @@ from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.rat import triton_twin
 
 # "float16" has grouped heads too, "odd_sizes" several chunks and a rest, "long_chunk_documents" chunks of several
-# tiles, "one_token" a row of one chunk, "extend_documents" what is read in parts.
-SLOW = ("plain", "long_chunk", "one_chunk", "extend")
+# tiles, "one_token" a row of one chunk, "extend_documents" what is read in parts, "decode_documents" grouped heads.
+SLOW = ("plain", "long_chunk", "one_chunk", "documents", "decode", "extend")
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 

@@ -272,7 +272,7 @@ def mend_interpreter() -> None:
 DECODE_CASES = {
     "decode": (Case(shape_of(2, 7, 4, 2, 16, 2)), 4),
     "decode_split": (Case(shape_of(1, 9, 2, 1, 12, 1)), 260),
-    "decode_documents": (Case(shape_of(2, 9, 2, 1, 8, 2, segmented=True), ((3, 2, 4), (1, 7, 1))), 6),
+    "decode_documents": (Case(shape_of(2, 9, 4, 2, 8, 2, segmented=True), ((3, 2, 4), (1, 7, 1))), 6),
     "decode_odd_head": (Case(shape_of(2, 7, 2, 1, 7, 3, rope=False)), 3),
 }
 

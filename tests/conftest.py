@@ -1,8 +1,13 @@
 """Settings of every test: the CPU unless told otherwise, quick compilation, checked annotations, no change of rank."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
+
+# Imports and traces make millions of objects that stay: at Python's threshold a tenth of the time goes into looking
+# for others among them.
+gc.set_threshold(50_000, 20, 20)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # References in PyTorch and NumPy are loops of small operations: two threads take six times the CPU time of one.

@@ -83,14 +83,14 @@ def _continue(
 ) -> None:
     times = stopwatch.Stopwatch()
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
-    _use_compilation_cache()
+    files = _use_compilation_cache()
     loaded = load_model(workdir.path, _STEP.value, report=lambda line: print(line, file=sys.stderr))
     tokenizer = find_tokenizer(workdir, loaded.config, _DATA_PATH.value)
     times.lap("load")
     if output_file is not None:
         output_file.go_on({"step": loaded.step, **settings.to_record()})
     sizes = {"batch_size": _BATCH_SIZE.value, "max_prompt_tokens": _MAX_PROMPT_TOKENS.value}
-    batch = Batch(loaded.model, tokenizer, prompts, settings, **sizes)
+    batch = Batch(loaded.model, tokenizer, prompts, settings, files=files, **sizes)
     printer = Printer(first_pass.num_prompts, settings.num_samples)
     is_quiet = not sys.stderr.isatty()
     with tqdm.tqdm(

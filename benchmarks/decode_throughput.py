@@ -44,7 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import card, decode_steps, step_profile, traffic
 from rat_jax import program
-from rat_jax.compilation_cache import OFF, use_cache
+from rat_jax.compilation_cache import OFF, ProgramFiles, use_cache
 from rat_jax.config import ModelConfig, config_from_dict
 from rat_jax.config_file import load_config_file
 from rat_jax.decoder import Decoder
@@ -52,6 +52,7 @@ from rat_jax.errors import RatJaxError
 from rat_jax.files import write_json
 from rat_jax.paths import local_path
 from rat_jax.pictures import write_picture
+from rat_jax.program_store import ProgramStore
 
 BATCH_SIZES = [1, 16, 256]
 POSITIONS = [1024, 4096, 16_384, 65_536, 131_072]
@@ -97,15 +98,18 @@ def measure_steps(
         }
 
 
-def measure_traffic(name: str, decoder: Decoder, flags: argparse.Namespace) -> Iterator[Row]:
+def measure_traffic(
+    name: str, decoder: Decoder, flags: argparse.Namespace, files: ProgramFiles | None
+) -> Iterator[Row]:
     """Rows of the second table, printed."""
+    store = files and ProgramStore(files, decoder.config)
     if flags.traffic:
         print(f"\n{name}\n{traffic.TITLES}", flush=True)
     for job in flags.traffic:
         requests = traffic.JOBS[job].requests(decoder.config.vocab_size)[: flags.prompts]
         slots = traffic.num_slots(decoder, requests, flags.slots)
         try:
-            row = traffic.measure(decoder, requests, slots, flags.steps)
+            row = traffic.measure(decoder, requests, slots, flags.steps, store)
         except (RatJaxError, jax.errors.JaxRuntimeError) as error:  # another job may need less
             why = card.reason(error)
             print(f"{job:>7} {slots:>6} {why}", flush=True)
@@ -213,7 +217,7 @@ def run(flags: argparse.Namespace) -> None:
     card.share_memory()
     if flags.profile is not None:
         step_profile.name_every_kernel()
-    use_cache(flags.compilation_cache)
+    files = use_cache(flags.compilation_cache)
     ceilings = card.measure_ceilings(3)
     table: Row = {"card": card.describe(), **ceilings._asdict(), "steps": [], "traffic": []}
     print(f"{table['card']}\ncopy {ceilings.copy_gb_per_s:.0f} GB/s")
@@ -222,7 +226,7 @@ def run(flags: argparse.Namespace) -> None:
         decoder = decode_steps.random_decoder(config)
         name = pathlib.Path(file).stem
         rows_at = {position: flags.batch_sizes or _batch_sizes(decoder, position) for position in flags.positions}
-        table["traffic"] += measure_traffic(name, decoder, flags)  # first: its peak of memory is then its own
+        table["traffic"] += measure_traffic(name, decoder, flags, files)  # first: its peak of memory is then its own
         table["steps"] += measure_steps(name, decoder, rows_at, flags, ceilings.copy_gb_per_s)
         del decoder  # the next needs the room
         if flags.out is not None:

@@ -11,6 +11,7 @@ from benchmarks import decode_steps
 from rat_jax.decoder import Decoder
 from rat_jax.errors import RunStopped
 from rat_jax.memory import tree_bytes
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling import Engine, Request, SamplingParams
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.device_rows import DeviceRows
@@ -111,17 +112,21 @@ def mean_position(requests: list[Request]) -> float:
     return sum(count * (length + (count - 1) / 2) for length, count in steps) / max(1, sum(n for _, n in steps))
 
 
-def measure(decoder: Decoder, requests: list[Request], slots: int, steps: int) -> TrafficRow:
+def measure(
+    decoder: Decoder, requests: list[Request], slots: int, steps: int, store: ProgramStore | None
+) -> TrafficRow:
     """Serves requests three times, the last time for a single token each; times `steps` steps alone for comparison.
+
+    The first time programs are looked for in the store, if there is one.
 
     Raises:
       RunStopped: if rows end early.
     """
     capacity = capacity_of(requests)
     peak_before = _peak_bytes()
-    cold, warm = (_serve(decoder, requests, slots, capacity) for _ in range(2))
+    cold, warm = (_serve(decoder, requests, slots, capacity, programs) for programs in (store, None))
     prompts = [dataclasses.replace(request, max_new_tokens=1) for request in requests]
-    read = _serve(decoder, prompts, slots, capacity)
+    read = _serve(decoder, prompts, slots, capacity, None)
     peak = _peak_bytes()
     planned = _planned_bytes(decoder, slots, capacity)
     compiled = decode_steps.lower(decoder, slots, capacity).compile()
@@ -145,12 +150,12 @@ def measure(decoder: Decoder, requests: list[Request], slots: int, steps: int) -
     )
 
 
-def _serve(decoder: Decoder, requests: list[Request], slots: int, capacity: int) -> _Served:
+def _serve(decoder: Decoder, requests: list[Request], slots: int, capacity: int, store: ProgramStore | None) -> _Served:
     start = time.perf_counter()
     lengths = [len(request.prompt) for request in requests]
     sizes = sizes_for(lengths, CHUNK_SIZES)
     engine = Engine(decoder, num_slots=slots, capacity=capacity, rule=_RULE, eos_id=None, chunk_sizes=sizes)
-    engine.compile(lengths)
+    engine.compile(lengths, store)
     compiled = time.perf_counter()
     got = sum(len(event.tokens) for event in engine.serve(requests))
     end = time.perf_counter()

@@ -39,11 +39,11 @@ _CPU_FIELDS = (
 flags.disclaim_key_flags()  # `--help` shows the flag with those of the program that asks for it
 
 
-def define_cache_flag() -> Callable[[], None]:
+def define_cache_flag() -> Callable[[], "ProgramFiles | None"]:
     """Defines `--compilation_cache`.
 
     Returns:
-      What does as `use_cache` says, once flags are parsed.
+      What does as `use_cache` says, and returns the same, once flags are parsed.
     """
     holder = flags.DEFINE_string(
         _FLAG,
@@ -53,7 +53,7 @@ def define_cache_flag() -> Callable[[], None]:
     return lambda: use_cache(holder.value)
 
 
-def use_cache(choice: str | None) -> None:
+def use_cache(choice: str | None) -> "ProgramFiles | None":
     """Has later processes find the programs that this one compiles, and this one those of earlier ones; says where.
 
     A folder that cannot be used is said, and programs are compiled anew.
@@ -64,36 +64,39 @@ def use_cache(choice: str | None) -> None:
         heeded then. Of the processes of one job JAX has only the first write programs, so that the others find them
         in a folder that all share: None is `off` there.
 
+    Returns:
+      The files, for programs that are kept in other ways than JAX's; None: there are none, or they are JAX's own.
+
     Raises:
       PathError: if `choice` names no folder.
     """
     if choice == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
-        return
+        return None
     if choice is None and not jax.config.jax_enable_compilation_cache:
-        return
+        return None
     if choice is None and (users := jax.config.jax_compilation_cache_dir):
-        _say(f"{users}, as JAX_COMPILATION_CACHE_DIR says")
-        return
+        say(f"{users}, as JAX_COMPILATION_CACHE_DIR says")
+        return None
     if choice is None and jax.distributed.is_initialized():
-        _say(f"none for several processes; --{_FLAG} takes a folder that all of them share")
-        return
+        say(f"none for several processes; --{_FLAG} takes a folder that all of them share")
+        return None
     try:
         root = _users_root() if choice is None else local_path(choice, f"--{_FLAG}")
     except PathError as error:
         if choice is not None:
             raise
-        _say(f"none, programs are compiled anew: {error}")
-        return
+        say(f"none, programs are compiled anew: {error}")
+        return None
     folder = root / folder_name()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what is in it is run: nobody else is to write there
         tempfile.TemporaryFile(dir=folder).close()
         _remove_unused(root)
     except OSError as error:
-        _say(f"none, programs are compiled anew: {folder} cannot be used: {explain(error)}")
-        return
-    _say(str(folder))
+        say(f"none, programs are compiled anew: {folder} cannot be used: {explain(error)}")
+        return None
+    say(str(folder))
     jax_cache.get_file_cache = lambda path: (ProgramFiles(pathlib.Path(path)), path)
     public_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
@@ -101,6 +104,7 @@ def use_cache(choice: str | None) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's files there have no digests
     if _THRESHOLD.upper() not in os.environ:
         jax.config.update(_THRESHOLD, 0.0)  # a start compiles many small programs, at 20 ms each
+    return ProgramFiles(folder)
 
 
 def folder_name() -> str:
@@ -130,7 +134,7 @@ class ProgramFiles(CacheInterface):
         size = hashlib.sha256().digest_size
         program = content[size:]
         if content[:size] != _digest(key, program):
-            _say(f"{file} is damaged; the program is compiled again")
+            say(f"{file} is damaged; the program is compiled again")
             return None
         with contextlib.suppress(OSError):
             os.utime(file)  # it was of use just now
@@ -157,7 +161,7 @@ class ProgramFiles(CacheInterface):
 
     def _give_up(self, file: pathlib.Path, error: OSError) -> None:
         self._usable = False
-        _say(f"none from here on: {file}: {explain(error)}")
+        say(f"none from here on: {file}: {explain(error)}")
 
 
 def _digest(key: str, program: bytes) -> bytes:
@@ -199,5 +203,6 @@ def _remove_unused(root: pathlib.Path) -> None:
         excess -= size
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tells the user on standard error."""
     print(f"compilation cache: {text}", file=sys.stderr)

@@ -104,8 +104,10 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.paths",
         "rat_jax.program",
     },
+    "rat_jax.program_store": {"rat_jax.compilation_cache", "rat_jax.config", "rat_jax.files", "rat_jax.mixers"},
     "rat_jax.sampling": {
         "rat_jax.checkpoints",
+        "rat_jax.compilation_cache",
         "rat_jax.config",
         "rat_jax.data",
         "rat_jax.decoder",
@@ -116,6 +118,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.model",
         "rat_jax.ops",
         "rat_jax.paths",
+        "rat_jax.program_store",
         "rat_jax.shapes",
     },
     "rat_jax.evaluation": {

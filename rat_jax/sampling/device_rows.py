@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from rat_jax.decoder import Decoder
 from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.errors import SamplingStopped, require
 from rat_jax.sampling.prefill import PromptRows, empty_prompts, plan_chunks, read_chunk, sizes_up_to
 from rat_jax.sampling.sampling_params import SamplingParams
@@ -52,6 +54,7 @@ class DeviceRows:
         rows_together = max(1, min(_MOST_PROMPT_ROWS, num_slots // (num_devices * _SLOTS_PER_PROMPT_ROW)))
         self.row_counts = sorted({num_devices, rows_together * num_devices})
         self._known_row_counts: set[int] = set()  # whose programs are there
+        self._compiled: dict[tuple[Callable, int, int], Callable] = {}  # by function, rows and tokens of a prompt
         self.cache_bytes = decoder.cache_bytes(num_slots + self.row_counts[-1], capacity)
         self._check_memory(num_devices)
         self._eos_id = np.int32(ENDED if eos_id is None else eos_id)
@@ -70,25 +73,39 @@ class DeviceRows:
         """The most: of empty slots, first tokens, steps; of an empty cache, an insertion and chunks for a row count."""
         return 3 + len(self.row_counts) * (2 + len(self.chunk_sizes))
 
-    def compile(self, lengths: Sequence[int] | None) -> None:
-        """Compiles the programs for prompts of these lengths, side by side; None: all programs."""
+    def compile(self, lengths: Sequence[int] | None, store: ProgramStore | None = None) -> None:
+        """Makes the programs for prompts of these lengths, side by side; None: all programs.
+
+        Those in the store are read from it; all others are compiled, and kept there.
+        """
         row_counts, sizes = self.row_counts, self.chunk_sizes
         if lengths is not None:
             row_counts = [self._rows_for(min(len(lengths), self.row_counts[-1]))]
             sizes = sorted({size for length in set(lengths) for size in plan_chunks(length, self.chunk_sizes)})
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            # Each program is compiled while the next is traced; those that take longest come first.
-            compiled = [pool.submit(program.compile) for program in self._lowered(row_counts, sizes[::-1])]
-            for future in compiled:
-                future.result()
+            devices = list(self._decoder.arrays[0].devices() if self._mesh is None else self._mesh.devices.flat)
+            programs = list(self._programs(row_counts, sizes[::-1]))
+            keys = [store and store.key(program.function, self._arguments(program)) for program in programs]
+            kept = [pool.submit(store.get, key, devices) if store else None for key in keys]
+            made = []
+            for program, key, found in zip(programs, keys, kept, strict=True):
+                compiled = found and found.result()
+                if compiled is not None:
+                    self._compiled[program.key] = compiled
+                else:  # each program is compiled while the next is traced; those that take longest come first
+                    lowered = self._run(program.function.lower, *program.arguments)
+                    made.append((program, pool.submit(_compile, lowered, store, key)))
+            for program, future in made:
+                self._compiled[program.key] = future.result()
+        self._known_row_counts.update(row_counts)
 
     def lower_insert(self, prompts: PromptRows, entries: Entries) -> jax.stages.Lowered:
         """The program of `put`."""
-        return self._run(insert.lower, *self._insert_arguments(prompts, entries))
+        return self._run(insert.lower, *self._insert(prompts, entries).arguments)
 
     def lower_block(self) -> jax.stages.Lowered:
         """The program of `step`."""
-        return self._run(decode_block.lower, *self._block_arguments(np.zeros((self.num_slots,), bool)))
+        return self._run(decode_block.lower, *self._block(np.zeros((self.num_slots,), bool)).arguments)
 
     def begin_prompts(self, num_prompts: int) -> int:
         """Empty rows for so many prompts in place of those that were read before; returns how many rows."""
@@ -100,19 +117,19 @@ class DeviceRows:
 
     def read(self, tokens: np.ndarray, num_left: np.ndarray) -> None:
         """Reads the next chunk of the prompts, as `prefill.read_chunk` says."""
-        self.prompts = self._run(read_chunk, self.prompts, tokens, num_left)
+        self.prompts = self._call(_Program.of_chunk(self.prompts, tokens, num_left))
 
     def put(self, entries: Entries) -> None:
         """Copies prompts that were read into slots, with a first token each."""
-        self.slots = self._run(insert, *self._insert_arguments(self.prompts, entries))
+        self.slots = self._call(self._insert(self.prompts, entries))
 
     def first_tokens(self) -> Block:
         """The tokens of rows that were put into slots after the last step."""
-        return _on_its_way(self._run(first_tokens, self.slots))
+        return _on_its_way(self._call(_Program(first_tokens, (self.slots,))))
 
     def step(self, stopped: np.ndarray) -> Block:
         """Continues all rows but those `stopped` (bool, a slot each; the array must not change afterwards)."""
-        self.slots, block = self._run(decode_block, *self._block_arguments(stopped))
+        self.slots, block = self._call(self._block(stopped))
         return _on_its_way(block)
 
     def naming_settings(self) -> contextlib.AbstractContextManager[None]:
@@ -136,17 +153,26 @@ class DeviceRows:
             return self.row_counts[-1]  # to compile for a few rows takes longer than to read some padding
         return num_rows
 
-    def _lowered(self, row_counts: Sequence[int], sizes: Sequence[int]) -> Iterator[jax.stages.Lowered]:
+    def _programs(self, row_counts: Sequence[int], sizes: Sequence[int]) -> Iterator["_Program"]:
         """All programs for chunks of these sizes of so many rows."""
         for num_rows in reversed(row_counts):
             prompts = self._run(empty_prompts, num_rows=num_rows, **self._sizes)
-            num_left = np.zeros((num_rows,), np.int32)
             for size in sizes:
-                yield self._run(read_chunk.lower, prompts, np.zeros((num_rows, size), np.int32), num_left)
-            yield self.lower_insert(prompts, Entries.none(num_rows, self.num_slots))
-            self._known_row_counts.add(num_rows)
-        yield self.lower_block()
-        yield self._run(first_tokens.lower, self.slots)
+                tokens = np.zeros((num_rows, size), np.int32)
+                yield _Program.of_chunk(prompts, tokens, np.zeros((num_rows,), np.int32))
+            yield self._insert(prompts, Entries.none(num_rows, self.num_slots))
+        yield self._block(np.zeros((self.num_slots,), bool))
+        yield _Program(first_tokens, (self.slots,))
+
+    def _call(self, program: "_Program") -> Any:
+        """What a program gives, compiled by `compile` or now."""
+        compiled = self._compiled.get(program.key)
+        if compiled is None:
+            return self._run(program.function, *program.arguments)
+        return compiled(self._decoder.arrays, *program.arguments)
+
+    def _arguments(self, program: "_Program") -> tuple:
+        return self._decoder.arrays, program.arguments, None if self._mesh is None else str(self._mesh)
 
     @property
     def _sizes(self) -> dict[str, Any]:
@@ -156,11 +182,12 @@ class DeviceRows:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             return program(self._decoder.layout, self._decoder.arrays, *arguments, **sizes)
 
-    def _insert_arguments(self, prompts: PromptRows, entries: Entries) -> tuple:
-        return self._rule, self.slots, prompts, entries, self._seed_key, self._eos_id
+    def _insert(self, prompts: PromptRows, entries: Entries) -> "_Program":
+        arguments = self._rule, self.slots, prompts, entries, self._seed_key, self._eos_id
+        return _Program(insert, arguments, len(entries.row))
 
-    def _block_arguments(self, stopped: np.ndarray) -> tuple:
-        return self._rule, self.slots, stopped, self._eos_id
+    def _block(self, stopped: np.ndarray) -> "_Program":
+        return _Program(decode_block, (self._rule, self.slots, stopped, self._eos_id))
 
     def _check_memory(self, num_devices: int) -> None:
         device = next(iter(self._decoder.arrays[0].devices()))  # the set is jax's own
@@ -171,6 +198,31 @@ class DeviceRows:
             f"them, take {gib(needed)}, the device has {gib(free or 0)} free: lower batch_size (num_slots), or "
             f"max_new_tokens or the prompts' lengths (capacity)",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A compiled function, its arguments after the decoder's, and what tells its shapes from those of others."""
+
+    function: Callable
+    arguments: tuple
+    num_rows: int = 0  # of prompts
+    num_tokens: int = 0  # of each
+
+    @classmethod
+    def of_chunk(cls, prompts: PromptRows, tokens: np.ndarray, num_left: np.ndarray) -> "_Program":
+        return cls(read_chunk, (prompts, tokens, num_left), *tokens.shape)
+
+    @property
+    def key(self) -> tuple[Callable, int, int]:
+        return self.function, self.num_rows, self.num_tokens
+
+
+def _compile(lowered: jax.stages.Lowered, store: ProgramStore | None, key: str | None) -> jax.stages.Compiled:
+    compiled = lowered.compile()
+    if store is not None:
+        store.put(key, compiled)
+    return compiled
 
 
 def _on_its_way(block: Block) -> Block:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rat_jax.decoder import Decoder
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.device_rows import DeviceRows
 from rat_jax.sampling.errors import require
 from rat_jax.sampling.prefill import CHUNK_SIZES
@@ -133,17 +134,18 @@ class Engine:
         """Whether any request has not ended."""
         return len(self._submitted) > 0
 
-    def compile(self, prompt_lengths: Sequence[int] | None = None) -> None:
+    def compile(self, prompt_lengths: Sequence[int] | None = None, store: ProgramStore | None = None) -> None:
         """Compiles programs now, side by side, that are compiled as they are needed otherwise.
 
         Args:
           prompt_lengths: in tokens, of all prompts that are to come: the programs that they need. None: all programs.
+          store: where programs are looked for before they are traced, and kept.
 
         Raises:
           SamplingStopped: if a device runs out of memory.
         """
         with self._device.naming_settings():
-            self._device.compile(prompt_lengths)
+            self._device.compile(prompt_lengths, store)
 
     def check(self, request: Request) -> np.ndarray:
         """The ids of a request's prompt, if the engine can serve it.

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import NamedSharding
 
+from rat_jax.compilation_cache import ProgramFiles
 from rat_jax.decoder import Decoder
 from rat_jax.mesh import BATCH_AXES
 from rat_jax.model import LanguageModel
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.engine import Engine
 from rat_jax.sampling.errors import not_finite, require
@@ -131,6 +133,7 @@ def make_engine(
     rule: SamplingParams,
     eos_id: int | None,
     seed: int,
+    files: ProgramFiles | None = None,
 ) -> Engine:
     """An engine for so many rows, no larger than they need, whose programs are compiled.
 
@@ -143,6 +146,7 @@ def make_engine(
       rule: how tokens are chosen.
       eos_id: the token that ends a row.
       seed: of the random numbers.
+      files: that keep programs; none for a model whose code is not that of files.
 
     Raises:
       SamplingError: as `Engine`, or too long a row.
@@ -168,7 +172,7 @@ def make_engine(
         chunk_sizes=_chunk_sizes(lengths),
     )
     if max_new_tokens > 1:  # else no steps are needed
-        engine.compile(lengths)
+        engine.compile(lengths, files and ProgramStore(files, decoder.config))
     return engine
 
 

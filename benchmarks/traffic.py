@@ -90,7 +90,7 @@ class TrafficRow(NamedTuple):
 
 class _Served(NamedTuple):
     compile_s: float
-    seconds: float  # all
+    seconds: float  # all, with those
     num_read: int  # tokens of prompts, padding included
 
 
@@ -117,16 +117,16 @@ def measure(
 ) -> TrafficRow:
     """Serves requests three times, the last time for a single token each; times `steps` steps alone for comparison.
 
-    The first time programs are looked for in the store, if there is one.
+    Programs are looked for in the store, if there is one, each time.
 
     Raises:
       RunStopped: if rows end early.
     """
     capacity = capacity_of(requests)
     peak_before = _peak_bytes()
-    cold, warm = (_serve(decoder, requests, slots, capacity, programs) for programs in (store, None))
+    cold, warm = (_serve(decoder, requests, slots, capacity, store) for _ in range(2))
     prompts = [dataclasses.replace(request, max_new_tokens=1) for request in requests]
-    read = _serve(decoder, prompts, slots, capacity, None)
+    read = _serve(decoder, prompts, slots, capacity, store)
     peak = _peak_bytes()
     planned = _planned_bytes(decoder, slots, capacity)
     compiled = decode_steps.lower(decoder, slots, capacity).compile()
@@ -142,8 +142,8 @@ def measure(
         padding=warm.num_read / num_tokens,
         cold_s=cold.seconds,
         compile_s=cold.compile_s,
-        warm_s=warm.seconds,
-        prefill_s=read.seconds,
+        warm_s=warm.seconds - warm.compile_s,
+        prefill_s=read.seconds - read.compile_s,
         steps_per_s=alone.tokens_per_s,
         peak_gb=None if peak is None or peak == peak_before else peak / 1e9,
         planned_gb=planned / 1e9,

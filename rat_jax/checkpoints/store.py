@@ -314,10 +314,13 @@ class _UnusableError(CheckpointError):
 
 
 def _good(path: pathlib.Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all as they were written."""
+    """The manifest of a checkpoint that has all its files, and the parameters as they were written.
+
+    The optimizer's state, two thirds of the bytes, is not read, as those who ask for a model do not.
+    """
     try:
         manifest = Manifest.read(path)
-        manifest.verify(path)
+        manifest.verify(path, unread=("optimizer",))
     except CheckpointError as error:
         raise _UnusableError(str(error)) from None
     return manifest

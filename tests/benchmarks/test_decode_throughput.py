@@ -110,7 +110,7 @@ def test_an_engine_leaves_its_memory_to_the_next(decoder, measured):
 
     requests = JOB.requests(decoder.config.vocab_size)
     before = held()
-    traffic._serve(decoder, requests, 3, traffic.capacity_of(requests))
+    traffic._serve(decoder, requests, 3, traffic.capacity_of(requests), None)
     assert held() - before < decoder.cache_bytes(3, traffic.capacity_of(requests))
 
 

@@ -78,14 +78,14 @@ class TestLoadModel:
         owner = Manifest if "compared" in moment else checkpoint
         function = getattr(owner, name)
 
-        def removed(*arguments):
+        def removed(*arguments, **settings):
             if (run / "checkpoints/30").exists():
                 checkpoints = Checkpoints(Workdir(run), CONFIG, print)
                 save(checkpoints, 40, times(model, 4))
                 checkpoints.close()
                 for step in (20, 30):
                     shutil.rmtree(run / f"checkpoints/{step}")
-            return function(*arguments)
+            return function(*arguments, **settings)
 
         monkeypatch.setattr(owner, name, removed)
         said = []
@@ -93,9 +93,9 @@ class TestLoadModel:
         assert said == [f"{run / 'checkpoints/30'} was removed while it was read: its run goes on; looking again"]
 
     def test_a_certain_step_that_is_removed_meanwhile(self, run, monkeypatch):
-        def removed(*arguments):
+        def removed(*arguments, **settings):
             shutil.rmtree(run / "checkpoints/20")
-            return verify(*arguments)
+            return verify(*arguments, **settings)
 
         verify = Manifest.verify
         monkeypatch.setattr(Manifest, "verify", removed)
@@ -107,3 +107,16 @@ class TestLoadModel:
             largest_file(run, step).unlink()
         with pytest.raises(CheckpointError, match="no good checkpoint"):
             load_model(run, report=lambda message: None)
+
+    def test_bytes_of_the_optimizer_are_compared_by_those_who_go_on_with_the_run(self, run, model):
+        file = run / "checkpoints/30/optimizer/manifest.ocdbt"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        reported = []
+        loaded = load_model(run, report=reported.append)
+        assert (loaded.step, reported) == (30, [])
+        assert_is_multiple(loaded.model, model, 30)
+        file.unlink()
+        assert load_model(run, report=reported.append).step == 20
+        assert "optimizer/manifest.ocdbt is missing; trying the one before" in reported[0]

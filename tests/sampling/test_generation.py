@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import monitoring
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
 from rat_jax.sampling import SamplingError, SamplingStopped, generate
 from rat_jax.sampling.caches import cache_capacity
 from rat_jax.sampling.device_rows import DeviceRows
-from rat_jax.sampling.prefill import empty_prompts, read_chunk
-from rat_jax.sampling.slots import STEPS_PER_CALL, decode_block, empty_slots, first_tokens, insert
+from rat_jax.sampling.slots import STEPS_PER_CALL
 from rat_jax.sharding import make_mesh
 from tests.small import small_model
 
@@ -123,13 +123,24 @@ def test_streamed_tokens_are_the_result(rat_model, ending):
 
 
 def test_prompts_of_many_lengths_and_other_settings_compile_nothing_new(rat_model):
-    programs = (empty_slots, empty_prompts, read_chunk, insert, first_tokens, decode_block)
-    generate(rat_model, PROMPTS, max_new_tokens=NEW, **SAMPLED)
-    before = [program._cache_size() for program in programs]
-    for longest in range(1, 13):
-        prompts = make_prompts([1, 1, 1, 1, longest], seed=longest)
-        generate(rat_model, prompts, max_new_tokens=NEW, eos_id=longest, seed=longest, **SAMPLED | {"top_p": 0.5})
-    assert [program._cache_size() for program in programs] == before
+    compiled = []
+
+    def listen(event, secs, **details):
+        if event.endswith("/backend_compile_duration"):
+            compiled.append(details)
+
+    for longest in (1, 12):  # caches of both sizes
+        generate(rat_model, make_prompts([1, 1, 1, 1, longest]), max_new_tokens=NEW, **SAMPLED)
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for longest in range(1, 13):
+            prompts = make_prompts([1, 1, 1, 1, longest], seed=longest)
+            generate(rat_model, prompts, max_new_tokens=NEW, eos_id=longest, seed=longest, **SAMPLED | {"top_p": 0.5})
+        assert compiled == []
+        generate(rat_model, PROMPTS[:2], max_new_tokens=NEW, **SAMPLED)
+        assert compiled != []
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
 
 
 def test_cache_sizes_are_few_and_large_enough():

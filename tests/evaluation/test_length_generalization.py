@@ -85,8 +85,8 @@ def expected_sums(model: LanguageModel, batch: Batch, edges: list[int]) -> tuple
 
 
 # Kinds with positions are here by themselves, or as RAttention in the last, which shows that kinds go together and that
-# they can do without.
-SLOW = ("rattention", "rat_swa", "rat_swa_nope", "attention_rattention_nope")
+# they can do without. One state, as Gated DeltaNet has it, is the RNN's too.
+SLOW = ("gated_deltanet", "rattention", "rat_swa", "rat_swa_nope", "attention_rattention_nope")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PATTERNS])

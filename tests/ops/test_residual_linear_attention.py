@@ -97,8 +97,8 @@ def test_equals_the_recordings(feature_map, implementation):
 @pytest.mark.parametrize(
     ("implementation", "feature_map"),
     [
-        ("pallas_tpu", "softmax"),
-        pytest.param("pallas_tpu", "relu", marks=pytest.mark.slow),  # in tests/pallas_kernels/linear_attention too
+        # These are in tests/pallas_kernels/linear_attention too.
+        *(pytest.param("pallas_tpu", feature_map, marks=pytest.mark.slow) for feature_map in ("softmax", "relu")),
         *(
             pytest.param(name, feature_map, marks=pytest.mark.gpu)
             for name in ("triton", "mosaic_gpu")

@@ -82,10 +82,15 @@ class TestRun:
     @pytest.mark.parametrize(
         ("spoiled", "changes", "skipped"),
         [
-            ({3: no_number, 4: no_number}, {"training__on_non_finite": "skip"}, [3, 4]),
-            ({5: other_targets}, SPIKES, [5]),
+            pytest.param(
+                {3: no_number, 4: no_number},
+                {"training__on_non_finite": "skip"},
+                [3, 4],
+                id="not finite",
+                marks=pytest.mark.slow,  # a spike has a state beside, and is skipped in the same way
+            ),
+            pytest.param({5: other_targets}, SPIKES, [5], id="spike"),
         ],
-        ids=["not finite", "spike"],
     )
     def test_skips_are_the_same_in_one_go_and_after_a_resume(
         self, corpus, tmp_path, monkeypatch, spoiled, changes, skipped

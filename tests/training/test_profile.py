@@ -57,6 +57,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_a_run(tmp_path, done, monke
     assert done == ["there is no trace of steps 3 to 4: another trace is being written", "step 3", "step 4"]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_a_trace(corpus, uninterrupted, tmp_path):
     config = tiny_config(corpus, training__profile_step=2, training__profile_num_steps=1)
     assert train(config, tmp_path / "run").finished

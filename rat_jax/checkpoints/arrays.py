@@ -26,6 +26,7 @@ from rat_jax.sharding import leaf_names
 
 ORBAX_VERSION = ocp.__version__
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the names of what was never finished
+_IN_PARTS = ocp.SaveArgs(chunk_byte_size=1 << 26)  # each is compressed and read by a thread: layers' arrays are large
 REQUIRED_FILES = ("_METADATA", "manifest.ocdbt")  # of each item, without which its arrays are not found
 
 
@@ -44,7 +45,10 @@ class ArrayWriter:
         Raises:
           CheckpointError: if it cannot begin.
         """
-        arguments = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
+        arguments = {
+            item: ocp.args.StandardSave(arrays, save_args=dict.fromkeys(arrays, _IN_PARTS))
+            for item, arrays in items.items()
+        }
         with write_errors(path):
             self._writer.save(path, args=ocp.args.Composite(**arguments))
 

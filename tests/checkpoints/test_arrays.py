@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import math
 
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 from rat_jax.checkpoints.arrays import ArrayWriter
@@ -43,3 +45,15 @@ def test_other_writes_that_fail_too_are_not_told(caplog):
     assert caplog.messages == []
     abandon_writes("/site-packages/of_another/serialization.py")
     assert any(message.startswith("Task exception was never retrieved") for message in caplog.messages)
+
+
+def test_large_arrays_are_stored_in_parts_that_threads_read(tmp_path):
+    writer = ArrayWriter()
+    stacked = jnp.zeros((5, 1 << 22))  # 80 MiB
+    writer.start(tmp_path / "40", {"params": {"stacked": stacked, "small": jnp.ones((3, 4))}})
+    writer.wait(tmp_path / "40")
+    writer.close()
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(tmp_path / "40" / "params").item_metadata
+    assert math.prod(stored["stacked"].storage.chunk_shape) * 4 <= 1 << 26
+    assert stored["small"].storage.chunk_shape == (3, 4)

@@ -57,11 +57,9 @@ def test_memory_is_linear_in_tokens():
             assert result["temporary_bytes_per_token"] <= bound * PROJECTED_BYTES
 
 
-# `make test` compiles for v5e and v4, and on each of the others one op.
-@pytest.mark.parametrize(
-    "topology",
-    ["v5p:2x2x1", pytest.param("v4:2x2x1", marks=pytest.mark.slow), pytest.param("v6e:2x2", marks=pytest.mark.slow)],
-)
+# `make test` compiles for v5e and v4, `make test-tpu` for the others too.
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v4:2x2x1", "v6e:2x2"])
 def test_other_chips(topology):
     compile_cases(topology, [dict(tokens=4096)])
 
@@ -101,7 +99,8 @@ def test_linear_attention():
         assert result["result_bytes_per_token"] <= 1.1 * scale * (of_query + 2 * of_key)
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v6e:2x2", "v5p:2x2x1"])
 def test_linear_attention_on_other_chips(topology):
     compile_cases(topology, [dict(tokens=8192)], "linear_attention")
 

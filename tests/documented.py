@@ -61,7 +61,12 @@ def shell_commands(script: str) -> list[list[str]]:
         done = subprocess.run(
             ["bash", "-c", _RECORD + script],
             cwd=folder,
-            env=os.environ | {"COMMANDS": str(record), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+            env=os.environ
+            | {
+                "COMMANDS": str(record),
+                "PYTHON": sys.executable,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            },
             capture_output=True,
             text=True,
             timeout=60,

@@ -104,7 +104,7 @@ def test_python_blocks_run(tmp_path):
             scripts.append(tmp_path / "pages" / f"{page.stem}.py")
             scripts[-1].write_text("\n".join(blocks))
     assert len(scripts) > 2
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *scripts],
         cwd=tmp_path,

@@ -114,7 +114,7 @@ def test_signals_to_the_whole_group_while_validation_starts_its_readers(corpus, 
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "program.py", json.dumps(config_to_dict(config)), tmp_path / "run"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -13,8 +13,9 @@ import pathlib
 import platform
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags
@@ -35,6 +36,8 @@ _CPU_FIELDS = (
     *("vendor_id", "cpu family", "model", "model name", "flags"),  # x86
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),  # ARM
 )
+
+_thread = threading.local()
 
 flags.disclaim_key_flags()  # `--help` shows the flag with those of the program that asks for it
 
@@ -97,7 +100,7 @@ def use_cache(choice: str | None) -> "ProgramFiles | None":
         say(f"none, programs are compiled anew: {folder} cannot be used: {explain(error)}")
         return None
     say(str(folder))
-    jax_cache.get_file_cache = lambda path: (ProgramFiles(pathlib.Path(path)), path)
+    jax_cache.get_file_cache = lambda path: (_FilesOfJax(pathlib.Path(path)), path)
     public_cache.reset_cache()
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -162,6 +165,30 @@ class ProgramFiles(CacheInterface):
     def _give_up(self, file: pathlib.Path, error: OSError) -> None:
         self._usable = False
         say(f"none from here on: {file}: {explain(error)}")
+
+
+class _FilesOfJax(ProgramFiles):
+    """Those that JAX reads and writes as it compiles."""
+
+    def get(self, key: str) -> bytes | None:
+        return None if getattr(_thread, "compiles_anew", False) else super().get(key)
+
+    def put(self, key: str, value: bytes) -> None:
+        if not getattr(_thread, "compiles_anew", False):
+            super().put(key, value)
+
+
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Within the block JAX neither finds nor keeps what this thread compiles.
+
+    A program that JAX has read from a file is not whole when it is written down again: on CPUs it lacks functions.
+    """
+    _thread.compiles_anew = True
+    try:
+        yield
+    finally:
+        _thread.compiles_anew = False
 
 
 def _digest(key: str, program: bytes) -> bytes:

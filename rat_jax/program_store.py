@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
-from rat_jax.compilation_cache import ProgramFiles, say
+from rat_jax.compilation_cache import ProgramFiles, compiling_anew, say
 from rat_jax.config import ModelConfig
 from rat_jax.files import explain
 from rat_jax.mixers import MIXERS
@@ -32,6 +32,7 @@ _PACKAGES = ("rat_jax", "pallas_kernels")
 _COMPILERS = ("jax", "jaxlib", "flax", "numpy", "jax-triton", "triton", "libtpu")
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_ANEW = {"xla_dump_max_hlo_modules": -1}  # XLA's default; named, it keeps JAX from taking what this process has
 _REGISTERING = ("jaxlib.gpu_triton", "jax.experimental.mosaic.gpu")  # what programs with such kernels call
 
 
@@ -67,11 +68,14 @@ class ProgramStore:
             say(f"a program is compiled again, as it cannot be loaded: {explain(error)}")
             return None
 
-    def put(self, key: str, compiled: jax.stages.Compiled) -> None:
-        """Keeps a program, where its platform can write it down."""
+    def compile(self, key: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compiles a program and keeps it, where its platform can write it down."""
+        with compiling_anew():
+            compiled = lowered.compile(_ANEW)
         modules = [name for name in _REGISTERING if name in sys.modules]
         with contextlib.suppress(Exception):  # of any sort, from platforms without files of programs
             self._files.put(key, pickle.dumps((modules, *serialize_executable.serialize(compiled))))
+        return compiled
 
 
 def _describe(leaf: Any) -> str:

@@ -15,7 +15,9 @@ from jax._src import compilation_cache as jax_cache
 from rat_jax import compilation_cache
 from rat_jax.compilation_cache import ProgramFiles, folder_name, use_cache
 from rat_jax.paths import PathError
+from rat_jax.program_store import ProgramStore
 from tests.commands import ROOT
+from tests.test_program_store import CONFIG, continued
 
 SETTINGS = ("enable_compilation_cache", "compilation_cache_dir", "persistent_cache_enable_xla_caches")
 THRESHOLD = "persistent_cache_min_compile_time_secs"
@@ -216,3 +218,17 @@ def test_two_processes_at_once(tmp_path):
     assert len(files) >= 4 and all(file.suffix == ".program" for file in files)
     cache = ProgramFiles(folder)
     assert all(cache.get(pathlib.Path(file).stem) for file in files)
+
+
+def test_what_jax_finds_in_its_files_is_compiled_anew_for_the_store(tmp_path):
+    """A program that JAX has read cannot be written down again: it would end a later run."""
+    store = ProgramStore(use_cache(str(tmp_path)), CONFIG)
+    expected, _ = continued(None)  # all of it is in JAX's files then
+    jax.clear_caches()
+    with counted_hits() as hits:
+        continued(None)
+    assert len(hits) > 4
+    assert continued(store)[0] == expected
+    jax.clear_caches()
+    again, traced = continued(store)
+    assert (again, traced) == (expected, [])

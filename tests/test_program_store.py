@@ -36,7 +36,7 @@ def store(tmp_path):
 
 def keep(store):
     key = store.key(scaled, PAIR)
-    store.put(key, scaled.lower(3.0, PAIR).compile())
+    store.compile(key, scaled.lower(3.0, PAIR))
     return key
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,7 +95,8 @@ class DeviceRows:
                     self._compiled[program.key] = compiled
                 else:  # each program is compiled while the next is traced; those that take longest come first
                     lowered = self._run(program.function.lower, *program.arguments)
-                    made.append((program, pool.submit(_compile, lowered, store, key)))
+                    compile_it = functools.partial(store.compile, key, lowered) if store else lowered.compile
+                    made.append((program, pool.submit(compile_it)))
             for program, future in made:
                 self._compiled[program.key] = future.result()
         self._known_row_counts.update(row_counts)
@@ -216,13 +218,6 @@ class _Program:
     @property
     def key(self) -> tuple[Callable, int, int]:
         return self.function, self.num_rows, self.num_tokens
-
-
-def _compile(lowered: jax.stages.Lowered, store: ProgramStore | None, key: str | None) -> jax.stages.Compiled:
-    compiled = lowered.compile()
-    if store is not None:
-        store.put(key, compiled)
-    return compiled
 
 
 def _on_its_way(block: Block) -> Block:

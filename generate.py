@@ -25,6 +25,7 @@ from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.paths import local_path
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.batch import Batch
 from rat_jax.sampling.completions import FileWriter, Printer
 from rat_jax.sampling.first_pass import FirstPass
@@ -90,7 +91,8 @@ def _continue(
     if output_file is not None:
         output_file.go_on({"step": loaded.step, **settings.to_record()})
     sizes = {"batch_size": _BATCH_SIZE.value, "max_prompt_tokens": _MAX_PROMPT_TOKENS.value}
-    batch = Batch(loaded.model, tokenizer, prompts, settings, files=files, **sizes)
+    store = files and ProgramStore(files, loaded.model.config)
+    batch = Batch(loaded.model, tokenizer, prompts, settings, store=store, **sizes)
     printer = Printer(first_pass.num_prompts, settings.num_samples)
     is_quiet = not sys.stderr.isatty()
     with tqdm.tqdm(

@@ -90,7 +90,7 @@ class TrafficRow(NamedTuple):
 
 class _Served(NamedTuple):
     compile_s: float
-    seconds: float  # all, with those
+    seconds: float  # all that follows
     num_read: int  # tokens of prompts, padding included
 
 
@@ -140,10 +140,10 @@ def measure(
         num_tokens,
         sum(request.max_new_tokens for request in requests),
         padding=warm.num_read / num_tokens,
-        cold_s=cold.seconds,
+        cold_s=cold.compile_s + cold.seconds,
         compile_s=cold.compile_s,
-        warm_s=warm.seconds - warm.compile_s,
-        prefill_s=read.seconds - read.compile_s,
+        warm_s=warm.seconds,
+        prefill_s=read.seconds,
         steps_per_s=alone.tokens_per_s,
         peak_gb=None if peak is None or peak == peak_before else peak / 1e9,
         planned_gb=planned / 1e9,
@@ -162,7 +162,7 @@ def _serve(decoder: Decoder, requests: list[Request], slots: int, capacity: int,
     wanted = sum(request.max_new_tokens for request in requests)
     if got != wanted:
         raise RunStopped(f"{got:,} new tokens came, not {wanted:,}: logits of random weights were not finite")
-    return _Served(compiled - start, end - start, engine.num_prompt_tokens[1])
+    return _Served(compiled - start, end - compiled, engine.num_prompt_tokens[1])
 
 
 def _planned_bytes(decoder: Decoder, slots: int, capacity: int) -> int:

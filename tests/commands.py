@@ -12,6 +12,11 @@ from absl import app, flags, logging
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+def import_path() -> str:
+    """PYTHONPATH of a process that is to import what this one can, wherever that is installed, and this project."""
+    return os.pathsep.join([str(ROOT), *sys.path])
+
+
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     """Runs a script of the top level in a process of its own, on the CPU."""
     return subprocess.run(

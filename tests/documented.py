@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 
+from tests.commands import import_path
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,7 +67,7 @@ def shell_commands(script: str) -> list[list[str]]:
             | {
                 "COMMANDS": str(record),
                 "PYTHON": sys.executable,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+                "PYTHONPATH": import_path(),
             },
             capture_output=True,
             text=True,

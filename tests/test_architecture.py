@@ -107,7 +107,6 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.program_store": {"rat_jax.compilation_cache", "rat_jax.config", "rat_jax.files", "rat_jax.mixers"},
     "rat_jax.sampling": {
         "rat_jax.checkpoints",
-        "rat_jax.compilation_cache",
         "rat_jax.config",
         "rat_jax.data",
         "rat_jax.decoder",

@@ -16,7 +16,7 @@ from rat_jax import compilation_cache
 from rat_jax.compilation_cache import ProgramFiles, folder_name, use_cache
 from rat_jax.paths import PathError
 from rat_jax.program_store import ProgramStore
-from tests.commands import ROOT
+from tests.commands import import_path
 from tests.test_program_store import CONFIG, continued
 
 SETTINGS = ("enable_compilation_cache", "compilation_cache_dir", "persistent_cache_enable_xla_caches")
@@ -206,7 +206,7 @@ print([float(jax.jit(lambda x, n=n: jnp.sum(jnp.sort(x) ** n))(jnp.arange(64.0))
 
 
 def test_two_processes_at_once(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": import_path()}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]

@@ -16,6 +16,7 @@ from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.model import LanguageModel
 from rat_jax.release.file import ReleaseFile, write_release_file
 from tests import documented
+from tests.commands import import_path
 from tests.documented import PAGES, ROOT
 from tests.release.test_weights import recording
 from tests.tiny_run import tiny_config
@@ -104,7 +105,7 @@ def test_python_blocks_run(tmp_path):
             scripts.append(tmp_path / "pages" / f"{page.stem}.py")
             scripts[-1].write_text("\n".join(blocks))
     assert len(scripts) > 2
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": import_path()}
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *scripts],
         cwd=tmp_path,

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from rat_jax.compilation_cache import ProgramFiles
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.memory import gib
 from rat_jax.model import LanguageModel
+from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.completions import Completion
 from rat_jax.sampling.engine import Engine
 from rat_jax.sampling.errors import not_finite
@@ -58,7 +58,7 @@ class Batch:
         *,
         batch_size: int,
         max_prompt_tokens: int | None,
-        files: ProgramFiles | None = None,
+        store: ProgramStore | None = None,
     ):
         """Takes what it needs.
 
@@ -69,10 +69,10 @@ class Batch:
           settings: of texts.
           batch_size: texts that are made at a time.
           max_prompt_tokens: longer prompts are refused. None: the longest prompt decides what a row's cache takes.
-          files: that keep compiled programs.
+          store: of the model's compiled programs.
         """
         self._model, self._tokenizer, self._prompts, self._settings = model, tokenizer, prompts, settings
-        self._batch_size, self._max_prompt_tokens, self._files = batch_size, max_prompt_tokens, files
+        self._batch_size, self._max_prompt_tokens, self._store = batch_size, max_prompt_tokens, store
 
     def survey(self, rows: Rows, refuse: Callable[[PromptError], None], advance: Callable[[], None]) -> Survey:
         """Reads all prompts.
@@ -115,7 +115,7 @@ class Batch:
             rule=self._settings.rule,
             eos_id=self._tokenizer.eos_id,
             seed=self._settings.seed,
-            files=self._files,
+            store=self._store,
         )
 
     def run(self, engine: Engine, sink: Sink, count_tokens: Callable[[int], None]) -> None:

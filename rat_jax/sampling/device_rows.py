@@ -84,21 +84,24 @@ class DeviceRows:
             row_counts = [self._rows_for(min(len(lengths), self.row_counts[-1]))]
             sizes = sorted({size for length in set(lengths) for size in plan_chunks(length, self.chunk_sizes)})
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            devices = list(self._decoder.arrays[0].devices() if self._mesh is None else self._mesh.devices.flat)
-            programs = list(self._programs(row_counts, sizes[::-1]))
-            keys = [store and store.key(program.function, self._arguments(program)) for program in programs]
-            kept = [pool.submit(store.get, key, devices) if store else None for key in keys]
-            made = []
-            for program, key, found in zip(programs, keys, kept, strict=True):
-                compiled = found and found.result()
-                if compiled is not None:
-                    self._compiled[program.key] = compiled
-                else:  # each program is compiled while the next is traced; those that take longest come first
+            if store is not None:
+                keys = {
+                    program.key: store.key(program.function, (self._decoder.arrays, program.arguments))
+                    for program in self._programs(row_counts, sizes)
+                }
+                devices = list(self._decoder.arrays[0].devices() if self._mesh is None else self._mesh.devices.flat)
+                found = zip(keys, pool.map(lambda key: store.get(key, devices), keys.values()), strict=True)
+                self._compiled |= {key: compiled for key, compiled in found if compiled is not None}
+            made = {}
+            # Each program is compiled while the next is traced; those that take longest come first.
+            for program in self._programs(row_counts, sizes[::-1]):
+                if program.key not in self._compiled:
                     lowered = self._run(program.function.lower, *program.arguments)
-                    compile_it = functools.partial(store.compile, key, lowered) if store else lowered.compile
-                    made.append((program, pool.submit(compile_it)))
-            for program, future in made:
-                self._compiled[program.key] = future.result()
+                    compile_it = lowered.compile
+                    if store is not None:
+                        compile_it = functools.partial(store.compile, keys[program.key], lowered)
+                    made[program.key] = pool.submit(compile_it)
+            self._compiled |= {key: future.result() for key, future in made.items()}
         self._known_row_counts.update(row_counts)
 
     def lower_insert(self, prompts: PromptRows, entries: Entries) -> jax.stages.Lowered:
@@ -172,9 +175,6 @@ class DeviceRows:
         if compiled is None:
             return self._run(program.function, *program.arguments)
         return compiled(self._decoder.arrays, *program.arguments)
-
-    def _arguments(self, program: "_Program") -> tuple:
-        return self._decoder.arrays, program.arguments, None if self._mesh is None else str(self._mesh)
 
     @property
     def _sizes(self) -> dict[str, Any]:

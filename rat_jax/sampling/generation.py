@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import NamedSharding
 
-from rat_jax.compilation_cache import ProgramFiles
 from rat_jax.decoder import Decoder
 from rat_jax.mesh import BATCH_AXES
 from rat_jax.model import LanguageModel
@@ -133,7 +132,7 @@ def make_engine(
     rule: SamplingParams,
     eos_id: int | None,
     seed: int,
-    files: ProgramFiles | None = None,
+    store: ProgramStore | None = None,
 ) -> Engine:
     """An engine for so many rows, no larger than they need, whose programs are compiled.
 
@@ -146,7 +145,7 @@ def make_engine(
       rule: how tokens are chosen.
       eos_id: the token that ends a row.
       seed: of the random numbers.
-      files: that keep programs; none for a model whose code is not that of files.
+      store: of the model's programs; None for a model whose code is not that of files.
 
     Raises:
       SamplingError: as `Engine`, or too long a row.
@@ -172,7 +171,7 @@ def make_engine(
         chunk_sizes=_chunk_sizes(lengths),
     )
     if max_new_tokens > 1:  # else no steps are needed
-        engine.compile(lengths, files and ProgramStore(files, decoder.config))
+        engine.compile(lengths, store)
     return engine
 
 

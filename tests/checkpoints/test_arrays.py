@@ -1,4 +1,4 @@
-"""What Orbax leaves behind when a write fails."""
+"""How arrays lie on disk, and what is told of a write that fails."""
 
 import asyncio
 import gc

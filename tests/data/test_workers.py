@@ -1,7 +1,6 @@
 """Worker processes: signals of the group do not reach them, and none is left behind."""
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -10,8 +9,8 @@ import time
 import pytest
 
 from rat_jax.data import DataError, workers
+from tests.commands import import_path
 
-ROOT = pathlib.Path(__file__).parents[2]
 PARENT = """
 import multiprocessing, os, signal, sys, time
 from rat_jax.data.workers import follow_parent, shielded
@@ -44,7 +43,7 @@ if __name__ == "__main__":
 
 
 def start(file, *arguments, **options):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(file), *arguments], env=environment, **pipes, **options)
 

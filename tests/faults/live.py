@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 import psutil
 
+from tests.commands import import_path
 from tests.faults.base import differences
 from tests.faults.campaign import Verdict
 from tests.tiny_run import make_corpus
@@ -63,7 +64,7 @@ class LiveRun:
             text=True,
             errors="replace",
             start_new_session=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": import_path()},
         )
         self._lines: list[str] = []
         self._listener = threading.Thread(target=lambda: self._lines.extend(self.process.stderr), daemon=True)

@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.rat import tpu
+from tests.commands import import_path
 
 pytestmark = [
     pytest.mark.tpu,
@@ -34,7 +35,7 @@ def compile_cases(topology: str, cases: list[dict], op: str = "rat") -> list[dic
     both = [json.dumps(case | {"op": op, "backward": backward}) for case in cases for backward in (False, True)]
     done = subprocess.run(
         [sys.executable, program, topology, *both],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env=os.environ | {"PYTHONPATH": import_path()},
         capture_output=True,
         text=True,
     )

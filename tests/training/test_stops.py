@@ -4,7 +4,6 @@ import errno
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -21,9 +20,8 @@ from rat_jax.interrupts import INTERRUPTED
 from rat_jax.training import NonFiniteError, loop, train
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import train_step
+from tests.commands import import_path
 from tests.tiny_run import tiny_config
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_data_that_cannot_be_read(corpus, tmp_path, monkeypatch):
@@ -114,7 +112,7 @@ def test_signals_to_the_whole_group_while_validation_starts_its_readers(corpus, 
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.Popen(
         [sys.executable, tmp_path / "program.py", json.dumps(config_to_dict(config)), tmp_path / "run"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env=os.environ | {"PYTHONPATH": import_path()},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
@@ -174,6 +173,8 @@ class Turn:
 
     def compile(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         """The compiler behind torch.compile, with the turn taken when the compiled graph is first called."""
+        from torch._inductor.compile_fx import compile_fx  # here, because it takes seconds to import
+
         compiled = compile_fx(graph, inputs)
 
         def run(*arguments):

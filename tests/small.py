@@ -13,6 +13,8 @@ from rat_jax.model import LanguageModel
 
 # Every kind of mixer alone, and the hybrid.
 PATTERNS = [*((kind,) for kind in MIXERS), ("rat", "local_attention")]
+# Every kind once, in pairs, which take less time than each kind alone.
+PAIRS = [tuple(MIXERS)[start : start + 2] for start in range(0, len(MIXERS), 2)]
 
 # Windows and chunks are short enough to be crossed many times.
 SETTINGS = {

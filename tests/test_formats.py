@@ -6,6 +6,7 @@ with `python -m tests.test_formats`.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import typing
@@ -44,6 +45,7 @@ def parameters(kind: str) -> dict[str, list[Any]]:
     return {name: [str(list(leaf.shape)), True] for name, leaf in leaves}
 
 
+@functools.cache
 def formats() -> dict[str, dict[str, Any]]:
     mixers = {f"config of {kind}": fields(mixer.Config) for kind, mixer in MIXERS.items()}
     arrays = {f"parameters of {kind}": parameters(kind) for kind in MIXERS}

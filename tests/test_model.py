@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from rat_jax.model import LanguageModel
-from tests.small import PATTERNS, small_model
+from tests.small import PAIRS, PATTERNS, small_model
 
 TOKENS = 14  # three chunks of 4 and a part of one; nearly three windows of 5
 LATER = 7  # tokens read after them
@@ -19,13 +19,9 @@ ATOL = 2e-5  # of logits of order 10, float32
 
 # Shared key heads, normed queries and keys and gated MLPs, as global-local models have them.
 OPTIONS = {"num_kv_heads": 2, "qk_norm": True, "mlp_kind": "geglu"}
-HYBRID = ("attention", "rattention")
-# Of patterns of two kinds one is enough where time counts, and its kinds need not be here by themselves; the kinds of
-# the other are.
-SLOW = [pattern for pattern in PATTERNS if len(pattern) > 1 or pattern[0] in HYBRID]
 MODELS = [
-    *(pytest.param((pattern, {}), marks=[pytest.mark.slow] * (pattern in SLOW)) for pattern in PATTERNS),
-    (HYBRID, OPTIONS),
+    *((pair, OPTIONS if {"attention", "rattention"} & {*pair} else {}) for pair in PAIRS),
+    *(pytest.param((pattern, {}), marks=pytest.mark.slow) for pattern in PATTERNS),
 ]
 
 

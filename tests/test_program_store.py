@@ -15,7 +15,7 @@ from rat_jax.sampling import Engine, Request
 from rat_jax.sampling.sampling_params import SamplingParams
 from tests.small import small_model, small_model_config
 
-CONFIG = small_model_config(("rat", "local_attention"))
+CONFIG = small_model_config(("rat",))
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2, 6], [5] * 11, [8])
 
 
@@ -117,7 +117,7 @@ def continued(store):
         capacity=32,
         rule=SamplingParams.of(0.8),
         eos_id=None,
-        chunk_sizes=(4, 8),
+        chunk_sizes=(8,),
     )
     traced = []
     lowered = jax.stages.Traced.lower

@@ -278,15 +278,14 @@ def test_worker_processes_change_nothing(config):
     data.restore(alone.state())
     assert_equal(take(data, 5), expected[8:])
     data.close()
-    passes = validation_data(dataclasses.replace(workers, num_workers=1))
-    assert_equal(list(passes), list(validation_data(config)))
 
 
 @pytest.mark.slow
-def test_a_worker_process_of_a_part_of_the_validation(config):
+@pytest.mark.parametrize("part", [{}, {"max_batches": 2}], ids=["all", "a part"])
+def test_a_worker_process_changes_nothing_of_the_validation(config, part):
     config = dataclasses.replace(config, segment_documents=True)
-    passes = validation_data(dataclasses.replace(config, num_workers=1), max_batches=2)
-    assert_equal(list(passes), list(validation_data(config, max_batches=2)))
+    passes = validation_data(dataclasses.replace(config, num_workers=1), **part)
+    assert_equal(list(passes), list(validation_data(config, **part)))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ FILES = [
     "header of a token file changed",
     "a folder where a file should be",
 ]
-# A second process at a workdir is also in tests/checkpoints/test_owner.py and tests/training/test_run.py, more quickly.
+# Quicker tests of the same: a second process at a workdir in tests/checkpoints/test_owner.py and
+# tests/training/test_run.py, a killed one in tests/training/test_resume.py.
 NUM_LIVE_STEPS = 90  # of 600 in `make faults`: a checkpoint every 30
-LIVE = ["killed while it saves", pytest.param("started a second time", marks=pytest.mark.slow)]
+LIVE = ["killed while it saves", "started a second time"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def test_damaged_files(base, name):
     assert verdict.is_right, verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIVE)
 def test_a_live_run(tmp_path_factory, name):
     reference = live.make_reference(tmp_path_factory.getbasetemp() / "live", NUM_LIVE_STEPS)

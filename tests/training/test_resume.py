@@ -61,7 +61,6 @@ class TestResume:
         assert train(config, tmp_path / "run").finished
         assert_same_run(tmp_path / "run", uninterrupted)
 
-    @pytest.mark.slow  # tests/faults/test_faults.py kills a process as well, while it saves
     def test_killed_process(self, config, uninterrupted, tmp_path):
         """SIGKILL at no certain point, in processes of their own; the last start gets as far as it takes."""
         command = train_command(tmp_path, config)

@@ -19,8 +19,11 @@ from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_recurrence import gates, load_halves
 from pallas_kernels.rat.triton_rotation import rotation
 
-KEYS = 32  # summaries that a program loads at once
 ENOUGH_PROGRAMS = 1024  # fewer rows times heads are split
+# Summaries that a program loads at once, and its warps: where rows are split, and where a program reads all of a row's.
+# Many programs keep more bytes on their way if each is small (docs/lab_notes.md).
+SPLIT_KEYS, SPLIT_WARPS = 32, 2
+WHOLE_KEYS, WHOLE_WARPS = 16, 1
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -292,7 +295,7 @@ def step(run: launcher.Run, shape: RatShape, projected, gate_bias, tables, posit
 
 def number_of_splits(shape: RatShape, capacity: int) -> int:
     """Programs that share a row's summaries."""
-    return max(1, min(cdiv(ENOUGH_PROGRAMS, shape.batch * shape.num_heads), cdiv(capacity, KEYS)))
+    return max(1, min(cdiv(ENOUGH_PROGRAMS, shape.batch * shape.num_heads), cdiv(capacity, SPLIT_KEYS)))
 
 
 def attend_launch(shape: RatShape, capacity: int, splits: int) -> Launch:
@@ -304,7 +307,7 @@ def attend_launch(shape: RatShape, capacity: int, splits: int) -> Launch:
         integers=(capacity,),
         outputs=(((*part, shape.head_dim), "float32"), (part, "float32"), (part, "float32")),
         constants=_constants(shape, splits),
-        num_warps=2,
+        num_warps=SPLIT_WARPS,
         num_stages=1,
     )
 
@@ -317,7 +320,7 @@ def step_launch(shape: RatShape, capacity: int, splits: int) -> Launch:
         integers=(capacity,),
         outputs=(((shape.batch, 1, shape.width), shape.dtype),),
         constants=_constants(shape, splits),
-        num_warps=2,
+        num_warps=WHOLE_WARPS if splits == 1 else SPLIT_WARPS,
         num_stages=1,
         overwritten=(10, 11, 12, 13),
     )
@@ -332,6 +335,6 @@ def _constants(shape: RatShape, splits: int) -> tuple[tuple[str, int | bool | fl
         ("ROPE", shape.rope),
         ("SCORE_SCALE", shape.score_scale),
         ("SPLITS", splits),
-        ("KEYS", KEYS),
+        ("KEYS", WHOLE_KEYS if splits == 1 else SPLIT_KEYS),
         ("HALF_PADDED", next_power_of_2(cdiv(shape.head_dim, 2))),
     )

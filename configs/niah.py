@@ -31,7 +31,7 @@ from ml_collections import config_dict
 
 from configs import default
 
-_LENGTHS = {"384": (3e-3, 4000), "1024": (1e-3, 2000)}  # bytes: learning rate, steps
+_LENGTHS = {"384": (3e-3, 6000), "1024": (1e-3, 4000)}  # bytes: learning rate, steps
 
 
 def get_config(argument: str = "rattention,384") -> config_dict.ConfigDict:

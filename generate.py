@@ -23,6 +23,7 @@ from absl import flags
 
 from rat_jax import program
 from rat_jax.checkpoints import Workdir, load_model
+from rat_jax.checkpoints.store import find_checkpoint
 from rat_jax.compilation_cache import define_cache_flag
 from rat_jax.paths import local_path
 from rat_jax.program_store import ProgramStore
@@ -77,6 +78,11 @@ def _settings() -> TextSettings:
         stop=tuple(_STOP.value),
         log_probs=_LOG_PROBS.value,
     )
+
+
+def _find_step() -> int:
+    workdir = local_path(_WORKDIR.value, "--workdir")
+    return find_checkpoint(workdir, _STEP.value, report=lambda line: print(line, file=sys.stderr))[1].step
 
 
 def _continue(
@@ -141,6 +147,8 @@ def main() -> int:
     try:
         if output_file.num_done < output_file.num_rows:
             _continue(prompts, first_pass, settings, output_file)
+        elif output_file.num_done > 0:  # nothing is left to make, but what is there may be another command's
+            output_file.go_on({"step": _find_step(), **settings.to_record()})
     except KeyboardInterrupt:
         done = f"{output_file.num_done} of {output_file.num_rows} completions are in {output_file.path}"
         print(f"interrupted: {done}; the same command goes on", file=sys.stderr)

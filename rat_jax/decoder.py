@@ -11,7 +11,7 @@ from flax import nnx
 
 from rat_jax.memory import tree_bytes
 from rat_jax.mixers.base import Mixer, MixerCache, check_cache_size, check_room, next_segments
-from rat_jax.segments import SegmentInfo, StreamState
+from rat_jax.segments import SegmentInfo, StreamState, check_tokens
 from rat_jax.shapes import Array, Float, Float32, Int
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class DecoderModule(nnx.Module):
         self, tokens: Int[Array, "B T"], cache: ModelCache, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], ModelCache]:
         """As `Decoder.extend`, but with the final norm's output, of which `logits` may take a part."""
+        check_tokens(tokens)
         segments, stream = next_segments(segment_ids, cache.stream, tokens.shape, cache.capacity)
         x = self.embedding[...][tokens].astype(self.config.dtype)
         memories = []
@@ -152,17 +153,19 @@ class Decoder:
         Args:
           tokens: ids in [0, V); others are not checked here.
           cache: from `init_cache` or an earlier call; it stays valid.
-          segment_ids: 0 is padding, neighbours of the same other value are one document; a row continues its document
-            if the id is the same. Rows of different lengths are padded with 0, which changes no cache. None: all are
-            tokens of document 1.
+          segment_ids: 0 is padding, which may lie before, after and between documents but not inside one; neighbours
+            of the same other value are one document; a row continues its document if the id is the same. Rows of
+            different lengths are padded with 0, which changes no cache. None: all are tokens of document 1.
 
         Returns:
           The logits after each token (of no meaning at padding), and the cache with these tokens read.
 
         Raises:
-          ValueError: if the rows are not the cache's, or the call alone has more tokens than the cache has room for.
-            Calls that fill it together beyond that are not noticed: what does not fit is not remembered.
+          ValueError: if tokens are not whole numbers [B, T], the rows are not the cache's, or the call alone has more
+            tokens than the cache has room for. Calls that fill it together beyond that are not noticed: what does not
+            fit is not remembered.
         """
+        check_tokens(tokens)
         check_room(segment_ids, cache.stream, tokens.shape, cache.capacity)
         return _extend(self.layout, self.arrays, tokens, cache, segment_ids)
 

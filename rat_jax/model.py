@@ -16,7 +16,7 @@ from rat_jax.memory import tree_bytes
 from rat_jax.mixers import MIXERS
 from rat_jax.ops.remat import saving_named
 from rat_jax.parameters import VECTOR, ParameterSpec
-from rat_jax.segments import as_segments
+from rat_jax.segments import as_segments, check_tokens
 from rat_jax.shapes import Array, Float, Float32, Int
 
 Carry = TypeVar("Carry")  # a tree of arrays
@@ -50,13 +50,14 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: ids in [0, V); others are not checked here.
-          segment_ids: 0 is padding, neighbours of the same other value are one document, across whose ends no mixer
-            looks; None: each row is one document.
+          segment_ids: 0 is padding, which may lie before, after and between documents but not inside one; neighbours
+            of the same other value are one document, across whose ends no mixer looks. None: each row is one document.
         """
         return self.logits(self.hidden(tokens, segment_ids))
 
     def hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """The final norm's output for each token, from which `logits` predicts the next."""
+        check_tokens(tokens)
         segments = as_segments(segment_ids, tokens.shape)
         return self.final_norm(self.scan_layers(lambda block, x: block(x, segments)[0], self.embed(tokens)))
 

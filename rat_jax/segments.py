@@ -120,6 +120,12 @@ def check_shape(segment_ids: Array, shape: tuple[int, int]) -> None:
         raise ValueError(f"segment_ids must be whole numbers, got {segment_ids.dtype}")
 
 
+def check_tokens(tokens: Array) -> None:
+    """Raises ValueError if tokens are not whole numbers [B, T]."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be whole numbers [B, T], got {tokens.dtype} {tokens.shape}")
+
+
 def require_continuing(name: str, state: object | None, segment_ids: Array | SegmentInfo | None) -> None:
     """Refuses a state from earlier tokens beside ids that start every document anew.
 

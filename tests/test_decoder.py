@@ -2,8 +2,19 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.small import small_model
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+@pytest.mark.parametrize("tokens", [jnp.ones((3,), jnp.int32), jnp.ones((1, 3))], ids=["one axis", "no whole numbers"])
+def test_what_are_no_tokens_is_refused(tokens):
+    model = small_model(("rnn",))
+    decoder = model.decoder()
+    for call in (model, lambda x: decoder.extend(x, decoder.init_cache(1, 8)), model.hidden):
+        with pytest.raises(ValueError, match=r"tokens must be whole numbers \[B, T\]"):
+            call(tokens)
 
 
 def test_several_continuations_of_a_prompt():

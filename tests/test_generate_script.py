@@ -68,6 +68,9 @@ def test_many_prompts_from_flags_and_file_in_batches(workdir, expected, tmp_path
     assert "is no completion of --prompt number 3" in capsys.readouterr().err
     assert call_script("generate.py", *command) == 0
     assert "4 of 4 completions are there" in capsys.readouterr().err
+    for other in ("--max_new_tokens=7", "--repetition_penalty=1.5", "--stop=x"):  # though nothing is left to make
+        assert call_script("generate.py", *command, other) == 2
+        assert "texts.jsonl, line 1, was made with other settings: " in capsys.readouterr().err
     assert output_file.read_bytes() == whole
 
 

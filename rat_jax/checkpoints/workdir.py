@@ -295,7 +295,7 @@ def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
     """
     advice = _ADVICE
     more = current.training.num_steps - saved.training.num_steps
-    if more > 0:
+    if more > 0 and saved.model == current.model:
         advice += (
             f". A schedule cannot be made longer afterwards; to train its model on, start a new run from it: "
             f"--workdir=ANOTHER --config.init.path={path} --config.init.optimizer=True "

@@ -130,8 +130,8 @@ class Mixer(nnx.Module):
 
         Args:
           x: of the dtype that the mixer computes in.
-          segment_ids: 0 is padding, neighbours of the same other value are one document, across whose ends nothing
-            is seen; None: each row is one document.
+          segment_ids: 0 is padding, which may lie before, after and between documents but not inside one; neighbours
+            of the same other value are one document, across whose ends nothing is seen. None: each row is one document.
 
         Raises:
           ValueError: if x is not [B, T, width] with at least one token, or `segment_ids` have another shape.
@@ -169,12 +169,24 @@ class Mixer(nnx.Module):
         """
         self._check(x)
         segments, stream = next_segments(segment_ids, cache.stream, x.shape[:2], cache.capacity)
+        self._check_memory(cache)
         y, memory = self.mix(x, segments, cache.memory)
         return y, LayerCache(memory, stream, cache.capacity)
 
     def _check(self, x: Array) -> None:
         if x.ndim != 3 or x.shape[2] != self.shape.width or not x.size:
             raise ValueError(f"x must be [B, T, {self.shape.width}] with at least one row and token, got {x.shape}")
+
+    def _check_memory(self, cache: LayerCache) -> None:
+        own = jax.eval_shape(lambda: self.init_memory(cache.stream.segment_id.shape[0], cache.capacity))
+        if jax.tree.structure(own) != jax.tree.structure(cache.memory) or any(
+            (a.shape, a.dtype) != (b.shape, b.dtype)
+            for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(cache.memory), strict=True)
+        ):
+            raise ValueError(
+                f"the cache holds a {type(cache.memory).__name__} of another layer: extend takes those of this layer's "
+                f"init_cache"
+            )
 
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None

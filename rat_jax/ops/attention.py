@@ -51,6 +51,8 @@ def attention(
     """
     dispatch.check_implementation(implementation, AttentionImplementation)
     dispatch.check_floating(query=query, key=key, value=value)
+    dispatch.check_heads(query=query, key=key, value=value)
+    dispatch.check_whole(0, window=window)
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     if key.shape != (batch, key.shape[1], key_heads, head_dim) or value.shape != key.shape or not query.size:
@@ -58,8 +60,6 @@ def attention(
             f"key and value must be [B, S, K, H] to query's [B, T, N, H], none of them empty: got {key.shape} and "
             f"{value.shape} to {query.shape}"
         )
-    if window is not None and window < 0:
-        raise ValueError(f"window must be 0 or more, got {window}")
     if heads % key_heads:
         raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {key_heads}")
     if (query_info is None) != (key_info is None) or (query_info is not None and segment_ids is not None):

@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import numbers
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -93,6 +94,20 @@ def check_floating(**arrays: Array) -> None:
     for name, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name} must be of floating numbers, got {x.dtype}")
+
+
+def check_heads(**arrays: Array) -> None:
+    """Raises ValueError for arrays that are not [B, T, N, H]."""
+    for name, x in arrays.items():
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [batch, tokens, heads, channels], got {x.shape}")
+
+
+def check_whole(least: int, **sizes: int | None) -> None:
+    """Raises ValueError for sizes that are no whole numbers or too small; None is none."""
+    for name, size in sizes.items():
+        if size is not None and not (isinstance(size, numbers.Integral) and size >= least):
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {size}")
 
 
 def differing_dtypes(query: Array, key: Array, value: Array) -> str | None:

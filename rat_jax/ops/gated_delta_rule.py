@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.mesh import rows_per_device
+from rat_jax.ops import dispatch
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -77,6 +78,8 @@ def gated_delta_rule(
 
 
 def _check(query, key, value, log_decay, write_strength, initial_state, chunk_size) -> None:
+    dispatch.check_floating(query=query, key=key, value=value, log_decay=log_decay, write_strength=write_strength)
+    dispatch.check_whole(1, chunk_size=chunk_size)
     if key.ndim != 4:
         raise ValueError(f"key must be [B, T, N, Hk], got {key.shape}")
     wanted = {
@@ -92,8 +95,6 @@ def _check(query, key, value, log_decay, write_strength, initial_state, chunk_si
             raise ValueError(f"{name} must be {shape} for keys of {key.shape}, got {array.shape}")
     if key.shape[1] < 1:
         raise ValueError(f"key must hold at least one token, got {key.shape}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
 
 
 class _Chunks(NamedTuple):

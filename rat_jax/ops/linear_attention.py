@@ -42,7 +42,8 @@ def linear_attention(
       query, key, value: q, k, v.
       feature_map: m, "softmax" or "relu".
       key_lag: query t sees keys s <= t - key_lag.
-      segment_ids: 0 is padding, which adds nothing and whose results have no meaning; neighbours of the same other
+      segment_ids: 0 is padding, which adds nothing and whose results have no meaning; it may lie before, after and
+        between documents but not inside one, where a `key_lag` would count it as tokens. Neighbours of the same other
         value are one document. None: each row is one document.
       initial_state: S_0, from which every document starts: of every row or of all together (b is B or 1), of every
         query head or of every key head (n is N or K); None is zero.
@@ -59,9 +60,13 @@ def linear_attention(
     """
     dispatch.check_implementation(implementation, LinearImplementation)
     dispatch.check_floating(query=query, key=key, value=value)
+    dispatch.check_heads(query=query, key=key, value=value)
+    dispatch.check_whole(0, key_lag=key_lag)
     require_continuing("state", state, segment_ids)
     shape = _shape(query, key, value, initial_state, feature_map, key_lag)
     segments = as_segments(segment_ids, query.shape[:2])
+    if state is not None and state.shape != (matrices := (*key.shape[::2], 2 * key.shape[3], key.shape[3])):
+        raise ValueError(f"state must be {matrices}, got {state.shape}")
     if state is not None and key_lag:
         raise ValueError(f"a key_lag ({key_lag}) is not taken together with a state; shift keys and values instead")
     documents = None

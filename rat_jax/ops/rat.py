@@ -47,7 +47,8 @@ def rat_mix(
     Args:
       projected: z, v, g, q, k.
       gate_bias: of the forget gate.
-      segment_ids: 0 is padding, neighbours of the same other value are one document; None: each row is one document.
+      segment_ids: 0 is padding, which may lie before, after and between documents but not inside one; neighbours of
+        the same other value are one document. None: each row is one document.
       num_heads: N.
       chunk_size: L.
       num_groups: G, a divisor of N; None: N.
@@ -64,13 +65,15 @@ def rat_mix(
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
     dispatch.check_implementation(implementation, RatImplementation)
+    if projected.ndim != 3:
+        raise ValueError(f"projected must be [B, T, 3 D + 2 G H], got {projected.shape}")
     batch, tokens, channels = projected.shape
     dispatch.check_floating(projected=projected, gate_bias=gate_bias)
     if gate_bias.ndim != 1:
         raise ValueError(f"gate_bias must be [D], got {gate_bias.shape}")
-    for name, size in (("num_heads", num_heads), ("chunk_size", chunk_size), ("tokens", tokens), ("rows", batch)):
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+    dispatch.check_whole(
+        1, num_heads=num_heads, chunk_size=chunk_size, num_groups=num_groups, tokens=tokens, rows=batch
+    )
     if rope_base is not None and rope_base <= 1:
         raise ValueError(f"rope_base must be above 1, got {rope_base}")
     if state is not None and not isinstance(segment_ids, SegmentInfo):

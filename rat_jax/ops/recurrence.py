@@ -28,7 +28,8 @@ def gated_recurrence(
     Args:
       gate: of f, with its bias.
       value: v.
-      segment_ids: 0 is padding, neighbours of the same other value are one document; None: each row is one document.
+      segment_ids: 0 is padding, which may lie before, after and between documents but not inside one; neighbours of
+        the same other value are one document. None: each row is one document.
       chunk_size: the state is zero too before every chunk_size-th token of a document; None: before none of them.
       initial_state: h before the first token, None is zero. Rows without `segment_ids` continue from it; of a
         `SegmentInfo` those do whose first token neither begins a document nor a chunk.
@@ -38,24 +39,36 @@ def gated_recurrence(
       ValueError: if shapes or sizes do not fit, or an `initial_state` meets ids that leave nothing to continue from it.
     """
     dispatch.check_floating(gate=gate, value=value)
-    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
-    if not gate.size:
-        raise ValueError(f"gate must hold at least one token, got {gate.shape}")
+    dispatch.check_whole(1, chunk_size=chunk_size, block_size=block_size)
+    shape = _common_shape(gate, value)
+    if initial_state is not None and initial_state.shape != (shape[0], *shape[2:]):
+        raise ValueError(f"initial_state must be {(shape[0], *shape[2:])}, got {initial_state.shape}")
     require_continuing("initial_state", initial_state, segment_ids)
     segments = as_segments(segment_ids, gate.shape[:2])
     starts, is_token = segments.starts(chunk_size), segments.is_token
     if segment_ids is None and initial_state is not None:
         starts &= segments.positions > 0
     forget, take = _gates(gate.astype(jnp.float32))
-    shape = jnp.broadcast_shapes(gate.shape, value.shape)
     starts, is_token = (jnp.expand_dims(mask, range(2, len(shape))) for mask in (starts, is_token))
     decay = jnp.broadcast_to(jnp.where(is_token, jnp.where(starts, 0.0, forget), 1.0), shape)
     update = jnp.where(is_token, take * value.astype(jnp.float32), 0.0)
     if initial_state is None:
         initial_state = jnp.zeros(shape[:1] + shape[2:], jnp.float32)
     return linear_recurrence(decay, update, initial_state, block_size)
+
+
+def _common_shape(gate: Array, value: Array) -> tuple[int, ...]:
+    """[B, T, *c], of equal rows and tokens, and of channels that broadcast."""
+    try:
+        shape = jnp.broadcast_shapes(gate.shape, value.shape)
+    except ValueError:
+        shape = ()
+    if not gate.size or gate.ndim < 2 or gate.shape[:2] != value.shape[:2] or gate.shape[:2] != shape[:2]:
+        raise ValueError(
+            f"gate and value must be [B, T, *c] with at least one token and channels that broadcast, got {gate.shape} "
+            f"and {value.shape}"
+        )
+    return shape
 
 
 @jax.custom_jvp

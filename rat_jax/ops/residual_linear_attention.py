@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from rat_jax.ops import dispatch
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import FeatureMap
 from rat_jax.segments import SegmentInfo
@@ -44,7 +45,8 @@ def residual_linear_attention(
       feature_map: "softmax" or "relu".
       initial_state: S_{-1}, of every row or of all together (b is B or 1), of every query head or of every key head (n
         is N or K); None is zero.
-      segment_ids: 0 is padding, which changes no state and whose results have no meaning; neighbours of the same other
+      segment_ids: 0 is padding, which changes no state and whose results have no meaning; it may lie before, after and
+        between documents but not inside one, where the window would count it as tokens. Neighbours of the same other
         value are one document, and each starts from `initial_state`. None: each row is one document.
       implementation: of `linear_attention`; None takes the fastest that there is for the platform.
 
@@ -52,8 +54,8 @@ def residual_linear_attention(
       ValueError: if heads, window or the initial state do not fit.
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
-    if window < 0:
-        raise ValueError(f"window must be 0 or more, got {window}")
+    dispatch.check_heads(query=query, key=key, value=value)
+    dispatch.check_whole(0, window=window)
     heads, key_heads = query.shape[2], key.shape[2]
     attended = linear_attention(
         query,

@@ -88,6 +88,14 @@ def test_what_does_not_fit_is_refused_in_words(layer):
         layer(inputs(), segment_ids=jnp.full((BATCH, TOKENS), 0.5))
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_a_cache_of_another_layer_is_refused(layer):
+    other = MIXERS["attention" if isinstance(layer, MIXERS["rnn"]) else "rnn"]
+    for foreign in (other(16, 4, rngs=nnx.Rngs(0)), type(layer)(32, 4, rngs=nnx.Rngs(0))):
+        with pytest.raises(ValueError, match="of another layer: extend takes those of this layer's init_cache"):
+            layer.extend(inputs(), foreign.init_cache(BATCH, TOKENS))
+
+
 def test_a_kind_has_a_config_of_its_own(monkeypatch):
     monkeypatch.setitem(MIXERS, "another", type("Another", (MIXERS["local_attention"],), {}))
     with pytest.raises(ConfigError, match="local_attention, another share LocalAttentionConfig"):

@@ -370,7 +370,7 @@ def test_memory_grows_with_the_number_of_tokens():
         ({"write_strength": jnp.zeros((2, 37, 3))}, r"write_strength must be \(2, 37, 2\) for keys of .*, got"),
         ({"initial_state": jnp.zeros((2, 2, 6, 4))}, r"initial_state must be \(2, 2, 4, 6\) for keys of .*, got"),
         ({"key": jnp.zeros((2, 37, 8))}, r"key must be \[B, T, N, Hk\], got \(2, 37, 8\)"),
-        ({"chunk_size": 0}, "chunk_size must be 1 or more, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of 1 or more, got 0"),
         ({"segment_ids": jnp.ones((2, 37), jnp.int32)}, "segment_ids alone start every document in this call"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -347,7 +347,7 @@ def test_memory_grows_with_the_number_of_tokens():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": -1}, "window must be 0 or more, got -1"),
+        ({"window": -1}, "window must be a whole number of 0 or more, got -1"),
         ({"feature_map": "exp"}, "feature_map must be 'softmax' or 'relu', got 'exp'"),
         ({"initial_state": jnp.zeros((1, 3, 16, 8))}, r"initial_state must be \(2 or 1, 4 or 2, 16, 8\), got \(1, 3"),
         ({"implementation": "cudnn"}, "implementation must be one of xla, triton, mosaic_gpu, pallas_tpu, got 'cudnn'"),

@@ -80,9 +80,12 @@ def _settings() -> TextSettings:
     )
 
 
-def _find_step() -> int:
-    workdir = local_path(_WORKDIR.value, "--workdir")
-    return find_checkpoint(workdir, _STEP.value, report=lambda line: print(line, file=sys.stderr))[1].step
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _go_on(output_file: OutputFile, step: int, settings: TextSettings) -> None:
+    output_file.go_on({"step": step, **settings.to_record()})
 
 
 def _continue(
@@ -91,11 +94,11 @@ def _continue(
     times = stopwatch.Stopwatch()
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
     files = _use_compilation_cache()
-    loaded = load_model(workdir.path, _STEP.value, report=lambda line: print(line, file=sys.stderr))
+    loaded = load_model(workdir.path, _STEP.value, report=_say)
     tokenizer = find_tokenizer(workdir, loaded.config, _DATA_PATH.value)
     times.lap("load")
     if output_file is not None:
-        output_file.go_on({"step": loaded.step, **settings.to_record()})
+        _go_on(output_file, loaded.step, settings)
     sizes = {"batch_size": _BATCH_SIZE.value, "max_prompt_tokens": _MAX_PROMPT_TOKENS.value}
     store = files and ProgramStore(files, loaded.model.config)
     batch = Batch(loaded.model, tokenizer, prompts, settings, store=store, **sizes)
@@ -148,7 +151,8 @@ def main() -> int:
         if output_file.num_done < output_file.num_rows:
             _continue(prompts, first_pass, settings, output_file)
         elif output_file.num_done > 0:  # nothing is left to make, but what is there may be another command's
-            output_file.go_on({"step": _find_step(), **settings.to_record()})
+            _, manifest = find_checkpoint(local_path(_WORKDIR.value, "--workdir"), _STEP.value, report=_say)
+            _go_on(output_file, manifest.step, settings)
     except KeyboardInterrupt:
         done = f"{output_file.num_done} of {output_file.num_rows} completions are in {output_file.path}"
         print(f"interrupted: {done}; the same command goes on", file=sys.stderr)

@@ -63,12 +63,7 @@ def shell_commands(script: str) -> list[list[str]]:
         done = subprocess.run(
             ["bash", "-c", _RECORD + script],
             cwd=folder,
-            env=os.environ
-            | {
-                "COMMANDS": str(record),
-                "PYTHON": sys.executable,
-                "PYTHONPATH": import_path(),
-            },
+            env=os.environ | {"COMMANDS": str(record), "PYTHON": sys.executable, "PYTHONPATH": import_path()},
             capture_output=True,
             text=True,
             timeout=60,

@@ -295,7 +295,7 @@ def check_same_run(saved: Config, current: Config, path: pathlib.Path) -> None:
     """
     advice = _ADVICE
     more = current.training.num_steps - saved.training.num_steps
-    if more > 0 and saved.model == current.model:
+    if more > 0 and not _model_differences(saved.model, current.model):
         advice += (
             f". A schedule cannot be made longer afterwards; to train its model on, start a new run from it: "
             f"--workdir=ANOTHER --config.init.path={path} --config.init.optimizer=True "
@@ -311,12 +311,16 @@ def check_same_model(saved: ModelConfig, current: ModelConfig, path: pathlib.Pat
     Raises:
       CheckpointError: naming the fields that differ, with both values, and giving the advice.
     """
+    if differing := _model_differences(saved, current):
+        raise CheckpointError(f"{path} holds another model: {differing}. {advice}")
+
+
+def _model_differences(saved: ModelConfig, current: ModelConfig) -> str:
+    """Those between models that cannot have the same parameters."""
     for name, meaning in (("mlp_width", "mlp_hidden"), ("num_kv_heads", "kv_heads")):  # None stands for a number
         if getattr(saved, meaning) == getattr(current, meaning):
             saved = dataclasses.replace(saved, **{name: getattr(current, name)})
-    there, here = {"model": config_to_dict(saved)}, {"model": config_to_dict(current)}
-    if differing := _differences(there, here, _FREE_MODEL_FIELDS):
-        raise CheckpointError(f"{path} holds another model: {differing}. {advice}")
+    return _differences({"model": config_to_dict(saved)}, {"model": config_to_dict(current)}, _FREE_MODEL_FIELDS)
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], free: tuple[str, ...]) -> str:

@@ -52,7 +52,8 @@ def attention(
     dispatch.check_implementation(implementation, AttentionImplementation)
     dispatch.check_floating(query=query, key=key, value=value)
     dispatch.check_heads(query=query, key=key, value=value)
-    dispatch.check_whole(0, window=window)
+    if window is not None:
+        dispatch.check_whole(0, window=window)
     batch, tokens, heads, head_dim = query.shape
     key_heads = key.shape[2]
     if key.shape != (batch, key.shape[1], key_heads, head_dim) or value.shape != key.shape or not query.size:

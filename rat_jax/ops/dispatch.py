@@ -103,10 +103,10 @@ def check_heads(**arrays: Array) -> None:
             raise ValueError(f"{name} must be [batch, tokens, heads, channels], got {x.shape}")
 
 
-def check_whole(least: int, **sizes: int | None) -> None:
-    """Raises ValueError for sizes that are no whole numbers or too small; None is none."""
+def check_whole(least: int, **sizes: int) -> None:
+    """Raises ValueError for sizes that are no whole numbers, or too small."""
     for name, size in sizes.items():
-        if size is not None and not (isinstance(size, numbers.Integral) and size >= least):
+        if not isinstance(size, numbers.Integral) or size < least:
             raise ValueError(f"{name} must be a whole number of {least} or more, got {size}")
 
 

@@ -65,10 +65,12 @@ def linear_attention(
     require_continuing("state", state, segment_ids)
     shape = _shape(query, key, value, initial_state, feature_map, key_lag)
     segments = as_segments(segment_ids, query.shape[:2])
-    if state is not None and state.shape != (matrices := (*key.shape[::2], 2 * key.shape[3], key.shape[3])):
-        raise ValueError(f"state must be {matrices}, got {state.shape}")
-    if state is not None and key_lag:
-        raise ValueError(f"a key_lag ({key_lag}) is not taken together with a state; shift keys and values instead")
+    if state is not None:
+        batch, _, key_heads, head_dim = key.shape
+        if state.shape != (batch, key_heads, 2 * head_dim, head_dim):
+            raise ValueError(f"state must be {(batch, key_heads, 2 * head_dim, head_dim)}, got {state.shape}")
+        if key_lag:
+            raise ValueError(f"a key_lag ({key_lag}) is not taken together with a state; shift keys and values instead")
     documents = None
     if not segments.contiguous or (state is not None and segment_ids is not None):  # some tokens may not see the state
         enters = segments.is_token

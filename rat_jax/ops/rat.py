@@ -71,6 +71,7 @@ def rat_mix(
     dispatch.check_floating(projected=projected, gate_bias=gate_bias)
     if gate_bias.ndim != 1:
         raise ValueError(f"gate_bias must be [D], got {gate_bias.shape}")
+    num_groups = num_heads if num_groups is None else num_groups
     dispatch.check_whole(
         1, num_heads=num_heads, chunk_size=chunk_size, num_groups=num_groups, tokens=tokens, rows=batch
     )
@@ -88,7 +89,7 @@ def rat_mix(
         batch=dispatch.rows_of_device(batch),
         tokens=tokens,
         num_heads=num_heads,
-        num_groups=num_heads if num_groups is None else num_groups,
+        num_groups=num_groups,
         head_dim=width // num_heads,
         chunk_size=chunk_size,
         dtype=projected.dtype.name,

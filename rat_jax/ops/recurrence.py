@@ -39,7 +39,9 @@ def gated_recurrence(
       ValueError: if shapes or sizes do not fit, or an `initial_state` meets ids that leave nothing to continue from it.
     """
     dispatch.check_floating(gate=gate, value=value)
-    dispatch.check_whole(1, chunk_size=chunk_size, block_size=block_size)
+    dispatch.check_whole(1, block_size=block_size)
+    if chunk_size is not None:
+        dispatch.check_whole(1, chunk_size=chunk_size)
     shape = _common_shape(gate, value)
     if initial_state is not None and initial_state.shape != (shape[0], *shape[2:]):
         raise ValueError(f"initial_state must be {(shape[0], *shape[2:])}, got {initial_state.shape}")

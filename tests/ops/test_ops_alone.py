@@ -147,6 +147,7 @@ def test_what_linear_attention_cannot_compute_is_refused():
         (lambda: ops.linear_attention(QUERY, KEY, VALUE.astype(int)), "value must be of floating numbers"),
         (lambda: ops.gated_recurrence(QUERY, QUERY, chunk_size=0), "chunk_size must be a whole number"),
         (lambda: ops.gated_recurrence(QUERY, QUERY, block_size=0), "block_size must be a whole number"),
+        (lambda: ops.gated_recurrence(QUERY, QUERY, block_size=None), "block_size must be a whole number"),
         (lambda: ops.gated_recurrence(QUERY[:, :0], QUERY[:, :0]), "at least one token"),
         (lambda: ops.gated_recurrence(QUERY[:, :1], QUERY), r"gate and value must be \[B, T, \*c\]"),
         (lambda: ops.gated_recurrence(QUERY[:1], QUERY), r"gate and value must be \[B, T, \*c\]"),

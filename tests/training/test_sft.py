@@ -129,6 +129,8 @@ def test_the_loss_of_the_validation_answers_can_be_evaluated(tuned, corpus, tmp_
 def test_more_steps_are_a_new_run_from_this_one(tuned, corpus, origin):
     with pytest.raises(CheckpointError, match=f"start a new run from it: .*--config.init.path={tuned} "):
         training.train(tuning_config(corpus, origin, training__num_steps=9), tuned)
+    with pytest.raises(CheckpointError, match="start a new run from it"):  # of the same parameters
+        training.train(tuning_config(corpus, origin, training__num_steps=9, model__remat="block"), tuned)
     with pytest.raises(CheckpointError, match="was trained with another config") as refused:  # nor is it of this model
         training.train(tuning_config(corpus, origin, training__num_steps=9, model__mlp_width=48), tuned)
     assert "start a new run" not in str(refused.value)

@@ -20,6 +20,15 @@ from tests.tiny_run import tiny_config
 MESHES = {"1x1": (1, 1, 1), "4x1": (4, 1, 1), "1x4": (1, 4, 1), "2x2": (2, 2, 2)}  # data, fsdp, accumulation steps
 
 
+class RecordingScorer(Scorer):
+    """Keeps what share of the rows of its batches one device has."""
+
+    def _on_devices(self, batch):
+        batch = super()._on_devices(batch)
+        self.shares = {x.sharding.shard_shape(x.shape)[0] / x.shape[0] for x in jax.tree.leaves(batch)}
+        return batch
+
+
 def run(data: int, fsdp: int, parts: int) -> dict:
     config = tiny_config(
         "data",
@@ -47,9 +56,9 @@ def run(data: int, fsdp: int, parts: int) -> dict:
             state, metrics = train_step(graphdef, config.optimizer, 6, state, global_batch(batch, mesh))
             losses.append(float(metrics.loss))
     pairs = [([1] * length, [2, length]) for length in (20, 3, 9, 14, 5)]
-    scorer = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=16, batch_tokens=1024)
+    scorer = RecordingScorer(nnx.merge(graphdef, state.params), mesh, context_length=16, batch_tokens=1024)
     questions = [([3] * 64 + [first], [2, last, first]) for first in range(11) for last in range(4)]
-    of_questions = Scorer(nnx.merge(graphdef, state.params), mesh, context_length=80, batch_tokens=8192)
+    of_questions = RecordingScorer(nnx.merge(graphdef, state.params), mesh, context_length=80, batch_tokens=8192)
     options = [score.log_probs.tolist() for score in of_questions.score(questions if data == fsdp else [])]
     arrays = dict(zip(leaf_names(state), jax.tree.leaves(state), strict=True))
     moments = arrays["opt_state.adam.mu.blocks.00_rat.mixer.in_proj.kernel"]
@@ -62,6 +71,7 @@ def run(data: int, fsdp: int, parts: int) -> dict:
         "options": options,
         "tokens_of_options": of_questions.num_tokens,
         "log_probs": [score.log_probs.tolist() for score in scorer.score(pairs if data == fsdp else [])],
+        "shares_of_scored_rows": [sorted(x.shares) for x in (scorer, of_questions) if data == fsdp],
     }
 
 

@@ -157,6 +157,10 @@ class TestFourDevices:
         np.testing.assert_allclose(results["2x2"]["log_probs"], results["1x1"]["log_probs"], atol=1e-4)
         assert np.std(results["1x1"]["log_probs"]) > 0.01
 
+    def test_scored_rows_are_divided_among_all_devices(self, results):
+        shares = {mesh: results[mesh]["shares_of_scored_rows"] for mesh in ("1x1", "2x2")}
+        assert shares == {"1x1": [[1], [1]], "2x2": [[1 / 4], [1 / 4]]}
+
     def test_options_of_questions_whose_contexts_are_read_once(self, results):
         np.testing.assert_allclose(results["2x2"]["options"], results["1x1"]["options"], atol=1e-4)
         assert np.std(results["1x1"]["options"]) > 0.01

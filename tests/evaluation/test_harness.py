@@ -11,12 +11,13 @@ from lm_eval.api.instance import Instance
 
 from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.data.tokenizer import ByteTokenizer, train_bpe
-from rat_jax.evaluation import EvaluationError, harness_tasks
+from rat_jax.evaluation import EvaluationError, harness, harness_tasks
 from rat_jax.evaluation.harness import HarnessModel
 from rat_jax.evaluation.harness_tasks import Tasks, run_tasks
 from rat_jax.evaluation.task_report import table
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.model import LanguageModel
+from rat_jax.sampling import generate_text
 from tests.commands import call_script
 from tests.full_disk import fill_disk
 from tests.small import bigram_model
@@ -233,6 +234,32 @@ def test_a_context_too_long_leaves_room_for_the_continuation(bigrams, truncation
     ((total, _),) = model.loglikelihood(instances("loglikelihood", ("abcdefghij", "kl")))
     assert total == pytest.approx(log_prob(bigrams[1], "kl", ord(last)), rel=1e-5)
     assert model.num_truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({}, "ghij"),
+        ({"truncation": "right"}, "abcd"),
+        ({"truncation": "middle"}, "abij"),
+        ({"bos": "always"}, [END, *b"hij"]),
+    ],
+)
+def test_a_prompt_too_long_leaves_room_for_what_is_generated(bigrams, monkeypatch, settings, want):
+    given = []
+
+    def generate(model, tokenizer, prompts, **settings):
+        given.extend(prompts)
+        return generate_text(model, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(harness, "generate_text", generate)
+    model = make_model(bigrams, context_length=8, **settings)
+    arguments = {"until": [], "max_gen_toks": 4}
+    long, short = model.generate_until(instances("generate_until", ("abcdefghij", arguments), ("j", arguments)))
+    assert given[0] == list(want if isinstance(want, list) else want.encode())
+    assert model.num_truncated == 1
+    if given[0][-1] == ord("j"):
+        assert long == short
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import operator
 import pathlib
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 
 from configs import default
-from rat_jax.config import ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
+from rat_jax.config import Config, ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
 from rat_jax.config_file import load_config_file
 from rat_jax.mixers import MIXERS, RatConfig
 from rat_jax.model import LanguageModel
@@ -144,11 +145,9 @@ def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):
 def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
     """`configs/default.py` says a reason for every other value, and for no value that is none."""
     config, differing = config_from_dict(default.get_config()), set()
-    for name in GROUPS:
-        group = operator.attrgetter(name)(config)
-        for field in dataclasses.fields(group):
-            if field.default is not dataclasses.MISSING and getattr(group, field.name) != field.default:
-                differing.add(f"{name}.{field.name}")
+    for name, default_value in FIELDS.items():
+        if default_value is not dataclasses.MISSING and operator.attrgetter(name)(config) != default_value:
+            differing.add(name)
     values = default.get_config().to_dict()["model"]
     for kind, mixer in MIXERS.items():
         defaults = dataclasses.asdict(mixer.Config())
@@ -242,20 +241,19 @@ def test_a_model_in_python_alone():
         model.init_cache(1, 0)
 
 
-# The parts of a config that hold its fields.
-GROUPS = (
-    "model",
-    "data",
-    "optimizer",
-    "training",
-    "mesh",
-    "init",
-    "evaluation",
-    "evaluation.answers",
-    "evaluation.length",
-    "evaluation.ruler",
-    "evaluation.tasks",
-)
+def field_defaults(cls, prefix=""):
+    """The default of every field of a dataclass and of the groups in it; a model's mixers have fields of their own."""
+    found, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= field_defaults(hints[field.name], f"{prefix}{field.name}.")
+        elif (cls, field.name) != (ModelConfig, "mixers"):
+            has_factory = field.default_factory is not dataclasses.MISSING
+            found[f"{prefix}{field.name}"] = field.default_factory() if has_factory else field.default
+    return found
+
+
+FIELDS = field_defaults(Config)
 
 # Options that no shipped config sets to another value than the default, and the file that tests other values.
 OPTIONS = {
@@ -299,6 +297,7 @@ OPTIONS = {
     "optimizer.clip_norm": "tests/training/test_optimizer.py",
     "optimizer.epsilon": "tests/training/test_optimizer.py",
     "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
+    "seed": "tests/training/test_origin.py",
     "training.checkpoint_every_minutes": "tests/training/test_loop.py",
     "training.checkpoints_to_keep": "tests/checkpoints/test_store.py",
     "training.max_skips_in_a_row": "tests/training/test_guards.py",
@@ -318,12 +317,7 @@ def test_every_field_is_set_by_a_config_or_is_an_option_with_a_test():
     for file in FILES:
         values = importlib.import_module(f"configs.{file.stem}").get_config().to_dict()
         config = config_from_dict(values)
-        found = {
-            f"{group}.{field.name}": (field.default, getattr(operator.attrgetter(group)(config), field.name))
-            for group in GROUPS
-            for field in dataclasses.fields(operator.attrgetter(group)(config))
-            if field.name != "mixers" and f"{group}.{field.name}" not in GROUPS
-        }
+        found = {name: (default, operator.attrgetter(name)(config)) for name, default in FIELDS.items()}
         for kind, mixer in MIXERS.items():
             for field in dataclasses.fields(mixer.Config):
                 found[f"model.{kind}.{field.name}"] = (field.default, values["model"][kind][field.name])

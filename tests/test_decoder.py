@@ -1,9 +1,10 @@
-"""Caches of a decoder: rows of them can be copied."""
+"""A decoder: its steps are compiled, and rows of its caches can be copied."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rat_jax.decoder import DecoderModule
 from tests.small import small_model
 
 
@@ -15,6 +16,14 @@ def test_what_are_no_tokens_is_refused(tokens):
     for call in (model, lambda x: decoder.extend(x, decoder.init_cache(1, 8)), model.hidden):
         with pytest.raises(ValueError, match=r"tokens must be whole numbers \[B, T\]"):
             call(tokens)
+
+
+def test_a_step_is_compiled_once(monkeypatch):
+    decoder, token = small_model(("rnn",)).decoder(), jnp.array([[3]])
+    first, cache = decoder.extend(token, decoder.init_cache(1, 8))
+    monkeypatch.setattr(DecoderModule, "hidden", lambda *arguments: pytest.fail("a step runs as Python again"))
+    second, _ = decoder.extend(token, cache)
+    assert np.abs(first - second).max() > 0
 
 
 def test_several_continuations_of_a_prompt():

@@ -1,6 +1,7 @@
-"""FLOP counts, and what a run writes down."""
+"""What a run writes down."""
 
 import json
+import pathlib
 import struct
 import sys
 import types
@@ -10,48 +11,11 @@ import pytest
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import ConfigError
-from rat_jax.flops import flops_per_token, peak_flops
+from rat_jax.training import metrics
 from rat_jax.training.metrics import MetricLog, check_wandb, loss_figure
 from tests.tiny_run import tiny_config
 
 CONFIG = tiny_config("data")
-
-
-def counted_keys(kind, seq_len):
-    """Keys that a token sees, on average over a row, counted one by one: a window of 5, chunks of 4."""
-    counts = {
-        "attention": [t + 1 for t in range(seq_len)],
-        "local_attention": [min(t, 5) + 1 for t in range(seq_len)],
-        "rattention": [min(t, 5) + 1 + 2 * 8 for t in range(seq_len)],  # a state of 16 by 8, written and read
-        "rat": [t // 4 + 1 for t in range(seq_len)],
-        "rnn": [0] * seq_len,
-    }[kind]
-    return sum(counts) / seq_len
-
-
-@pytest.mark.parametrize("kind", ["attention", "local_attention", "rat", "rattention", "rnn"])
-@pytest.mark.parametrize("seq_len", [4, 16])
-def test_flops(kind, seq_len):
-    model = tiny_config("data", model__pattern=(kind,)).model
-    expected = 6 * 1000 + 12 * 16 * 2 * counted_keys(kind, seq_len)
-    assert flops_per_token(model, 1000, seq_len) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("kind", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-    ],
-)
-def test_peaks(kind, flops):
-    assert peak_flops(types.SimpleNamespace(device_kind=kind)) == flops
 
 
 @pytest.fixture
@@ -210,6 +174,16 @@ def test_the_curve_draws_means_and_has_the_name_of_the_run():
     lines = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
     assert lines == [([1, 2], [9.0, 4.0]), ([2], [3.0])]
     assert axes.get_title() == "my run"
+
+
+def test_the_name_of_a_run_is_that_of_its_folder(workdir, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(metrics, "write_picture", lambda figure, path: drawn.append(figure))
+    monkeypatch.chdir(workdir.path)
+    log = MetricLog(Workdir(pathlib.Path(".")), CONFIG, 0, pytest.fail)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    assert [figure.axes[0].get_title() for figure in drawn] == ["run"]
 
 
 def test_missing_wandb_is_an_error_at_the_start(monkeypatch):

@@ -27,7 +27,7 @@ def rat_mix(
     state: RatState | None = None,
     implementation: RatImplementation | None = None,
 ) -> RatOutput:
-    r"""Mixes tokens by recurrence inside chunks of L = `chunk_size` and by attention across them.
+    r"""Recurrence inside chunks of L = `chunk_size` tokens and attention across them: RAT (arXiv 2507.04416).
 
     `projected` holds, along its channels, the output gate z, the values v, the forget gate g (D each), the queries q
     and the keys k (G H each); head n uses group n mod G. With f_t = sigmoid(g_t + gate_bias), inside each chunk, from

@@ -1,5 +1,8 @@
 """Ops as `rat_jax.ops` exports them: with plain arrays, optional arguments left out, and documents by their ids."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,11 @@ OPS = {
     "lagged_linear_attention": lambda **ids: ops.linear_attention(QUERY, KEY, VALUE, key_lag=3, **ids).out,
     "residual_linear_attention": lambda **ids: ops.residual_linear_attention(QUERY, KEY, VALUE, window=2, **ids).out,
 }
+
+
+@pytest.mark.parametrize("name", [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))])
+def test_an_op_names_its_source(name):
+    assert re.search(r"arXiv \d{4}\.\d{5}", getattr(ops, name).__doc__)
 
 
 def run(name, **ids):

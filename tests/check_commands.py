@@ -54,6 +54,8 @@ app.define_help_flags()  # once, before the flags of any script
 def _python(words: list[str]) -> str | None:
     """What is wrong with a command of Python."""
     is_module, words = words[0] == "-m", words[1:] if words[0] == "-m" else words
+    if is_module and words[0] == "pytest":
+        return _pytest(words[1:])
     if not is_module and not (ROOT / words[0]).is_file():
         return f"there is no file {words[0]}"
     sys.argv = words

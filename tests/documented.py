@@ -22,6 +22,7 @@ PATH=/nonexistent
 record() { printf '%s\0' "$#" "$@" >> "$COMMANDS"; }
 for name in pip make pytest; do eval "$name() { record $name \"\$@\"; }"; done
 python() { if [ "$1" = -c ]; then "$PYTHON" "$@" || record failed "$@"; else record python "$@"; fi; }
+python3() { python "$@"; }
 srun() { while [ "$1" != python ]; do shift; done; record "$@"; }
 """
 

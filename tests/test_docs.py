@@ -38,6 +38,7 @@ WRONG = {
     "pip install -r requirements-no-such.txt": "requirements-no-such.txt",
     "make no-such-target": "no-such-target",
     "pytest -m hopper": "hopper",
+    "python3 -m pytest -m hopper": "hopper",
 }
 
 
@@ -88,9 +89,9 @@ def test_every_block_names_a_language_that_is_checked_or_is_text(page):
 
 
 def test_python_blocks_run(tmp_path):
-    """Those of a page in order, in a folder with a workdir and a file of the release.
+    """Each alone, with no names of another, in a folder with a workdir and a file of the release.
 
-    All pages run in one process, which imports and compiles once what they share.
+    All run in one process, which imports and compiles once what they share.
     """
     config = dataclasses.replace(tiny_config("corpus").model, vocab_size=257)
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -101,10 +102,10 @@ def test_python_blocks_run(tmp_path):
     scripts = []
     (tmp_path / "pages").mkdir()
     for page in PAGES:
-        if blocks := documented.blocks(page, "python"):
-            scripts.append(tmp_path / "pages" / f"{page.stem}.py")
-            scripts[-1].write_text("\n".join(blocks))
-    assert len(scripts) > 2
+        for number, block in enumerate(documented.blocks(page, "python"), 1):
+            scripts.append(tmp_path / "pages" / f"{page.stem}_{number}.py")
+            scripts[-1].write_text(block)
+    assert len(scripts) > 8
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": import_path()}
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *scripts],
@@ -115,6 +116,12 @@ def test_python_blocks_run(tmp_path):
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_layer_takes_five_lines_and_a_model_ten():
+    layer, model, *_ = documented.blocks(ROOT / "README.md", "python")
+    assert "layer = Rat(" in layer and len(layer.splitlines()) <= 5
+    assert "model = LanguageModel(" in model and len(model.splitlines()) <= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

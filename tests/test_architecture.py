@@ -1,12 +1,15 @@
-"""Imports go one way: the table below is the plan of the code, and the code has no other arrows."""
+"""What CONTRIBUTING.md says of the structure: the table below is the plan of the code, which has no other arrows."""
 
 import ast
 import functools
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+RULES = " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
 
 # Rooms, and the rooms that they may import; what is lower in the table imports what is above it.
 ARROWS: dict[str, set[str]] = {
@@ -231,3 +234,96 @@ def test_imports_are_those_of_the_table(room):
 
 def test_every_room_is_in_the_table():
     assert set(arrows()) == set(ARROWS)
+
+
+def test_the_prose_of_arrows_is_the_table():
+    prose = re.search(
+        r"Imports go one way: entry scripts → (.*?) → jax\. Beside them (.*?) import none of these", RULES
+    )
+    chain, beside = prose.groups()
+    tiers = [{*re.split(r", | and ", beside)}, *({*tier.split(", ")} for tier in reversed(chain.split(" → ")))]
+    height = {name: place for place, tier in enumerate(tiers) for name in tier}
+    assert len(height) == sum(map(len, tiers)), "a name stands twice"
+    table = {
+        room.removeprefix("rat_jax."): {target.removeprefix("rat_jax.") for target in targets}
+        for room, targets in ARROWS.items()
+    }
+    assert set(height) == set(table)
+    for room, targets in table.items():
+        lower = {name for name in table if height[name] < height[room]} | (tiers[0] if room in tiers[0] else set())
+        assert targets <= lower, f"{room} imports {targets - lower}, which CONTRIBUTING.md has not below it"
+
+
+def catches_anything(tree: ast.Module) -> bool:
+    """Whether exceptions of any sort are caught, other than by a handler that ends in raising them again."""
+    broad = ("Exception", "BaseException")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if not again and any(kind is None or ast.unparse(kind) in broad for kind in kinds):
+                return True
+        is_suppress = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "suppress"
+        if is_suppress and any(ast.unparse(kind) in broad for kind in node.args):
+            return True
+    return False
+
+
+def test_any_exception_is_caught_only_where_the_rules_say():
+    found = {
+        str(file.relative_to(ROOT))
+        for pattern in ("*.py", "rat_jax/**/*.py", "pallas_kernels/**/*.py")
+        for file in ROOT.glob(pattern)
+        if catches_anything(ast.parse(file.read_text()))
+    }
+    (sentence,) = re.findall(r"Handlers name their exceptions\.(.*?)\* ", RULES)
+    assert found == set(re.findall(r"`([\w/]+\.py)", sentence))
+
+
+@pytest.mark.parametrize(
+    ("code", "anything"),
+    [
+        ("try: f()\nexcept: g()", True),
+        ("try: f()\nexcept (ValueError, Exception): raise OSError", True),
+        ("with contextlib.suppress(Exception): f()", True),
+        ("try: f()\nexcept BaseException:\n  g()\n  raise", False),
+        ("try: f()\nexcept OSError: g()", False),
+    ],
+)
+def test_what_catches_anything_is_found(code, anything):
+    assert catches_anything(ast.parse(code)) == anything
+
+
+TEST_FILES = sorted(file for file in TESTS.rglob("test_*.py") if file.parent not in (TESTS, TESTS / "faults"))
+
+
+def room_of_tests(file: pathlib.Path) -> str:
+    """The folder of code that a file of tests lies in by its place, as the start of a module's name."""
+    parts = file.parent.relative_to(TESTS).parts
+    return ".".join(parts if (ROOT / pathlib.Path(*parts)).is_dir() else ("rat_jax", *parts))
+
+
+def mentions(file: pathlib.Path, room: str, seen: set[pathlib.Path]) -> bool:
+    """Whether a file names modules of a room, or a helper of the tests or an entry script does that it names."""
+    seen.add(file)
+    text = file.read_text()
+    if re.search(rf"\b{re.escape(room)}\b", text):
+        return True
+    named = [name.replace(".", "/") + ".py" for name in re.findall(r"\btests(?:\.\w+)+", text)]
+    named += [f"tests/{name}.py" for name in re.findall(r"^from tests import (\w+)$", text, re.MULTILINE)]
+    named += re.findall(r"\b(?:train|eval|generate)\.py\b", text)
+    return any(
+        mentions(ROOT / name, room, seen) for name in named if (ROOT / name).is_file() and ROOT / name not in seen
+    )
+
+
+@pytest.mark.parametrize("file", TEST_FILES, ids=lambda file: str(file.relative_to(TESTS)))
+def test_a_test_lies_in_the_folder_of_its_subject(file):
+    room = room_of_tests(file)
+    assert (ROOT / room.replace(".", "/")).is_dir(), f"there is no folder {room} that {file} could be of"
+    assert mentions(file, room, set()), f"{file} has nothing to do with {room}"
+
+
+def test_every_room_that_is_a_folder_has_its_folder_of_tests():
+    folders = {room.removeprefix("rat_jax.") for room in ARROWS if (ROOT / room.replace(".", "/")).is_dir()}
+    assert {name for name in folders if not any((TESTS / name).glob("**/test_*.py"))} == set()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -16,6 +17,10 @@ from rat_jax.training import loop, train
 from tests.tiny_run import make_corpus, tiny_config
 
 NUM_STEPS, STOPPED_AT = 6, 4
+# What a start says of the step that it begins at.
+_BEGINNING = re.compile(
+    r"resuming from \S*/checkpoints/(\d+)|^steps +(\d+) of \d+ done|is finished, all (\d+) steps are done", re.MULTILINE
+)
 EXACT_FIGURES = ("loss", "grad_norm", "param_norm", "learning_rate", "num_targets", "validation_loss")
 
 
@@ -73,6 +78,12 @@ def stop_after(config: Config, workdir: pathlib.Path, step: int) -> None:
     finally:
         loop.train_step = original
     raise AssertionError("the run was not stopped")
+
+
+def begun_at(said: str) -> int | None:
+    """The step that a start went on from, as it says itself; None: it did not come so far."""
+    steps = [int(number) for found in _BEGINNING.findall(said) for number in found if number]
+    return min(steps, default=None)
 
 
 def differences(workdir: pathlib.Path, other: pathlib.Path, *, logged_from: int = 0) -> str | None:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import random
@@ -13,7 +14,7 @@ import traceback
 
 from rat_jax.errors import RatJaxError
 from rat_jax.training import train
-from tests.faults.base import STOPPED_AT, Base, copy, differences
+from tests.faults.base import STOPPED_AT, Base, begun_at, copy, differences
 from tests.faults.damage import KINDS, Case, Kind
 
 
@@ -40,8 +41,10 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fault-"))
     try:
         corpus, workdir = copy(base, folder)
-        done = kind.inject(Case(corpus, workdir, rng))
-        outcome, detail = _start_again(base, corpus, workdir, STOPPED_AT if kind.takes_log else 0)
+        case = Case(corpus, workdir, rng)
+        saved = int(case.checkpoints[1 if kind.takes_newest else 0].name)  # the newest that the fault leaves good
+        done = kind.inject(case)
+        outcome, detail = _start_again(base, corpus, workdir, saved, STOPPED_AT if kind.takes_log else 0)
         if outcome in ("continued", "refused") and outcome not in kind.outcomes:
             detail, outcome = f"{outcome}: {detail}", f"wrongly {outcome}"
     finally:
@@ -55,13 +58,20 @@ def judge_named(path: pathlib.Path, name: str, seed: int) -> Verdict:
         return judge(Base(path), next(kind for kind in KINDS if kind.name == name), seed)
 
 
-def _start_again(base: Base, corpus: pathlib.Path, workdir: pathlib.Path, logged_from: int) -> tuple[str, str]:
+def _start_again(
+    base: Base, corpus: pathlib.Path, workdir: pathlib.Path, saved: int, logged_from: int
+) -> tuple[str, str]:
+    said = io.StringIO()
     try:
-        train(base.config(corpus), workdir)
+        with contextlib.redirect_stderr(said):
+            train(base.config(corpus), workdir)
     except RatJaxError as error:
         return "refused", str(error)
     except Exception:
         return "traceback", traceback.format_exc()
+    begun = begun_at(said.getvalue())
+    if begun is None or begun < saved:  # the end is the same, but steps were done twice
+        return "lost", f"step {saved} was saved, the next start began at {begun}"
     wrong = differences(workdir, base.whole, logged_from=logged_from)
     return ("continued", "") if wrong is None else ("diverged", wrong)
 

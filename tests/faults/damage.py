@@ -40,17 +40,19 @@ class Kind:
     times: int
     outcomes: frozenset[str]  # of "continued", "refused"
     takes_log: bool  # the fault itself takes figures of earlier steps away
+    takes_newest: bool  # the fault itself takes the newest checkpoint away
 
 
 KINDS: list[Kind] = []
 EITHER = frozenset({"continued", "refused"})
 
 
-def kind(times: int, *outcomes: str, takes_log: bool = False):
+def kind(times: int, *outcomes: str, takes_log: bool = False, takes_newest: bool = False):
     """Enters a function into `KINDS`; without outcomes either is right."""
 
     def enter(inject: Callable[[Case], str]) -> Callable[[Case], str]:
-        KINDS.append(Kind(inject.__name__.replace("_", " "), inject, times, frozenset(outcomes) or EITHER, takes_log))
+        name = inject.__name__.replace("_", " ")
+        KINDS.append(Kind(name, inject, times, frozenset(outcomes) or EITHER, takes_log, takes_newest))
         return inject
 
     return enter
@@ -61,13 +63,13 @@ def rewrite(path: pathlib.Path, change: Callable[[bytes], bytes]) -> str:
     return str(path)
 
 
-@kind(20, "continued")
+@kind(20, "continued", takes_newest=True)
 def array_file_of_the_newest_checkpoint_changed(case: Case) -> str:
     item = case.checkpoints[0] / case.rng.choice(["params", "optimizer"])
     return rewrite(case.pick(item), lambda content: mutate_bytes(content, case.rng))
 
 
-@kind(12, "continued")
+@kind(12, "continued", takes_newest=True)
 def array_file_of_the_newest_checkpoint_gone(case: Case) -> str:
     path = case.pick(case.checkpoints[0] / case.rng.choice(["params", "optimizer"]))
     path.unlink()
@@ -82,7 +84,7 @@ def an_array_file_of_every_checkpoint_changed(case: Case) -> str:
     )
 
 
-@kind(20, "continued")
+@kind(20, "continued", takes_newest=True)
 def value_in_the_newest_manifest_changed(case: Case) -> str:
     def change(content: bytes) -> bytes:
         while (damaged := json.dumps(mutate_json(json.loads(content), case.rng)).encode()) == content:
@@ -92,12 +94,12 @@ def value_in_the_newest_manifest_changed(case: Case) -> str:
     return rewrite(case.checkpoints[0] / "manifest.json", change)
 
 
-@kind(12, "continued")
+@kind(12, "continued", takes_newest=True)
 def bytes_of_the_newest_manifest_changed(case: Case) -> str:
     return rewrite(case.checkpoints[0] / "manifest.json", lambda content: mutate_bytes(content, case.rng))
 
 
-@kind(6, "continued")
+@kind(6, "continued", takes_newest=True)
 def newest_manifest_gone(case: Case) -> str:
     path = case.checkpoints[0] / "manifest.json"
     path.unlink()
@@ -262,7 +264,7 @@ def pictures_and_trackers_gone_or_damaged(case: Case) -> str:
     return str(path)
 
 
-@kind(8, takes_log=True)
+@kind(8, takes_log=True, takes_newest=True)
 def a_folder_where_a_file_should_be(case: Case) -> str:
     path = case.rng.choice(
         [

@@ -24,7 +24,7 @@ from collections.abc import Callable
 import psutil
 
 from tests.commands import import_path
-from tests.faults.base import differences
+from tests.faults.base import begun_at, differences
 from tests.faults.campaign import Verdict
 from tests.tiny_run import make_corpus
 
@@ -132,11 +132,23 @@ class LiveRun:
         except (OSError, IndexError, ValueError, KeyError, TypeError):
             return -1
 
-    def saved_step(self) -> int:
-        """Of the newest finished checkpoint; 0: there is none."""
+    def saved_steps(self) -> list[int]:
+        """Of the finished checkpoints."""
         folder = self.workdir / "checkpoints"
         names = [path.parent.name for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def saved_step(self) -> int:
+        """Of the newest finished checkpoint; 0: there is none."""
+        return max(self.saved_steps(), default=0)
+
+    def readers(self) -> list[psutil.Process]:
+        found = []
+        for child in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # validation's come and go
+                if "spawn_main" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def signal(self, number: int, *, group: bool = False) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -241,9 +253,16 @@ def signal_while_it_starts(run: LiveRun) -> str:
 def signal_to_a_run_with_readers_and_its_group(run: LiveRun) -> str:
     run.start()
     step = run.wait_somewhere()
+    if (num_readers := len(run.readers())) < run.num_workers:
+        raise Wrong("fault not injected", f"{num_readers} reader processes were found")
     number = run.rng.choice([signal.SIGINT, signal.SIGTERM])
     run.signal(number, group=True)
     return f"{number.name} after step {step}"
+
+
+@live(4, 75, num_workers=4)
+def signal_to_a_run_with_four_readers_and_its_group(run: LiveRun) -> str:
+    return signal_to_a_run_with_readers_and_its_group(run)
 
 
 @live(4, -signal.SIGKILL, num_workers=2)
@@ -258,8 +277,7 @@ def killed_with_readers(run: LiveRun) -> str:
 def a_reader_killed(run: LiveRun) -> str:
     run.start()
     step = run.wait_somewhere()
-    readers = [child for child in run.children() if "spawn_main" in " ".join(child.cmdline())]
-    if not readers:
+    if not (readers := run.readers()):
         raise Wrong("fault not injected", "no reader process was found")
     run.rng.choice(readers).kill()
     return f"after step {step}"
@@ -323,13 +341,14 @@ def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
     run.wait_for_step(run.rng.randrange(100, run.num_steps - 60))
     run.signal(signal.SIGKILL)
     run.process.wait()
-    newest = run.workdir / "checkpoints" / str(run.saved_step())
+    *_, before, last = run.saved_steps()
+    newest = run.workdir / "checkpoints" / str(last)
     files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
     path = run.rng.choice(files)
     content = bytearray(path.read_bytes())
     content[run.rng.randrange(len(content))] ^= 1 << run.rng.randrange(8)
     path.write_bytes(content)
-    run.may_lose = 30
+    run.may_lose = last - before
     return str(path.relative_to(run.workdir))
 
 
@@ -363,21 +382,42 @@ def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pat
         return f"ended with {code}", said[-1500:]
     if code in (1, 2) and not re.search(r"^error: ", said, re.MULTILINE):
         return "no message", said[-500:]
+    if wrong := _unsaved(run, code, said):
+        return "not saved", wrong
     saved = max(saved_before, run.saved_step()) - run.may_lose
     run.repair()
     run.num_workers = 0  # which changes no batch
     for _ in range(3):
         run.start()
         code, said = run.end()
-        resumed = re.search(r"resuming from \S*/checkpoints/(\d+)", said)
-        if resumed and int(resumed[1]) < saved:
-            return "lost", f"step {saved} was saved, the next start resumed from {resumed[1]}"
+        begun = begun_at(said)
+        if begun is None and code == 0:
+            return "no message", f"a start does not say at which step it begins: {said[-1000:]}"
+        if begun is not None and begun < saved:
+            return "lost", f"step {saved} was saved, the next start began at {begun}"
         if code == 0:
             break
+        saved = max(saved, run.saved_step())
     else:
         return "never finished", said[-1500:]
     wrong = differences(run.workdir, reference, logged_from=run.num_steps if run.takes_log else 0)
     return ("finished", "") if wrong is None else ("diverged", wrong)
+
+
+def _unsaved(run: LiveRun, code: int, said: str) -> str | None:
+    """How the step that an ended run says is saved differs from what is there; None: it does not."""
+    saved, logged = run.saved_step(), run.logged_step()
+    if code == 1:
+        kept = re.search(r"\bstep (\d+) is saved", said)
+        return f"it says step {kept[1]}, and {saved} is saved" if kept and int(kept[1]) != saved else None
+    if code != 75:
+        return None
+    ended = re.search(r"^interrupted after step (\d+)", said, re.MULTILINE)
+    if ended is None and "nothing is lost" not in said:
+        return f"it does not say what is saved: {said[-500:]}"
+    if ended is not None and int(ended[1]) != saved:
+        return f"it was interrupted after step {ended[1]}, and {saved} is saved"
+    return f"step {logged} was done, and {saved} is saved" if saved < logged else None
 
 
 def make_reference(folder: pathlib.Path, num_steps: int = NUM_STEPS) -> pathlib.Path:

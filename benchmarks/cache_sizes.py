@@ -24,7 +24,7 @@ _FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = [file for size in ("1b", "3b") for file in sorted(_FOLDER.glob(f"*_{size}.py"))]
 
 
-def table(files: Sequence[Path], lengths: Sequence[int]) -> str:
+def table(files: Sequence[Path | str], lengths: Sequence[int]) -> str:
     """The table in Markdown, a line for each config."""
     head = ["config", "pattern", *(f"{length:,} tokens" for length in lengths), "a further token"]
     lines = [head, ["---"] * 2 + ["--:"] * (len(lengths) + 1)]
@@ -35,13 +35,13 @@ def table(files: Sequence[Path], lengths: Sequence[int]) -> str:
         runs = [(name, len(list(run))) for name, run in itertools.groupby(config.pattern)]
         pattern = ", ".join(name if count == 1 else f"{count} {name}" for name, count in runs)
         in_mib = [f"{size / 2**20:,.1f}" for size in sizes[:-1]]
-        lines.append([file.stem, pattern, *in_mib, f"{further:,.0f} bytes"])
+        lines.append([Path(file).stem, pattern, *in_mib, f"{further:,.0f} bytes"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
     parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", type=Path, default=CONFIGS, help="files of configs")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="files of configs")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a row")
     flags = parser.parse_args()
     if min(flags.lengths) < 1:

@@ -206,6 +206,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         flags.out = local_path(flags.out, "--out")
         if flags.out.suffix != ".png":
             parser.error(f"--out is a picture, whose name ends with .png, got {flags.out}")
+    if flags.profile is not None:
+        flags.profile = str(local_path(flags.profile, "--profile"))
     return flags
 
 

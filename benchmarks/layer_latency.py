@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import caches, card, layers, timing
 from rat_jax import program
+from rat_jax.paths import local_path
 
 BASELINE = layers.NAMES[0]  # what the others are compared with
 ROPE_BASE = 10_000.0  # of every layer that rotates
@@ -283,6 +284,7 @@ def plot(passes: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path, 
 def main() -> None:
     """Prints the tables and writes what was asked for."""
     flags, start = arguments(), time.perf_counter()
+    out = None if flags.out is None else local_path(flags.out, "--out")
     card.share_memory()
     key_heads = flags.heads if flags.key_heads is None else flags.key_heads
     settings = {
@@ -304,8 +306,7 @@ def main() -> None:
     passes = run_passes(sizes, flags, ceilings)
     steps = run_decode(sizes, flags, ceilings)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
-    if flags.out is not None:
-        out = Path(flags.out)
+    if out is not None:
         plot(passes, steps, out, card.caption(jnp.dtype(layers.DTYPE).name))
         table = {"card": description, "sizes": sizes._asdict(), "tokens": flags.tokens, **ceilings._asdict()}
         out.with_suffix(".json").write_text(json.dumps(table | {"passes": passes, "decode": steps}, indent=1) + "\n")

@@ -36,6 +36,7 @@ from rat_jax.config_file import load_config_file
 from rat_jax.data.pipeline import Batch
 from rat_jax.flops import mfu
 from rat_jax.model import LanguageModel
+from rat_jax.paths import local_path
 from rat_jax.sharding import batch_sharding, make_mesh
 from rat_jax.training.step import initial_state, train_step
 
@@ -133,6 +134,8 @@ def main() -> None:
     parser.add_argument("--decode_last", type=int, default=4096)
     parser.add_argument("--decode_steps", type=int, default=128, help="steps that are timed, spread over the positions")
     flags = parser.parse_args()
+    if flags.profile is not None:
+        flags.profile = str(local_path(flags.profile, "--profile"))
     card.share_memory()
     if flags.profile is not None:
         step_profile.name_every_kernel()

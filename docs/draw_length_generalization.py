@@ -21,9 +21,9 @@ def main() -> None:
     parser.add_argument("--out", help="the picture; left out: length_generalization.png beside the first run")
     args = parser.parse_args()
     paths = [local_path(run, "runs") for run in args.runs]
+    out = paths[0].resolve().parent / "loss_beyond.png" if args.out is None else local_path(args.out, "--out")
     runs = [find_results(path) for path in paths]
     print(markdown_table(runs))
-    out = paths[0].resolve().parent / "loss_beyond.png" if args.out is None else local_path(args.out, "--out")
     plot(runs, out)
     print(f"written to {out}", file=sys.stderr)
 

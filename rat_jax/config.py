@@ -16,7 +16,7 @@ from rat_jax.errors import ConfigError, require, shown
 from rat_jax.evaluation_config import EvaluationConfig
 from rat_jax.fields import describe, fits
 from rat_jax.mixers import MIXERS, MixerConfig, ModelShape, kind_of
-from rat_jax.paths import local_path
+from rat_jax.paths import absolute_source, local_path
 
 _LARGEST_NUMBER = 2**32  # whole numbers of a config are below it: counts and seeds, which devices hold in 32 bits
 
@@ -273,12 +273,14 @@ def with_absolute_paths(config: Config) -> Config:
     data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
     if init.path is not None:
         init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
-    answers, tasks = evaluation.answers, evaluation.tasks
+    ruler, answers, tasks = evaluation.ruler, evaluation.answers, evaluation.tasks
+    if ruler.essay is not None:
+        ruler = dataclasses.replace(ruler, essay=absolute_source(ruler.essay, "config.evaluation.ruler.essay"))
     if answers.file is not None:
         answers = dataclasses.replace(answers, file=str(local_path(answers.file, "config.evaluation.answers.file")))
     if tasks.folder is not None:
         tasks = dataclasses.replace(tasks, folder=str(local_path(tasks.folder, "config.evaluation.tasks.folder")))
-    evaluation = dataclasses.replace(evaluation, answers=answers, tasks=tasks)
+    evaluation = dataclasses.replace(evaluation, ruler=ruler, answers=answers, tasks=tasks)
     return dataclasses.replace(config, data=data, init=init, evaluation=evaluation)
 
 

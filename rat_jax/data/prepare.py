@@ -32,13 +32,13 @@ from rat_jax.data.example_corpus import describe, write_examples
 from rat_jax.data.example_figures import ROW_KINDS, Examples, RowKind
 from rat_jax.data.new_folder import new_folder
 from rat_jax.data.prepare_flags import DEFAULT_FIELD, parse_flags
-from rat_jax.data.sources import absolute_source, parse_source
+from rat_jax.data.sources import parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
 from rat_jax.data.tokenizer import Tokenizer, train_bpe
 from rat_jax.data.tokenizer_choice import absolute_tokenizer, is_path, parse_tokenizer
 from rat_jax.data.workers import check_main
 from rat_jax.files import system_errors
-from rat_jax.paths import local_path
+from rat_jax.paths import absolute_source, local_path
 from rat_jax.program import exit_code
 
 _RELEASE_BIN = "release-bin:"

@@ -18,7 +18,7 @@ from rat_jax.data.parquet_files import ParquetReader
 from rat_jax.data.recall import recall_documents
 from rat_jax.data.text_files import TextReader
 from rat_jax.data.utf8_file import compression
-from rat_jax.paths import local_path
+from rat_jax.paths import split_source
 
 _READERS: dict[str, type[FileReader]] = {  # by the ending of a name; all other files are text
     ".jsonl": JsonLinesReader,
@@ -26,7 +26,6 @@ _READERS: dict[str, type[FileReader]] = {  # by the ending of a name; all other 
     ".json": JsonReader,
     ".parquet": ParquetReader,
 }
-_FILE_SOURCES = ("text", "jsonl", "parquet", "release-bin")  # those whose names go on with a path
 
 
 class Source(abc.ABC):
@@ -192,7 +191,7 @@ def parse_source(spec: str, options: ReadOptions) -> Source:
       DataError: if nothing of that name is there.
       PathError: if its path is no path of this machine.
     """
-    match _split(spec):
+    match split_source(spec):
         case "python-stdlib", "":
             return python_stdlib(options)
         case "text", pattern:
@@ -209,28 +208,6 @@ def parse_source(spec: str, options: ReadOptions) -> Source:
                 raise DataError(f"source {spec}: what stands after the colon is the number of documents")
             return Recall(int(count))
     return _files(spec, options, TextReader, *_READERS.values())
-
-
-def absolute_source(spec: str) -> str:
-    """The same source by an absolute path, so that it means the same wherever a command is given.
-
-    Raises:
-      PathError: if its path is no path of this machine.
-    """
-    kind, name = _split(spec)
-    if kind in _FILE_SOURCES:
-        return f"{kind}:{local_path(name, kind)}" if name else spec
-    return spec if kind or not spec else str(local_path(spec, "a source"))
-
-
-def _split(spec: str) -> tuple[str, str]:
-    """The kind of a source and what stands after its colon; the kind is empty where a path alone is given."""
-    kind, colon, name = spec.partition(":")
-    if spec == "python-stdlib":
-        return spec, ""
-    if colon and kind in (*_FILE_SOURCES, "hf", "recall") and not name.startswith("//"):  # hf://... is no path
-        return kind, name
-    return "", spec
 
 
 def _files(pattern: str, options: ReadOptions, *kinds: type[FileReader]) -> Files:

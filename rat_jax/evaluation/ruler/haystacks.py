@@ -4,6 +4,7 @@ import abc
 import bisect
 import hashlib
 import itertools
+import pathlib
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from rat_jax.data.document import ReadOptions
 from rat_jax.data.sources import parse_source
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.items import Split
-from rat_jax.paths import local_path
+from rat_jax.paths import absolute_source
 
 _MAX_CHARACTERS = 8_000_000  # of an essay: what fills 500 contexts of 128K tokens without repeating much
 _MAX_PIECE_WORDS = 40  # of text without ends of sentences
@@ -100,7 +101,8 @@ class Essay:
           EvaluationError: if it holds token ids, or too little text.
           DataError: if it cannot be read.
         """
-        if ":" not in source and (local_path(source, "the essay") / METADATA_FILE).is_file():
+        source = absolute_source(source, "the essay")
+        if (pathlib.Path(source) / METADATA_FILE).is_file():
             raise EvaluationError(f"{source} is a prepared corpus, which holds ids: name the text that it was made of")
         texts, num_characters = [], 0
         for document in parse_source(source, ReadOptions("text", None, "refuse")).documents():

@@ -69,3 +69,12 @@ def test_an_essay_is_read_from_files(tmp_path):
     assert sorted(parts[0]) == ["One two.", "Three."]
     assert "Four." in parts[1]
     assert Essay.read(str(ROOT / "README.md")).name.endswith("README.md")
+
+
+def test_an_essay_is_named_by_its_absolute_path(tmp_path, monkeypatch):
+    """Results, which the flags of eval.py and of the command end in, name it so."""
+    (tmp_path / "a.txt").write_text("One two. Three.")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Essay.read("a.txt").name == Essay.read("~/a.txt").name == str(tmp_path / "a.txt")
+    assert Essay.read("text:a.txt").name == f"text:{tmp_path / 'a.txt'}"

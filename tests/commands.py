@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 
 from absl import app, flags, logging
 
@@ -15,6 +16,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 def import_path() -> str:
     """PYTHONPATH of a process that is to import what this one can, wherever that is installed, and this project."""
     return os.pathsep.join([str(ROOT), *sys.path])
+
+
+def ends(pid, within=20):
+    """Whether a process that is no child of ours ends."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,13 +11,13 @@ import time
 import pytest
 
 from rat_jax.data import DataError
+from rat_jax.data.corpus import Corpus
 from rat_jax.data.encoding import encode
 from rat_jax.data.prepare import main
 from rat_jax.data.tokenizer import train_bpe
 from rat_jax.files import FileError
+from tests.commands import ends, import_path
 from tests.data.prepared import command, contents, failure, run, texts_of
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_same_command_again(settings, tmp_path, capsys):
@@ -117,28 +116,52 @@ def test_errors_leave_nothing_behind(settings, text_folder, tmp_path):
     assert run(dataclasses.replace(settings, invalid_utf8="replace"), out).total.num_documents == 40
 
 
-def test_killed_run_leaves_no_corpus(settings, text_folder, tmp_path):
-    """Encoding is replaced by waiting, which holds the command in the middle of its work until it is killed."""
-    out = tmp_path / "corpus"
-    program = (
-        "import time, sys, rat_jax.data.prepare as program\n"
-        "program.encode = lambda *arguments, **settings: time.sleep(60)\n"
-        "program.main(sys.argv[1:])"
+WAITING = """
+import os, pathlib, sys, time
+from rat_jax.data.encoding import Encoder
+
+class Waiting(Encoder):
+    def encode(self, documents):
+        pathlib.Path(f"at-work-{os.getpid()}").touch()
+        time.sleep(60)
+
+if __name__ == "__main__":
+    import rat_jax.data.prepare as program
+    program.Encoder = Waiting
+    sys.exit(program.main())
+"""
+
+
+def test_killed_run_leaves_no_process_and_no_corpus(settings, text_folder, tmp_path):
+    """Encoding is replaced by waiting, which holds the workers at their work until the command is killed."""
+    for name in "ab":  # one for each worker
+        (text_folder / f"{name}.txt").write_text("word " * 210_000)
+    out, file = tmp_path / "corpus", tmp_path / "waiting.py"
+    file.write_text(WAITING)
+    arguments = ["--source", text_folder, "--tokenizer", "bytes", "--out", out, "--num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, file, *map(str, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": import_path()},
     )
-    command = [sys.executable, "-c", program, "--source", str(text_folder), "--tokenizer", "bytes", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("corpus.partial-*/train.bin")):
+        while len(at_work := list(tmp_path.glob("at-work-*"))) < 2:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+    for path in at_work:
+        assert ends(int(path.name.removeprefix("at-work-"))), "a worker outlives its parent"
     assert not out.exists()
-    assert len(list(tmp_path.glob("corpus.partial-*"))) == 1
-    assert run(settings, out).total.num_documents == 40
+    (partial,) = tmp_path.glob("corpus.partial-*")
+    with pytest.raises(DataError):
+        Corpus.open(partial)
+    assert run(settings, out).total.num_documents == 42
     assert not list(tmp_path.glob("corpus.partial-*"))
 
 

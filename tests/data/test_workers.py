@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from rat_jax.data import DataError, workers
-from tests.commands import import_path
+from tests.commands import ends, import_path
 
 PARENT = """
 import multiprocessing, os, signal, sys, time
@@ -46,18 +45,6 @@ def start(file, *arguments, **options):
     environment = os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": "cpu"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, str(file), *arguments], env=environment, **pipes, **options)
-
-
-def ends(pid, within=20):
-    """Whether a process that is no child of ours ends."""
-    until = time.monotonic() + within
-    while time.monotonic() < until:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not tell who sent a signal")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import RmsNorm, projection
+from rat_jax.layers import RmsNorm, project_parts, projection
+from rat_jax.mesh import constrain_stream
 from rat_jax.mixers import MIXERS, kind_of
 from rat_jax.mixers.base import MixerCache
 from rat_jax.parameters import VECTOR, ParameterSpec
@@ -31,18 +32,18 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
         self.kind = config.mlp_kind
+        self.hidden = config.mlp_hidden
         gates = 1 if self.kind == "gelu" else 2
         self.up = projection(config.width, gates * config.mlp_hidden, dtype, rngs)
         self.down = projection(config.mlp_hidden, config.width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the MLP to every token."""
-        hidden = self.up(x)
         match self.kind:
             case "gelu":
-                return self.down(_gelu(hidden))
+                return self.down(_gelu(*project_parts(self.up, x, self.hidden)))
             case "geglu" | "swiglu":
-                gate, value = jnp.split(hidden, 2, axis=-1)
+                gate, value = project_parts(self.up, x, self.hidden, self.hidden)
                 gate = _gelu(gate) if self.kind == "geglu" else jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)
                 return self.down(gate * value)
             case _:
@@ -74,7 +75,7 @@ class ResidualBlock(nnx.Module):
         """The block's output and, where the mixer's memory was given, the new one."""
         with jax.named_scope("mixer"):
             mixed, memory = self.mixer.mix(self.mixer_norm(x), segments, memory)
-            x = x + mixed
+            x = constrain_stream(x + mixed)
         with jax.named_scope("mlp"):
-            x = x + self.mlp(self.mlp_norm(x))
+            x = constrain_stream(x + self.mlp(self.mlp_norm(x)))
         return x, memory

@@ -183,16 +183,19 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one of the two may be -1, meaning all devices that remain."""
+    """Devices along each axis of the mesh; one of them may be -1, meaning all devices that remain."""
 
     data: int = 1  # copies of the model, each with its share of the batch
     fsdp: int = -1  # parts that parameters, optimizer state and batch are cut into
+    context: int = 1  # parts that the tokens of each sequence are cut into; parameters are cut as by fsdp
+    tensor: int = 1  # parts that heads, MLPs and the vocabulary are cut into
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value >= 1 or value == -1, f"{field.name} must be 1 or more, or -1, got {value}")
-        require((self.data, self.fsdp) != (-1, -1), "data and fsdp cannot both be -1")
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, f"{name} must be 1 or more, or -1, got {size}")
+        open_ended = [name for name, size in sizes.items() if size == -1]
+        require(len(open_ended) < 2, f"{' and '.join(open_ended)} cannot all be -1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Layers without a memory of other tokens: projections, norms and their initial values."""
 
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from rat_jax.mesh import TENSOR_AXIS, num_parts
 from rat_jax.ops import platform
 from rat_jax.shapes import Array, Float, Float32
 
@@ -26,6 +29,39 @@ def projection(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
         dot_general=_multiply_rows,
         rngs=rngs,
     )
+
+
+def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes: int) -> list[Float[Array, "B T _"]]:
+    """x W in parts of so many channels each; where the mesh in use cuts heads, each part is cut among its devices."""
+    if num_parts(TENSOR_AXIS) == 1:
+        return jnp.split(linear(x), list(itertools.accumulate(sizes))[:-1], axis=-1)
+    parts = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
+    return [_product(x, _cut_columns(part)) for part in parts]
+
+
+def project_interleaved(
+    linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple[int, ...], whole: int
+) -> Float[Array, "B T _"]:
+    """x W; where heads are cut, device after device its share of each part of `cut` channels, and the last `whole`.
+
+    The matrix is reordered, not the products.
+    """
+    count = num_parts(TENSOR_AXIS)
+    if count == 1:
+        return linear(x)
+    *parts, shared = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(cut)), axis=1)
+    rows = [part.reshape(part.shape[0], count, -1) for part in parts]
+    rows.append(jnp.broadcast_to(shared[:, None], (shared.shape[0], count, whole)))
+    kernel = jnp.concatenate(rows, axis=2).reshape(shared.shape[0], -1)
+    return _product(x, _cut_columns(kernel))
+
+
+def _cut_columns(matrix: Float[Array, "D c"]) -> Float[Array, "D c"]:
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(None, TENSOR_AXIS))
+
+
+def _product(rows: Float[Array, "B T D"], matrix: Float[Array, "D c"]) -> Float[Array, "B T c"]:
+    return _multiply_rows(rows.astype(matrix.dtype), matrix, (((rows.ndim - 1,), (0,)), ((), ())))
 
 
 def _multiply_rows(rows: Array, matrix: Array, dimension_numbers: Any, **options: Any) -> Array:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rat_jax.mesh import replicate, rows_per_device
+from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts_here, replicate, rows_per_device
+from rat_jax.ops import cut
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 # Logits that a device holds at a time. Large enough that products over a vocabulary of 32,000 run at full speed
@@ -49,8 +50,16 @@ def next_token_loss(
       targets: y, ids in [0, V).
       weights: w, 0 where a target does not count; not differentiated.
     """
-    loss = _sum_loss(hidden, replicate(embedding.astype(jnp.float32)), targets, weights)
+    embedding = embedding.astype(jnp.float32)
+    if cut.is_cut():
+        loss = cut.run(_sum_of_parts, ("BT", "V", "BT", "BT"), "", hidden, embedding, targets, weights)
+    else:
+        loss = _sum_loss(hidden, replicate(embedding), targets, weights)
     return LossSums(loss, weights.astype(jnp.float32).sum())
+
+
+def _sum_of_parts(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+    return jax.lax.psum(_sum_loss(hidden, embedding, targets, weights), (*BATCH_AXES, CONTEXT_AXIS))
 
 
 def position_losses(
@@ -65,7 +74,7 @@ def position_losses(
     """
 
     def block_losses(block):
-        return _logits_and_losses(embedding, *block)[1].sum(axis=0)
+        return _logits_and_losses(embedding, *block)[-1].sum(axis=0)
 
     losses = jax.lax.map(block_losses, _blocks(hidden, targets, weights, embedding.shape[0]))
     return losses.reshape(-1)[: hidden.shape[1]]
@@ -80,7 +89,7 @@ def token_scores(
     """
 
     def block_scores(block):
-        logits, losses = _logits_and_losses(embedding, *block)
+        logits, _, losses = _logits_and_losses(embedding, *block)
         return -losses, jnp.argmax(logits, axis=-1) == block[1]
 
     blocks = _blocks(hidden, targets, jnp.ones(targets.shape, jnp.float32), embedding.shape[0])
@@ -96,9 +105,9 @@ def _sum_loss_fwd(hidden, embedding, targets, weights):
     def add_block(carry, block):
         total, d_embedding = carry
         hidden_BTD, targets_BT, weights_BT = block
-        logits, losses = _logits_and_losses(embedding, *block)
-        is_target = targets_BT[..., None] == jnp.arange(logits.shape[-1])[None, None]
-        d_logits = (jax.nn.softmax(logits) - is_target) * weights_BT[..., None]
+        logits, log_sum_exp, losses = _logits_and_losses(embedding, *block)
+        is_target = _own_ids(targets_BT, logits.shape[-1])[..., None] == jnp.arange(logits.shape[-1])[None, None]
+        d_logits = (jnp.exp(logits - log_sum_exp[..., None]) - is_target) * weights_BT[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, embedding.astype(hidden.dtype))
         d_embedding += jnp.einsum("btv,btd->vd", d_logits, hidden_BTD, preferred_element_type=jnp.float32)
@@ -112,17 +121,30 @@ def _sum_loss_fwd(hidden, embedding, targets, weights):
 
 def _sum_loss_bwd(gradients, d_total):
     d_hidden, d_embedding = gradients
+    if num_parts_here(TENSOR_AXIS) > 1:  # each part of the vocabulary is in the losses of all
+        d_total = jax.lax.psum(d_total, TENSOR_AXIS)
     return (d_total * d_hidden).astype(d_hidden.dtype), d_total * d_embedding, None, None
 
 
 _sum_loss.defvjp(_sum_loss_fwd, _sum_loss_bwd)
 
 
-def _logits_and_losses(embedding: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    """Logits of one block [B, T, V] and its weighted losses [B, T]."""
+def _logits_and_losses(embedding: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Logits of one block [B, T, V], of the ids whose embedding this is, their log-sum-exps and the weighted losses."""
     logits = jnp.einsum("btd,vd->btv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logits, weights * (jax.nn.logsumexp(logits, axis=-1) - of_target)
+    log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
+    own = _own_ids(targets, logits.shape[-1])
+    of_target = jnp.take_along_axis(logits, own[..., None], axis=-1, mode="clip")[..., 0]
+    if num_parts_here(TENSOR_AXIS) > 1:
+        of_target = jax.lax.psum(jnp.where((own >= 0) & (own < logits.shape[-1]), of_target, 0.0), TENSOR_AXIS)
+        top = jax.lax.pmax(log_sum_exp, TENSOR_AXIS)
+        log_sum_exp = top + jnp.log(jax.lax.psum(jnp.exp(log_sum_exp - top), TENSOR_AXIS))
+    return logits, log_sum_exp, weights * (log_sum_exp - of_target)
+
+
+def _own_ids(ids: Array, vocab_size: int) -> Array:
+    """Ids counted from the first one of this part of the vocabulary."""
+    return ids if num_parts_here(TENSOR_AXIS) == 1 else ids - vocab_size * jax.lax.axis_index(TENSOR_AXIS)
 
 
 def _blocks(hidden: Array, targets: Array, weights: Array, vocab_size: int) -> tuple[Array, Array, Array]:

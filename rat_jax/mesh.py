@@ -1,4 +1,4 @@
-"""The mesh in use, as functions of arrays ask for it: axes of batch rows, and constraints inside jit.
+"""The mesh in use, as functions of arrays ask for it: its axes, and constraints inside jit.
 
 `rat_jax.sharding` makes meshes and says how parameters are cut.
 """
@@ -8,22 +8,47 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from rat_jax.shapes import Array, Int
 
 BATCH_AXES = ("data", "fsdp")  # of a mesh; batches are cut along both
+CONTEXT_AXIS = "context"  # rows are cut along it, into runs of neighbouring tokens
+TENSOR_AXIS = "tensor"  # heads, hidden channels of MLPs and the vocabulary are cut along it
 
 
-def num_devices() -> int:
-    """Devices of the mesh in use; 1 outside of a mesh."""
+def mesh_of_rows(mesh: Mesh) -> Mesh:
+    """The same devices with rows alone cut among them: where caches are, and rows of any length."""
+    fsdp = mesh.shape["fsdp"]
+    sizes = {name: {"data": mesh.size // fsdp, "fsdp": fsdp}.get(name, 1) for name in mesh.axis_names}
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def num_parts(*axes: str) -> int:
+    """Parts that the mesh in use cuts an array into along these of its axes.
+
+    1 outside of a mesh, along axes that it lacks and inside `jax.shard_map`, where arrays are parts already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    parts = 1
+    for name, size, kind in sizes:
+        parts *= size if name in axes and kind != AxisType.Manual else 1
+    return parts
+
+
+def num_parts_here(axis: str) -> int:
+    """Inside `jax.shard_map` parts that an axis of the mesh has cut arrays into; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.axis_names:
+        return 1
+    place = mesh.axis_names.index(axis)
+    return mesh.axis_sizes[place] if mesh.axis_types[place] == AxisType.Manual else 1
 
 
 def rows_per_device(batch_size: int) -> int:
     """Rows of a batch that one device of the mesh in use holds, rounded up."""
-    return -(-batch_size // num_devices())
+    return -(-batch_size // num_parts(*BATCH_AXES))
 
 
 def constrain_rows(tree: Any, axis: int = 0) -> Any:
@@ -31,6 +56,18 @@ def constrain_rows(tree: Any, axis: int = 0) -> Any:
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def constrain_tokens(tree: Any, axis: int = 0) -> Any:
+    """As `constrain_rows`, of arrays whose next axis is that of tokens, which the mesh may cut too."""
+    if num_parts(CONTEXT_AXIS) == 1:
+        return constrain_rows(tree, axis)
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(*[None] * axis, BATCH_AXES, CONTEXT_AXIS))
+
+
+def constrain_stream(x: Array) -> Array:
+    """As `constrain_tokens` of [B, T, D], where the mesh cuts tokens or heads; nothing where it cuts rows alone."""
+    return x if num_parts(CONTEXT_AXIS, TENSOR_AXIS) == 1 else constrain_tokens(x)
 
 
 def replicate(tree: Any) -> Any:

@@ -13,7 +13,9 @@ from rat_jax.config import ModelConfig
 from rat_jax.decoder import Decoder, DecoderModule, ModelCache, tied_logits
 from rat_jax.layers import INITIAL_STD, RmsNorm
 from rat_jax.memory import tree_bytes
+from rat_jax.mesh import TENSOR_AXIS, num_parts_here
 from rat_jax.mixers import MIXERS
+from rat_jax.ops import cut
 from rat_jax.ops.remat import saving_named
 from rat_jax.parameters import VECTOR, ParameterSpec
 from rat_jax.segments import as_segments, check_tokens
@@ -87,7 +89,10 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first layer reads."""
-        return self.embedding[...][tokens].astype(self.config.dtype)
+        embedding = self.embedding[...]
+        if cut.is_cut():  # left to the partitioner, the embedded tokens would be made whole on every device
+            return cut.run(_look_up, ("V", "BT"), "BT", embedding.astype(self.config.dtype), tokens)
+        return embedding[tokens].astype(self.config.dtype)
 
     def decoding_layer(self, index: int) -> ResidualBlock:
         """Layer `index` by itself, operands of matrix products in the compute dtype."""
@@ -166,6 +171,16 @@ def _stacked(name: str, config: ModelConfig, keys: Array) -> ResidualBlock:
 
     graphdef = nnx.graphdef(nnx.eval_shape(make, keys[0]))
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.state(make(key)))(keys))
+
+
+def _look_up(embedding: Array, tokens: Array) -> Array:
+    """Rows of a vocabulary of which this device has a part."""
+    if num_parts_here(TENSOR_AXIS) == 1:
+        return embedding[tokens]
+    first = jax.lax.axis_index(TENSOR_AXIS) * embedding.shape[0]
+    own = tokens - first
+    is_own = (own >= 0) & (own < embedding.shape[0])
+    return jax.lax.psum(jnp.where(is_own[..., None], embedding.at[own].get(mode="clip"), 0), TENSOR_AXIS)
 
 
 def _remat(run, config: ModelConfig):

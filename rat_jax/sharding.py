@@ -1,9 +1,12 @@
 """Which device holds what: the mesh, and one table that maps the axes of parameters to its axes.
 
-The mesh has two axes. `data` repeats the model; `fsdp` cuts parameters and optimizer state into parts, which are
-gathered where they are used. Batches are cut along both.
+The mesh has four axes. `data` repeats the model; `fsdp` cuts parameters and optimizer state into parts, which are
+gathered where they are used; batches are cut along both. `context` cuts the tokens of every sequence into neighbouring
+parts (and parameters as `fsdp` does), `tensor` cuts heads, the hidden channels of MLPs and the vocabulary.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,17 +16,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rat_jax.config import Config, MeshConfig
 from rat_jax.errors import ConfigError
-from rat_jax.mesh import BATCH_AXES
+from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
 from rat_jax.model import LanguageModel, parameter_spec
 
 # What each logical axis of a parameter (`rat_jax.parameters`) is cut along. Layers are stacked along the first axis,
 # which stays whole: a scan runs over it.
-MESH_AXES: dict[str, str | None] = {
-    "vocab": None,
-    "width": "fsdp",
-    "projected": None,
-    "mlp": None,
-    "kv_channels": "fsdp",  # K H, of what has no axis along the width
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "vocab": ("tensor",),
+    "width": ("fsdp", "context"),
+    "projected": ("tensor",),
+    "mlp": ("tensor",),
+    "kv_channels": ("fsdp", "context"),  # K H, of what has no axis along the width
 }
 _LARGEST_REPLICATED = 1 << 20  # elements of a parameter that may stay whole on every device of the fsdp axis
 
@@ -35,16 +38,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       ConfigError: if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp}
-    known = max(config.data, 1) * max(config.fsdp, 1)
-    rest = len(devices) // known
-    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
-    if sizes["data"] * sizes["fsdp"] != len(devices):
+    wanted = dataclasses.asdict(config)
+    rest = len(devices) // math.prod(max(size, 1) for size in wanted.values())
+    sizes = {name: rest if size == -1 else size for name, size in wanted.items()}
+    if math.prod(sizes.values()) != len(devices):
+        axes = ", ".join(f"config.mesh.{name} {size}" for name, size in wanted.items())
         raise ConfigError(
-            f"config.mesh.data {config.data} and config.mesh.fsdp {config.fsdp} do not multiply to the "
-            f"{len(devices)} devices that are there; set one of them to -1 to use all that remain"
+            f"{axes} do not multiply to the {len(devices)} devices that are there; set one of them to -1 to use all "
+            f"that remain"
         )
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+    kinds = (AxisType.Auto,) * len(sizes)
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
 
 
 def check_divides(config: Config, mesh: Mesh) -> None:
@@ -55,19 +59,32 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     """
     parts = config.optimizer.accumulation_steps
     rows = config.data.global_batch_size // parts
-    if rows % mesh.size:
+    of_rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if rows % of_rows:
         raise ConfigError(
             f"config.data.global_batch_size {config.data.global_batch_size} over config.optimizer.accumulation_steps "
-            f"{parts} is {rows} sequences at a time, which do not divide among {mesh.size} devices"
+            f"{parts} is {rows} sequences at a time, which do not divide among {of_rows} devices"
+            f"{'' if of_rows == mesh.size else ' of the data and fsdp axes'}"
         )
+    context, tensor = mesh.shape[CONTEXT_AXIS], mesh.shape[TENSOR_AXIS]
+    if config.data.seq_len % context:
+        raise ConfigError(
+            f"config.data.seq_len {config.data.seq_len} does not divide into the {context} parts of config.mesh.context"
+        )
+    for name, settings in config.model.mixers.items():
+        try:
+            settings.check_cut(config.model, config.data.seq_len // context, context, tensor)
+        except ConfigError as error:
+            raise ConfigError(f"config.model.{name}: {error}") from None
     params = jax.eval_shape(lambda: nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0))))
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         for axis, size in zip(_logical_axes(name, leaf.ndim), leaf.shape, strict=True):
-            mesh_axis = None if axis is None else MESH_AXES[axis]
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            mesh_axes = () if axis is None else tuple(part for part in MESH_AXES[axis] if mesh.shape[part] > 1)
+            count = math.prod(mesh.shape[part] for part in mesh_axes)
+            if size % count:
                 raise ConfigError(
                     f"config.model has a parameter, {name}, whose axis {axis} of {size} does not divide by the "
-                    f"{mesh_axis} axis of {mesh.shape[mesh_axis]} devices"
+                    f"{' and '.join(mesh_axes)} axis of {count} devices"
                 )
 
 
@@ -101,16 +118,32 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         for name, leaf, spec in zip(
             leaf_names(tree), jax.tree.leaves(tree), jax.tree.leaves(specs, **is_spec), strict=True
         ):
-            if leaf.size > _LARGEST_REPLICATED and "fsdp" not in spec:
+            if leaf.size > _LARGEST_REPLICATED and not any("fsdp" in (part or ()) for part in spec):
                 raise ValueError(f"{name} {leaf.shape} would be whole on all {mesh.shape['fsdp']} devices of fsdp")
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, _shortest(spec, mesh)), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices."""
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the devices that they are cut among, whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the devices that they are cut among, and their tokens."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, CONTEXT_AXIS))
+
+
+def share_of_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of a batch's rows the devices of a process (None: this one) hold, and how many such parts there are.
+
+    Processes whose devices hold other tokens, or other heads, of the same rows have the same part.
+    """
+    process = jax.process_index() if process is None else process
+    by_row = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    own = [row for row, devices in enumerate(by_row) if any(d.process_index == process for d in devices)]
+    return own[0] // len(own), len(by_row) // len(own)
 
 
 def constrain(tree: Any) -> Any:
@@ -121,14 +154,28 @@ def constrain(tree: Any) -> Any:
 
 
 def global_batch(tree: Any, mesh: Mesh) -> Any:
-    """Arrays of all hosts' rows on the mesh, from the rows of this host."""
+    """Arrays [B, T] of all hosts' rows on the mesh, from the rows of this host (`share_of_rows`)."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    place, count = share_of_rows(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape, first = (x.shape[0] * count, *x.shape[1:]), place * x.shape[0]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return x[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, tree)
 
 
 def _shortest(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     """The spec as jit writes it for its results, so that they are no new kind of argument: without axes of size 1."""
-    axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec]
+    axes = []
+    for part in spec:
+        names = tuple(axis for axis in ((part,) if isinstance(part, str) else part or ()) if mesh.shape[axis] > 1)
+        axes.append(names[0] if len(names) == 1 else names or None)
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)

@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.mesh": {"rat_jax.shapes"},
     "rat_jax.segments": {"rat_jax.shapes"},
     "rat_jax.ops": {"pallas_kernels", "rat_jax.errors", "rat_jax.mesh", "rat_jax.segments", "rat_jax.shapes"},
-    "rat_jax.layers": {"rat_jax.ops", "rat_jax.shapes"},
+    "rat_jax.layers": {"rat_jax.mesh", "rat_jax.ops", "rat_jax.shapes"},
     "rat_jax.mixers": {
         "rat_jax.errors",
         "rat_jax.fields",
@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.blocks": {
         "rat_jax.config",
         "rat_jax.layers",
+        "rat_jax.mesh",
         "rat_jax.mixers",
         "rat_jax.parameters",
         "rat_jax.segments",
@@ -66,13 +67,14 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.decoder",
         "rat_jax.layers",
         "rat_jax.memory",
+        "rat_jax.mesh",
         "rat_jax.mixers",
         "rat_jax.ops",
         "rat_jax.parameters",
         "rat_jax.segments",
         "rat_jax.shapes",
     },
-    "rat_jax.loss": {"rat_jax.mesh", "rat_jax.shapes"},
+    "rat_jax.loss": {"rat_jax.mesh", "rat_jax.ops", "rat_jax.shapes"},
     "rat_jax.sharding": {"rat_jax.config", "rat_jax.errors", "rat_jax.mesh", "rat_jax.model"},
     "rat_jax.data": {
         "rat_jax.config",

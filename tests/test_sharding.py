@@ -1,6 +1,7 @@
 """The mesh, the table of parameters, and that neither changes what is computed."""
 
 import importlib
+import math
 import pathlib
 import types
 
@@ -16,7 +17,7 @@ from rat_jax.config import ConfigError, MeshConfig, config_from_dict
 from rat_jax.mixers import MIXERS
 from rat_jax.model import parameter_spec
 from rat_jax.sharding import check_divides, check_spec, leaf_names, make_mesh, partition_specs, shardings
-from tests import four_devices
+from tests import virtual_devices
 from tests.small import small_model_config
 from tests.tiny_run import tiny_config
 
@@ -24,9 +25,10 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "__init__")
 
 
-def mesh_of(data, fsdp):
+def mesh_of(data, fsdp, context=1, tensor=1):
     """Stands for a mesh of more devices than there are."""
-    return types.SimpleNamespace(shape={"data": data, "fsdp": fsdp}, size=data * fsdp)
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    return types.SimpleNamespace(shape=sizes, size=math.prod(sizes.values()))
 
 
 class TestTable:
@@ -38,7 +40,7 @@ class TestTable:
         _, params = abstract_model(config.model)
         specs = jax.tree.leaves(partition_specs(params), is_leaf=lambda x: isinstance(x, PartitionSpec))
         for leaf_name, leaf, spec in zip(leaf_names(params), jax.tree.leaves(params), specs, strict=True):
-            axes = [axis for axis, part in enumerate(spec) if part == "fsdp"]
+            axes = [axis for axis, part in enumerate(spec) if "fsdp" in (part or ())]
             assert len(axes) == (1 if parameter_spec(leaf_name).matmul else 0), leaf_name
             assert all(leaf.shape[axis] == config.model.width for axis in axes), leaf_name
 
@@ -49,7 +51,7 @@ class TestTable:
         specs = jax.tree.leaves(partition_specs(params), is_leaf=lambda x: isinstance(x, PartitionSpec))
         by_name = dict(zip(leaf_names(params), specs, strict=True))
         for name in ("meta_key", "meta_value"):
-            assert by_name[f"blocks.00_rattention.mixer.{name}"] == PartitionSpec(None, None, "fsdp")
+            assert by_name[f"blocks.00_rattention.mixer.{name}"] == PartitionSpec(None, None, ("fsdp", "context"))
         with pytest.raises(
             ConfigError, match=r"mixer\.meta_key, whose axis kv_channels of 8 does not divide by the fsdp axis of 16"
         ):
@@ -68,7 +70,7 @@ class TestTable:
         params = abstract_model(small_model_config((kind,)))[1]
         specs = jax.tree.leaves(partition_specs(params), is_leaf=lambda x: isinstance(x, PartitionSpec))
         assert len(specs) == len(jax.tree.leaves(params))  # none was refused
-        assert any("fsdp" in spec for spec in specs)
+        assert any("fsdp" in (part or ()) for spec in specs for part in spec)
 
     def test_double_use_of_an_axis(self):
         with pytest.raises(ValueError, match=r"w: .* uses an axis of the mesh twice"):
@@ -79,7 +81,7 @@ class TestTable:
             check_spec("w", PartitionSpec(None, "fsdp"), 1)
 
     def test_a_large_parameter_may_not_stay_whole(self, monkeypatch):
-        monkeypatch.setitem(sharding.MESH_AXES, "width", None)
+        monkeypatch.setitem(sharding.MESH_AXES, "width", ())
         params = {"embedding": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)}
         with pytest.raises(ValueError, match=r"embedding \(2048, 1024\) would be whole on all 2 devices"):
             shardings(params, mesh_of(1, 2))
@@ -94,7 +96,7 @@ class TestMesh:
 
     def test_rest(self):
         mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        assert dict(mesh.shape) == {"data": 1, "fsdp": len(jax.devices())}
+        assert dict(mesh.shape) == {"data": 1, "fsdp": len(jax.devices()), "context": 1, "tensor": 1}
 
     @pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, -1), (1, 2), (-1, 3)])
     def test_devices(self, data, fsdp):
@@ -117,13 +119,13 @@ class TestMesh:
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on one of them and on two by two."""
-    return four_devices.run("tests.sharded_steps", "1x1", "2x2")
+    return virtual_devices.run("tests.sharded_steps", "1x1", "2x2")
 
 
 @pytest.fixture(scope="module")
 def results_of_lines():
     """The same on meshes of one axis, which 2x2 has both."""
-    return four_devices.run("tests.sharded_steps", "1x1", "4x1", "1x4")
+    return virtual_devices.run("tests.sharded_steps", "1x1", "4x1", "1x4")
 
 
 LINES = [pytest.param("results_of_lines", mesh, marks=pytest.mark.slow, id=mesh) for mesh in ("4x1", "1x4")]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, projection
+from rat_jax.layers import RmsNorm, project_parts, projection
 from rat_jax.mixers.base import (
     Mixer,
     MixerConfig,
@@ -81,7 +81,7 @@ class HeadProjections(Mixer):
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values."""
         kv_width = self.shape.kv_heads * self.shape.head_dim
-        parts = jnp.split(self.in_proj(x), [kv_width, kv_width + self.shape.width], axis=-1)
+        parts = project_parts(self.in_proj, x, kv_width, self.shape.width, kv_width)
         value, query, key = (part.reshape(*part.shape[:2], -1, self.shape.head_dim) for part in parts)
         if self.shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -127,7 +127,7 @@ class Attention(HeadProjections):
         if memory is not None:
             memory, key_info = _append(memory, key, value, segments)
             key, value = memory.key, memory.value
-        mixed = attention(query, key, value, query_info=info, key_info=key_info)
+        mixed = attention(query, key, value, query_info=info, key_info=key_info, aligned=memory is None)
         return self.out_proj(mixed.out.reshape(x.shape)), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:

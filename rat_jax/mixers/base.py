@@ -69,6 +69,17 @@ class MixerConfig:
           ConfigError: naming the field.
         """
 
+    def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
+        """Checks that a mesh can cut rows into `context` parts of `tokens` tokens each, and heads into `tensor` parts.
+
+        Raises:
+          ConfigError: naming the two numbers that do not fit.
+        """
+        for name, heads in (("num_heads", shape.num_heads), ("num_kv_heads", shape.kv_heads)):
+            require(
+                heads % tensor == 0, f"{name} {heads} does not divide among the {tensor} parts of config.mesh.tensor"
+            )
+
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         """Keys that a token of a row of `seq_len` tokens meets on average, for the count of operations.
 

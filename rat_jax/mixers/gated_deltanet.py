@@ -1,6 +1,7 @@
 """Gated DeltaNet: a matrix-valued state that a gate fades and the delta rule rewrites (arXiv 2412.06464)."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, projection
+from rat_jax.layers import RmsNorm, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of
 from rat_jax.ops.gated_delta_rule import gated_delta_rule
 from rat_jax.ops.short_convolution import short_convolution
@@ -50,6 +51,12 @@ class GatedDeltaNetConfig(MixerConfig):
         require(
             value_dim == self.value_dim(shape) >= 1,
             f"expand_v times head_dim must be a whole number, got {self.expand_v} and {self.key_dim(shape)}",
+        )
+
+    def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
+        heads = self.heads(shape)
+        require(
+            heads % tensor == 0, f"num_heads {heads} does not divide among the {tensor} parts of config.mesh.tensor"
         )
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
@@ -142,11 +149,10 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
-        projected, output_gate = jnp.split(self.in_proj(x), [2 * key_width + value_width], axis=-1)
-        write, decay = jnp.split(self.gate_proj(x).astype(jnp.float32), 2, axis=-1)
+        *parts, output_gate = project_parts(self.in_proj, x, key_width, key_width, value_width, value_width)
+        write, decay = (part.astype(jnp.float32) for part in project_parts(self.gate_proj, x, heads, heads))
         with jax.named_scope("convolution"):
-            projected, last_inputs = self._convolve(projected, segments, memory)
-        parts = jnp.split(projected, [key_width, 2 * key_width], axis=-1)
+            parts, last_inputs = self._convolve(parts, segments, memory)
         query, key, value = (part.reshape(*x.shape[:2], heads, -1) for part in parts)
         mixed = gated_delta_rule(
             (_unit_length(query) * key_dim**-0.5).astype(x.dtype),
@@ -178,14 +184,22 @@ class GatedDeltaNet(Mixer):
         return bytes_of(memory.state) + bytes_of(memory.last_inputs)
 
     def _convolve(
-        self, projected: Float[Array, "B T c"], segments: SegmentInfo, memory: GatedDeltaNetCache | None
-    ) -> tuple[Float32[Array, "B T c"], Float[Array, "B earlier c"] | None]:
+        self, parts: list[Float[Array, "B T _"]], segments: SegmentInfo, memory: GatedDeltaNetCache | None
+    ) -> tuple[list[Float32[Array, "B T _"]], Float[Array, "B earlier c"] | None]:
         """silu of the convolved tokens, and the inputs that the next ones need if there is a memory."""
         last_inputs = None if memory is None else memory.last_inputs
         if not self.config.conv_size:
-            return jax.nn.silu(projected.astype(jnp.float32)), last_inputs
-        convolved = short_convolution(projected, self.convolution[...], segments, last_inputs)
-        return jax.nn.silu(convolved.out), convolved.last_inputs
+            return [jax.nn.silu(part.astype(jnp.float32)) for part in parts], last_inputs
+        ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
+        kernels = jnp.split(self.convolution[...], ends, axis=-1)
+        earlier = [None] * len(parts) if memory is None else jnp.split(last_inputs, ends, axis=-1)
+        convolved = [
+            short_convolution(part, kernel, segments, last)
+            for part, kernel, last in zip(parts, kernels, earlier, strict=True)
+        ]
+        if memory is not None:
+            last_inputs = jnp.concatenate([part.last_inputs for part in convolved], axis=-1)
+        return [jax.nn.silu(part.out) for part in convolved], last_inputs
 
 
 def _per_head(parameter: nnx.Param) -> Float32[Array, "1 1 N"]:

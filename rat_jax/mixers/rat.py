@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import chrono_gate_bias, projection
+from rat_jax.layers import chrono_gate_bias, project_interleaved, projection
 from rat_jax.mixers.base import (
     Mixer,
     MixerConfig,
@@ -47,6 +47,18 @@ class RatConfig(MixerConfig):
             f"num_groups must divide num_heads, got num_groups {self.num_groups} and num_heads {shape.num_heads}",
         )
         require_even_heads(self.rope, shape)
+
+    def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
+        require(
+            shape.num_heads % (tensor * self.num_groups) == 0,
+            f"num_heads {shape.num_heads} must be a multiple of num_groups {self.num_groups} times config.mesh.tensor "
+            f"{tensor}",
+        )
+        require(
+            context == 1 or tokens % self.chunk_size == 0,
+            f"the {context} parts of config.mesh.context have {tokens} tokens of each sequence, no multiple of "
+            f"chunk_size {self.chunk_size}",
+        )
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         return (seq_len / min(self.chunk_size, seq_len) - 1) / 2 + 1
@@ -100,8 +112,9 @@ class Rat(Mixer):
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RatState | None = None
     ) -> tuple[Float[Array, "B T D"], RatState | None]:
+        width, grouped = self.shape.width, self.config.num_groups * self.shape.head_dim
         mixed = rat_mix(
-            self.in_proj(x),
+            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=2 * grouped),
             self.gate_bias[...],
             segments,
             num_heads=self.shape.num_heads,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import INITIAL_STD, PerHeadRmsNorm, RmsNorm, projection
+from rat_jax.layers import INITIAL_STD, PerHeadRmsNorm, RmsNorm, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_even_heads
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window, mean_keys_in_window
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
@@ -135,8 +135,11 @@ class Rattention(Mixer):
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RattentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
-        query, key, value = self._split(self.in_proj(x))
-        if self.shape.qk_norm:
+        shape = self.shape
+        kv_width = shape.kv_heads * shape.head_dim
+        parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width)
+        query, key, value = (part.reshape(*part.shape[:2], -1, shape.head_dim) for part in parts)
+        if shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         with jax.named_scope("linear_branch"):
             linear, state = self._linear_branch(query, key, value, segments, memory)
@@ -175,11 +178,6 @@ class Rattention(Mixer):
             implementation=self.implementation,
         )
         return linear.out, None
-
-    def _split(self, projected: Array) -> tuple[Array, Array, Array]:
-        width, head_dim = self.shape.width, self.shape.head_dim
-        parts = jnp.split(projected, [width, width + self.shape.kv_heads * head_dim], axis=-1)
-        return tuple(x.reshape(*x.shape[:2], -1, head_dim) for x in parts)
 
     def _scaled(
         self, x: Float[Array, "*axes n H"], name: Literal["query_scale", "key_scale"]

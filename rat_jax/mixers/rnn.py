@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import chrono_gate_bias, projection
+from rat_jax.layers import chrono_gate_bias, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
@@ -28,6 +28,12 @@ class RnnConfig(MixerConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.max_timescale >= 3, f"max_timescale must be 3 tokens or more, got {self.max_timescale}")
+
+    def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
+        require(
+            shape.width % tensor == 0,
+            f"width {shape.width} does not divide among the {tensor} parts of config.mesh.tensor",
+        )
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         return 0.0
@@ -86,7 +92,7 @@ class Rnn(Mixer):
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RnnCache | None = None
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:
-        z, value, gate = jnp.split(self.in_proj(x), 3, axis=-1)
+        z, value, gate = project_parts(self.in_proj, x, *[self.shape.width] * 3)
         states = gated_recurrence(
             gate.astype(jnp.float32) + self.gate_bias[...].reshape(1, 1, -1),
             value,

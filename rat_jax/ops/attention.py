@@ -1,10 +1,14 @@
 """Softmax attention under the visibility rules of this project, in memory linear in the number of tokens."""
 
+import dataclasses
 from typing import Literal
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn_fmha
 from pallas_kernels.attention.shape import AttentionShape
-from rat_jax.ops import attention_kernels, attention_xla, dispatch, platform
+from rat_jax.ops import attention_kernels, attention_xla, context, cut, dispatch, platform
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Int
@@ -70,6 +74,20 @@ def attention(
             raise ValueError(f"{key.shape[1]} keys to {tokens} queries need query_info and key_info")
         query_info = key_info = KeyInfo.of(as_segments(segment_ids, (batch, tokens)))
         aligned = True
+    if cut.is_cut():
+        if not aligned:
+            cut.refuse_state("a key_info of other tokens than the queries'", key_info)
+        return AttentionOutput(
+            *cut.run(
+                lambda q, k, v, info: tuple(_attend_part(q, k, v, info, window, implementation)),
+                ("BTN", "BTN", "BTN", "BT"),
+                ("BTN", "BTN"),
+                query,
+                key,
+                value,
+                query_info,
+            )
+        )
     shape = AttentionShape(
         dispatch.rows_of_device(batch),
         tokens,
@@ -90,3 +108,21 @@ def attention(
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
     kernel = attention_kernels.Attend(chosen, shape, window)
     return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value))
+
+
+def _attend_part(
+    query: Array, key: Array, value: Array, info: KeyInfo, window: int | None, implementation: str | None
+) -> AttentionOutput:
+    """Self-attention of a part of a row: to the keys of all parts, or to those that a window reaches."""
+    if context.num_parts() == 1:
+        seen = (key, value, info)
+    elif window is None:
+        seen = context.gather((key, value, info))
+    else:
+        earlier = jax.tree.map(lambda x: context.tokens_before(x, window), (key, value, info))
+        seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), earlier, (key, value, info))
+    key, value, key_info = seen
+    if context.num_parts() > 1:
+        info, key_info = (dataclasses.replace(x, contiguous=False) for x in (info, key_info))
+    options = {"window": window, "aligned": window is not None, "implementation": implementation}
+    return attention(query, key, value, query_info=info, key_info=key_info, **options)

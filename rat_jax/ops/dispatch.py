@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from rat_jax.errors import RatJaxError
-from rat_jax.mesh import BATCH_AXES, num_devices
+from rat_jax.mesh import BATCH_AXES, num_parts
 from rat_jax.ops import platform
 from rat_jax.ops.remat import save_named
 from rat_jax.shapes import Array
@@ -57,9 +57,9 @@ def choose(
     """
 
     def reason_against(name: str) -> str | None:
-        count = num_devices()
+        count = num_parts(*BATCH_AXES)
         if batch_size % count:
-            return f"{batch_size} batch rows do not divide among the {count} devices of the mesh"
+            return f"{batch_size} batch rows do not divide among the {count} devices that the mesh cuts them over"
         return unsupported_reason(name)
 
     if implementation == "xla":
@@ -119,7 +119,7 @@ def differing_dtypes(query: Array, key: Array, value: Array) -> str | None:
 
 def rows_of_device(batch_size: int) -> int:
     """Batch rows that a kernel sees, 1 or more."""
-    return max(1, batch_size // num_devices())
+    return max(1, batch_size // num_parts(*BATCH_AXES))
 
 
 class Kernel(abc.ABC):
@@ -245,7 +245,7 @@ def _by_platform(kernel: Kernel, run: Callable[..., Any], plain: Callable[..., A
 def _on_each_device(
     function: Callable[..., Any], *, num_results: int, replicated: tuple[int, ...], summed: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """Without a mesh returns `function`; otherwise wraps it in `shard_map` over the batch axis.
+    """Wraps a function in `shard_map` over the batch axis, where the mesh in use cuts it.
 
     Args:
       function: takes pytrees of arrays and returns a tuple of them, all with batch rows along their first axis.
@@ -253,8 +253,7 @@ def _on_each_device(
       replicated: arguments without batch rows, whole on every device.
       summed: results without batch rows, summed over the devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if num_parts(*BATCH_AXES) == 1:
         return function
 
     def local(*arguments):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.mesh import rows_per_device
-from rat_jax.ops import dispatch
+from rat_jax.ops import context, cut, dispatch
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -60,6 +60,12 @@ def gated_delta_rule(
     """
     _check(query, key, value, log_decay, write_strength, initial_state, chunk_size)
     batch, tokens, heads, key_dim = key.shape
+    if cut.is_cut():
+        cut.refuse_state("initial_state", initial_state)
+        arrays = (query, key, value, log_decay, write_strength, as_segments(segment_ids, (batch, tokens)))
+        return GatedDeltaRuleOutput(
+            *cut.run(lambda *parts: tuple(_of_part(*parts, chunk_size)), ("BTN",) * 5 + ("BT",), ("BTN", "BN"), *arrays)
+        )
     log_decay, write_strength = (x.astype(jnp.float32) for x in (log_decay, write_strength))
     log_decay = jnp.maximum(log_decay, _LEAST_LOG_DECAY)
     if segment_ids is None:
@@ -75,6 +81,41 @@ def gated_delta_rule(
     rows = _Chunks(query.astype(value.dtype), key.astype(value.dtype), value, log_decay, write_strength, starts)
     run = _one_token if tokens == 1 else _all_chunks
     return run(rows, initial_state.astype(jnp.float32), chunk_size)
+
+
+def _of_part(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array,
+    write_strength: Array,
+    segments: SegmentInfo,
+    chunk_size: int,
+) -> GatedDeltaRuleOutput:
+    """Of a part of a row: S_t = P_t S + S'_t, of the state S before it, the sums S' from 0 and the products P from I.
+
+    Both come from one call, with the identity as more channels of the state and no values for them.
+    """
+    options = {"segment_ids": segments, "chunk_size": chunk_size}
+    if context.num_parts() == 1:
+        return gated_delta_rule(query, key, value, log_decay, write_strength, **options)
+    batch, _, heads, key_dim = key.shape
+    value_dim = value.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (batch, heads, key_dim, key_dim))
+    nothing = jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
+    more = jnp.pad(value, [(0, 0)] * 3 + [(0, key_dim)])
+    start = jnp.concatenate([nothing, identity], axis=-1)
+    own = gated_delta_rule(query, key, more, log_decay, write_strength, initial_state=start, **options)
+    added, kept = jnp.split(own.final_state, [value_dim], axis=-1)
+
+    def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        return _exact(later[0], earlier[0]), _exact(later[0], earlier[1]) + later[1]
+
+    before = context.combined_before(combine, (kept, added), (identity, nothing))[1]
+    out, readers = jnp.split(own.out, [value_dim], axis=-1)
+    carried = _product("btnk,bnkv->btnv", readers, before.astype(value.dtype))
+    final_state = context.of_last_part(_exact(kept, before) + added)
+    return GatedDeltaRuleOutput((out.astype(jnp.float32) + carried).astype(value.dtype), final_state)
 
 
 def _check(query, key, value, log_decay, write_strength, initial_state, chunk_size) -> None:

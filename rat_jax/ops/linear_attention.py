@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear_attention import select
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
-from rat_jax.ops import dispatch, linear_attention_kernels, linear_attention_xla, platform
+from rat_jax.ops import context, cut, dispatch, linear_attention_kernels, linear_attention_xla, platform
 from rat_jax.ops.linear_attention_types import FeatureMap, LinearAttentionOutput
-from rat_jax.ops.linear_attention_xla import lagged
+from rat_jax.ops.linear_attention_xla import features, lagged
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Float, Float32, Int
 
@@ -63,8 +63,17 @@ def linear_attention(
     dispatch.check_heads(query=query, key=key, value=value)
     dispatch.check_whole(0, key_lag=key_lag)
     require_continuing("state", state, segment_ids)
-    shape = _shape(query, key, value, initial_state, feature_map, key_lag)
     segments = as_segments(segment_ids, query.shape[:2])
+    if cut.is_cut():
+        cut.refuse_state("state", state)
+        options = {"feature_map": feature_map, "key_lag": key_lag, "implementation": implementation}
+        of_rows = "B" if initial_state is not None and initial_state.shape[0] > 1 else "_"
+        arrays = (query, key, value, segments, initial_state)
+        axes = ("BTN", "BTN", "BTN", "BT", f"{of_rows}N")
+        return LinearAttentionOutput(
+            *cut.run(lambda *parts: tuple(_attend_part(*parts, **options)), axes, ("BTN", "BN"), *arrays)
+        )
+    shape = _shape(query, key, value, initial_state, feature_map, key_lag)
     if state is not None:
         batch, _, key_heads, head_dim = key.shape
         if state.shape != (batch, key_heads, 2 * head_dim, head_dim):
@@ -97,6 +106,60 @@ def linear_attention(
     kernel = linear_attention_kernels.Attend(chosen, shape, replicated=(3,) if shared else ())
     arrays = (query, key, value, initial_state, documents)
     return LinearAttentionOutput(*dispatch.run(kernel, implementation is None, *arrays))
+
+
+def _attend_part(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: SegmentInfo,
+    initial_state: Array | None,
+    *,
+    feature_map: FeatureMap,
+    key_lag: int,
+    implementation: LinearImplementation | None,
+) -> LinearAttentionOutput:
+    """Of a part of a row: its own keys by any implementation, and what earlier parts have summed up.
+
+    Both are linear in the state, so that the part before need not have ended when the part's own sums are made.
+    """
+    options = {"feature_map": feature_map, "initial_state": initial_state, "implementation": implementation}
+    if context.num_parts() == 1:
+        return linear_attention(query, key, value, key_lag=key_lag, segment_ids=segments, **options)
+    enters = segments.is_token
+    if key_lag:
+        ids = segments.segment_ids
+        key, value, ids = (
+            jnp.concatenate([context.tokens_before(x, key_lag), x], axis=1)[:, : x.shape[1]] for x in (key, value, ids)
+        )
+        enters &= ids == segments.segment_ids
+    value = jnp.where(enters[..., None, None], value, 0)
+    # Kernels need no documents where there is one a row: nothing of a row ends in any of its parts.
+    own = linear_attention(query, key, value, segment_ids=None if segments.contiguous else segments, **options)
+    starts = segments.starts()
+    documents = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    is_last = documents == documents[:, -1:]
+    key_features = features(key, feature_map).astype(value.dtype)
+    added = jnp.einsum(
+        "btke,btkh->bkeh",
+        key_features,
+        jnp.where(is_last[..., None, None], value, 0),
+        preferred_element_type=jnp.float32,
+    )
+    goes_on = jnp.where(starts.any(axis=1), 0.0, 1.0)[:, None, None, None]
+
+    def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        return earlier[0] * later[0], later[0] * earlier[1] + later[1]
+
+    nothing = jnp.ones_like(goes_on), jnp.zeros_like(added)
+    before = context.combined_before(combine, (goes_on, added), nothing)[1]
+    batch, tokens, heads, _ = query.shape
+    key_heads = key.shape[2]
+    grouped = features(query, feature_map).astype(value.dtype).reshape(batch, tokens, key_heads, heads // key_heads, -1)
+    carried = jnp.einsum("btkre,bkeh->btkrh", grouped, before.astype(value.dtype), preferred_element_type=jnp.float32)
+    carried = jnp.where((documents == 0)[..., None, None], carried.reshape(query.shape), 0.0)
+    out = (own.out.astype(jnp.float32) + carried).astype(value.dtype)
+    return LinearAttentionOutput(out, context.of_last_part(goes_on * before + added))
 
 
 def _shape(

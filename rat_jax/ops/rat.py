@@ -4,7 +4,8 @@ from typing import Literal
 
 from pallas_kernels.rat import select
 from pallas_kernels.rat.shape import RatShape
-from rat_jax.ops import dispatch, platform, rat_kernels, rat_xla
+from rat_jax.mesh import CONTEXT_AXIS, TENSOR_AXIS, num_parts
+from rat_jax.ops import cut, dispatch, platform, rat_kernels, rat_xla
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Float32, Int
@@ -44,6 +45,9 @@ def rat_mix(
     meaning. The recurrence and the softmax are float32; summaries and the result have the dtype of `projected`.
     Arguments are bfloat16, float16 or float32, `gate_bias` float32.
 
+    A mesh may cut tokens, at chunks' edges, and heads; of P parts of heads `projected` holds in turn the z, v and g of
+    each part's channels and all of q and k, N / P being a multiple of G.
+
     Args:
       projected: z, v, g, q, k.
       gate_bias: of the forget gate.
@@ -82,6 +86,27 @@ def rat_mix(
             "a state holds no positions: give a SegmentInfo (rat_jax.segments.from_segments) that continues the rows"
         )
     segments = as_segments(segment_ids, (batch, tokens))
+    if cut.is_cut():
+        cut.refuse_state("state", state)
+        parts = num_parts(TENSOR_AXIS)
+        if num_heads % parts or (num_heads // parts) % num_groups:
+            raise ValueError(
+                f"num_heads {num_heads} over {parts} parts must be a multiple of num_groups {num_groups} on each"
+            )
+        own_tokens = tokens // num_parts(CONTEXT_AXIS)
+        if own_tokens % chunk_size:
+            raise ValueError(f"rows cut into parts of {own_tokens} tokens are not cut at the edges of {chunk_size}")
+        options = {"num_heads": num_heads // parts, "num_groups": num_groups, "chunk_size": chunk_size}
+        options |= {"rope_base": rope_base, "implementation": implementation}
+        mixed = cut.run(
+            lambda *arrays: rat_mix(*arrays, **options).out,
+            ("BTN", "N", "BT"),
+            "BTN",
+            projected,
+            gate_bias,
+            segments,
+        )
+        return RatOutput(mixed, None)
     width = gate_bias.shape[0]
     if width % num_heads:
         raise ValueError(f"the {width} channels of gate_bias must be a multiple of num_heads, got {num_heads}")

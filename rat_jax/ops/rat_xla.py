@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.rat.shape import RatShape
+from rat_jax.ops import context
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
@@ -39,6 +40,8 @@ def mix(
         running_value = gated_recurrence(gate, value, initial_state=None if state is None else state.value, **scan)
     with jax.named_scope("chunk_summaries"):
         summaries = _summarise(shape, running_key, running_value, segments, projected.dtype)
+        if context.num_parts() > 1:
+            summaries = context.gather(summaries)
     with jax.named_scope("chunk_attention"):
         current_score = jnp.einsum("btnh,btnh->btn", query.astype(jnp.float32), running_key) * head_dim**-0.5
         if shape.rope_base is not None:

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rat_jax.ops import dispatch
+from rat_jax.ops import context, cut, dispatch
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Float, Float32, Int
 
@@ -47,6 +47,18 @@ def gated_recurrence(
         raise ValueError(f"initial_state must be {(shape[0], *shape[2:])}, got {initial_state.shape}")
     require_continuing("initial_state", initial_state, segment_ids)
     segments = as_segments(segment_ids, gate.shape[:2])
+    if cut.is_cut():
+        cut.refuse_state("initial_state", initial_state)
+        axes = "BTN" if len(shape) > 2 and gate.shape[2] == value.shape[2] else "BT"
+        options = {"chunk_size": chunk_size, "block_size": block_size}
+        return cut.run(
+            lambda gate, value, segments: gated_recurrence(gate, value, segment_ids=segments, **options),
+            (axes, axes, "BT"),
+            axes,
+            gate,
+            value,
+            segments,
+        )
     starts, is_token = segments.starts(chunk_size), segments.is_token
     if segment_ids is None and initial_state is not None:
         starts &= segments.positions > 0
@@ -96,30 +108,37 @@ def linear_recurrence(
     """h_t = decay_t h_{t-1} + update_t with h_{-1} = `initial_state`, by associative scans.
 
     The backward pass is the same recurrence run from the end: it keeps `decay` and h alone, however deep the scan.
+    Of a part of a row (`rat_jax.ops.context`) h_{-1} is the last state of the part before, and `initial_state` zero.
     """
-    return _scan(decay, update, initial_state, block_size)
+    return _scan(decay, update, initial_state, block_size)[0]
 
 
 def _forward(decay, update, initial_state, block_size):
-    states = _scan(decay, update, initial_state, block_size)
-    return states, (decay, states, initial_state)
+    states, before = _scan(decay, update, initial_state, block_size)
+    return states, (decay, states, before)
 
 
 def _backward(block_size, residuals, d_states):
-    decay, states, initial_state = residuals
-    later_decay = jnp.concatenate([decay[:, 1:], jnp.zeros_like(decay[:, :1])], axis=1)
-    d_update = jnp.flip(
-        _scan(jnp.flip(later_decay, 1), jnp.flip(d_states, 1), jnp.zeros_like(initial_state), block_size), 1
-    )
-    earlier_states = jnp.concatenate([initial_state[:, None], states[:, :-1]], axis=1)
+    decay, states, before = residuals
+    after = jnp.zeros_like(decay[:, :1]) if context.num_parts() == 1 else context.first_token_after(decay)
+    later_decay = jnp.concatenate([decay[:, 1:], after], axis=1)
+    from_end = (jnp.flip(x, 1) for x in (later_decay, d_states))
+    d_update = jnp.flip(_scan(*from_end, jnp.zeros_like(before), block_size, reverse=True)[0], 1)
+    earlier_states = jnp.concatenate([before[:, None], states[:, :-1]], axis=1)
     return d_update * earlier_states, d_update, d_update[:, 0] * decay[:, 0]
 
 
 linear_recurrence.defvjp(_forward, _backward)
 
 
-def _scan(decay: Array, update: Array, initial_state: Array, block_size: int) -> Array:
-    """Scans blocks in parallel, then carries states from block to block."""
+def _scan(
+    decay: Array, update: Array, initial_state: Array, block_size: int, reverse: bool = False
+) -> tuple[Array, Array]:
+    """Scans blocks in parallel, then carries states from block to block; also the state before the first token.
+
+    Args:
+      reverse: tokens, and the parts of a row, come from the last to the first.
+    """
     batch, tokens, *channels = update.shape
     size = min(block_size, tokens)
     padding = [(0, 0), (0, -tokens % size)] + [(0, 0)] * len(channels)
@@ -132,7 +151,11 @@ def _scan(decay: Array, update: Array, initial_state: Array, block_size: int) ->
 
     decay, inner = jax.lax.associative_scan(compose, (decay, update), axis=2)
     whole_decay, whole_update = jax.lax.associative_scan(compose, (decay[:, :, -1], inner[:, :, -1]), axis=1)
+    if context.num_parts() > 1:
+        nothing = jnp.ones_like(initial_state), jnp.zeros_like(initial_state)
+        own = whole_decay[:, -1], whole_update[:, -1]
+        initial_state = context.combined_before(compose, own, nothing, reverse)[1]
     ends = whole_decay * initial_state[:, None] + whole_update
     before = jnp.concatenate([initial_state[:, None], ends[:, :-1]], axis=1)
     states = decay * before[:, :, None] + inner
-    return states.reshape(batch, -1, *channels)[:, :tokens]
+    return states.reshape(batch, -1, *channels)[:, :tokens], initial_state

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from rat_jax.decoder import Decoder
-from rat_jax.mesh import BATCH_AXES
+from rat_jax.mesh import BATCH_AXES, mesh_of_rows
 from rat_jax.model import LanguageModel
 from rat_jax.program_store import ProgramStore
 from rat_jax.sampling.caches import cache_capacity
@@ -178,8 +178,8 @@ def make_engine(
 def mesh_of(decoder: Decoder) -> jax.sharding.Mesh | None:
     """The mesh that a model's parameters are on, if its devices divide rows."""
     sharding = decoder.arrays[0].sharding
-    is_on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == BATCH_AXES
-    return sharding.mesh if is_on_mesh and sharding.mesh.size > 1 else None
+    is_on_mesh = isinstance(sharding, NamedSharding) and set(BATCH_AXES) <= set(sharding.mesh.axis_names)
+    return mesh_of_rows(sharding.mesh) if is_on_mesh and sharding.mesh.size > 1 else None
 
 
 def _chunk_sizes(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from rat_jax.checkpoints.run_log import Record
 from rat_jax.config import Config
@@ -25,17 +26,18 @@ _FAILED, _SECS = "failed", "secs"  # figures of every evaluation: 1 if it had no
 class Evaluations:
     """The evaluations of a run, each after every `every_steps` steps of its own and after the last one."""
 
-    def __init__(self, config: Config, evaluators: Sequence[Evaluator], start: int, done: Collection[str]):
+    def __init__(self, config: Config, evaluators: Sequence[Evaluator], mesh: Mesh, start: int, done: Collection[str]):
         """Computes nothing.
 
         Args:
           config: of the run.
           evaluators: of the run, from `make_evaluators`.
+          mesh: that they were made for.
           start: steps done.
           done: names of those that were done after `start` steps, by `names_in_log`.
         """
         self._num_steps, self._on_failure = config.training.num_steps, config.evaluation.on_failure
-        self._evaluators = evaluators
+        self._evaluators, self._mesh = evaluators, mesh
         self._step, self._done = start, set(done)
 
     def due(self, step: int) -> list[Evaluator]:
@@ -67,7 +69,7 @@ class Evaluations:
             start = time.perf_counter()
             try:
                 check()
-                with monitor.pause("evaluating"):
+                with monitor.pause("evaluating"), jax.set_mesh(self._mesh):
                     figures = dict(evaluator.run(params, step, check))
             except _SignalError:
                 return

@@ -28,8 +28,9 @@ from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
+from rat_jax.mesh import BATCH_AXES, mesh_of_rows
 from rat_jax.paths import local_path
-from rat_jax.sharding import check_divides, make_mesh
+from rat_jax.sharding import check_divides, make_mesh, share_of_rows
 from rat_jax.training.evaluations import Evaluations, names_in_log
 from rat_jax.training.evaluators import Evaluator, make_evaluators
 from rat_jax.training.guards import Guard, write_bad_batch
@@ -80,11 +81,11 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     origin = open_origin(config, say) if newest is None else None
     if origin is not None and origin.tokenizer is not None:
         corpus.check_tokenizer(origin.tokenizer)
-    data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed)
-    validation = ValidationData(
-        config.data, vocab_size=config.model.vocab_size, max_batches=config.training.validation_batches
-    )
-    evaluators = make_evaluators(config, corpus, mesh, workdir)
+    place, count = share_of_rows(mesh)
+    rows = {"vocab_size": config.model.vocab_size, "process_index": place, "process_count": count}
+    data = TrainData(config.data, seed=config.seed, **rows)
+    validation = ValidationData(config.data, max_batches=config.training.validation_batches, **rows)
+    evaluators = make_evaluators(config, corpus, mesh_of_rows(mesh), workdir)
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
@@ -133,7 +134,7 @@ class _Run:
         num_steps = self.config.training.num_steps
         records = _records(self.workdir, start)
         loss = _validation_loss(records)
-        evaluations = Evaluations(self.config, self.evaluators, start, names_in_log(records))
+        evaluations = Evaluations(self.config, self.evaluators, mesh_of_rows(self.mesh), start, names_in_log(records))
         if start >= num_steps and loss is not None and not evaluations.due(start):
             say(f"{self.workdir.path}: the run is finished, all {num_steps} steps are done")
             self._report(loss)
@@ -274,9 +275,11 @@ def _validation_loss(records: Sequence[Record]) -> float | None:
 def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:
     device = mesh.devices.flat[0]
     model, data = config.model, config.data
+    # Context and tensor are said where they cut something.
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1 or name in BATCH_AXES)
     return "\n".join(
         [
-            f"devices     {mesh.size} x {device.device_kind}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}",
+            f"devices     {mesh.size} x {device.device_kind}, {axes}",
             f"parameters  {num_parameters:,}",
             f"model       {model.num_layers} layers of {', '.join(model.pattern)}; width {model.width}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",

@@ -13,7 +13,7 @@ from flax import nnx
 from rat_jax.config import Config, OptimizerConfig
 from rat_jax.data.pipeline import Batch
 from rat_jax.loss import LossSums, next_token_loss
-from rat_jax.mesh import constrain_rows
+from rat_jax.mesh import constrain_tokens
 from rat_jax.model import LanguageModel
 from rat_jax.shapes import Array, Bool, Float32, Int
 from rat_jax.sharding import batch_sharding, constrain, shardings
@@ -143,7 +143,7 @@ def _placed(x: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> ja
 
 def _loss_sums(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> LossSums:
     model = nnx.merge(graphdef, params)
-    hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens), batch.segment_ids))
+    hidden = constrain_tokens(model.hidden(constrain_tokens(batch.tokens), batch.segment_ids))
     with jax.named_scope("loss"):
         return next_token_loss(hidden, model.embedding[...], batch.targets, batch.loss_weights)
 
@@ -156,7 +156,7 @@ def _accumulate(value_and_grad: Any, params: nnx.State, batch: Batch, num_parts:
 
     def cut(x):
         parts = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
-        return constrain_rows(parts, axis=1)
+        return constrain_tokens(parts, axis=1)
 
     def add_part(sums, part):
         loss, grads = jax.tree.map(jnp.add, sums, value_and_grad(params, part))

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from tests import four_devices
+from tests import virtual_devices
 
 
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    return four_devices.run("tests.ops.sharded_kernels")
+    return virtual_devices.run("tests.ops.sharded_kernels")
 
 
 @pytest.mark.parametrize("op", ["rat", "linear"])
-def test_four_devices_give_what_one_does(results, op):
+def test_virtual_devices_give_what_one_does(results, op):
     """Values and gradients, with those of parameters that all rows share summed over devices."""
     found = results[op]
     assert [found[mesh]["devices"] for mesh in ("1x1", "2x2")] == [1, 4]

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests import four_devices
+from tests import virtual_devices
 
 
 @pytest.fixture(scope="module")
 def results():
     """What a process of its own, which sees four CPU devices, computed on each mesh."""
-    return four_devices.run("tests.sampling.sharded_engine")
+    return virtual_devices.run("tests.sampling.sharded_engine")
 
 
-def test_four_devices_continue_as_one(results):
+def test_virtual_devices_continue_as_one(results):
     assert results["2x2"]["tokens"] == results["1x1"]["tokens"]
     assert {len(row) for row in results["1x1"]["tokens"]} == {12}
     assert results["2x2"]["generated"] == [row[:2] for row in results["1x1"]["tokens"][:3]]

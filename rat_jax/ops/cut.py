@@ -1,0 +1,70 @@
+"""Calls whose tokens or heads are cut over the devices of a mesh: each device runs the op on its part.
+
+Batch rows are cut by the partitioner, or around kernels by `dispatch`. Tokens and heads are cut here, around the whole
+op, because an op knows what its parts must tell each other (`rat_jax.ops.context`), and the partitioner does not.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts
+from rat_jax.shapes import Array
+
+_MESH_AXES = {"B": BATCH_AXES, "T": CONTEXT_AXIS, "N": TENSOR_AXIS, "V": TENSOR_AXIS, "_": None}
+
+
+def is_cut() -> bool:
+    """Whether the mesh in use cuts tokens or heads."""
+    return num_parts(CONTEXT_AXIS, TENSOR_AXIS) > 1
+
+
+def refuse_state(name: str, state: Any) -> None:
+    """Refuses to continue rows that are cut.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    if state is not None:
+        raise ValueError(
+            f"{name} is not taken where the mesh in use cuts tokens or heads: read into caches on a mesh whose context "
+            f"and tensor axes are 1"
+        )
+
+
+def run(
+    function: Callable[..., Any], in_axes: tuple[str, ...], out_axes: str | tuple[str, ...], *arguments: Any
+) -> Any:
+    """The results of a function whose arguments are cut along axes of rows B, tokens T, heads N or ids V, or whole _.
+
+    Args:
+      function: of the parts on one device.
+      in_axes: the first axes of each argument (a pytree whose arrays all have them), the others are whole: "BTN", say.
+      out_axes: likewise of each result.
+      *arguments: of the function; what is whole on several devices has the sum of their gradients.
+
+    Raises:
+      ValueError: if an axis does not divide among the devices that it is cut over.
+    """
+    for axes, argument in zip(in_axes, arguments, strict=True):
+        for x in jax.tree.leaves(argument):
+            _check_divides(axes, x)
+    specs = tuple(map(_spec, in_axes))
+    out_specs = _spec(out_axes) if isinstance(out_axes, str) else tuple(map(_spec, out_axes))
+    # What collectives return is not tracked, nor do kernels say over which axes their results vary.
+    return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)
+
+
+def _spec(axes: str) -> PartitionSpec:
+    return PartitionSpec(*(_MESH_AXES[axis] for axis in axes))
+
+
+def _check_divides(axes: str, x: Array) -> None:
+    for letter, size in zip(axes, x.shape, strict=False):
+        names = _MESH_AXES[letter] or ()
+        parts = num_parts(*([names] if isinstance(names, str) else names))
+        if size % parts:
+            what = {"B": "rows", "T": "tokens a row", "N": "heads or channels", "V": "ids"}[letter]
+            raise ValueError(f"{size} {what} do not divide among the {parts} parts that the mesh cuts them into")

@@ -100,7 +100,7 @@ class TestMesh:
 
     @pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, -1), (1, 2), (-1, 3)])
     def test_devices(self, data, fsdp):
-        with pytest.raises(ConfigError, match=rf"mesh\.data {data} .*mesh\.fsdp {fsdp} .* the 1 devices"):
+        with pytest.raises(ConfigError, match=rf"mesh\.data {data}, .*mesh\.fsdp {fsdp}, .* the 1 devices"):
             make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[:1])
 
     def test_batch(self):

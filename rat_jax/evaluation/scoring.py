@@ -26,7 +26,7 @@ from rat_jax.loss import TokenScores, token_scores
 from rat_jax.memory import explaining_out_of_memory
 from rat_jax.mesh import constrain_rows, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.sharding import batch_sharding
+from rat_jax.sharding import row_sharding
 
 _MOST_OPTIONS = 16  # continuations of a context that are computed together
 
@@ -247,7 +247,7 @@ class Scorer:
     def _on_devices(self, batch: RowBatch | ContextBatch) -> RowBatch | ContextBatch:
         if self._mesh is None:
             return batch
-        sharding = batch_sharding(self._mesh)  # every host has all rows and gives its devices theirs
+        sharding = row_sharding(self._mesh)  # every host has all rows and gives its devices theirs
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.launch.tpu import Interpret
 from pallas_kernels.rat import tpu_attention, tpu_gradients, tpu_prepare, tpu_recurrence
+from pallas_kernels.rat.beyond import Beyond
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.tpu_tiling import Tiles, Tiling
 
@@ -105,11 +106,13 @@ def rat_backward(
     positions: jax.Array | None = None,
     interpret: Interpret = False,
     tiles: Tiles | None = None,
+    beyond: Beyond | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of `projected` (in its shape and dtype) and `gate_bias` (float32 [D]) from that of `out`, [B, T, D].
 
     Arguments are those of `rat_forward`, which gave `residuals`; what `residuals` holds is not recomputed, the running
-    pairs are.
+    pairs are. Of a part of a row `residuals` have the output and log-sum-exp of all parts, and `beyond` what else it
+    needs, with gradients of keys before their rotation.
     """
     tiling = Tiling.of(shape, tiles)
     padded = tpu_prepare.pad_chunks(tiling, tpu_prepare.pad_heads(tiling, projected))
@@ -130,6 +133,12 @@ def rat_backward(
     d_slots = tpu_gradients.slot_gradients(
         tiling, padded, query, keys, values, d_out, sums, cos, sin, where.rows, where.slots, interpret
     )
+    if beyond is not None:
+        more = (
+            _slot_blocks(tiling, tpu_prepare.pad_heads(tiling, x.reshape(*x.shape[:2], -1)))
+            for x in (beyond.d_summary_keys, beyond.d_summary_values)
+        )
+        d_slots = tuple(own + x for own, x in zip(d_slots, more, strict=True))
     state = (residuals.tile_key[:, :, None], residuals.tile_value[:, :, None]) if tiling.carries else None
     grads = tpu_gradients.token_gradients(
         tiling,

@@ -12,6 +12,7 @@ Forward: `rat_recurrence_forward`, `rat_attention_forward`. Backward: `rat_outpu
 `rat_summaries_backward`, `rat_recurrence_backward`. Lowered text shows the names.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.rat import (
     triton_recurrence,
     triton_recurrence_backward,
 )
+from pallas_kernels.rat.beyond import Beyond
 from pallas_kernels.rat.select import GpuImplementation, attention_passes
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
@@ -78,12 +80,17 @@ def rat_backward(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     implementation: GpuImplementation = "triton",
+    beyond: Beyond | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`."""
+    """The gradients of `projected` (in its dtype) and of `gate_bias` (float32) from `d_out`; see `rat_forward`.
+
+    Of a part of a row `residuals` have the output and log-sum-exp of all parts, and `beyond` what else it needs, with
+    gradients of rotated keys.
+    """
     documents = documents_of(shape, segment_ids, positions)
     d_out, bias = d_out.astype(projected.dtype), gate_bias.astype(jnp.float32)
     arrays = residuals, projected, bias, d_out, _angles(shape), documents
-    d_projected, d_bias = backward(launcher.run, shape, *arrays, implementation)
+    d_projected, d_bias = backward(launcher.run, shape, *arrays, implementation, beyond)
     return d_projected, jnp.sum(d_bias, axis=(0, 1))
 
 
@@ -189,6 +196,7 @@ def backward(
     tables,
     documents,
     implementation: GpuImplementation = "triton",
+    beyond: Beyond | None = None,
 ) -> tuple[Any, Any]:
     """The backward kernels through `run`; the bias gradient is left as partial sums [B, blocks, D]."""
     r = residuals
@@ -207,6 +215,10 @@ def backward(
         d_queries, d_current_scores, current_weights, d_keys, d_values = attention_passes(implementation)[1](
             shape, *shared, r.current_scores, *more
         )
+    if beyond is not None:
+        d_keys, d_values = d_keys + beyond.d_summary_keys, d_values + beyond.d_summary_values
+        if implementation != "cudnn":  # the others take what the call's own summaries leave for the current scores'
+            d_current_scores = d_current_scores - beyond.d_scores / math.sqrt(shape.head_dim)
     d_bias, _, d_projected = run(
         triton_recurrence_backward.backward_launch(shape),
         projected, gate_bias, *tables, documents.positions, documents.chunk_starts, current_weights, d_current_scores,

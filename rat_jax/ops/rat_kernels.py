@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax
 
 from pallas_kernels.rat.shape import RatShape
-from rat_jax.ops import dispatch, rat_xla
+from rat_jax.ops import context, dispatch, rat_part, rat_xla
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array
@@ -104,4 +104,5 @@ def mix(
     """See `rat_jax.ops.rat.rat_mix`; `fall_back` is that of `dispatch.run`."""
     if state is not None:
         return RatOutput(*dispatch.run(Extend(implementation, shape), fall_back, projected, gate_bias, segments, state))
-    return RatOutput(*dispatch.run(Mix(implementation, shape), fall_back, projected, gate_bias, segments), None)
+    kernel = Mix(implementation, shape) if context.num_parts() == 1 else rat_part.MixPart(implementation, shape)
+    return RatOutput(*dispatch.run(kernel, fall_back, projected, gate_bias, segments), None)

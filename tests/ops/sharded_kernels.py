@@ -15,49 +15,52 @@ from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.segments import from_segments
 from rat_jax.sharding import make_mesh
 
-MESHES = {"1x1": (1, 1), "2x2": (2, 2)}
+MESHES = {"one": (1, 1, 1), "rows": (2, 2, 1), "tokens": (1, 1, 4), "both": (2, 1, 2)}  # data, fsdp, context
 SIZES = {"num_heads": 2, "num_groups": 1, "chunk_size": 4, "rope_base": 10_000.0}
 
 
 def rat(rng, segments):
     """Output and gradients of RAT."""
-    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((4, 12, 3 * 16 + 2 * 8), (16,))]
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((4, 16, 3 * 16 + 2 * 8), (16,))]
 
     def mixed(projected, gate_bias):
-        return rat_mix(projected, gate_bias, from_segments(segments)[0], implementation="pallas_tpu", **SIZES).out
+        documents = None if segments is None else from_segments(segments)[0]
+        return rat_mix(projected, gate_bias, documents, implementation="pallas_tpu", **SIZES).out
 
-    return mixed, arrays, rng.normal(size=(4, 12, 16)).astype(np.float32)
+    return mixed, arrays, rng.normal(size=(4, 16, 16)).astype(np.float32)
 
 
 def linear(rng, segments):
     """Output and gradients of residual linear attention, with one initial state for all rows."""
-    shapes = ((4, 12, 2, 8), (4, 12, 1, 8), (4, 12, 1, 8), (1, 1, 16, 8))
+    shapes = ((4, 16, 2, 8), (4, 16, 1, 8), (4, 16, 1, 8), (1, 1, 16, 8))
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
     def attended(query, key, value, initial_state):
         options = {"window": 2, "initial_state": initial_state, "segment_ids": segments}
         return residual_linear_attention(query, key, value, implementation="pallas_tpu", **options).out
 
-    return attended, arrays, rng.normal(size=(4, 12, 2, 8)).astype(np.float32)
+    return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
 
 
-def run(make, data: int, fsdp: int) -> dict:
-    """Output and gradients of four rows, some of them packed or padded, as lists."""
-    segments = np.array([[1] * 12, [1] * 5 + [2] * 7, [1] * 9 + [0] * 3, [1] * 12], np.int32)
-    function, arrays, d_out = make(np.random.default_rng(0), segments)
-    d_out = d_out * (segments != 0).reshape(4, 12, *[1] * (d_out.ndim - 2))
+def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
+    """Output and gradients of four rows, some of them packed or padded if so wanted, as lists."""
+    rows = [[1] * 16, [1] * 5 + [2] * 10 + [3], [1] * 7 + [0] * 2 + [2] * 7, [1] * 2 + [2] * 9 + [0] * 5]
+    segments = np.array(rows, np.int32) if packed else np.ones((4, 16), np.int32)
+    function, arrays, d_out = make(np.random.default_rng(0), segments if packed else None)
+    d_out = d_out * (segments != 0).reshape(4, 16, *[1] * (d_out.ndim - 2))
 
     @jax.jit
     def both(arrays, d_out):
         out, pull = jax.vjp(function, *arrays)
         return out, pull(d_out)
 
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+    config = MeshConfig(data=data, fsdp=fsdp, context=context)
+    mesh = make_mesh(config, jax.devices()[: data * fsdp * context])
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         arrays, d_out = jax.tree.map(lambda x: jax.device_put(x, rows) if x.shape[0] == 4 else x, (arrays, d_out))
         out, gradients = both(arrays, d_out)
-    is_token = (segments != 0).reshape(4, 12, *[1] * (out.ndim - 2))
+    is_token = (segments != 0).reshape(4, 16, *[1] * (out.ndim - 2))
     return {
         "devices": len(out.sharding.device_set),
         "results": [np.asarray(x).ravel().tolist() for x in (np.where(is_token, out, 0), *gradients)],
@@ -67,5 +70,11 @@ def run(make, data: int, fsdp: int) -> dict:
 if __name__ == "__main__":
     # TPU interpret mode calls back to Python, on which devices that wait for each other can stand still.
     launch, pl.pallas_call = pl.pallas_call, lambda *args, **options: launch(*args, **options | {"interpret": True})
-    found = {make.__name__: {name: run(make, *sizes) for name, sizes in MESHES.items()} for make in (rat, linear)}
+    found = {
+        f"{make.__name__} {'packed' if packed else 'whole'}": {
+            name: run(make, packed, *sizes) for name, sizes in MESHES.items()
+        }
+        for make in (rat, linear)
+        for packed in (True, False)
+    }
     json.dump(found, sys.stdout)

@@ -12,10 +12,11 @@ def results():
     return virtual_devices.run("tests.ops.sharded_kernels")
 
 
-@pytest.mark.parametrize("op", ["rat", "linear"])
-def test_virtual_devices_give_what_one_does(results, op):
+@pytest.mark.parametrize("op", ["rat packed", "rat whole", "linear packed", "linear whole"])
+@pytest.mark.parametrize("mesh", ["rows", "tokens", "both"])
+def test_virtual_devices_give_what_one_does(results, op, mesh):
     """Values and gradients, with those of parameters that all rows share summed over devices."""
     found = results[op]
-    assert [found[mesh]["devices"] for mesh in ("1x1", "2x2")] == [1, 4]
-    for a, b in zip(found["2x2"]["results"], found["1x1"]["results"], strict=True):
+    assert (found["one"]["devices"], found[mesh]["devices"]) == (1, 4)
+    for a, b in zip(found[mesh]["results"], found["one"]["results"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

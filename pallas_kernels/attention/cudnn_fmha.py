@@ -1,4 +1,4 @@
-"""cuDNN's fused causal attention as XLA calls it: the one place that knows the custom calls and their configuration.
+"""cuDNN's fused attention as XLA calls it: the one place that knows the custom calls and their configuration.
 
 `jax.nn.dot_product_attention` makes the same two calls, but rounds the log-sum-exp to the dtype of the values and
 keeps the backward call to itself. Here the forward call returns the log-sum-exp in float32, and the backward call takes
@@ -47,15 +47,22 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float, window: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """out_t = sum_s p_ts v_s with p_t the softmax over s <= t of scale q_t . k_s, and its natural log-sum-exp.
 
     Args:
       query: [B, T, X, H]; head x reads key head x // (X / K).
-      key, value: [B, S, K, H], S = T.
+      key, value: [B, S, K, H]; S = T where a query sees earlier keys alone.
       scale: of the scores.
       window: a query sees itself and so many earlier keys; None is all of them.
+      causal: False: every query sees all S keys.
 
     Returns:
       [B, T, X, H] and [B, X, T] float32.
@@ -67,7 +74,7 @@ def forward(
         _WORKSPACE,
     )
     products = {"bmm1": _product(3, 3, (0, 2), (0, 2)), "bmm2": _product(3, 1, (0, 1), (0, 2))}
-    config = _config(query, key, scale, window, products)
+    config = _config(query, key, scale, window, causal, products)
     call = jax.ffi.ffi_call(
         FORWARD,
         results,
@@ -89,6 +96,7 @@ def backward(
     *,
     scale: float,
     window: int | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of query, key and value, each in its own shape and dtype.
 
@@ -96,7 +104,7 @@ def backward(
     only those two sums are taken from `out` and `log_sum_exp`, which may therefore be of a softmax over more keys.
 
     Args:
-      query, key, value, scale, window: see `forward`.
+      query, key, value, scale, window, causal: see `forward`.
       out: [B, T, X, H].
       log_sum_exp: [B, X, T] float32.
       d_out: [B, T, X, H].
@@ -110,7 +118,7 @@ def backward(
         "bmm2_grad_gemm1": _product(2, 1, (0, 1), (0, 2)),
         "bmm2_grad_gemm2": _product(3, 3, (0, 2), (0, 2)),
     }
-    config = _config(query, key, scale, window, products)
+    config = _config(query, key, scale, window, causal, products)
     call = jax.ffi.ffi_call(
         BACKWARD,
         (*results, _WORKSPACE),
@@ -129,7 +137,7 @@ def _rows_first(x: jax.Array) -> jax.Array:
     return jnp.transpose(x, _ROWS_LAST)
 
 
-def _config(query, key, scale: float, window: int | None, products: dict[str, Any]) -> str:
+def _config(query, key, scale: float, window: int | None, causal: bool, products: dict[str, Any]) -> str:
     """XLA's `CudnnfMHABackendConfig` as JSON."""
     batch, tokens, heads, _ = query.shape
     scores = {
@@ -149,7 +157,7 @@ def _config(query, key, scale: float, window: int | None, products: dict[str, An
         "fmha_scale": scale,
         "intermediate_tensor_shape": scores,
         "is_flash_attention": True,
-        "mask_type": "CAUSAL",
+        "mask_type": "CAUSAL" if causal else "NO_MASK",
         "dropout_rate": 0.0,
         "seed": 0,
         "sliding_window_length": 0 if window is None else window + 1,  # the query itself is counted; 0 is none

@@ -15,10 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import cudnn_fmha
+from pallas_kernels.attention.shape import AttentionShape
 from pallas_kernels.rat.beyond import Beyond
 from pallas_kernels.rat.shape import RatShape
 from rat_jax.mesh import CONTEXT_AXIS
-from rat_jax.ops import context, dispatch, document_attention, rat_xla
+from rat_jax.ops import context, dispatch, document_attention, earlier_parts, rat_xla
 from rat_jax.ops.rope import rotate
 from rat_jax.segments import PADDING, SegmentInfo
 from rat_jax.shapes import Array, Float, Float32, Int
@@ -38,7 +40,11 @@ class MixPart(dispatch.Kernel):
         part = _Part(self.shape, segments)
         out, kept = self._run_forward(part, part.extend(projected), gate_bias)
         pairs = part.gather(kept.pairs)
-        beyond = document_attention.attend(part.queries(projected), *pairs, segments.segment_ids, part.gathered_ids)
+        query = part.queries(projected)
+        if self._by_cudnn(segments):
+            beyond = earlier_parts.attend(query, *pairs)
+        else:
+            beyond = document_attention.attend(query, *pairs, segments.segment_ids, part.gathered_ids)
         own_sums = kept.log_sum_exp[:, :, part.again :]
         sums = jnp.logaddexp(own_sums, beyond.log_sum_exp)
         own, other = (jnp.exp(x - sums).transpose(0, 2, 1)[..., None] for x in (own_sums, beyond.log_sum_exp))
@@ -57,15 +63,13 @@ class MixPart(dispatch.Kernel):
         query, pull_query = jax.vjp(part.queries, projected)
         pairs, pull_pairs = jax.vjp(part.gather, kept.pairs)
         d_heads = (part.heads(d_out) * part.gate(projected)).astype(projected.dtype)
-        found = document_attention.score_gradients(
-            query,
-            *pairs,
-            segments.segment_ids,
-            part.gathered_ids,
-            kept.log_sum_exp[:, :, part.again :],
-            (part.heads(d_out) * part.heads(out)).sum(axis=-1).transpose(0, 2, 1),
-            d_heads,
-        )
+        sums = kept.log_sum_exp[:, :, part.again :]
+        delta = (part.heads(d_out) * part.heads(out)).sum(axis=-1).transpose(0, 2, 1)
+        if self._by_cudnn(segments):
+            found = earlier_parts.score_gradients(query, *pairs, sums, delta, d_heads)
+        else:
+            ids = segments.segment_ids, part.gathered_ids
+            found = document_attention.score_gradients(query, *pairs, *ids, sums, delta, d_heads)
         d_pairs = pull_pairs(_Pairs(found.d_key.astype(query.dtype), found.d_value.astype(query.dtype)))[0]
         d_scores = jnp.pad(found.d_scores, [(0, 0), (0, 0), (part.again, 0)])
         seen, pull_seen = jax.vjp(part.extend, projected)
@@ -73,6 +77,13 @@ class MixPart(dispatch.Kernel):
         out = jnp.concatenate([again, out], axis=1)
         d_seen, d_bias = self._run_backward(part, kept, seen, gate_bias, out, d_out, d_pairs, d_scores)
         return pull_seen(d_seen)[0] + pull_query(found.d_query.astype(query.dtype))[0], d_bias
+
+    def _by_cudnn(self, segments: SegmentInfo) -> bool:
+        """Whether cuDNN takes what is read of earlier parts: whole summaries of whole rows."""
+        shape = self.shape
+        sizes = (shape.batch, shape.tokens, shape.num_heads, shape.num_heads, shape.head_dim, shape.dtype)
+        fits = cudnn_fmha.unsupported_reason(AttentionShape(*sizes, capability=shape.capability)) is None
+        return self.implementation != "pallas_tpu" and segments.contiguous and shape.num_chunks > 1 and fits
 
     def _run_forward(self, part: "_Part", seen: Array, gate_bias: Array) -> tuple[Array, "_Kept"]:
         match self.implementation:

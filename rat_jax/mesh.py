@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,9 +17,12 @@ BATCH_AXES = ("data", "fsdp")  # of a mesh; batches are cut along both
 
 
 def num_devices() -> int:
-    """Devices of the mesh in use; 1 outside of a mesh."""
+    """Devices among which arrays are still to be divided: those of the mesh in use; 1 outside of a mesh.
+
+    Inside `jax.shard_map` arrays are a device's own, so that axes which it has cut do not count.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
 def rows_per_device(batch_size: int) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pallas_kernels.attention import cudnn_fmha
+from pallas_kernels.attention import select
 from pallas_kernels.attention.shape import AttentionShape
 from rat_jax.ops import attention_kernels, attention_xla, dispatch, platform
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
@@ -11,7 +11,8 @@ from rat_jax.shapes import Array, Float, Int
 
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
-AttentionImplementation = Literal["xla", "cudnn"]
+AttentionImplementation = Literal["xla", "cudnn", "pallas_tpu"]
+_FASTEST_FIRST = ("cudnn", "pallas_tpu")
 
 
 def attention(
@@ -41,9 +42,10 @@ def attention(
       window: a query sees itself and so many earlier tokens; None is all of them.
       query_info, key_info: in place of `segment_ids`, where keys are others than the queries' own: those of a cache.
       aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
-        order, so that a window needs only the keys near a block of queries.
-      implementation: None takes "cudnn" where the program is lowered for CUDA and cuDNN takes the call, and "xla"
-        elsewhere. cuDNN wants whole rows of queries and keys, and 16-bit numbers.
+        order, so that a window needs only the keys near a block of queries. Kernels want it where S = T.
+      implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
+        and "xla" elsewhere: "cudnn" on CUDA, of whole rows and 16-bit numbers, and "pallas_tpu" on TPU, JAX's splash
+        attention, of documents and padding too.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -70,6 +72,7 @@ def attention(
             raise ValueError(f"{key.shape[1]} keys to {tokens} queries need query_info and key_info")
         query_info = key_info = KeyInfo.of(as_segments(segment_ids, (batch, tokens)))
         aligned = True
+    own_keys = aligned and key.shape[1] == tokens
     shape = AttentionShape(
         dispatch.rows_of_device(batch),
         tokens,
@@ -77,16 +80,17 @@ def attention(
         key_heads,
         head_dim,
         query.dtype.name,
-        whole_rows=query_info.contiguous and key_info.contiguous and key.shape[1] == tokens,
+        own_keys=own_keys,
+        whole_rows=own_keys and query_info.contiguous and key_info.contiguous,
         capability=platform.expected_capability(),
     )
 
     def unsupported_reason(name: str) -> str | None:
-        del name  # there is one
-        return dispatch.differing_dtypes(query, key, value) or cudnn_fmha.unsupported_reason(shape)
+        return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, shape)
 
-    chosen = dispatch.choose(implementation, ("cudnn",), batch, unsupported_reason)
+    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
     if chosen == "xla":
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
     kernel = attention_kernels.Attend(chosen, shape, window)
-    return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value))
+    info = None if shape.whole_rows else query_info
+    return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, info))

@@ -113,8 +113,7 @@ class _Call:
     @classmethod
     def of(cls, query: jax.Array, window: int | None) -> "_Call":
         tokens = query.shape[1]
-        reaches_all = window is not None and window >= tokens - 1
-        return cls(tokens, tpu_tiling.block_size(tokens), None if reaches_all else window)
+        return cls(tokens, tpu_tiling.block_size(tokens), window)
 
     def kernel(self, interpret: bool) -> splash.SplashAttentionKernel:
         sizes = (self.tokens, self.window, self.block)

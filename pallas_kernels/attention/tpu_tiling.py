@@ -1,5 +1,6 @@
 """Which calls splash attention takes on TPU, and the blocks of queries and keys that it visits."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from pallas_kernels.launch.sizes import LANES, cdiv
 DTYPES = ("bfloat16", "float32")
 MAX_HEAD_DIM = 256
 _BLOCK = 512  # queries and keys of a step
+_MAX_STEPS = 1 << 18  # of a head, in 3 bytes each; scalar memory has 1 MiB
 
 
 def unsupported_reason(shape: AttentionShape) -> str | None:
@@ -20,6 +22,12 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
         return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
     if shape.head_dim > MAX_HEAD_DIM:
         return f"it takes heads of at most {MAX_HEAD_DIM} channels, got {shape.head_dim}; nearest: {MAX_HEAD_DIM}"
+    block = block_size(shape.tokens)
+    count, reach = _sizes(shape.tokens, shape.window, block)
+    width = cdiv(reach + 1, LANES) * LANES  # as the steps lie in memory
+    if count * width > _MAX_STEPS:
+        nearest = block * max(math.isqrt(_MAX_STEPS), _MAX_STEPS // width)
+        return f"scalar memory does not hold the steps of rows of {shape.tokens} tokens; nearest: {nearest} tokens"
     return None
 
 

@@ -42,7 +42,7 @@ def attention(
       window: a query sees itself and so many earlier tokens; None is all of them.
       query_info, key_info: in place of `segment_ids`, where keys are others than the queries' own: those of a cache.
       aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
-        order, so that a window needs only the keys near a block of queries. Kernels want it where S = T.
+        order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
         and "xla" elsewhere: "cudnn" on CUDA, of whole rows and 16-bit numbers, and "pallas_tpu" on TPU, JAX's splash
         attention, of documents and padding too.
@@ -72,7 +72,7 @@ def attention(
             raise ValueError(f"{key.shape[1]} keys to {tokens} queries need query_info and key_info")
         query_info = key_info = KeyInfo.of(as_segments(segment_ids, (batch, tokens)))
         aligned = True
-    own_keys = aligned and key.shape[1] == tokens
+    whole_rows = query_info.contiguous and key_info.contiguous and key.shape[1] == tokens
     shape = AttentionShape(
         dispatch.rows_of_device(batch),
         tokens,
@@ -80,8 +80,9 @@ def attention(
         key_heads,
         head_dim,
         query.dtype.name,
-        own_keys=own_keys,
-        whole_rows=own_keys and query_info.contiguous and key_info.contiguous,
+        window=None if window is None or window >= tokens - 1 else window,
+        own_keys=whole_rows or (aligned and key.shape[1] == tokens),
+        whole_rows=whole_rows,
         capability=platform.expected_capability(),
     )
 
@@ -91,6 +92,6 @@ def attention(
     chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
     if chosen == "xla":
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
-    kernel = attention_kernels.Attend(chosen, shape, window)
+    kernel = attention_kernels.Attend(chosen, shape)
     info = None if shape.whole_rows else query_info
     return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, info))

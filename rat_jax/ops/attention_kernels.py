@@ -20,7 +20,6 @@ class Attend(dispatch.Kernel):
 
     implementation: str
     shape: AttentionShape
-    window: int | None
     replicated: ClassVar[tuple[int, ...]] = ()
     num_differentiated: ClassVar[int] = 3
     saved_results: ClassVar[tuple[int, ...]] = (0, 1)
@@ -38,8 +37,8 @@ class Attend(dispatch.Kernel):
 
     def plain(self, query: Array, key: Array, value: Array, info: KeyInfo | None) -> tuple[Array, Array]:
         if info is None:
-            return tuple(attention_xla.attend_whole_rows(query, key, value, self.window))
-        return tuple(attention_xla.attend(query, key, value, info, info, self.window, aligned=True))
+            return tuple(attention_xla.attend_whole_rows(query, key, value, self.shape.window))
+        return tuple(attention_xla.attend(query, key, value, info, info, self.shape.window, aligned=True))
 
     def backward(self, arguments, saved, residuals, d_results) -> tuple[Array, Array, Array]:
         del residuals
@@ -55,8 +54,7 @@ class Attend(dispatch.Kernel):
                 return cudnn_fmha.backward(*arrays, out, log_sum_exp.transpose(0, 2, 1), d_out, **self._options())
 
     def _options(self) -> dict[str, float | int | None]:
-        reaches_all = self.window is not None and self.window >= self.shape.tokens - 1
-        return {"scale": 1 / math.sqrt(self.shape.head_dim), "window": None if reaches_all else self.window}
+        return {"scale": 1 / math.sqrt(self.shape.head_dim), "window": self.shape.window}
 
 
 def _documents(info: KeyInfo | None) -> Array | None:

@@ -97,7 +97,7 @@ def run(case, dtype=jnp.float32):
     [
         {"tokens": 1},
         {"tokens": 300, "heads": 4, "key_heads": 2, "window": 100, "packed": True},
-        {"tokens": 270, "head_dim": 64, "packed": True},
+        pytest.param({"tokens": 270, "head_dim": 64, "packed": True}, marks=pytest.mark.slow),
         pytest.param({"tokens": 700, "heads": 2, "head_dim": 130, "window": 128}, marks=pytest.mark.slow),
         pytest.param({"tokens": 700, "heads": 6, "key_heads": 2, "window": 0}, marks=pytest.mark.slow),
         pytest.param({"tokens": 1100, "heads": 3, "key_heads": 1, "head_dim": 128}, marks=pytest.mark.slow),
@@ -115,9 +115,9 @@ def test_values_and_gradients(sizes):
         np.testing.assert_allclose(found[name], true, rtol=1e-5, atol=3e-6 * max(1.0, np.abs(true[true > -1e30]).max()))
 
 
-@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head_dim", [40, pytest.param(64, marks=pytest.mark.slow)])
 def test_errs_at_most_twice_as_much_as_plain_xla_in_16_bits(head_dim):
-    case = make_case(300, heads=2, head_dim=head_dim, window=100, packed=True, dtype=jnp.bfloat16)
+    case = make_case(140, heads=2, head_dim=head_dim, window=50, packed=True, dtype=jnp.bfloat16)
     expected = truth(case)
     info = KeyInfo.of(from_segments(jnp.asarray(case.documents))[0])
 

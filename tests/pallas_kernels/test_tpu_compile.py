@@ -26,6 +26,7 @@ PROJECTED_BYTES = 2 * (3 * 2048 + 2 * 2 * 128)  # of a token at width 2048, 2 gr
 
 KERNELS = {  # by op, forward and backward
     "attention": (tpu_splash.FORWARD_KERNELS, tpu_splash.BACKWARD_KERNELS),
+    "step": ((), tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS),
     "layer": (tpu_splash.FORWARD_KERNELS, tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS),
     "rat": (tpu.FORWARD_KERNELS, tpu.BACKWARD_KERNELS),
     "linear_attention": (linear_attention.FORWARD_KERNELS, linear_attention.BACKWARD_KERNELS),
@@ -159,3 +160,12 @@ def test_layers_run_splash_attention_on_each_device_of_a_mesh():
     """Grouped heads and documents, in windows and without."""
     layers = [dict(tokens=256, kind=kind) for kind in ("attention", "local_attention", "rattention")]
     compile_cases("v5e:2x2", layers, "layer", passes=(True,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["attention_1b", "rat_swa_1b", "rattention_3b"])
+@pytest.mark.parametrize(("topology", "gib"), [("v5e:16x16", 16), ("v5p:4x4x4", 95)])
+def test_train_steps_run_splash_attention(config, topology, gib):
+    """Whole steps on documents of 4096 tokens, a row a chip: minutes each."""
+    (result,) = compile_cases(topology, [dict(tokens=4096, config=config)], "step", passes=(True,))
+    assert result["device_gib"] <= gib

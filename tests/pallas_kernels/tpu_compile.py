@@ -4,6 +4,7 @@ A program of its own (`python tpu_compile.py v5e:2x2 CASE ...`, cases as JSON), 
 as the process. Prints one JSON object a case.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -21,8 +22,11 @@ from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.rat import tpu
 from pallas_kernels.rat.shape import RatShape
+from rat_jax.checkpoints.store import abstract_model
+from rat_jax.config import config_from_dict
 from rat_jax.mesh import BATCH_AXES
 from rat_jax.mixers import MIXERS
+from rat_jax.training.step import abstract_batch, abstract_state, train_step
 
 
 def lower_rat(
@@ -122,11 +126,24 @@ def lower_layer(array, *, backward: bool, tokens: int, kind: str, packed: bool =
     return jax.jit(jax.grad(loss) if backward else loss).lower(params, x, segment_ids)
 
 
+def lower_step(array, *, backward: bool, tokens: int, config: str) -> jax.stages.Lowered:
+    """A whole train step of a config, backward pass and all: a row of documents a device."""
+    values = importlib.import_module(f"configs.{config}").get_config()
+    mesh = array(1, dtype="int32").sharding.mesh
+    values.data.update(seq_len=tokens, global_batch_size=mesh.size, segment_documents=True)
+    values.optimizer.accumulation_steps = 1
+    values = config_from_dict(values)
+    graphdef, _ = abstract_model(values.model)
+    arguments = abstract_state(values, mesh), abstract_batch(values, mesh)
+    return train_step.lower(graphdef, values.optimizer, values.training.num_steps, *arguments)
+
+
 _SPLASH = tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS
 # By op: what lowers a case, and the names of the kernels that it may hold.
 OPS = {
     "attention": (lower_attention, _SPLASH),
     "layer": (lower_layer, _SPLASH),
+    "step": (lower_step, _SPLASH),
     "rat": (lower_rat, tpu.FORWARD_KERNELS + tpu.BACKWARD_KERNELS),
     "linear_attention": (
         lower_linear_attention,
@@ -136,7 +153,7 @@ OPS = {
 
 
 def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
-    """Kernel names found in the compiled program; its temporary bytes and those of its results, per token."""
+    """Kernel names found in the compiled program, its bytes per token, and GiB of arguments and temporaries."""
 
     def array(*shape, dtype, cut=False):  # whole on every device, or cut along its rows
         spec = jax.sharding.PartitionSpec(BATCH_AXES) if cut else jax.sharding.PartitionSpec()
@@ -150,13 +167,14 @@ def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
         kernels=[name for name in names if name in text],
         temporary_bytes_per_token=memory.temp_size_in_bytes / case["tokens"],
         result_bytes_per_token=memory.output_size_in_bytes / case["tokens"],
+        device_gib=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
     )
 
 
 def main(topology: str, *cases: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     for case in map(json.loads, cases):
-        used = np.array(devices if case["op"] == "layer" else devices[:1])
+        used = np.array(devices if case["op"] in ("layer", "step") else devices[:1])
         mesh = jax.sharding.Mesh(used.reshape(1, -1), BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
         print(json.dumps(compile_case(mesh, **case)), flush=True)
 

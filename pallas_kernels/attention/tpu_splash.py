@@ -36,7 +36,7 @@ def forward(
     Args:
       query: [B, T, N, H]; head n reads key head n // (N / K).
       key, value: [B, T, K, H].
-      documents: int32 [B, T]; 0 is padding, which sees nothing; None: each row is one document.
+      documents: whole numbers [B, T]; 0 is padding, which sees nothing; None: each row is one document.
       scale: of the scores.
       window: a query sees itself and so many earlier keys; None is all of them.
       interpret: run without a TPU, as `pallas_call` means it.
@@ -136,7 +136,7 @@ class _Call:
     def segments(self, documents: jax.Array | None) -> splash.SegmentIds | None:
         if documents is None:
             return None
-        ids = jnp.pad(documents, [(0, 0), (0, -self.tokens % self.block)])
+        ids = jnp.pad(documents.astype(jnp.int32), [(0, 0), (0, -self.tokens % self.block)])
         return splash.SegmentIds(q=ids, kv=ids)
 
     def heads_first(self, x: jax.Array) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Softmax attention of whole rows: cuDNN's calls."""
+"""Softmax attention: cuDNN's calls, of whole rows, and JAX's splash attention on TPU."""

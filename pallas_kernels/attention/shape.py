@@ -13,5 +13,7 @@ class AttentionShape:
     key_heads: int  # K; head n reads key head n // (N / K)
     head_dim: int  # H
     dtype: str  # of queries, keys and values, by name
-    whole_rows: bool = True  # queries and keys are the same rows: one document each, no padding, no cache
+    window: int | None = None  # earlier tokens that a query sees besides itself; None: all
+    own_keys: bool = True  # keys are those of the queries' own tokens, in the same order; no cache
+    whole_rows: bool = True  # own keys of rows that are one document each, without padding
     capability: tuple[int, int] | None = None  # compute capability of the CUDA device; None: unknown, or none

@@ -123,11 +123,11 @@ class Attention(HeadProjections):
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         query, key, value = self._heads(x, segments)
         info = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
-        key_info = info
+        key_info, aligned = info, memory is None
         if memory is not None:
             memory, key_info = _append(memory, key, value, segments)
             key, value = memory.key, memory.value
-        mixed = attention(query, key, value, query_info=info, key_info=key_info, aligned=memory is None)
+        mixed = attention(query, key, value, query_info=info, key_info=key_info, aligned=aligned)
         return self.out_proj(mixed.out.reshape(x.shape)), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:

@@ -1,21 +1,18 @@
 """Softmax attention under the visibility rules of this project, in memory linear in the number of tokens."""
 
-import dataclasses
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.attention import cudnn_fmha
+from pallas_kernels.attention import select
 from pallas_kernels.attention.shape import AttentionShape
-from rat_jax.ops import attention_kernels, attention_xla, context, cut, dispatch, platform
+from rat_jax.ops import attention_kernels, attention_part, attention_xla, context, cut, dispatch, platform
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.segments import SegmentInfo, as_segments
 from rat_jax.shapes import Array, Float, Int
 
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
-AttentionImplementation = Literal["xla", "cudnn"]
+AttentionImplementation = Literal["xla", "cudnn", "pallas_tpu"]
+_FASTEST_FIRST = ("cudnn", "pallas_tpu")
 
 
 def attention(
@@ -45,9 +42,10 @@ def attention(
       window: a query sees itself and so many earlier tokens; None is all of them.
       query_info, key_info: in place of `segment_ids`, where keys are others than the queries' own: those of a cache.
       aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
-        order, so that a window needs only the keys near a block of queries.
-      implementation: None takes "cudnn" where the program is lowered for CUDA and cuDNN takes the call, and "xla"
-        elsewhere. cuDNN wants whole rows of queries and keys, and 16-bit numbers.
+        order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
+      implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
+        and "xla" elsewhere: "cudnn" on CUDA, of whole rows and 16-bit numbers, and "pallas_tpu" on TPU, JAX's splash
+        attention, of documents and padding too.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -75,11 +73,12 @@ def attention(
         query_info = key_info = KeyInfo.of(as_segments(segment_ids, (batch, tokens)))
         aligned = True
     if cut.is_cut():
-        if not aligned:
+        if not aligned or key.shape[1] != tokens:
             cut.refuse_state("a key_info of other tokens than the queries'", key_info)
+        options = {"window": window, "aligned": True, "implementation": implementation}
         return AttentionOutput(
             *cut.run(
-                lambda q, k, v, info: tuple(_attend_part(q, k, v, info, window, implementation)),
+                lambda q, k, v, info: tuple(attention(q, k, v, query_info=info, key_info=info, **options)),
                 ("BTN", "BTN", "BTN", "BT"),
                 ("BTN", "BTN"),
                 query,
@@ -88,6 +87,7 @@ def attention(
                 query_info,
             )
         )
+    whole_rows = query_info.contiguous and key_info.contiguous and key.shape[1] == tokens
     shape = AttentionShape(
         dispatch.rows_of_device(batch),
         tokens,
@@ -95,34 +95,23 @@ def attention(
         key_heads,
         head_dim,
         query.dtype.name,
-        whole_rows=query_info.contiguous and key_info.contiguous and key.shape[1] == tokens,
+        window=None if window is None or window >= tokens - 1 else window,
+        own_keys=whole_rows or (aligned and key.shape[1] == tokens),
+        whole_rows=whole_rows,
         capability=platform.expected_capability(),
     )
 
     def unsupported_reason(name: str) -> str | None:
-        del name  # there is one
-        return dispatch.differing_dtypes(query, key, value) or cudnn_fmha.unsupported_reason(shape)
+        return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, shape)
 
-    chosen = dispatch.choose(implementation, ("cudnn",), batch, unsupported_reason)
+    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
+    if aligned and context.num_parts() > 1:
+        if chosen == "xla":
+            return attention_part.attend(query, key, value, query_info, window)
+        kernel = attention_part.AttendPart(chosen, shape, window)
+        return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, query_info))
     if chosen == "xla":
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
-    kernel = attention_kernels.Attend(chosen, shape, window)
-    return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value))
-
-
-def _attend_part(
-    query: Array, key: Array, value: Array, info: KeyInfo, window: int | None, implementation: str | None
-) -> AttentionOutput:
-    """Self-attention of a part of a row: to the keys of all parts, or to those that a window reaches."""
-    if context.num_parts() == 1:
-        seen = (key, value, info)
-    elif window is None:
-        seen = context.gather((key, value, info))
-    else:
-        earlier = jax.tree.map(lambda x: context.tokens_before(x, window), (key, value, info))
-        seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), earlier, (key, value, info))
-    key, value, key_info = seen
-    if context.num_parts() > 1:
-        info, key_info = (dataclasses.replace(x, contiguous=False) for x in (info, key_info))
-    options = {"window": window, "aligned": window is not None, "implementation": implementation}
-    return attention(query, key, value, query_info=info, key_info=key_info, **options)
+    kernel = attention_kernels.Attend(chosen, shape)
+    info = None if shape.whole_rows else query_info
+    return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, info))

@@ -1,4 +1,4 @@
-"""Causal softmax attention of whole rows by kernels, as `dispatch` runs them."""
+"""Causal softmax attention of tokens to those of their own rows by kernels, as `dispatch` runs them."""
 
 import dataclasses
 import math
@@ -7,34 +7,55 @@ from typing import ClassVar
 from pallas_kernels.attention import cudnn_fmha
 from pallas_kernels.attention.shape import AttentionShape
 from rat_jax.ops import attention_xla, dispatch
+from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Attend(dispatch.Kernel):
-    """Of query, key and value: the output and the log-sum-exp, by cuDNN."""
+    """Of query, key, value and what is known of the tokens: the output and the log-sum-exp.
+
+    The last argument is None where each row is one document.
+    """
 
     implementation: str
     shape: AttentionShape
-    window: int | None
     replicated: ClassVar[tuple[int, ...]] = ()
     num_differentiated: ClassVar[int] = 3
     saved_results: ClassVar[tuple[int, ...]] = (0, 1)
     without_gradient: ClassVar[tuple[int, ...]] = (1,)  # no mixer wants that of the log-sum-exp
 
-    def forward(self, query: Array, key: Array, value: Array) -> tuple[tuple[Array, Array], None]:
-        out, log_sum_exp = cudnn_fmha.forward(query, key, value, **self._options())
-        return (out, log_sum_exp.transpose(0, 2, 1)), None
+    def forward(self, query: Array, key: Array, value: Array, info: KeyInfo | None) -> tuple[tuple[Array, Array], None]:
+        match self.implementation:
+            case "pallas_tpu":
+                from pallas_kernels.attention import tpu_splash  # imports Pallas, which takes a while
 
-    def plain(self, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        return tuple(attention_xla.attend_whole_rows(query, key, value, self.window))
+                return tpu_splash.forward(query, key, value, _documents(info), **self._options()), None
+            case _:
+                out, log_sum_exp = cudnn_fmha.forward(query, key, value, **self._options())
+                return (out, log_sum_exp.transpose(0, 2, 1)), None
+
+    def plain(self, query: Array, key: Array, value: Array, info: KeyInfo | None) -> tuple[Array, Array]:
+        if info is None:
+            return tuple(attention_xla.attend_whole_rows(query, key, value, self.shape.window))
+        return tuple(attention_xla.attend(query, key, value, info, info, self.shape.window, aligned=True))
 
     def backward(self, arguments, saved, residuals, d_results) -> tuple[Array, Array, Array]:
         del residuals
+        *arrays, info = arguments
         out, log_sum_exp = saved
         d_out, _ = d_results
-        return cudnn_fmha.backward(*arguments, out, log_sum_exp.transpose(0, 2, 1), d_out, **self._options())
+        match self.implementation:
+            case "pallas_tpu":
+                from pallas_kernels.attention import tpu_splash
+
+                return tpu_splash.backward(*arrays, _documents(info), out, log_sum_exp, d_out, **self._options())
+            case _:
+                return cudnn_fmha.backward(*arrays, out, log_sum_exp.transpose(0, 2, 1), d_out, **self._options())
 
     def _options(self) -> dict[str, float | int | None]:
-        reaches_all = self.window is not None and self.window >= self.shape.tokens - 1
-        return {"scale": 1 / math.sqrt(self.shape.head_dim), "window": None if reaches_all else self.window}
+        return {"scale": 1 / math.sqrt(self.shape.head_dim), "window": self.shape.window}
+
+
+def _documents(info: KeyInfo | None) -> Array | None:
+    return None if info is None else info.segment_ids

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from rat_jax.mesh import rows_per_device
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.segments import whole_rows
 from rat_jax.shapes import Array, Bool
 
 _MASKED = -1e30  # finite, so that a row that sees nothing has finite gradients
-_MAX_SCORES = 1 << 23  # scores (B N T S) held at a time: 32 MiB of float32
+_MAX_SCORES = 1 << 23  # scores (B N T S) that a device holds at a time: 32 MiB of float32
 _MIN_BLOCK = 16  # queries
 
 
@@ -25,7 +26,7 @@ def attend(
     heads = query.shape[2]
     batch, tokens = query.shape[:2]
     keys = key.shape[1]
-    block = _block_size(batch * heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
+    block = block_size(batch, heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
     if block == tokens:
         return _attend(query, key, value, _visible(query_info, key_info, window))
 
@@ -60,8 +61,9 @@ def attend(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens], blocks)
 
 
-def _block_size(rows: int, tokens: int, keys: int) -> int:
-    """Queries whose scores fit the limit: all of them, or a power of two."""
+def block_size(batch: int, heads: int, tokens: int, keys: int) -> int:
+    """Queries whose scores on one device of the mesh in use fit the limit: all of them, or a power of two."""
+    rows = rows_per_device(batch) * heads
     if rows * tokens * keys <= _MAX_SCORES:
         return tokens
     limit = max(_MIN_BLOCK, _MAX_SCORES // (rows * keys))

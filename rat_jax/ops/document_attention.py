@@ -1,15 +1,15 @@
-"""Softmax attention of tokens to all keys of their document, and its share of gradients of a softmax over more keys.
+"""Softmax attention of tokens to earlier keys, and its share of gradients of a softmax over more keys.
 
 Plain XLA in blocks of queries, in memory linear in queries and keys.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.ops.attention_types import KeyInfo
+from rat_jax.shapes import Array, Float, Float32
 
 _MASKED = -1e30  # finite, so that queries that see nothing have finite results
 _MAX_SCORES = 1 << 25  # held at a time: 128 MiB of float32
@@ -26,87 +26,112 @@ class ScoreGradients(NamedTuple):
     """Through the scores of these keys alone."""
 
     d_query: Float32[Array, "B T N H"]
-    d_key: Float32[Array, "B S N H"]
-    d_value: Float32[Array, "B S N H"]
+    d_key: Float32[Array, "B S K H"]
+    d_value: Float32[Array, "B S K H"]
     d_scores: Float32[Array, "B N T"]  # summed over the keys
 
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
-    query_ids: Int[Array, "B T"],
-    key_ids: Int[Array, "B S"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    query_info: KeyInfo,
+    key_info: KeyInfo,
+    window: int | None = None,
 ) -> Attended:
-    """out_t = sum_s p_ts v_s, p_t = softmax of q_t . k_s / sqrt(H) over the s of t's document, which is not 0."""
+    """out_t = sum_s p_ts v_s, p_t = softmax of q_t . k_s / sqrt(H) over the visible s.
 
-    def of_block(query: Array, ids: Array) -> Attended:
-        scores = _scores(query, key, ids, key_ids)
+    Args:
+      query, key, value: q, k, v; head n reads key head n // (N / K).
+      query_info, key_info: of tokens; a key of t's document is visible to t, which comes later.
+      window: if it is at most so many tokens earlier; None: whatever the distance.
+    """
+
+    def of_block(_, query: Array, info: KeyInfo) -> tuple[None, tuple[Array, Array]]:
+        scores = _scores(query, key, info, key_info, window)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.where(scores > _MASKED, jnp.exp(scores - top), 0.0)
         total = weights.sum(axis=-1)
-        out = _product("bnts,bsnh->btnh", weights.astype(value.dtype), value)
-        out /= jnp.where(total > 0, total, 1.0).transpose(0, 2, 1)[..., None]
-        # Along the tokens first, as blocks are joined.
-        return Attended(out, jnp.where(total > 0, top[..., 0] + jnp.log(total), _MASKED).transpose(0, 2, 1))
+        out = _product("bkrts,bskh->btkrh", weights.astype(value.dtype), value)
+        out /= _tokens_first(jnp.where(total > 0, total, 1.0))[..., None]
+        return None, (out, _tokens_first(jnp.where(total > 0, top[..., 0] + jnp.log(total), _MASKED)))
 
-    found = _by_blocks(of_block, key, query, query_ids)
-    return Attended(found.out, found.log_sum_exp.transpose(0, 2, 1))
+    grouped = _grouped(query, key)
+    _, (out, log_sum_exp) = _scan_blocks(of_block, None, key, grouped, query_info)
+    return Attended(out.reshape(query.shape), log_sum_exp.reshape(query.shape[:3]).transpose(0, 2, 1))
 
 
 def score_gradients(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
-    query_ids: Int[Array, "B T"],
-    key_ids: Int[Array, "B S"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    query_info: KeyInfo,
+    key_info: KeyInfo,
     log_sum_exp: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
+    window: int | None = None,
 ) -> ScoreGradients:
     """The share of these keys in the gradients of a softmax that may be over more of them.
 
     With p_ts = exp(q_t . k_s / sqrt(H) - lse_t), ds_ts = p_ts (d_out_t . v_s - delta_t).
 
     Args:
-      query, key, value, query_ids, key_ids: see `attend`.
+      query, key, value, query_info, key_info, window: see `attend`.
       log_sum_exp: lse, of all keys.
       delta: sum over the channels of d_out_t times the output over all keys.
       d_out: of that output.
     """
     scale = query.shape[-1] ** -0.5
 
-    def add_block(sums, query: Array, ids: Array, lse: Array, delta: Array, d_out: Array):
-        scores = _scores(query, key, ids, key_ids)
-        weights = jnp.where(scores > _MASKED, jnp.exp(scores - lse.transpose(0, 2, 1)[..., None]), 0.0)
-        d_weights = _product("btnh,bsnh->bnts", d_out, value)
-        d_scores = weights * (d_weights - delta.transpose(0, 2, 1)[..., None])
+    def add_block(sums, query: Array, info: KeyInfo, lse: Array, delta: Array, d_out: Array):
+        scores = _scores(query, key, info, key_info, window)
+        weights = jnp.where(scores > _MASKED, jnp.exp(scores - _tokens_last(lse)[..., None]), 0.0)
+        d_weights = _product("btkrh,bskh->bkrts", d_out, value)
+        d_scores = weights * (d_weights - _tokens_last(delta)[..., None])
         scaled = (d_scores * scale).astype(query.dtype)
-        d_query = _product("bnts,bsnh->btnh", scaled, key)
-        d_key = sums[0] + _product("bnts,btnh->bsnh", scaled, query)
-        d_value = sums[1] + _product("bnts,btnh->bsnh", weights.astype(d_out.dtype), d_out)
-        return (d_key, d_value), (d_query, d_scores.sum(axis=-1).transpose(0, 2, 1))
+        d_query = _product("bkrts,bskh->btkrh", scaled, key)
+        d_key = sums[0] + _product("bkrts,btkrh->bskh", scaled, query)
+        d_value = sums[1] + _product("bkrts,btkrh->bskh", weights.astype(d_out.dtype), d_out)
+        return (d_key, d_value), (d_query, _tokens_first(d_scores.sum(axis=-1)))
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    rows = (query, query_ids, log_sum_exp.transpose(0, 2, 1), delta.transpose(0, 2, 1), d_out)
+    by_heads = (_grouped(x.transpose(0, 2, 1), key) for x in (log_sum_exp, delta))
+    rows = (_grouped(query, key), query_info, *by_heads, _grouped(d_out, key))
     (d_key, d_value), (d_query, d_scores) = _scan_blocks(add_block, (zeros, zeros), key, *rows)
-    return ScoreGradients(d_query, d_key, d_value, d_scores.transpose(0, 2, 1))
+    return ScoreGradients(
+        d_query.reshape(query.shape), d_key, d_value, d_scores.reshape(query.shape[:3]).transpose(0, 2, 1)
+    )
 
 
-def _scores(query: Array, key: Array, query_ids: Array, key_ids: Array) -> Float32[Array, "B N T S"]:
-    visible = (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids[:, None, :] != 0)
-    scores = _product("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
-    return jnp.where(visible[:, None], scores, _MASKED)
+def _grouped(x: Array, key: Array) -> Array:
+    """[B, T, N, ...] as [B, T, K, N / K, ...]."""
+    return x.reshape(*x.shape[:2], key.shape[2], -1, *x.shape[3:])
 
 
-def _by_blocks(function: Callable[..., Attended], key: Array, *rows: Array) -> Attended:
-    return _scan_blocks(lambda nothing, *block: (nothing, function(*block)), (), key, *rows)[1]
+def _tokens_first(x: Float32[Array, "B K R T"]) -> Float32[Array, "B T K R"]:
+    return jnp.moveaxis(x, 3, 1)
 
 
-def _scan_blocks(function, carry, key: Array, *rows: Array):
+def _tokens_last(x: Float32[Array, "B T K R"]) -> Float32[Array, "B K R T"]:
+    return jnp.moveaxis(x, 1, 3)
+
+
+def _scores(
+    query: Float[Array, "B T K R H"], key: Float[Array, "B S K H"], info: KeyInfo, key_info: KeyInfo, window: int | None
+) -> Float32[Array, "B K R T S"]:
+    ids, key_ids = info.segment_ids[:, :, None], key_info.segment_ids[:, None, :]
+    visible = (ids == key_ids) & (key_ids != 0)
+    if window is not None:
+        visible &= info.token_index[:, :, None] - key_info.token_index[:, None, :] <= window
+    scores = _product("btkrh,bskh->bkrts", query, key) * query.shape[-1] ** -0.5
+    return jnp.where(visible[:, None, None], scores, _MASKED)
+
+
+def _scan_blocks(function, carry, key: Array, *rows):
     """Scans blocks of tokens, whose scores to all keys are held at a time; padding is of document 0."""
-    batch, tokens, heads, _ = rows[0].shape
-    block = min(tokens, max(1, _MAX_SCORES // (batch * heads * key.shape[1])))
+    batch, tokens, key_heads, shared, _ = rows[0].shape
+    block = min(tokens, max(1, _MAX_SCORES // (batch * key_heads * shared * key.shape[1])))
     count = -(-tokens // block)
 
     def cut(x: Array) -> Array:
@@ -117,7 +142,7 @@ def _scan_blocks(function, carry, key: Array, *rows: Array):
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(batch, count * block, *x.shape[3:])[:, :tokens]
 
-    carry, blocks = jax.lax.scan(lambda carry, block: function(carry, *block), carry, tuple(map(cut, rows)))
+    carry, blocks = jax.lax.scan(lambda carry, block: function(carry, *block), carry, jax.tree.map(cut, rows))
     return carry, jax.tree.map(join, blocks)
 
 

@@ -16,7 +16,7 @@ from rat_jax.shapes import Array, Bool, Float, Float32, Int
 _NOTHING = -1e30  # log-sum-exp where no key is seen
 
 
-def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]) -> Attended:
+def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"]) -> Attended:
     """As `document_attention.attend`, of the keys of all parts, of which earlier ones are seen."""
 
     def add_part(sums: Attended, distance: Int[Array, ""]) -> tuple[Attended, None]:
@@ -34,8 +34,8 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"], value: 
 
 def score_gradients(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     log_sum_exp: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],

@@ -21,9 +21,10 @@ from pallas_kernels.rat.beyond import Beyond
 from pallas_kernels.rat.shape import RatShape
 from rat_jax.mesh import CONTEXT_AXIS
 from rat_jax.ops import context, dispatch, document_attention, earlier_parts, rat_xla
+from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.ops.rope import rotate
 from rat_jax.segments import PADDING, SegmentInfo
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MixPart(dispatch.Kernel):
         if self._by_cudnn(segments):
             beyond = earlier_parts.attend(query, *pairs)
         else:
-            beyond = document_attention.attend(query, *pairs, segments.segment_ids, part.gathered_ids)
+            beyond = document_attention.attend(query, *pairs, *part.places)
         own_sums = kept.log_sum_exp[:, :, part.again :]
         sums = jnp.logaddexp(own_sums, beyond.log_sum_exp)
         own, other = (jnp.exp(x - sums).transpose(0, 2, 1)[..., None] for x in (own_sums, beyond.log_sum_exp))
@@ -68,8 +69,7 @@ class MixPart(dispatch.Kernel):
         if self._by_cudnn(segments):
             found = earlier_parts.score_gradients(query, *pairs, sums, delta, d_heads)
         else:
-            ids = segments.segment_ids, part.gathered_ids
-            found = document_attention.score_gradients(query, *pairs, *ids, sums, delta, d_heads)
+            found = document_attention.score_gradients(query, *pairs, *part.places, sums, delta, d_heads)
         d_pairs = pull_pairs(_Pairs(found.d_key.astype(query.dtype), found.d_value.astype(query.dtype)))[0]
         d_scores = jnp.pad(found.d_scores, [(0, 0), (0, 0), (part.again, 0)])
         seen, pull_seen = jax.vjp(part.extend, projected)
@@ -185,11 +185,12 @@ class _Part:
         return context.gather(_Pairs(key, value))
 
     @property
-    def gathered_ids(self) -> Int[Array, "B S"]:
-        """Documents of the summaries of all parts, 0 for those of this part and of later ones."""
+    def places(self) -> tuple[KeyInfo, KeyInfo]:
+        """Of the part's tokens and of the summaries of all parts; only earlier parts have any that are seen."""
         ids = context.gather(self._slot_ids)
         of_part = jnp.arange(ids.shape[1]) // self._slot_ids.shape[1]
-        return jnp.where(of_part[None] < jax.lax.axis_index(CONTEXT_AXIS), ids, PADDING)
+        ids = jnp.where(of_part[None] < jax.lax.axis_index(CONTEXT_AXIS), ids, PADDING)
+        return KeyInfo.of(self._own), KeyInfo(ids, jnp.zeros_like(ids))
 
     def heads(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T N H"]:
         return x.astype(jnp.float32).reshape(*x.shape[:2], self.shape.num_heads, self.shape.head_dim)

@@ -1,4 +1,7 @@
-"""Ops by interpreted TPU kernels on one device and on a mesh of four; run by test_sharded_kernels.py, prints JSON."""
+"""Ops by interpreted TPU kernels on one device and on a mesh of four; run by test_sharded_kernels.py, prints JSON.
+
+Its arguments name the ops.
+"""
 
 import json
 import sys
@@ -10,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
 from rat_jax.mesh import BATCH_AXES
+from rat_jax.ops.attention import attention
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.segments import from_segments
@@ -42,6 +46,16 @@ def linear(rng, segments):
     return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
 
 
+def windowed(rng, segments):
+    """Output and gradients of attention in a window, with grouped heads."""
+    arrays = [rng.normal(size=(4, 16, heads, 8)).astype(np.float32) for heads in (2, 1, 1)]
+
+    def attended(query, key, value):
+        return attention(query, key, value, window=3, segment_ids=segments, implementation="pallas_tpu").out
+
+    return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
+
+
 def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
     """Output and gradients of four rows, some of them packed or padded if so wanted, as lists."""
     rows = [[1] * 16, [1] * 5 + [2] * 10 + [3], [1] * 7 + [0] * 2 + [2] * 7, [1] * 2 + [2] * 9 + [0] * 5]
@@ -70,11 +84,12 @@ def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
 if __name__ == "__main__":
     # TPU interpret mode calls back to Python, on which devices that wait for each other can stand still.
     launch, pl.pallas_call = pl.pallas_call, lambda *args, **options: launch(*args, **options | {"interpret": True})
+    ops = {make.__name__: make for make in (rat, linear, windowed)}
     found = {
-        f"{make.__name__} {'packed' if packed else 'whole'}": {
-            name: run(make, packed, *sizes) for name, sizes in MESHES.items()
+        f"{op} {'packed' if packed else 'whole'}": {
+            name: run(ops[op], packed, *sizes) for name, sizes in MESHES.items()
         }
-        for make in (rat, linear)
+        for op in sys.argv[1:]
         for packed in (True, False)
     }
     json.dump(found, sys.stdout)

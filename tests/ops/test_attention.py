@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from rat_jax.mesh import BATCH_AXES
 from rat_jax.mixers.attention import Attention
 from rat_jax.mixers.local_attention import LocalAttention
+from rat_jax.mixers.rattention import Rattention
+from rat_jax.ops import attention_xla
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.segments import SegmentInfo, from_segments, whole_rows
 from tests import reference
 
+SPLASH_CALLS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward(")
 
 
@@ -94,6 +99,17 @@ def lowered_for_cuda(function, *arguments) -> list[bool]:
     return [call in text for call in CUDNN_CALLS]
 
 
+def lowered_for_tpu(function, *arguments) -> list[bool]:
+    """As `lowered_for_cuda` of the kernels on TPU."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    return [call in text for call in SPLASH_CALLS]
+
+
+@pytest.fixture
+def traced_for_a_tpu(monkeypatch):
+    monkeypatch.setattr("rat_jax.ops.platform.expected_platform", lambda: "tpu")
+
+
 @pytest.fixture
 def traced_for_a_gpu(monkeypatch):
     monkeypatch.setattr("rat_jax.ops.platform.expected_platform", lambda: "gpu")
@@ -167,6 +183,75 @@ def test_mixers_run_cudnn_on_whole_rows_without_a_cache(mixer, traced_for_a_gpu)
     assert lowered_for_cuda(mix, x, whole_rows(2, 12), None) == [True, False]
     assert lowered_for_cuda(mix, x, packed, None) == [False, False]
     assert lowered_for_cuda(mix, x, whole_rows(2, 12), module.init_memory(2, 20)) == [False, False]
+
+
+PACKED = jnp.array([[0] * 4 + [1] * 20 + [2] * 10 + [0] * 3, [1] * 37])
+
+
+def test_splash_attention_runs_on_tpu(traced_for_a_tpu):
+    packed = from_segments(PACKED)[0]
+    for dtype, layout, options in ((jnp.bfloat16, None, {}), (jnp.float32, packed, {"window": 5, "aligned": True})):
+        arguments = inputs(key_heads=2, dtype=dtype)
+        assert lowered_for_tpu(lambda x: loss(x, layout, **options), arguments) == [True, False, False]  # noqa: B023
+        assert lowered_for_tpu(jax.grad(lambda x: loss(x, layout, **options)), arguments) == [True] * 3  # noqa: B023
+    assert lowered_for_tpu(loss, inputs(dtype=jnp.bfloat16), packed) == [False] * 3  # not known to be their own keys
+    assert lowered_for_tpu(loss, inputs(dtype=jnp.float16)) == [False] * 3
+
+
+def test_splash_attention_by_name_runs_or_says_why_not():
+    with pytest.raises(ValueError, match="'pallas_tpu' cannot run this call: keys must be known to be those of"):
+        attend(*inputs(), from_segments(PACKED)[0], implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 5])
+def test_splash_attention_gives_what_plain_xla_gives(window, monkeypatch):
+    from pallas_kernels.attention import tpu_splash
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(tpu_splash, name, functools.partial(getattr(tpu_splash, name), interpret=True))
+    arguments, layout = inputs(key_heads=2), from_segments(PACKED)[0]
+
+    def run(implementation):
+        def weighted(x):
+            attended = attend(*x, layout, window=window, aligned=True, implementation=implementation)
+            return jnp.sum(attended.out**3), attended
+
+        return jax.jit(jax.grad(weighted, has_aux=True))(arguments)
+
+    for found, expected in zip(*(jax.tree.leaves(run(name)) for name in ("pallas_tpu", "xla")), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", [Attention, LocalAttention, Rattention])
+def test_mixers_run_splash_attention_on_documents_without_a_cache(mixer, traced_for_a_tpu):
+    module = mixer(width=32, num_heads=4, num_kv_heads=2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.zeros((2, 12, 32), jnp.bfloat16)
+
+    def mix(x, segments: SegmentInfo, memory):
+        return module.mix(x, segments, memory)[0]
+
+    packed = from_segments(jnp.ones((2, 12), jnp.int32))[0]
+    for layout in (whole_rows(2, 12), packed):
+        assert lowered_for_tpu(mix, x, layout, None) == [True, False, False]
+    assert lowered_for_tpu(mix, x, packed, module.init_memory(2, 20)) == [False] * 3
+
+
+def test_blocks_follow_the_rows_of_one_device():
+    rows, sizes = 16, (16, 4096, 4096)
+    alone = attention_xla.block_size(rows // 4, *sizes)
+    assert attention_xla.block_size(rows, *sizes) < alone
+    mesh = jax.sharding.AbstractMesh((2, 2), BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    seen = []
+
+    def rows_of_one(x):  # here arrays are one device's own
+        seen.append((num_parts(*BATCH_AXES), attention_xla.block_size(x.shape[0], *sizes)))
+        return x
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention_xla.block_size(rows, *sizes) == alone
+        by_rows = {"in_specs": PartitionSpec(BATCH_AXES), "out_specs": PartitionSpec(BATCH_AXES)}
+        jax.eval_shape(jax.shard_map(rows_of_one, **by_rows), jax.ShapeDtypeStruct((rows,), jnp.float32))
+    assert seen == [(1, alone)]
 
 
 @pytest.mark.gpu

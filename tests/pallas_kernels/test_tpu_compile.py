@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from pallas_kernels.attention import tpu_splash
 from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.rat import tpu
 from tests.commands import import_path
@@ -24,15 +25,18 @@ PROJECTED_BYTES = 2 * (3 * 2048 + 2 * 2 * 128)  # of a token at width 2048, 2 gr
 
 
 KERNELS = {  # by op, forward and backward
+    "attention": (tpu_splash.FORWARD_KERNELS, tpu_splash.BACKWARD_KERNELS),
+    "step": ((), tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS),
+    "layer": (tpu_splash.FORWARD_KERNELS, tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS),
     "rat": (tpu.FORWARD_KERNELS, tpu.BACKWARD_KERNELS),
     "linear_attention": (linear_attention.FORWARD_KERNELS, linear_attention.BACKWARD_KERNELS),
 }
 
 
-def compile_cases(topology: str, cases: list[dict], op: str = "rat") -> list[dict]:
+def compile_cases(topology: str, cases: list[dict], op: str = "rat", passes=(False, True)) -> list[dict]:
     """Compiles every case forward and backward in a process of its own: pairs of results in that order."""
     program = ROOT / "tests" / "pallas_kernels" / "tpu_compile.py"
-    both = [json.dumps(case | {"op": op, "backward": backward}) for case in cases for backward in (False, True)]
+    both = [json.dumps(case | {"op": op, "backward": backward}) for case in cases for backward in passes]
     done = subprocess.run(
         [sys.executable, program, topology, *both],
         env=os.environ | {"PYTHONPATH": import_path()},
@@ -42,7 +46,7 @@ def compile_cases(topology: str, cases: list[dict], op: str = "rat") -> list[dic
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for index, result in enumerate(results):
-        assert result["kernels"] == list(KERNELS[op][index % 2]), both[index]
+        assert result["kernels"] == list(KERNELS[op][passes[index % len(passes)]]), both[index]
     assert len(results) == len(both)
     return results
 
@@ -118,3 +122,50 @@ def test_linear_attention_shapes():
         ],
         "linear_attention",
     )
+
+
+@pytest.mark.slow
+def test_attention():
+    """Beside its arguments it has copies of them with the heads first, and 128 times the log-sum-exp."""
+    results = compile_cases("v5e:2x2", [dict(tokens=8192), dict(tokens=131072, window=1024)], "attention")
+    of_query, of_key, of_row = 2 * 128 * 16, 2 * 128 * 4, 4 * 128 * 16
+    copies = (3 * of_query + 2 * of_key + of_row, 5 * of_query + 4 * of_key)
+    for i, result in enumerate(results):
+        assert result["temporary_bytes_per_token"] <= 1.05 * copies[i % 2]
+
+
+ATTENTION_SHAPES = [
+    dict(tokens=1, heads=2, key_heads=1, head_dim=7),
+    dict(tokens=262144, heads=1, key_heads=1, packed=False),  # the most without a window
+    dict(tokens=1000, heads=2, key_heads=2, head_dim=256, dtype="float32", window=0),
+    dict(tokens=1048576, heads=1, key_heads=1, window=65024),  # the most steps in a window
+    dict(tokens=1000, heads=6, key_heads=2, head_dim=40),
+    dict(tokens=4096, heads=8, key_heads=1, head_dim=64, dtype="float32"),
+    dict(tokens=3000, heads=3, key_heads=1, head_dim=192, window=513),
+]
+
+
+@pytest.mark.slow
+def test_attention_shapes():
+    compile_cases("v4:2x2x1", ATTENTION_SHAPES, "attention")  # the least VMEM of all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_attention_on_other_chips(topology):
+    compile_cases(topology, [dict(tokens=4096), dict(tokens=4096, window=1024)], "attention")
+
+
+def test_layers_run_splash_attention_on_each_device_of_a_mesh():
+    """Grouped heads and documents, in windows and without."""
+    layers = [dict(tokens=256, kind=kind) for kind in ("attention", "local_attention", "rattention")]
+    compile_cases("v5e:2x2", layers, "layer", passes=(True,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["attention_1b", "rat_swa_1b", "rattention_3b"])
+@pytest.mark.parametrize(("topology", "gib"), [("v5e:16x16", 16), ("v5p:4x4x4", 95)])
+def test_train_steps_run_splash_attention(config, topology, gib):
+    """Whole steps on documents of 4096 tokens, a row a chip: minutes each."""
+    (result,) = compile_cases(topology, [dict(tokens=4096, config=config)], "step", passes=(True,))
+    assert result["device_gib"] <= gib

@@ -4,6 +4,7 @@ A program of its own (`python tpu_compile.py v5e:2x2 CASE ...`, cases as JSON), 
 as the process. Prints one JSON object a case.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -11,13 +12,21 @@ import sys
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 
+from pallas_kernels.attention import tpu_splash
 from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.rat import tpu
 from pallas_kernels.rat.shape import RatShape
+from rat_jax.checkpoints.store import abstract_model
+from rat_jax.config import config_from_dict
+from rat_jax.mesh import BATCH_AXES
+from rat_jax.mixers import MIXERS
+from rat_jax.training.step import abstract_batch, abstract_state, train_step
 
 
 def lower_rat(
@@ -81,8 +90,60 @@ def lower_linear_attention(
     return linear_attention.linear_attention_backward.lower(shape, residuals, **arrays, **gradients)
 
 
+def lower_attention(
+    array,
+    *,
+    backward: bool,
+    tokens: int,
+    heads: int = 16,
+    key_heads: int = 4,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    window: int | None = None,
+    packed: bool = True,
+) -> jax.stages.Lowered:
+    """`array` gives the type of an argument of a shape and dtype."""
+    query = array(1, tokens, heads, head_dim, dtype=dtype)
+    key = array(1, tokens, key_heads, head_dim, dtype=dtype)
+    arrays = [query, key, key, array(1, tokens, dtype="int32") if packed else None]
+    function = tpu_splash.forward
+    if backward:
+        function, arrays = tpu_splash.backward, [*arrays, query, array(1, tokens, heads, dtype="float32"), query]
+    return jax.jit(lambda *arrays: function(*arrays, scale=head_dim**-0.5, window=window)).lower(*arrays)
+
+
+def lower_layer(array, *, backward: bool, tokens: int, kind: str, packed: bool = True) -> jax.stages.Lowered:
+    """A mixer of grouped heads on a row of documents a device."""
+    sizes = {"width": 512, "num_heads": 4, "num_kv_heads": 2, "dtype": "bfloat16"}
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: MIXERS[kind](**sizes, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), params)
+
+    def loss(params, x, segment_ids):
+        return jnp.sum(nnx.merge(graphdef, params)(x, segment_ids).astype(jnp.float32) ** 2)
+
+    x = array(4, tokens, sizes["width"], dtype="bfloat16", cut=True)
+    segment_ids = array(4, tokens, dtype="int32", cut=True) if packed else None
+    return jax.jit(jax.grad(loss) if backward else loss).lower(params, x, segment_ids)
+
+
+def lower_step(array, *, backward: bool, tokens: int, config: str) -> jax.stages.Lowered:
+    """A whole train step of a config, backward pass and all: a row of documents a device."""
+    values = importlib.import_module(f"configs.{config}").get_config()
+    mesh = array(1, dtype="int32").sharding.mesh
+    values.data.update(seq_len=tokens, global_batch_size=mesh.size, segment_documents=True)
+    values.optimizer.accumulation_steps = 1
+    values = config_from_dict(values)
+    graphdef, _ = abstract_model(values.model)
+    arguments = abstract_state(values, mesh), abstract_batch(values, mesh)
+    return train_step.lower(graphdef, values.optimizer, values.training.num_steps, *arguments)
+
+
+_SPLASH = tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS
 # By op: what lowers a case, and the names of the kernels that it may hold.
 OPS = {
+    "attention": (lower_attention, _SPLASH),
+    "layer": (lower_layer, _SPLASH),
+    "step": (lower_step, _SPLASH),
     "rat": (lower_rat, tpu.FORWARD_KERNELS + tpu.BACKWARD_KERNELS),
     "linear_attention": (
         lower_linear_attention,
@@ -92,11 +153,11 @@ OPS = {
 
 
 def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
-    """Kernel names found in the compiled program; its temporary bytes and those of its results, per token."""
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    """Kernel names found in the compiled program, its bytes per token, and GiB of arguments and temporaries."""
 
-    def array(*shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+    def array(*shape, dtype, cut=False):  # whole on every device, or cut along its rows
+        spec = jax.sharding.PartitionSpec(BATCH_AXES) if cut else jax.sharding.PartitionSpec()
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     lower, names = OPS[op]
     with jax.set_mesh(mesh):
@@ -106,14 +167,16 @@ def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
         kernels=[name for name in names if name in text],
         temporary_bytes_per_token=memory.temp_size_in_bytes / case["tokens"],
         result_bytes_per_token=memory.output_size_in_bytes / case["tokens"],
+        device_gib=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
     )
 
 
 def main(topology: str, *cases: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("chip",), axis_types=(jax.sharding.AxisType.Auto,))
-    for case in cases:
-        print(json.dumps(compile_case(mesh, **json.loads(case))), flush=True)
+    for case in map(json.loads, cases):
+        used = np.array(devices if case["op"] in ("layer", "step") else devices[:1])
+        mesh = jax.sharding.Mesh(used.reshape(1, -1), BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        print(json.dumps(compile_case(mesh, **case)), flush=True)
 
 
 if __name__ == "__main__":

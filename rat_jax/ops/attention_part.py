@@ -1,0 +1,120 @@
+"""Softmax attention by kernels where devices hold parts of rows (`rat_jax.ops.context`).
+
+A part's own keys are read by the kernels that read whole rows. Keys of earlier parts come from where they are: all of
+them, or those that a window reaches, which the part's first queries alone see. Both softmaxes join by their
+log-sum-exps. With the joined output and log-sum-exp the kernels' backward pass gives the share of the part's own keys.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.shape import AttentionShape
+from rat_jax.mesh import CONTEXT_AXIS
+from rat_jax.ops import attention_xla, context, dispatch, document_attention, earlier_parts
+from rat_jax.ops.attention_kernels import Attend
+from rat_jax.ops.attention_types import KeyInfo
+from rat_jax.segments import PADDING
+from rat_jax.shapes import Array, Float
+
+
+class Keys(NamedTuple):
+    """Keys and values of tokens."""
+
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendPart(dispatch.Kernel):
+    """Of query, key, value and what is known of the tokens of a part: the output and the log-sum-exp."""
+
+    implementation: str
+    shape: AttentionShape  # of the part
+    window: int | None  # earlier tokens that a query sees, of its own part or of others; None: all
+    replicated: ClassVar[tuple[int, ...]] = ()
+    num_differentiated: ClassVar[int] = 3
+    saved_results: ClassVar[tuple[int, ...]] = (0, 1)
+    without_gradient: ClassVar[tuple[int, ...]] = (1,)
+
+    def forward(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[tuple[Array, Array], None]:
+        (out, own_sums), _ = self._own.forward(query, key, value, self._documents(info))
+        reach, keys = self._reach, self._earlier(Keys(key, value))
+        if self._by_cudnn:
+            beyond = earlier_parts.attend(query, *keys)
+        else:
+            beyond = document_attention.attend(query[:, :reach], *keys, *self._places(info), self.window)
+        first = own_sums[:, :reach]
+        sums = jnp.logaddexp(first, beyond.log_sum_exp.transpose(0, 2, 1))
+        own = jnp.exp(first - sums)[..., None]
+        joined = own * out[:, :reach].astype(jnp.float32) + (1.0 - own) * beyond.out
+        out = out.at[:, :reach].set(joined.astype(out.dtype))
+        return (out, own_sums.at[:, :reach].set(sums)), None
+
+    def plain(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[Array, Array]:
+        return tuple(attend(query, key, value, info, self.window))
+
+    def backward(self, arguments, saved, residuals, d_results) -> tuple[Array, Array, Array]:
+        *arrays, info = arguments
+        (query, *keys), (out, sums), (d_out, _) = arrays, saved, d_results
+        reach = self._reach
+        d_query, *d_own = self._own.backward((*arrays, self._documents(info)), saved, residuals, d_results)
+        earlier, pull_back = jax.vjp(self._earlier, Keys(*keys))
+        delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+        rows = (sums[:, :reach].transpose(0, 2, 1), delta[:, :reach].transpose(0, 2, 1), d_out[:, :reach])
+        if self._by_cudnn:
+            found = earlier_parts.score_gradients(query, *earlier, *rows)
+        else:
+            places = self._places(info)
+            found = document_attention.score_gradients(query[:, :reach], *earlier, *places, *rows, self.window)
+        d_keys = pull_back(Keys(found.d_key.astype(earlier.key.dtype), found.d_value.astype(earlier.value.dtype)))[0]
+        d_query = d_query.at[:, :reach].add(found.d_query.astype(d_query.dtype))
+        return d_query, *(own + other for own, other in zip(d_own, d_keys, strict=True))
+
+    @property
+    def _own(self) -> Attend:
+        return Attend(self.implementation, self.shape)
+
+    @property
+    def _reach(self) -> int:
+        """Queries, the first of the part, that see keys of earlier parts."""
+        return self.shape.tokens if self.window is None else min(self.window, self.shape.tokens)
+
+    @property
+    def _by_cudnn(self) -> bool:
+        return self.implementation == "cudnn" and self.window is None
+
+    def _documents(self, info: KeyInfo) -> KeyInfo | None:
+        return None if self.shape.whole_rows else info
+
+    def _earlier(self, own: Keys) -> Keys:
+        return _seen_of_others(own, self.window)
+
+    def _places(self, info: KeyInfo) -> tuple[KeyInfo, KeyInfo]:
+        """Of the queries that see earlier parts, and of the keys there."""
+        keys = _seen_of_others(info, self.window)
+        if self.window is None:
+            of_part = jnp.arange(keys.segment_ids.shape[1]) // self.shape.tokens
+            is_earlier = of_part[None] < jax.lax.axis_index(CONTEXT_AXIS)
+            keys = dataclasses.replace(keys, segment_ids=jnp.where(is_earlier, keys.segment_ids, PADDING))
+        return jax.tree.map(lambda x: x[:, : self._reach], info), keys
+
+
+def attend(query: Array, key: Array, value: Array, info: KeyInfo, window: int | None):
+    """Self-attention of a part in plain XLA: to keys of all parts, or to its own and those that a window reaches."""
+    own = (key, value, info)
+    seen = _seen_of_others(own, window)
+    if window is not None:
+        seen = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), seen, own)
+    *keys, key_info = seen
+    info, key_info = (dataclasses.replace(x, contiguous=False) for x in (info, key_info))
+    return attention_xla.attend(query, *keys, info, key_info, window, aligned=window is not None)
+
+
+def _seen_of_others(own: Any, window: int | None) -> Any:
+    """Of keys, values or what is known of them: of all parts, or the `window` tokens before the part."""
+    if window is None:
+        return context.gather(own)
+    return jax.tree.map(lambda x: context.tokens_before(x, window), own)

@@ -12,7 +12,7 @@ import numpy as np
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import Record, read_log
-from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
+from rat_jax.checkpoints.store import Checkpoints, Manifest
 from rat_jax.checkpoints.workdir import (
     CheckpointError,
     Workdir,
@@ -125,7 +125,7 @@ class _Run:
             if not is_out_of_memory(error):
                 error.add_note(kept(self.checkpoints))
                 raise
-            say(explain_out_of_memory(self.config, self.mesh, abstract_model(self.config.model)[0]))
+            say(explain_out_of_memory(self.config, self.mesh))
             raise RunStopped(f"a device has too little memory, see above; {kept(self.checkpoints)}") from error
 
     def _finish(self, interrupts: Interrupts) -> TrainResult:

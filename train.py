@@ -7,9 +7,9 @@ With --dry_run it compiles one step and prints what that needs, for the devices 
 
   python train.py --config=configs/rat_1b.py --dry_run --topology=v5p:4x4x4
 
-Exit codes: 0 the run is finished, or the step fits; 2 the flags, the config, the data or the workdir do not fit, and nothing was changed;
-75 a signal (SIGTERM or Ctrl-C) ended it, with the last step saved if there was one: start it again; 1 the run could not
-go on, or the step does not fit.
+Exit codes: 0 the run is finished, or the step fits; 2 the flags, the config, the data or the workdir do not fit, and
+nothing was changed; 75 a signal (SIGTERM or Ctrl-C) ended it, with the last step saved if there was one: start it
+again; 1 the run could not go on, or the step does not fit.
 """
 
 from rat_jax import interrupts

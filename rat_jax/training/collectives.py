@@ -58,8 +58,8 @@ def count_collectives(program: Program, num_devices: int) -> dict[str, Collectiv
 def sent(kind: str, num_bytes: int, num_devices: int) -> int:
     """Bytes that each device of a ring sends.
 
-    With b bytes of whole arrays and n devices: all-gather, reduce-scatter and all-to-all b (n - 1) / n, all-reduce, which
-    is one of each of the first two, twice that, collective-permute b.
+    With b bytes of whole arrays and n devices: all-gather, reduce-scatter and all-to-all b (n - 1) / n; all-reduce,
+    which is one of each of the first two, twice that; collective-permute b.
     """
     if kind == "collective-permute":
         return num_bytes

@@ -9,8 +9,14 @@ from jax.experimental import topologies
 
 from rat_jax.errors import RatJaxError
 
-# libtpu asks the cloud's metadata server for the machine's own TPUs, and locks them; there are none.
-_WITHOUT_TPUS = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What libtpu else asks the cloud's metadata server about this machine, and complains about where nobody answers; and it
+# locks the machine's TPUs. None of it matters to what is compiled.
+_WITHOUT_TPUS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
 
 
 class TopologyError(RatJaxError, ValueError):

@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from rat_jax import program
-from rat_jax.compilation_cache import define_cache_flag
+from rat_jax.compilation_cache import OFF, define_cache_flag, use_cache
 from rat_jax.config_file import define_config_flag
 from rat_jax.paths import local_path
 from rat_jax.training import train
@@ -47,6 +47,7 @@ def _dry_run() -> int:
         raise program.FlagError("--topology is of TPUs that are not there: leave out --distributed")
     if _DISTRIBUTED.value:
         _find_hosts()
+    use_cache(OFF)  # programs from there lack figures, and took no time to compile
     return 0 if dry_run(_config(), _TOPOLOGY.value) else program.FAILED
 
 

@@ -33,7 +33,6 @@ def dry_run(config: Config, topology: str | None) -> bool:
       TopologyError: if there is no such topology.
       JaxRuntimeError: of the compiler, other than that memory is lacking.
     """
-    jax.config.update("jax_enable_compilation_cache", False)  # programs from there lack some figures, and no time
     mesh = make_mesh(config.mesh, None if topology is None else topology_devices(topology))
     check_divides(config, mesh)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config, mesh).params))

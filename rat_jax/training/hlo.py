@@ -143,8 +143,7 @@ def num_bytes(type_text: str) -> int:
 def _bits(kind: str) -> int:
     if kind in _BITS:
         return _BITS[kind]
-    width = re.search(r"\d+", kind)  # f8e4m3fn, bf16, s4
-    return int(width[0]) * (2 if kind.startswith("c") else 1)
+    return int(re.search(r"\d+", kind)[0])  # f8e4m3fn, bf16, s4, c64
 
 
 def _size(dims: str) -> int:

@@ -23,6 +23,11 @@ from tests.tiny_run import tiny_config, train_command
 GIB = 2**30
 
 
+def needs_libtpu(test):
+    installed = importlib.util.find_spec("libtpu") is not None
+    return pytest.mark.tpu(pytest.mark.skipif(not installed, reason="libtpu is not installed")(test))
+
+
 def printed_amount(text: str, name: str) -> float:
     """The first number of a line."""
     (line,) = re.findall(rf"^ *{name} +([\d.,e+-]+)", text, re.MULTILINE)
@@ -188,31 +193,35 @@ class TestTopologies:
         with pytest.raises(topology.TopologyError, match=message):
             topology.topology_devices("v5e:2x2")
 
-    @pytest.mark.tpu
-    @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+    @needs_libtpu
     def test_a_step_for_four_chips(self, tmp_path):
         config = tiny_config(tmp_path / "nowhere", mesh__data=1, mesh__fsdp=-1, model__pattern=("rnn",))
         command = [word for word in train_command(tmp_path, config) if not word.startswith("--workdir")]
-
-        def run(name):
-            return subprocess.run(
-                [*command, "--dry_run", f"--topology={name}"],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": ""},  # as users have it
-                capture_output=True,
-                text=True,
-            )
-
-        done = run("v5e:2x2")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
+        done = subprocess.run(
+            [*command, "--dry_run", "--topology=v5e:2x2"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": ""},  # as users have it
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
         assert "4 x TPU v5 lite of v5e:2x2, not there; data 1, fsdp 4" in done.stdout
-        assert printed_amount(done.stdout, "reduce-scatter") > 0
+        assert printed_amount(done.stdout, "all-gather") > 0
         assert "there are 16.0 GiB" in done.stdout
         assert "an estimate from the chip's peaks" in done.stdout
-        refused = run("v5e:2x3")
-        assert refused.returncode == 2
-        assert refused.stderr.startswith("error: --topology=v5e:2x3: libtpu has no such topology")
+
+    @needs_libtpu
+    @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+    def test_a_chip_is_a_device_whose_peaks_are_known(self, name):
+        devices = topology.topology_devices(name)
+        assert len(devices) == 4
+        assert chips.chip_of(devices[0].device_kind) is not None
+
+    @needs_libtpu
+    @pytest.mark.parametrize("name", ["v5e:2x3", "v9:2x2", "nonsense"])
+    def test_unknown_names(self, name):
+        with pytest.raises(topology.TopologyError, match=f"--topology={name}: libtpu has no such topology .*v5e:16x16"):
+            topology.topology_devices(name)
 
 
 def advice(devices: dict[str, int], **changes) -> str:

@@ -13,6 +13,7 @@ from rat_jax.memory import free_bytes, gib, is_out_of_memory
 from rat_jax.sharding import check_divides, make_mesh
 from rat_jax.training.collectives import Collectives, count_collectives
 from rat_jax.training.hlo import Program
+from rat_jax.training.mesh_advice import mesh_advice
 from rat_jax.training.oom import remedies
 from rat_jax.training.step import abstract_state, lower_train_step
 from rat_jax.training.topology import topology_devices
@@ -37,6 +38,8 @@ def dry_run(config: Config, topology: str | None) -> bool:
     check_divides(config, mesh)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config, mesh).params))
     _print(_heading(config, mesh, topology, num_parameters))
+    if advice := mesh_advice(mesh):
+        _print([_line("advice", advice)])
     began = time.monotonic()
     lowered = lower_train_step(config, mesh)
     try:

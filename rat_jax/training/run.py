@@ -34,6 +34,7 @@ from rat_jax.training.evaluations import Evaluations, names_in_log
 from rat_jax.training.evaluators import Evaluator, make_evaluators
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.loop import TrainLoop, TrainResult, kept
+from rat_jax.training.mesh_advice import mesh_advice
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
@@ -141,6 +142,8 @@ class _Run:
         on_first_host(lambda: self._mark(note))
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         say(_summary(self.config, self.mesh, num_parameters, start))
+        if advice := mesh_advice(self.mesh):
+            say(f"advice      {advice}")
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
                 stack.callback(self.checkpoints.close)

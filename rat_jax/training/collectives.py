@@ -8,7 +8,8 @@ from rat_jax.training.hlo import Instruction, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 _FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name of a fusion that is a reduce-scatter
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{('[^}]*)\}")
+_MESH_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")  # a part of an axis is 'name':(parts before)parts
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 
@@ -83,11 +84,17 @@ def _piece(instruction: Instruction) -> tuple[str | None, ...] | None:
 
 
 def _group_size(instruction: Instruction, num_devices: int) -> int:
-    if found := _MESH_GROUPS.search(instruction.text):
+    """Devices that exchange with each other.
+
+    Raises:
+      ValueError: if the text says it in a form that is not known.
+    """
+    text = instruction.text
+    if found := _MESH_GROUPS.search(text):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
-    if found := _IOTA_GROUPS.search(instruction.text):
-        return int(found[1])
-    if found := _LISTED_GROUPS.search(instruction.text):
-        return found[1].count(",") + 1
+        return math.prod(int(part or sizes[name]) for name, part in _MESH_AXIS.findall(found[2]))
+    if found := _IOTA_GROUPS.search(text) or _LISTED_GROUPS.search(text):
+        return int(found[1]) if found.re is _IOTA_GROUPS else found[1].count(",") + 1
+    if "replica_groups=" in text and "replica_groups={}" not in text:
+        raise ValueError(f"{instruction.name} has groups of devices in an unknown form: {text[:200]}")
     return num_devices

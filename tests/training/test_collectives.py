@@ -28,6 +28,8 @@ def entry(*lines: str) -> str:
         ("[2,4]<=[4,2]T(1,0)", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
+        ("mesh['axis_0'=8], device_ids=([2,4]T(1,0)) {'axis_0':(2)4}", 4),
         ("{}", 8),
     ],
 )
@@ -51,6 +53,11 @@ def test_bytes_of_other_kinds(kind, expected):
     (found,) = counted(entry(f"ROOT %x = f32[4,64]{{1,0:T(8,128)(2,1)S(1)}} {kind}(%p), channel_id=1")).values()
     assert (found.num_bytes, found.sent_bytes) == expected
     assert sent(kind, 1024, 8) == expected[1]
+
+
+def test_groups_of_an_unknown_form_are_no_guess():
+    with pytest.raises(ValueError, match="g has groups of devices in an unknown form"):
+        counted(entry("ROOT %g = f32[32,64]{1,0} all-gather(%p), replica_groups=cube[2,2], dimensions={0}"))
 
 
 def test_a_start_and_its_done_are_one():

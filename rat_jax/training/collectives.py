@@ -7,7 +7,7 @@ import re
 from rat_jax.training.hlo import Instruction, Program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
-_FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name of a fusion that is a reduce-scatter
+_FUSED_SCATTER = "all-reduce-scatter"  # the TPU compiler's name of a fusion of an all-reduce and a slice of its result
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{('[^}]*)\}")
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")  # a part of an axis is 'name':(parts before)parts
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
@@ -68,12 +68,9 @@ def sent(kind: str, num_bytes: int, num_devices: int) -> int:
 
 
 def _kind(instruction: Instruction) -> str | None:
-    if instruction.opcode == "fusion":
-        called = instruction.called
-        return "reduce-scatter" if called and called[0].startswith(_FUSED_SCATTER) else None
-    if instruction.computation.startswith(_FUSED_SCATTER):  # counted as its fusion
-        return None
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "all-reduce" and instruction.computation.startswith(_FUSED_SCATTER):
+        return "reduce-scatter"
     return kind if kind in KINDS else None
 
 

@@ -21,8 +21,8 @@ def mesh_advice(mesh: jax.sharding.Mesh) -> str | None:
         return None
     shape = "x".join(map(str, sides))
     return (
-        f"config.mesh.fsdp over all {mesh.size} chips of {shape}: the compiler sums whole gradients there, which "
-        f"doubles what they send; with config.mesh.data=2 each chip holds twice the state, and sends about half"
+        f"config.mesh.fsdp over all {mesh.size} chips of {shape}: the compiler sums whole gradients there, and sends "
+        f"them twice; with config.mesh.data=2 it scatters their sums, and each chip holds twice the state"
     )
 
 

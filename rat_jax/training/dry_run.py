@@ -14,7 +14,7 @@ from rat_jax.sharding import check_divides, make_mesh
 from rat_jax.training.collectives import Collectives, count_collectives
 from rat_jax.training.hlo import Program
 from rat_jax.training.mesh_advice import mesh_advice
-from rat_jax.training.oom import remedies
+from rat_jax.training.oom import cut_state, remedies
 from rat_jax.training.step import abstract_state, lower_train_step
 from rat_jax.training.topology import topology_devices
 
@@ -36,10 +36,16 @@ def dry_run(config: Config, topology: str | None) -> bool:
     """
     mesh = make_mesh(config.mesh, None if topology is None else topology_devices(topology))
     check_divides(config, mesh)
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config, mesh).params))
+    state, limit = abstract_state(config, mesh), _memory_limit(mesh)
+    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     _print(_heading(config, mesh, topology, num_parameters))
     if advice := mesh_advice(mesh):
         _print([_line("advice", advice)])
+    if limit is not None and (held := _bytes_on_a_device(state)) > limit:  # compilers have crashed
+        _print(
+            [f"It does not fit: the state alone takes {gib(held)} of {gib(limit)} a device.", *remedies(config, mesh)]
+        )
+        return False
     began = time.monotonic()
     lowered = lower_train_step(config, mesh)
     try:
@@ -50,7 +56,7 @@ def dry_run(config: Config, topology: str | None) -> bool:
         _print([f"The compiler refuses it: {str(error).splitlines()[0]}", *remedies(config, mesh)])
         return False
     _print([_line("compiled in", f"{time.monotonic() - began:,.0f} s")])
-    memory, limit = compiled.memory_analysis(), _memory_limit(mesh)
+    memory = compiled.memory_analysis()
     collectives = count_collectives(Program.parse(compiled.as_text()), mesh.size)
     _print(_memory_table(memory, limit))
     _print(_costs(config, mesh, num_parameters, memory, compiled.cost_analysis(), collectives))
@@ -93,6 +99,11 @@ def _memory_limit(mesh: jax.sharding.Mesh) -> int | None:
     free = free_bytes(jax.local_devices()[0])
     sharing = jax.local_device_count() if device.platform == "cpu" else 1
     return None if free is None else free // sharing
+
+
+def _bytes_on_a_device(tree: Any) -> int:
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * size for shape, size in shards)
 
 
 def _needed(memory: Any) -> int:

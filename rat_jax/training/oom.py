@@ -41,11 +41,15 @@ def remedies(config: Config, mesh: jax.sharding.Mesh) -> list[str]:
             f"  config.model.scan_unroll, now {config.model.scan_unroll}: 1 lets the compiler plan the memory of one "
             f"repeat of the pattern alone, at some cost in time"
         )
-    lines.append(
+    return [*lines, cut_state(config, mesh)]
+
+
+def cut_state(config: Config, mesh: jax.sharding.Mesh) -> str:
+    """The setting that makes a run's state smaller on each device."""
+    return (
         f"  config.mesh.fsdp, now {config.mesh.fsdp}, {mesh.shape['fsdp']} of {mesh.size} devices: more devices along "
         f"it cut parameters and optimizer state"
     )
-    return lines
 
 
 def _needs(config: Config, mesh: jax.sharding.Mesh) -> list[str]:

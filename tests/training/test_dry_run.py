@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 import types
 
 import jax
@@ -139,6 +140,14 @@ def test_a_compiler_that_refuses_is_no_trace(compiled_as, capsys):
     assert "config.model.remat, now 'none'" in printed
 
 
+def test_a_state_that_does_not_fit_is_not_compiled(compiled_as, capsys):
+    compiled_as(limit=1e-6, error="INTERNAL: compiled")
+    assert not dry_run(tiny_config("nowhere"), None)
+    printed = capsys.readouterr().out
+    assert "It does not fit: the state alone takes 0.0 GiB of 0.0 GiB a device" in printed
+    assert "config.mesh.fsdp, now 1, 1 of 1 devices" in printed
+
+
 def test_other_errors_of_a_compiler_are_raised(compiled_as):
     compiled_as(error="INTERNAL: a bug")
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
@@ -209,6 +218,24 @@ class TestTopologies:
         assert printed_amount(done.stdout, "all-gather") > 0
         assert "there are 16.0 GiB" in done.stdout
         assert "an estimate from the chip's peaks" in done.stdout
+
+    @needs_libtpu
+    @pytest.mark.slow
+    def test_what_does_not_fit(self):
+        """Activations would take six times the memory of a chip."""
+        done = subprocess.run(
+            [sys.executable, "train.py", f"--config={ROOT / 'configs/default.py'}", "--dry_run", "--topology=v5e:2x2"]
+            + ["--config.model.pattern=('rnn',)", "--config.model.remat=none", "--config.model.num_layers=2"]
+            + ["--config.model.width=1024", "--config.model.mlp_width=8192"]
+            + ["--config.data.seq_len=65536", "--config.data.global_batch_size=16"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1, done.stderr
+        assert "The compiler refuses it: RESOURCE_EXHAUSTED: Ran out of memory" in done.stdout
+        assert "config.model.remat, now 'none'" in done.stdout
 
     @needs_libtpu
     @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

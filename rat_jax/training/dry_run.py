@@ -42,9 +42,8 @@ def dry_run(config: Config, topology: str | None) -> bool:
     if advice := mesh_advice(mesh):
         _print([_line("advice", advice)])
     if limit is not None and (held := _bytes_on_a_device(state)) > limit:  # compilers have crashed
-        _print(
-            [f"It does not fit: the state alone takes {gib(held)} of {gib(limit)} a device.", *remedies(config, mesh)]
-        )
+        lines = [f"It does not fit: the state alone takes {gib(held)} of {gib(limit)} a device."]
+        _print([*lines, cut_state(config, mesh)])
         return False
     began = time.monotonic()
     lowered = lower_train_step(config, mesh)

@@ -224,10 +224,13 @@ class TestTopologies:
     def test_what_does_not_fit(self):
         """Activations would take six times the memory of a chip."""
         done = subprocess.run(
-            [sys.executable, "train.py", f"--config={ROOT / 'configs/default.py'}", "--dry_run", "--topology=v5e:2x2"]
-            + ["--config.model.pattern=('rnn',)", "--config.model.remat=none", "--config.model.num_layers=2"]
-            + ["--config.model.width=1024", "--config.model.mlp_width=8192"]
-            + ["--config.data.seq_len=65536", "--config.data.global_batch_size=16"],
+            [
+                *(sys.executable, "train.py", f"--config={ROOT / 'configs/default.py'}"),
+                *("--dry_run", "--topology=v5e:2x2"),
+                *("--config.model.pattern=('rnn',)", "--config.model.remat=none", "--config.model.num_layers=2"),
+                *("--config.model.width=1024", "--config.model.mlp_width=8192"),
+                *("--config.data.seq_len=65536", "--config.data.global_batch_size=16"),
+            ],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": import_path(), "JAX_PLATFORMS": ""},
             capture_output=True,

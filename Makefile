@@ -47,7 +47,8 @@ test-gpu: # in the environment at hand, where jax sees a GPU
 	JAX_PLATFORMS=cuda $(PYTHON) -m pytest -m gpu
 
 test-tpu: $(LIBTPU)/ready
-	PYTHONPATH=$(abspath $(LIBTPU)) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m '$(TPU_TESTS)' tests/pallas_kernels/test_tpu_compile.py
+	PYTHONPATH=$(abspath $(LIBTPU)) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m '$(TPU_TESTS)' \
+	  tests/pallas_kernels/test_tpu_compile.py tests/training/test_dry_run.py
 
 faults: $(VENV)/ready-for-tests # hundreds of faults, 20,000 damaged inputs: within an hour on 2 cores
 	$(BIN)/python -m tests.faults

@@ -1,29 +1,15 @@
-"""How well a run uses its devices: operations a token, peaks of devices, and the model FLOPs utilisation (MFU)."""
+"""How well a run uses its devices: operations a token, and the model FLOPs utilisation (MFU)."""
 
 import jax
 
+from rat_jax.chips import chip_of
 from rat_jax.config import ModelConfig
-
-# Dense bfloat16 FLOP/s of one device, by the start of its name in JAX; the first that fits.
-_PEAK_FLOPS = (
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA GH200", 989e12),
-    ("NVIDIA A100", 312e12),
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-)
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s that a device can do, or None where it is not known."""
-    return next((flops for name, flops in _PEAK_FLOPS if device.device_kind.startswith(name)), None)
+    chip = chip_of(device.device_kind)
+    return None if chip is None else chip.flops
 
 
 def flops_per_token(config: ModelConfig, num_parameters: int, seq_len: int) -> float:

@@ -26,6 +26,7 @@ from packaging.requirements import InvalidRequirement, Requirement  # noqa: E402
 
 import rat_jax.checkpoints  # noqa: E402
 import rat_jax.training  # noqa: E402
+import rat_jax.training.dry_run  # noqa: E402
 
 _FOLDERS = ("benchmarks/", "configs/", "docs/", "pallas_kernels/", "rat_jax/", "tests/")
 
@@ -46,6 +47,7 @@ def _parse_and_begin(parser, *arguments, **settings):
 _PARSE = argparse.ArgumentParser.parse_args
 argparse.ArgumentParser.parse_args = _parse_and_begin
 rat_jax.training.train = _begin
+rat_jax.training.dry_run.dry_run = _begin
 rat_jax.checkpoints.load_model = _begin
 jax.distributed.initialize = lambda: None
 app.define_help_flags()  # once, before the flags of any script

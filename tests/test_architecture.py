@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.interrupts": set(),
     "rat_jax.program": {"rat_jax.errors", "rat_jax.files", "rat_jax.interrupts"},
     "rat_jax.memory": set(),
+    "rat_jax.chips": set(),
     "rat_jax.compilation_cache": {"rat_jax.files", "rat_jax.paths"},
     "rat_jax.stopwatch": set(),
     "rat_jax.parameters": set(),
@@ -50,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.paths",
     },
     "rat_jax.config_file": {"rat_jax.config", "rat_jax.errors", "rat_jax.paths"},
-    "rat_jax.flops": {"rat_jax.config"},
+    "rat_jax.flops": {"rat_jax.chips", "rat_jax.config"},
     "rat_jax.blocks": {
         "rat_jax.config",
         "rat_jax.layers",
@@ -161,6 +162,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.training": {
         "rat_jax.pictures",
         "rat_jax.checkpoints",
+        "rat_jax.chips",
         "rat_jax.config",
         "rat_jax.data",
         "rat_jax.errors",

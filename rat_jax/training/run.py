@@ -12,7 +12,7 @@ import numpy as np
 from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import Record, read_log
-from rat_jax.checkpoints.store import Checkpoints, Manifest, abstract_model
+from rat_jax.checkpoints.store import Checkpoints, Manifest
 from rat_jax.checkpoints.workdir import (
     CheckpointError,
     Workdir,
@@ -35,6 +35,7 @@ from rat_jax.training.evaluations import Evaluations, names_in_log
 from rat_jax.training.evaluators import Evaluator, make_evaluators
 from rat_jax.training.guards import Guard, write_bad_batch
 from rat_jax.training.loop import TrainLoop, TrainResult, kept
+from rat_jax.training.mesh_advice import mesh_advice
 from rat_jax.training.metrics import MetricLog, check_wandb
 from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.oom import explain_out_of_memory
@@ -126,7 +127,7 @@ class _Run:
             if not is_out_of_memory(error):
                 error.add_note(kept(self.checkpoints))
                 raise
-            say(explain_out_of_memory(self.config, self.mesh, abstract_model(self.config.model)[0]))
+            say(explain_out_of_memory(self.config, self.mesh))
             raise RunStopped(f"a device has too little memory, see above; {kept(self.checkpoints)}") from error
 
     def _finish(self, interrupts: Interrupts) -> TrainResult:
@@ -142,6 +143,8 @@ class _Run:
         on_first_host(lambda: self._mark(note))
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         say(_summary(self.config, self.mesh, num_parameters, start))
+        if advice := mesh_advice(self.mesh):
+            say(f"advice      {advice}")
         try:
             with contextlib.ExitStack() as stack:  # closes each, from the last to the first, also if another fails
                 stack.callback(self.checkpoints.close)

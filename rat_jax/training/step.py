@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config, OptimizerConfig
 from rat_jax.data.pipeline import Batch
 from rat_jax.loss import LossSums, next_token_loss
@@ -123,6 +124,15 @@ def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
     return Batch(integers, integers, weights, integers if config.data.segment_documents else None)
+
+
+def lower_train_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The step as a run calls it, traced for a mesh, whose devices need not be there."""
+    arguments = (abstract_state(config, mesh), abstract_batch(config, mesh), NO_LIMIT)
+    with jax.set_mesh(mesh):
+        return train_step.lower(
+            abstract_model(config.model)[0], config.optimizer, config.training.num_steps, *arguments
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -104,7 +104,9 @@ def local_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
         return ()  # bound to cards of its own
     cards = seen if seen is not None else int(on_node) if on_node.isdecimal() else tasks
     if cards % tasks:
-        raise FlagError(f"the node has {cards} cards for {tasks} tasks of SLURM, which do not divide; use one task a node")
+        raise FlagError(
+            f"the node has {cards} cards for {tasks} tasks of SLURM, which do not divide; use one task a node"
+        )
     share, index = cards // tasks, int(environ["SLURM_LOCALID"])
     return tuple(range(index * share, (index + 1) * share))
 

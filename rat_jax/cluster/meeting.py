@@ -55,7 +55,7 @@ class _Reception:
             self._server = _listen(place.port)
         except OSError as error:
             raise MeetingError(
-                f"process 0 cannot listen on port {place.port} of {place.address}: {error.strerror}; choose another port"
+                f"process 0 cannot listen at {place.address}, port {place.port}: {error.strerror}; choose another port"
             ) from None
         self._selector.register(self._server, selectors.EVENT_READ)
 

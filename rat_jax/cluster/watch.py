@@ -50,7 +50,7 @@ class _Peer:
 
 
 class Watch:
-    """This process's part of the watch."""
+    """The part that this process has in the watch."""
 
     def __init__(self, links: dict[int, Link], process_id: int, lost_after_secs: float):
         """Starts the thread.

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.processes": set(),
     "rat_jax.interrupts": set(),
     "rat_jax.program": {"rat_jax.errors", "rat_jax.files", "rat_jax.interrupts"},
+    "rat_jax.cluster": {"rat_jax.errors", "rat_jax.interrupts", "rat_jax.program"},
     "rat_jax.memory": set(),
     "rat_jax.compilation_cache": {"rat_jax.files", "rat_jax.paths"},
     "rat_jax.stopwatch": set(),
@@ -158,6 +159,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "rat_jax.training": {
         "rat_jax.pictures",
+        "rat_jax.cluster",
         "rat_jax.checkpoints",
         "rat_jax.config",
         "rat_jax.data",

@@ -9,7 +9,6 @@ import flax
 import jax
 from absl import flags
 
-import rat_jax
 from rat_jax.cluster.meeting import Facts, MeetingError, meet
 from rat_jax.cluster.place import Place, detected_place, is_tpu_host, place_of_flags
 from rat_jax.cluster.watch import LEAST_SECS, start_watch
@@ -71,12 +70,12 @@ def _join(place: Place, facts: Facts, start_secs: float, lost_secs: float) -> No
 
 def _versions() -> dict[str, str]:
     """Of what computes; equal sources compile the same programs."""
-    root, digest = pathlib.Path(rat_jax.__file__).parents[1], hashlib.sha256()
+    root, digest = pathlib.Path(__file__).parents[2], hashlib.sha256()
     for file in sorted([*root.glob("rat_jax/**/*.py"), *root.glob("pallas_kernels/**/*.py")]):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
         "flax": flax.__version__,
-        "rat_jax": f"{rat_jax.__version__} of sources {digest.hexdigest()[:12]}",
+        "rat_jax": f"sources {digest.hexdigest()[:12]}",
     }

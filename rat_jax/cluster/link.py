@@ -23,7 +23,6 @@ class Link:
         self._rest = b""
         self._lock = threading.Lock()
         connection.settimeout(_SEND_SECS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         """For `select`."""

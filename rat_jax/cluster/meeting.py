@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import selectors
 import socket
 import sys
@@ -54,9 +55,8 @@ class _Reception:
         try:
             self._server = _listen(place.port)
         except OSError as error:
-            raise MeetingError(
-                f"process 0 cannot listen at {place.address}, port {place.port}: {error.strerror}; choose another port"
-            ) from None
+            reason = os.strerror(error.errno)
+            raise MeetingError(f"process 0 cannot listen at {place.address}: {reason}; choose another port") from None
         self._selector.register(self._server, selectors.EVENT_READ)
 
     def __enter__(self) -> "_Reception":

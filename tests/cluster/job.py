@@ -43,6 +43,7 @@ def job(
     num_processes: int = 2,
     devices: int = 2,
     hold: dict[int, int] | None = None,
+    each: dict[int, list[str]] | None = None,
 ) -> Iterator[list[subprocess.Popen]]:
     """The processes of a job that trains in `folder`/run; what still runs at the end of the block is killed.
 
@@ -53,6 +54,7 @@ def job(
       num_processes: 1 gives no flags of a job.
       devices: of each process.
       hold: by process, the step before which it waits for ever.
+      each: by process, further flags of it alone.
     """
     _, _, *arguments = train_command(folder, config)
     address = f"localhost:{free_port()}"
@@ -67,7 +69,7 @@ def job(
                 subprocess.Popen(
                     [
                         *(sys.executable, "-m", "tests.cluster.held_train"),
-                        *(*arguments, *flags, *(place if num_processes > 1 else ())),
+                        *(*arguments, *flags, *(each or {}).get(number, ()), *(place if num_processes > 1 else ())),
                     ],
                     cwd=ROOT,
                     env=os.environ | python | {"XLA_FLAGS": xla, "HOLD_AT": str((hold or {}).get(number, 0))},

@@ -1,4 +1,7 @@
-"""Jobs of processes of this machine: one that is lost ends the others, and the run goes on with any number."""
+"""Jobs of processes of this machine: one that is lost ends the others, and the run goes on with any number.
+
+What they have of `rat_jax.cluster` is in other files; here it is seen to work in train.py.
+"""
 
 import json
 import signal
@@ -73,3 +76,73 @@ def test_two_processes_train_as_one_and_whatever_is_lost_resumes(corpus, tmp_pat
     found, wanted = losses(run), losses(alone)
     assert set(found) == set(wanted) and len(wanted) == 13
     assert max(abs(found[key] - wanted[key]) for key in wanted) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("signal_number", [signal.SIGSTOP, None], ids=["stopped", "stuck"])
+def test_a_process_that_does_nothing_ends_the_other_in_the_stated_time(corpus, tmp_path, number, signal_number):
+    """One is stopped as a whole, or its main thread waits while its watch still gives signs of life."""
+    config = smallest_config(corpus)
+    text, secs = lose(tmp_path, config, number, 5, "--lost_after_secs=10", signal_number=signal_number)
+    assert f"error: process {number} is lost: " in text
+    assert secs < 30
+    assert load_model(tmp_path / "run").step == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_processes(corpus, tmp_path):
+    """1 x 1 devices are killed, 2 x 2 go on: the losses are those of 1 x 1, and both end well."""
+    alone = smallest_config(corpus, mesh__fsdp=1)
+    with job(tmp_path, alone, num_processes=1, devices=1, hold={0: 7}) as processes:
+        wait_until_held(tmp_path, processes, 0, 6)
+    with job(tmp_path, smallest_config(corpus)) as processes:
+        codes = [process.wait(timeout=WAIT_SECS) for process in processes]
+    assert codes == [0, 0], said(tmp_path, 0)
+    assert f"resuming from {tmp_path / 'run/checkpoints/6'}" in said(tmp_path, 0)
+    assert train(alone, tmp_path / "alone").finished
+    found, wanted = losses(tmp_path / "run"), losses(tmp_path / "alone")
+    assert set(found) == set(wanted)
+    assert max(abs(found[key] - wanted[key]) for key in wanted) < 1e-5
+
+
+@pytest.mark.slow
+def test_one_whose_data_are_not_there_ends_all(corpus, tmp_path):
+    """The second process alone refuses; the first, which waits for it, says whose output to read."""
+    config = smallest_config(corpus)
+    with job(tmp_path, config, each={1: ["--config.data.path=nowhere"]}) as processes:
+        codes = [process.wait(timeout=WAIT_SECS) for process in processes]
+    assert codes == [LOST, 2]
+    assert "is not a prepared corpus" in said(tmp_path, 1)
+    assert "error: process 1 has ended with code 2, see what it says" in said(tmp_path, 0)
+    assert "Traceback" not in said(tmp_path, 0) + said(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_other_data_and_other_configs_are_refused_on_all(corpus, tmp_path):
+    other = make_corpus(tmp_path / "other", num_ids=2100)
+    with job(tmp_path, smallest_config(corpus), each={1: [f"--config.data.path={other}"]}) as processes:
+        codes = [process.wait(timeout=WAIT_SECS) for process in processes]
+    assert codes == [2, 2]
+    for number in range(2):
+        assert "error: the hosts have different data: " in said(tmp_path, number)
+        assert "for process 1 and" in said(tmp_path, number)
+    with job(tmp_path, smallest_config(corpus), each={1: ["--config.seed=5"]}) as processes:
+        codes = [process.wait(timeout=WAIT_SECS) for process in processes]
+    assert codes == [2, 2]
+    for number in range(2):
+        assert "differs from process 0: config.seed is 5 there, 0 here" in said(tmp_path, number)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_is_named(corpus, tmp_path):
+    with job(tmp_path, smallest_config(corpus), "--start_timeout_secs=5") as processes:
+        processes[1].kill()
+        assert processes[0].wait(timeout=WAIT_SECS) == LOST
+    assert "error: process 1 of 2 did not come to localhost:" in said(tmp_path, 0)
+    assert "within 5 s; nothing was changed" in said(tmp_path, 0)
+    with job(tmp_path, smallest_config(corpus), "--start_timeout_secs=5") as processes:
+        processes[0].kill()
+        assert processes[1].wait(timeout=WAIT_SECS) == LOST
+    assert "error: process 0 was not reached at localhost:" in said(tmp_path, 1)

@@ -1,8 +1,10 @@
 """The start of a job: flags that say which process this is, the meeting, the watch, and JAX's own service."""
 
 import hashlib
+import importlib.metadata
 import pathlib
 import platform
+import sys
 from collections.abc import Callable
 
 import flax
@@ -43,12 +45,25 @@ def define_cluster_flags() -> Callable[[Facts], None]:
             if not least <= flag.value < 1e6:
                 raise FlagError(f"--{flag.name} is {flag.value:g}; it must be {least:g} or more seconds")
         place = place_of_flags(address.value, num_processes.value, process_id.value)
-        if address.value is None and (distributed.value or (distributed.value is None and is_tpu_host())):
-            place = detected_place(start_secs.value)
+        if place is None and address.value is None:
+            place = _found_place(distributed.value, start_secs.value)
         if place is not None:
             _join(place, _versions() | facts, start_secs.value, lost_secs.value)
 
     return join
+
+
+def _found_place(distributed: bool | None, within_secs: float) -> Place | None:
+    """What JAX finds, where it is asked for; None: left out, which asks on a TPU host, and goes on alone there."""
+    if distributed is False or (distributed is None and not is_tpu_host()):
+        return None
+    try:
+        return detected_place(within_secs)
+    except FlagError as error:
+        if distributed:
+            raise
+        print(f"this TPU host is taken for the only one: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def _join(place: Place, facts: Facts, start_secs: float, lost_secs: float) -> None:
@@ -76,6 +91,7 @@ def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "flax": flax.__version__,
         "rat_jax": f"sources {digest.hexdigest()[:12]}",
     }

@@ -82,7 +82,7 @@ def is_tpu_host() -> bool:
 
 
 def local_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Devices of a process that SLURM or Open MPI started; see `Place`.
+    """Devices of a process that a cluster started; see `Place`.
 
     JAX gives each its `SLURM_LOCALID`-th card alone. Here the processes of a node share its cards evenly, so that one
     alone has all of them, and those that SLURM bound to cards of their own have these.
@@ -94,6 +94,8 @@ def local_device_ids(environ: Mapping[str, str]) -> tuple[int, ...] | None:
         return None
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environ:
         return () if environ["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1" else None
+    if "SLURM_LOCALID" not in environ:
+        return ()
     tasks = _slurm_tasks(environ)
     if tasks is None:
         return None
@@ -121,9 +123,7 @@ def _names_devices(environ: Mapping[str, str]) -> bool:
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
-    """Tasks of this step on this node; None if it is none of SLURM's, or SLURM does not say."""
-    if "SLURM_LOCALID" not in environ:
-        return None
+    """Tasks of this step on this node; None if SLURM does not say."""
     counts = []  # by node
     for part in environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "")).split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

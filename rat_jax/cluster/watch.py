@@ -68,11 +68,11 @@ class Watch:
         self._silent_secs = lost_after_secs - 2 * self._beat_secs  # what is left is the way of the news
         self._behind: dict[int, tuple[int, float]] = {}  # processes that others wait for: their step, since when
         self._failure: tuple[str, float] | None = None  # of another process: what to say, and when to end for it
-        self._leaving = False
+        self._leaving = self._ending = False
         self._all_ended = threading.Event()
         self._stopped = threading.Event()
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(before_exit(lambda: self._tell_end(INTERRUPTED, failed=True)))
+        self._stack.enter_context(before_exit(self._tell_interrupted))
         self._stack.enter_context(_delay_aborts())
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -195,6 +195,11 @@ class Watch:
         else:
             self._send_all({"ended": code, "failed": failed})
 
+    def _tell_interrupted(self) -> None:
+        """Of a signal that ends this process alone, before there is something to save."""
+        if not self._ending:
+            self._tell_end(INTERRUPTED, failed=True)
+
     def _look_for_end(self) -> None:
         if all(peer.ended for peer in self._peers.values()):
             self._all_ended.set()
@@ -207,7 +212,7 @@ class Watch:
     def _end(self, text: str) -> None:
         """Ends this process: its main thread waits for the others, most likely in the midst of a collective."""
         write_line(f"error: {text}; this process ends as well. What was saved is good, and the same command resumes")
-        self._stack.pop_all()
+        self._ending = True
         do_last_acts()
         os._exit(LOST)
 

@@ -5,6 +5,8 @@ What they have of `rat_jax.cluster` is in other files; here it is seen to work i
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,8 +14,10 @@ import pytest
 from rat_jax.checkpoints.store import load_model
 from rat_jax.program import LOST
 from rat_jax.training import train
-from tests.cluster.job import WAIT_SECS, job, said, smallest_config
-from tests.tiny_run import make_corpus
+from tests.cluster.job import WAIT_SECS, free_port, job, said, smallest_config
+from tests.commands import ROOT
+from tests.documented import PAGES, blocks
+from tests.tiny_run import make_corpus, train_command
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +150,24 @@ def test_a_process_that_does_not_come_is_named(corpus, tmp_path):
         processes[0].kill()
         assert processes[1].wait(timeout=WAIT_SECS) == LOST
     assert "error: process 0 was not reached at localhost:" in said(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_the_local_script_of_the_documentation_runs(corpus, tmp_path):
+    config = smallest_config(corpus, mesh__fsdp=1, training__num_steps=2, training__validate_every_steps=2)
+    train_command(tmp_path, config)
+    (script,) = (block for page in PAGES for block in blocks(page, "sh") if "--process_id=$i" in block)
+    for old, new in (
+        ("configs/default.py", str(tmp_path / "config.py")),
+        ("runs/two", str(tmp_path / "run")),
+        (":8476", f":{free_port()}"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    python = f'python() {{ "{sys.executable}" "$@"; }}'
+    done = subprocess.run(
+        ["bash", "-c", f"{python}\n{script}"], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECS
+    )
+    assert done.returncode == 0, done.stderr
+    assert "devices     2 x cpu" in done.stderr
+    assert load_model(tmp_path / "run").step == 2

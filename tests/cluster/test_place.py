@@ -2,6 +2,7 @@
 
 import pytest
 
+from rat_jax.cluster import launch
 from rat_jax.cluster.place import Place, detected_place, local_device_ids, place_of_flags
 from rat_jax.program import FlagError
 
@@ -95,3 +96,26 @@ def test_cards_that_do_not_divide_are_named():
 @pytest.mark.parametrize(("processes", "devices"), [("1", ()), ("4", None)])
 def test_one_process_of_open_mpi_has_all_cards(processes, devices):
     assert local_device_ids({"OMPI_COMM_WORLD_LOCAL_SIZE": processes}) == devices
+
+
+@pytest.mark.parametrize(
+    ("distributed", "on_tpu", "asks"),
+    [(None, False, False), (None, True, True), (False, True, False), (True, False, True)],
+)
+def test_what_asks_for_other_hosts(monkeypatch, distributed, on_tpu, asks):
+    place = Place("host:80", 2, 0, ())
+    monkeypatch.setattr(launch, "is_tpu_host", lambda: on_tpu)
+    monkeypatch.setattr(launch, "detected_place", lambda within_secs: place)
+    assert launch._found_place(distributed, 1.0) == (place if asks else None)
+
+
+def test_a_tpu_host_that_finds_no_other_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "is_tpu_host", lambda: True)
+    assert launch._found_place(None, 1.0) is None
+    assert "this TPU host is taken for the only one: --distributed: " in capsys.readouterr().err
+    with pytest.raises(FlagError):
+        launch._found_place(True, 1.0)
+
+
+def test_without_a_cluster_jax_is_to_take_all_devices():
+    assert local_device_ids({}) == ()

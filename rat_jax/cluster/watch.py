@@ -34,7 +34,7 @@ _LONGEST_BEAT_SECS = 5.0
 _LOOK_SECS = 0.2
 _GRACE_SECS = 5.0  # for others to end by themselves when one has failed: mostly all find the same fault
 _END_SECS = 300.0  # that a process which has ended well waits for the others
-_ABORT_SECS = int(signal.SIGABRT)  # see `_delay_aborts`
+_FAREWELL_SECS = 1.0  # for others to read the first one's last words
 _VERDICT_SECS = 2.0  # after an error of a device, which may be that of a connection to a lost process
 
 
@@ -88,6 +88,7 @@ class Watch:
         self._stack.close()
         if self._is_first:
             self._send_all({"over": True})
+            self._read_all(_FAREWELL_SECS)  # JAX's agents abort processes that the first one leaves behind
         for peer in self._peers.values():
             peer.link.close()
 
@@ -172,15 +173,22 @@ class Watch:
         text = f"process {number} is lost: {reason}"
         if self._is_first:
             self._send_all({"lost": text})
-            until = time.monotonic() + 2 * _LOOK_SECS  # what they sent meanwhile must be read, or ours is not
-            while time.monotonic() < until:
-                for peer in self._peers.values():
-                    with contextlib.suppress(LinkError), selectors.DefaultSelector() as selector:
-                        selector.register(peer.link, selectors.EVENT_READ)
-                        if selector.select(0):
-                            peer.link.receive()
-                time.sleep(_LOOK_SECS / 4)
+            self._read_all(_FAREWELL_SECS)
         self._end(text)
+
+    def _read_all(self, within_secs: float) -> None:
+        """Reads what others still send until they close: where it is not read, what was sent to them can be lost."""
+        until = time.monotonic() + within_secs
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers.values():
+                with contextlib.suppress(ValueError):  # it is closed
+                    selector.register(peer.link, selectors.EVENT_READ)
+            while selector.get_map() and (left := until - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    try:
+                        key.fileobj.receive()
+                    except LinkError:
+                        selector.unregister(key.fileobj)
 
     def _note_failure(self, text: str, now: float) -> None:
         if self._failure is None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from rat_jax.cluster import watch
 from rat_jax.cluster.link import Link
 from rat_jax.cluster.watch import Watch
+from tests.commands import ROOT
 
 SECS = 2.0  # after which a process counts as lost
 
@@ -124,3 +127,14 @@ def test_where_all_find_the_same_fault_each_ends_by_itself(job):
     job.watches[0].leave(2)
     time.sleep(1.0)
     assert job.ends == {}
+
+
+def test_an_abort_leaves_the_watch_time_to_end_the_process_in_its_own_words():
+    """Another process: one that aborts at once has no such time."""
+    program = (
+        "import ctypes, os, threading; from rat_jax.cluster.watch import _delay_aborts\n"
+        "threading.Timer(0.5, lambda: os._exit(76)).start()\n"
+        "with _delay_aborts(): ctypes.CDLL(None).abort()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120, check=False)
+    assert done.returncode == 76

@@ -282,9 +282,9 @@ def leave(code: int) -> None:
     if _of_process is None:
         return
     if (error := sys.exception()) is not None:
-        traceback.print_exception(error)
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(_VERDICT_SECS)
+        traceback.print_exception(error)
     _of_process.leave(code)
     _of_process = None
     if code not in (0, INTERRUPTED):

@@ -63,7 +63,7 @@ class Checkpoints:
         self._writer: ArrayWriter | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        self._key = f"rat_jax/checkpoints/{next(_serials)}"
+        self._serial, self._save_serials = next(_serials), itertools.count()
         self._told: str | None = None  # the key of the save before
 
     @property
@@ -160,7 +160,8 @@ class Checkpoints:
         if self._writer is None:
             self._writer = ArrayWriter()
         self._writer.start(path, items)
-        self._pending = self._background.submit(self._finish, path, manifest)
+        key = f"rat_jax/checkpoints/{self._serial}/{next(self._save_serials)}"
+        self._pending = self._background.submit(self._finish, path, manifest, key)
 
     def wait(self) -> None:
         """Returns when what was being saved is complete.
@@ -183,9 +184,8 @@ class Checkpoints:
                 self._writer.close()
                 self._writer = None
 
-    def _finish(self, path: pathlib.Path, manifest: Manifest) -> None:
+    def _finish(self, path: pathlib.Path, manifest: Manifest, key: str) -> None:
         """Completes what was written, in the background: on all hosts, or on none."""
-        key = f"{self._key}/{manifest.folder}"
         if jax.process_index() != 0:
             self._finish_with_first(path, manifest, key)
         elif jax.process_count() == 1:

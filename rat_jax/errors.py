@@ -11,6 +11,10 @@ class RunStopped(RatJaxError):
     """What had begun could not go on; the message says what was kept. A program ends with 1, else with 2."""
 
 
+class ProcessLost(RatJaxError):
+    """Another process of the job is lost, or did not come; a program ends with 76."""
+
+
 class ConfigError(RatJaxError, ValueError):
     """A value or a combination of values that no run, model or mixer can have; the message names the field."""
 

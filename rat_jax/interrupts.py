@@ -59,7 +59,7 @@ class Interrupts:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif self._mode == "note":
-            _write(f"{signal.Signals(number).name}: ending as soon as nothing is lost; a third signal ends at once")
+            write_line(f"{signal.Signals(number).name}: ending as soon as nothing is lost; a third signal ends at once")
         elif self._mode == "raise" and self._num_requests == 1:
             raise KeyboardInterrupt
 
@@ -113,11 +113,16 @@ def before_exit(act: Callable[[], None]) -> Iterator[None]:
         _last_acts.remove(act)
 
 
-def _leave() -> None:
-    _write(NOTHING_LOST)
+def do_last_acts() -> None:
+    """Does what `before_exit` was given, for whatever ends the process in a thread."""
     for act in reversed(_last_acts):
         with contextlib.suppress(OSError):
             act()
+
+
+def _leave() -> None:
+    write_line(NOTHING_LOST)
+    do_last_acts()
     os._exit(INTERRUPTED)
 
 
@@ -153,6 +158,6 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _write(line: str) -> None:
+def write_line(line: str) -> None:
     """To standard error, whatever is being written there: files of Python refuse to be entered twice."""
     os.write(2, f"\n{line}\n".encode())

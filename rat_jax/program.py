@@ -4,6 +4,7 @@
 1   what had begun could not go on (`RunStopped`), or the system refused a file on the way
 2   flags, config, data or files do not fit, and nothing was changed
 75  a signal ended it, and nothing is lost: the same command resumes (EX_TEMPFAIL of sysexits.h, for schedulers)
+76  another process of the job is lost, stuck or did not come (`rat_jax.cluster`): the same command resumes
 """
 
 import argparse
@@ -14,11 +15,11 @@ from typing import Literal, NoReturn
 
 from absl import app, flags, logging
 
-from rat_jax.errors import RatJaxError, RunStopped
+from rat_jax.errors import ProcessLost, RatJaxError, RunStopped
 from rat_jax.files import explain
 from rat_jax.interrupts import INTERRUPTED, NOTHING_LOST, caught, of_program
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, LOST = 1, 2, 76
 
 
 class FlagError(RatJaxError, ValueError):
@@ -37,6 +38,7 @@ def run(
     *,
     required: Sequence[str] = (),
     interrupts: Literal["exit", "raise"] = "exit",
+    at_end: Callable[[int], None] = lambda code: None,
 ) -> None:
     """Reads the flags of absl, runs a program and ends the process.
 
@@ -44,11 +46,16 @@ def run(
       body: the program; returns its exit code, None for 0.
       required: flags that must be given. They are checked after `--help`.
       interrupts: what signals do at first, see `rat_jax.interrupts`.
+      at_end: called with the exit code when the body has ended, however it did.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax reports each step of a restore
     app.define_help_flags()
     with of_program(interrupts):
-        code = exit_code(lambda: _parse_and_run(body, required))
+        code = FAILED
+        try:
+            code = exit_code(lambda: _parse_and_run(body, required))
+        finally:
+            at_end(code)
     sys.exit(code)
 
 
@@ -59,6 +66,8 @@ def exit_code(body: Callable[[], int | None]) -> int:
             return body() or 0
     except RunStopped as error:
         return _failed(error, FAILED)
+    except ProcessLost as error:
+        return _failed(error, LOST)
     except RatJaxError as error:
         return _failed(error, REFUSED)
     except BrokenPipeError:

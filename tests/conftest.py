@@ -52,7 +52,10 @@ def annotations_unchecked():
 
 @pytest.fixture
 def as_host(monkeypatch):
-    """Calls a function as one of two hosts, the first before the second, which hears what the first sent."""
+    """Calls a function as one of two hosts, the first before the second, which hears what the first sent.
+
+    What hosts gather is the same of both.
+    """
     sent = []
 
     def call(index, function):
@@ -72,6 +75,7 @@ def as_host(monkeypatch):
             patch.setattr(jax, "process_count", lambda: 2)
             patch.setattr(jax, "process_index", lambda: index)
             patch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+            patch.setattr(multihost_utils, "process_allgather", lambda value: np.stack([value, value]))
             return function()
 
     return call

@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.processes": set(),
     "rat_jax.interrupts": set(),
     "rat_jax.program": {"rat_jax.errors", "rat_jax.files", "rat_jax.interrupts"},
+    "rat_jax.cluster": {"rat_jax.errors", "rat_jax.interrupts", "rat_jax.program"},
     "rat_jax.memory": set(),
     "rat_jax.chips": set(),
     "rat_jax.compilation_cache": {"rat_jax.files", "rat_jax.paths"},
@@ -161,6 +162,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "rat_jax.training": {
         "rat_jax.pictures",
+        "rat_jax.cluster",
         "rat_jax.checkpoints",
         "rat_jax.chips",
         "rat_jax.config",

@@ -96,6 +96,7 @@ PATH_FLAGS = {
 TEXT_FLAGS = {
     "eval.py": {"context_lengths", "tasks"},
     "generate.py": {"prompt", "stop"},
+    "rat_jax/cluster/launch.py": {"coordinator_address"},
     "train.py": {"topology"},
     "rat_jax/data/prepare_flags.py": {"--document_separator", "--eos_token", "--field"},
     "rat_jax/evaluation/ruler/__main__.py": {"--eos_token", "--task", "--templates", "--words"},

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rat_jax import program
-from rat_jax.errors import RatJaxError, RunStopped, shown
+from rat_jax.errors import ProcessLost, RatJaxError, RunStopped, shown
 from tests.commands import ROOT
 
 
@@ -24,6 +24,7 @@ def test_exit_codes(capsys):
     assert outcome(capsys, None) == (0, "")
     assert outcome(capsys, RatJaxError("a\n  b\n")) == (2, "error: a; b\n")
     assert outcome(capsys, RunStopped("a")) == (1, "error: a\n")
+    assert outcome(capsys, ProcessLost("a")) == (76, "error: a\n")
     full = OSError(errno.ENOSPC, "No space left on device", "/some/file")
     assert outcome(capsys, full) == (1, "error: /some/file: No space left on device; make room on its disk\n")
     assert outcome(capsys, KeyboardInterrupt())[0] == 75
@@ -37,6 +38,15 @@ def test_a_reader_that_has_ended_is_one_line():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "error: what read the output has ended\n")
+
+
+@pytest.mark.parametrize(("body", "code"), [(lambda: 3, 3), (lambda: 1 // 0, 1)])
+def test_the_end_is_told_however_it_comes(monkeypatch, body, code):
+    monkeypatch.setattr(program, "_parse_and_run", lambda body, required: body())
+    codes = []
+    with pytest.raises((SystemExit, ZeroDivisionError)):
+        program.run(body, at_end=codes.append)
+    assert codes == [code]
 
 
 def test_bugs_are_tracebacks():

@@ -1,23 +1,21 @@
 """The manifest of a checkpoint: what it holds, and how to see that all of it is still there."""
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import pathlib
 import platform
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection
+from typing import Any
 
 import flax
 import jax
 
 from rat_jax.checkpoints.arrays import ORBAX_VERSION, REQUIRED_FILES
-from rat_jax.checkpoints.hosts import on_first_host
+from rat_jax.checkpoints.digests import in_parallel, sha256, shares
+from rat_jax.checkpoints.hosts import gathered, on_first_host
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config, ConfigError, config_from_dict, config_to_dict
 from rat_jax.data.json_object import checksum, is_digest
-from rat_jax.data.workers import available_cpus
 from rat_jax.files import ContentError, FileError, explain, read_object, write_json
 
 FORMAT_VERSION = 4
@@ -28,7 +26,6 @@ _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 MANIFEST_FILE = "manifest.json"
 MODEL_ONLY_FOLDER = "0"  # where a model alone is saved, whatever its step: a run that starts from it saves later steps
 ITEMS = ("params", "optimizer")
-S, T = TypeVar("S"), TypeVar("T")
 
 
 class VersionError(CheckpointError):
@@ -120,13 +117,21 @@ class Manifest:
         _check_files(values["files"], values["arrays"])
         return cls(**values | {"config": config})
 
-    def verify(self, path: pathlib.Path, *, contents: bool = True, unread: Collection[str] = ()) -> None:
-        """Compares all files of a checkpoint with what was written.
+    def verify(
+        self,
+        path: pathlib.Path,
+        *,
+        contents: bool = True,
+        unread: Collection[str] = (),
+        names: Collection[str] | None = None,
+    ) -> None:
+        """Compares the files of a checkpoint with what was written.
 
         Args:
           path: of the checkpoint.
           contents: False looks at sizes alone.
           unread: items of which sizes suffice in any case.
+          names: of the files to compare; None: all.
 
         Raises:
           CheckpointError: naming the first that is missing, cut short, changed or not listed.
@@ -136,7 +141,7 @@ class Manifest:
         def damage_of(name: str) -> str | None:
             return self._damage(path, name, contents and name.partition("/")[0] not in unread)
 
-        for damage in in_parallel(damage_of, self.files):
+        for damage in in_parallel(damage_of, self.files if names is None else names):
             if damage is not None:
                 raise CheckpointError(f"{path} is damaged: {damage}")
         for item in self.arrays:
@@ -144,6 +149,36 @@ class Manifest:
                 name = str(file.relative_to(path))
                 if name not in self.files and file.is_file():
                     raise CheckpointError(f"{path} is damaged: its {MANIFEST_FILE} does not list {name}")
+
+    def verify_together(self, path: pathlib.Path) -> None:
+        """`verify` by all hosts, each of which reads a part; all must call this together, and all raise the same.
+
+        Of damage that another host finds the first decides: a file system may show it a file later.
+
+        Raises:
+          CheckpointError: as `verify`.
+          FileError: if the system refuses one of them to read, or if a host alone finds damage.
+        """
+        parts = shares({name: size for name, (size, _) in self.files.items()}, jax.process_count())
+        damage, refusal = None, None
+        try:
+            self.verify(path, names=parts[jax.process_index()])
+        except CheckpointError as error:
+            damage = str(error)
+        except FileError as error:
+            refusal = str(error)
+        found = gathered([damage, refusal])
+        for number, (_, refusal) in enumerate(found):
+            if refusal is not None:
+                raise FileError(f"process {number}: {refusal}")
+        if found[0][0] is not None:
+            raise CheckpointError(found[0][0])
+        for number, (damage, _) in enumerate(found):
+            if damage is not None:
+                on_first_host(lambda names=parts[number]: self.verify(path, names=names))
+                raise FileError(
+                    f"process {number} alone finds: {damage}. See that it has the same storage as process 0"
+                )
 
     def _damage(self, path: pathlib.Path, name: str, contents: bool) -> str | None:
         """What is wrong with a file; None: nothing."""
@@ -253,18 +288,3 @@ def versions_here() -> dict[str, str]:
         "orbax-checkpoint": ORBAX_VERSION,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def in_parallel(function: Callable[[S], T], arguments: Collection[S]) -> Iterator[T]:
-    """Results in order, by a thread a CPU: for functions that wait, or that hash, which holds no lock.
-
-    A checkpoint of 1.3 billion parameters and its optimizer has 16 GB, some ten seconds of one CPU.
-    """
-    with concurrent.futures.ThreadPoolExecutor(available_cpus()) as pool:
-        yield from pool.map(function, arguments)
-
-
-def sha256(file: pathlib.Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from rat_jax.checkpoints.hosts import on_first_host
+from rat_jax.checkpoints.hosts import check_shared, on_first_host
 from rat_jax.checkpoints.workdir import OWNER_FILE, CheckpointError
 from rat_jax.errors import RunStopped
 from rat_jax.fields import fits
@@ -178,12 +178,14 @@ def owned(folder: pathlib.Path) -> Iterator[Owner | None]:
 
     Raises:
       HeldError: if another process is the owner, or may be.
+      CheckpointError: if a host does not see the folder of the first.
       FileError: if the system refuses to make the folder or to write in it.
       RunStopped: if the block ended well and the system refuses to remove the file.
     """
     with contextlib.ExitStack() as stack:
         owners = []
         on_first_host(lambda: owners.append(stack.enter_context(_owned(folder))))
+        check_shared(folder / OWNER_FILE)
         yield owners[0] if owners else None
 
 

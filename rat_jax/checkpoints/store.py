@@ -8,6 +8,7 @@ WORKDIR/checkpoints/STEP/
 
 import concurrent.futures
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -22,15 +23,10 @@ from rat_jax.checkpoints.arrays import (
     restore_arrays,
     write_errors,
 )
+from rat_jax.checkpoints.digests import all_digests, tell_own_digests
 from rat_jax.checkpoints.folder import aside, check_way, clean, remove_old, set_aside, step_folders
-from rat_jax.checkpoints.manifest import (
-    Manifest,
-    VersionError,
-    from_first_host,
-    in_parallel,
-    sha256,
-    versions_here,
-)
+from rat_jax.checkpoints.hosts import forget, hear, on_first_host, tell, tell_error
+from rat_jax.checkpoints.manifest import Manifest, VersionError, from_first_host, versions_here
 from rat_jax.checkpoints.owner import Owner
 from rat_jax.checkpoints.run_log import read_log
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
@@ -43,6 +39,7 @@ from rat_jax.sharding import shardings
 __all__ = ["CheckpointError", "Checkpoints", "LoadedModel", "Manifest", "load_model"]
 
 T = TypeVar("T")
+_serials = itertools.count()  # of those made in this process: what its hosts tell each other is under a name of its own
 
 
 class Checkpoints:
@@ -66,6 +63,8 @@ class Checkpoints:
         self._writer: ArrayWriter | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._serial, self._save_serials = next(_serials), itertools.count()
+        self._told: str | None = None  # the key of the save before
 
     @property
     def saved_step(self) -> int | None:
@@ -106,10 +105,18 @@ class Checkpoints:
           CheckpointError: if no good one is left of a run that saved some, or another version of the code wrote one.
           FileError: if the system refuses to read or move one.
         """
-        found = from_first_host(self._folder, self._walk_back)
-        if found is not None:
-            self._saved_step = int(found[1].folder)
-        return found
+        on_first_host(self._clean)
+        while (found := from_first_host(self._folder, self._newest_complete)) is not None:
+            path, manifest = found
+            try:
+                manifest.verify_together(path)
+            except CheckpointError as damage:
+                on_first_host(lambda path=path, damage=damage: self._set_aside(path, damage))
+                continue
+            on_first_host(lambda step=int(path.name): check_way(self._folder, step))
+            self._saved_step = int(manifest.folder)
+            return found
+        return None
 
     def restore(self, path: pathlib.Path, manifest: Manifest, item: str, target: Any) -> Any:
         """Arrays of a checkpoint in the structure, dtypes and shardings of an abstract `target`.
@@ -153,7 +160,8 @@ class Checkpoints:
         if self._writer is None:
             self._writer = ArrayWriter()
         self._writer.start(path, items)
-        self._pending = self._background.submit(self._finish, path, manifest)
+        key = f"rat_jax/checkpoints/{self._serial}/{next(self._save_serials)}"
+        self._pending = self._background.submit(self._finish, path, manifest, key)
 
     def wait(self) -> None:
         """Returns when what was being saved is complete.
@@ -176,44 +184,67 @@ class Checkpoints:
                 self._writer.close()
                 self._writer = None
 
-    def _finish(self, path: pathlib.Path, manifest: Manifest) -> None:
+    def _finish(self, path: pathlib.Path, manifest: Manifest, key: str) -> None:
+        """Completes what was written, in the background: on all hosts, or on none."""
+        if jax.process_index() != 0:
+            self._finish_with_first(path, manifest, key)
+        elif jax.process_count() == 1:
+            self._finish_first(path, manifest, key)
+        else:
+            try:
+                self._finish_first(path, manifest, key)
+            except (CheckpointError, FileError) as error:
+                tell_error(f"{key}/done", error)
+                raise
+            tell(f"{key}/done", None)
+
+    def _finish_first(self, path: pathlib.Path, manifest: Manifest, key: str) -> None:
         self._writer.wait(path)
-        is_first_host = jax.process_index() == 0
         with write_errors(path):
-            if is_first_host:
-                files = sorted(file for file in path.rglob("*") if file.is_file())
-                digests = {
-                    str(file.relative_to(path)): [file.stat().st_size, digest]
-                    for file, digest in zip(files, in_parallel(sha256, files), strict=True)
-                }
-                if self._owner is not None:
-                    self._owner.check()
-                dataclasses.replace(manifest, files=digests).write(path)
+            files = all_digests(path, key)
+            if self._told is not None:  # before those of this step
+                forget(self._told)
+            self._told = key
+            if self._owner is not None:
+                self._owner.check()
+            dataclasses.replace(manifest, files=files).write(path)
         self._saved_step = int(manifest.folder)  # it is complete, whatever becomes of the note
         self._report(f"saved {path}")
-        if is_first_host:
-            self._workdir.note_saved(int(manifest.folder))
-            remove_old(self._folder, self._config.training.checkpoints_to_keep, self._report)
+        self._workdir.note_saved(int(manifest.folder))
+        remove_old(self._folder, self._config.training.checkpoints_to_keep, self._report)
 
-    def _walk_back(self) -> tuple[pathlib.Path, Manifest] | None:
-        """The newest good checkpoint."""
+    def _finish_with_first(self, path: pathlib.Path, manifest: Manifest, key: str) -> None:
+        try:
+            self._writer.wait(path)
+            with write_errors(path):
+                tell_own_digests(path, key)
+        except CheckpointError as error:
+            tell_error(f"{key}/{jax.process_index()}", error)
+            raise
+        hear(f"{key}/done", 0)
+        self._saved_step = int(manifest.folder)
+
+    def _clean(self) -> None:
+        if not self._workdir.is_new():
+            clean(self._folder, self._report)
+
+    def _newest_complete(self) -> tuple[pathlib.Path, Manifest] | None:
+        """The newest checkpoint with a good manifest, its files not looked at; what is newer is set aside."""
         if self._workdir.is_new():
             return None
-        clean(self._folder, self._report)
         for path in step_folders(self._folder):
             try:
-                manifest = Manifest.read(path)
-                manifest.verify(path)
+                return path, Manifest.read(path)
             except VersionError:  # not to be set aside: it is good for other code
                 raise
             except CheckpointError as error:
-                self._report(f"{error}; it is now {set_aside(path)}")
-                continue
-            check_way(self._folder, int(path.name))
-            return path, manifest
+                self._set_aside(path, error)
         check_way(self._folder, -1)
         self._refuse_to_start_over()
         return None
+
+    def _set_aside(self, path: pathlib.Path, damage: CheckpointError) -> None:
+        self._report(f"{damage}; it is now {set_aside(path)}")
 
     def _refuse_to_start_over(self) -> None:
         """Of a run that has no good checkpoint: refuses if it had one."""

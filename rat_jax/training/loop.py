@@ -6,6 +6,7 @@ from time import monotonic
 
 import jax
 
+from rat_jax import cluster
 from rat_jax.checkpoints.store import Checkpoints, abstract_model
 from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.config import Config
@@ -83,6 +84,7 @@ class TrainLoop:
     def _turn(self) -> TrainResult | None:
         """What is due after the steps done, and one step more; returns the result where none is to follow."""
         done, training, progress = self._done, self._training, self.progress
+        cluster.reached(done)
         if done > self._saved and self._is_save_due():
             self._save()
         is_due = done == training.num_steps or (done > 0 and done % training.validate_every_steps == 0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import tqdm
 
+from rat_jax import cluster
 from rat_jax.config import Config
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.flops import mfu
@@ -159,7 +160,7 @@ class TrainMonitor:
         self._called.add(program)
         say(f"compiling the {program}, which can take a minute or two ...")
         start = time.perf_counter()
-        with self.pause("compiling"):
+        with self.pause("compiling"), cluster.busy():
             yield
         say(f"compiled the {program} in {time.perf_counter() - start:.1f} s")
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rat_jax.checkpoints.hosts import on_first_host
+from rat_jax.checkpoints.hosts import difference_from_first, on_first_host
 from rat_jax.checkpoints.owner import Owner, owned
 from rat_jax.checkpoints.run_log import Record, read_log
 from rat_jax.checkpoints.store import Checkpoints, Manifest
@@ -20,6 +20,7 @@ from rat_jax.checkpoints.workdir import (
     check_same_run,
 )
 from rat_jax.config import Config, with_absolute_paths
+from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
@@ -86,6 +87,8 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     rows = {"vocab_size": config.model.vocab_size, "process_index": place, "process_count": count}
     data = TrainData(config.data, seed=config.seed, **rows)
     validation = ValidationData(config.data, max_batches=config.training.validation_batches, **rows)
+    if (difference := difference_from_first(data.fingerprint)) is not None:
+        raise DataError(f"the hosts have different data: {difference}")
     evaluators = make_evaluators(config, corpus, mesh_of_rows(mesh), workdir)
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)

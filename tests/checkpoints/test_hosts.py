@@ -3,10 +3,15 @@
 import errno
 import os
 
+import jax
+import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from rat_jax.checkpoints.hosts import on_first_host
+from rat_jax.checkpoints import digests, hosts
+from rat_jax.checkpoints import manifest as manifest_module
+from rat_jax.checkpoints.digests import sha256, shares
+from rat_jax.checkpoints.hosts import check_shared, difference_from_first, gathered, on_first_host
 from rat_jax.checkpoints.manifest import Manifest
 from rat_jax.checkpoints.owner import HeldError
 from rat_jax.checkpoints.store import Checkpoints, find_checkpoint
@@ -83,6 +88,138 @@ def test_checkpoints_are_those_that_the_first_host_sees(as_host, tmp_path, monke
     checkpoints.close()
 
 
-def test_one_host_alone_sends_nothing(monkeypatch):
+def test_one_host_alone_sends_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", pytest.fail)
+    monkeypatch.setattr(multihost_utils, "process_allgather", pytest.fail)
     assert on_first_host(lambda: "result") == "result"
+    assert gathered({"a": 1}) == [{"a": 1}]
+    assert difference_from_first({"a": 1}) is None
+    check_shared(tmp_path / "no file")
+
+
+@pytest.mark.parametrize("value", [None, [1, None], {"größe": "ä" * 300}])
+def test_what_hosts_gather_is_whole(as_host, value):
+    assert as_host(1, lambda: gathered(value)) == [value, value]
+
+
+def test_values_of_other_lengths_are_gathered_whole(as_host, monkeypatch):
+    """Rows are as long as the longest; here the other host's is `[]`."""
+
+    def gather(value):
+        other = np.asarray(2) if value.ndim == 0 else np.pad(np.frombuffer(b"[]", np.uint8), (0, value.size - 2))
+        return np.stack([value, other])
+
+    def call():
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+        return gathered("long")
+
+    assert as_host(0, call) == ["long", []]
+
+
+def of_hosts(monkeypatch, *values):
+    """What all hosts gave, whatever this one gives."""
+    for module in (hosts, manifest_module):
+        monkeypatch.setattr(module, "gathered", lambda value: list(values))
+
+
+def test_a_field_of_other_data_is_named(monkeypatch):
+    of_hosts(monkeypatch, {"seed": 1, "hash": "a"}, {"seed": 1, "hash": "a"}, {"seed": 1, "hash": "b"})
+    assert difference_from_first({}) == "hash is 'b' for process 2 and 'a' for process 0"
+    of_hosts(monkeypatch, {"seed": 1}, {"seed": 1})
+    assert difference_from_first({}) is None
+
+
+def test_storage_that_is_not_shared_is_named(as_host, monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "_SHARED_SECS", 0.3)
+    file = tmp_path / "owner.json"
+    file.write_text("mine")
+    as_host(0, lambda: check_shared(file))
+    as_host(1, lambda: check_shared(file))  # it sees it
+    of_hosts(monkeypatch, [True, "a"], [True, "b"], [False, "c"])
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path} is not shared: process 2 on c did not see owner.json, which"
+    ):
+        as_host(0, lambda: check_shared(file))
+
+
+def test_a_host_that_sees_another_file_does_not_see_it(as_host, monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "_SHARED_SECS", 0.3)
+    file = tmp_path / "owner.json"
+    file.write_text("mine")
+    as_host(0, lambda: check_shared(file))
+    for change in (lambda: file.write_text("another's"), file.unlink):
+        change()
+        with pytest.raises(CheckpointError, match="is not shared"):
+            as_host(1, lambda: check_shared(file))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A manifest and its files: of two hosts each reads one."""
+    names = [f"{item}/{name}" for item in ("params",) for name in ("_METADATA", "manifest.ocdbt")]
+    for name in names:
+        (tmp_path / "0" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "0" / name).write_text(name)
+    files = {name: [len(name), sha256(tmp_path / "0" / name)] for name in names}
+    arrays = {"params": {"x": [[2], "float32"]}}
+    return Manifest(4, tiny_config("data"), None, {"jax": "0"}, arrays, files), tmp_path / "0"
+
+
+def test_each_host_reads_a_part_of_a_checkpoint(as_host, monkeypatch, checkpoint):
+    manifest, path = checkpoint
+    read = []
+    monkeypatch.setattr(manifest_module, "sha256", lambda file: read.append(file.name) or sha256(file))
+    as_host(0, lambda: manifest.verify_together(path))
+    assert read == ["manifest.ocdbt"]  # the larger one
+    as_host(1, lambda: manifest.verify_together(path))
+    assert read == ["manifest.ocdbt", "_METADATA"]
+
+
+def test_all_hosts_judge_a_checkpoint_alike(as_host, monkeypatch, checkpoint):
+    manifest, path = checkpoint
+    of_hosts(monkeypatch, ["it is damaged: x", None], [None, None])
+    with pytest.raises(CheckpointError, match=r"^it is damaged: x$"):
+        as_host(1, lambda: manifest.verify_together(path))
+    of_hosts(monkeypatch, [None, None], [None, "x cannot be read"])
+    with pytest.raises(FileError, match=r"^process 1: x cannot be read$"):
+        as_host(0, lambda: manifest.verify_together(path))
+
+
+def test_damage_that_another_host_finds_is_looked_at_by_the_first(as_host, monkeypatch, checkpoint):
+    manifest, path = checkpoint
+    of_hosts(monkeypatch, [None, None], ["_METADATA is missing", None])
+    with pytest.raises(FileError, match=r"^process 1 alone finds: _METADATA is missing"):
+        as_host(0, lambda: manifest.verify_together(path))
+    (path / "params/_METADATA").write_text("other")
+    with pytest.raises(CheckpointError, match="_METADATA has 5 bytes, not 16"):
+        as_host(0, lambda: manifest.verify_together(path))
+
+
+def test_files_are_dealt_out_by_their_bytes():
+    sizes = {"a": 7, "b": 1, "c": 4, "d": 3, "e": 1}
+    assert shares(sizes, 2) == [["a", "b"], ["c", "d", "e"]]
+    assert shares(sizes, 1) == [["a", "c", "d", "b", "e"]]
+    assert shares({}, 2) == [[], []]
+
+
+def test_each_host_reads_what_it_wrote(monkeypatch, tmp_path):
+    store = {}
+    monkeypatch.setattr(digests, "tell", store.__setitem__)
+    monkeypatch.setattr(digests, "hear", lambda key, host: store[key])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for name in ("params/_METADATA", "params/ocdbt.process_0/d/x", "params/ocdbt.process_1/d/y"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    digests.tell_own_digests(tmp_path, "key")
+    assert list(store["key/1"]) == ["params/ocdbt.process_1/d/y"]
+    read = []
+    monkeypatch.setattr(digests, "sha256", lambda file: read.append(file.name) or sha256(file))
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    found = digests.all_digests(tmp_path, "key")
+    assert sorted(read) == ["_METADATA", "x"]
+    assert found == {
+        str(file.relative_to(tmp_path)): [file.stat().st_size, sha256(file)]
+        for file in sorted(tmp_path.rglob("*"))
+        if file.is_file()
+    }

@@ -12,7 +12,7 @@ import typing
 
 import pytest
 
-from rat_jax.config import Config, with_absolute_paths
+from rat_jax.config import Config, CorpusConfig, with_absolute_paths
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.paths import PathError, absolute_source
 from rat_jax.program import exit_code
@@ -167,6 +167,21 @@ def test_a_field_is_stored_absolute(name, tmp_path, monkeypatch):
     assert stored("a/b") == stored("~/a/b") == str(tmp_path / "a/b")
     with pytest.raises(PathError, match=f"config.{name} is '{URL}': gs:// is not read directly"):
         stored(URL)
+
+
+def test_paths_of_corpora_are_stored_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("/corpus")
+
+    def stored(path):
+        data = dataclasses.replace(config.data, path="", corpora={"code": CorpusConfig(path, 1.0)})
+        return with_absolute_paths(dataclasses.replace(config, data=data)).data.corpora["code"].path
+
+    assert stored("a/b") == str(tmp_path / "a/b")
+    with pytest.raises(PathError, match=r"config\.data\.corpora\.code\.path is 'gs://.* is not read directly"):
+        stored(URL)
+    with pytest.raises(PathError, match=r"config\.data\.corpora\.code\.path must be a path, got ''"):
+        stored("")
 
 
 @pytest.fixture

@@ -171,10 +171,14 @@ class Corpus:
           DataError: if it is missing or another one.
         """
         template = load_chat_template(self.path)
-        made_by = None if self.examples is None else self.examples.chat_template_hash
-        if (None if template is None else template.hash) != made_by:
+        if (None if template is None else template.hash) != self.chat_template_hash:
             raise DataError(f"{self.path}: its chat template is not the one that made its tokens (the hashes differ)")
         return template
+
+    @property
+    def chat_template_hash(self) -> str | None:
+        """Of what made texts of chats; None if there were none."""
+        return None if self.examples is None else self.examples.chat_template_hash
 
     def _check_tokenizer_hash(self, tokenizer_hash: str) -> None:
         if tokenizer_hash != self.tokenizer_hash:

@@ -1,4 +1,4 @@
-"""Rows of examples to batches: what `rat_jax.data.pipeline.Windows` is for documents."""
+"""Rows of examples to batches: what `rat_jax.data.windows` is for documents."""
 
 import dataclasses
 

@@ -71,6 +71,11 @@ class ExampleRows:
             weights[place, :-1] = self._is_target(row)
         return Batch(tokens, targets, weights, segment_ids if self.segment_documents else None)
 
+    def read_ahead(self, index: int) -> None:
+        """Has the system read a row that will be asked for soon."""
+        if index < self.num_all:
+            self.file.read_row_ahead(index)
+
     def has_target(self, index: int) -> bool:
         """Whether a target of a row counts in the loss; none of a row past the end does."""
         return index < self.num_all and bool(self._is_target(self._read(index)).any())

@@ -46,13 +46,24 @@ class _LocalBatches:
     global_batch_size: int
     first_row: int
     num_rows: int
+    batches_ahead: int  # with a batch the system begins to read the one that is so much later
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, k: int) -> Batch:
+        records = self._records_of(k)
+        self._read_ahead(records)  # those that were not read ahead with an earlier batch
+        self._read_ahead(self._records_of(k + self.batches_ahead))
+        return self._batch(records)
+
+    def _records_of(self, k: int) -> list[tuple[int, int]]:
         start = k * self.global_batch_size + self.first_row
-        return self._batch(self.records(start, start + self.num_rows))
+        return self.records(start, start + self.num_rows) if k < self.num_batches else []
+
+    def _read_ahead(self, records: Sequence[tuple[int, int]]) -> None:
+        for source, record in records:
+            self.sources[source].read_ahead(record)
 
     def records(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Source and record of the rows `start` .. `stop` - 1 of all batches and hosts."""
@@ -140,6 +151,7 @@ class TrainData(Iterator[Batch]):
             global_batch_size=config.global_batch_size,
             first_row=first_row,
             num_rows=num_rows,
+            batches_ahead=max(1, config.num_workers),
         )
         self._batches = grain.MapDataset.source(self._rows)
         self._num_workers = config.num_workers
@@ -227,6 +239,7 @@ class ValidationData:
             global_batch_size=config.global_batch_size,
             first_row=first_row,
             num_rows=num_local_rows,
+            batches_ahead=max(1, config.num_workers),
         )
         self._batches = grain.MapDataset.source(batches)
         self._num_workers = config.num_workers

@@ -96,8 +96,21 @@ class TokenFile:
     def read_row(self, index: int) -> Row:
         """A row of a file of examples, checked; errors as of `read`."""
         dtype = np.dtype(self.header.dtype).newbyteorder("<")
-        size = self.header.row_tokens * (dtype.itemsize + ADDED_BYTES)
+        size = self._row_bytes
         return Row.from_bytes(self._reader.read(index * size, (index + 1) * size), dtype)
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Has the system read ids that will be asked for soon; see `CheckedReader.read_ahead`."""
+        size = np.dtype(self.header.dtype).itemsize
+        self._reader.read_ahead(start * size, min(stop, len(self)) * size)
+
+    def read_row_ahead(self, index: int) -> None:
+        """As `read_ahead`, of a row of a file of examples."""
+        self._reader.read_ahead(index * self._row_bytes, (index + 1) * self._row_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.header.row_tokens * (np.dtype(self.header.dtype).itemsize + ADDED_BYTES)
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Reads all ids and compares them with the digests, or in format 1 with the content's hash.

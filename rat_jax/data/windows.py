@@ -59,6 +59,10 @@ class Windows:
             segment_ids=segment_ids,
         )
 
+    def read_ahead(self, index: int) -> None:
+        """Has the system read a record that will be asked for soon."""
+        self.file.read_ahead(index * self.seq_len, (index + 1) * self.seq_len + 1)
+
     def has_target(self, index: int) -> bool:
         """Whether a target of a record counts in the loss."""
         ids = self.file.read(index * self.seq_len, min((index + 1) * self.seq_len + 1, len(self.file)))

@@ -84,7 +84,8 @@ class _LocalBatches:
 class TrainData(Iterator[Batch]):
     """Endless batches of the training splits: every record once an epoch of its corpus, in a new order each time.
 
-    An epoch is all records of a corpus; batches run across its end. Tokens after the last full window are left out.
+    An epoch is all records of a corpus; batches run across its end. Tokens after the last full window are left
+    out.
     `state` before a step and `restore` after a restart give the same batches again, on any number of hosts.
 
     Attributes:
@@ -286,6 +287,8 @@ def _fingerprint(name: str, config: DataConfig, records: Records, validation: To
         "content_hash": records.file.header.content_hash,
         "validation_content_hash": validation.header.content_hash,
     }
+    if records.file.header.packed_row_tokens is not None:
+        values["packed"] = True
     if name:
         values["weight"] = config.weights[name]
     return {f"corpora.{name}.{field}" if name else field: value for field, value in values.items()}

@@ -19,6 +19,12 @@ def open_records(corpus: Corpus, split: Split, config: DataConfig, vocab_size: i
     file = check_vocabulary(corpus, split, vocab_size)
     if file.header.row_tokens is not None:
         return ExampleRows.open(corpus, split, config)
+    packed = file.header.packed_row_tokens
+    if packed not in (None, config.seq_len):
+        raise DataError(
+            f"{corpus.path} holds rows of {packed} tokens, and data.seq_len is {config.seq_len}: set it to {packed} "
+            f"or prepare the data with --seq_len {config.seq_len}"
+        )
     return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
 
 

@@ -2,7 +2,8 @@
 
   bytes 0 .. 8191    the header (`rat_jax.data.token_header`)
   bytes 8192 ..      the ids, uint16 or uint32, little endian, each document followed by the end-of-document id;
-                     or rows of examples (`rat_jax.data.row`), one after the other
+                     or rows of examples (`rat_jax.data.row`) or of whole documents (`rat_jax.data.packed_rows`), one
+                     after the other
   then               the digests of the blocks of the ids (`rat_jax.data.integrity`)
 
 A header may point to a flat file without a header instead (the PyTorch release's `.bin`): `data_file`, never copied.
@@ -167,18 +168,24 @@ class TokenFile:
 class TokenFileWriter:
     """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses.
 
-    A file is of documents or, with `row_tokens`, of rows of examples. At the end of a `with` block the system's file is
-    closed, whether it is complete or not.
+    A file is of documents, of rows of examples (`row_tokens`) or of rows of documents (`packed_row_tokens`), which
+    are appended whole. At the end of a `with` block the system's file is closed, whether it is complete or not.
     """
 
-    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer, row_tokens: int | None = None):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        tokenizer: Tokenizer,
+        row_tokens: int | None = None,
+        packed_row_tokens: int | None = None,
+    ):
         self._path = path
         with system_errors(path, "written"):
             self._file = path.open("wb")
             self._file.write(bytes(HEADER_BYTES))
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self._row_tokens = row_tokens
+        self._row_tokens, self._packed_row_tokens = row_tokens, packed_row_tokens
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.num_documents = 0
@@ -209,7 +216,8 @@ class TokenFileWriter:
     def close(self) -> Header:
         """Writes the header, and all of it to disk."""
         header = _header(self._path, self._tokenizer, self.num_tokens, self.num_documents, self._hasher, None)
-        header = dataclasses.replace(header, row_tokens=self._row_tokens)
+        rows = {"row_tokens": self._row_tokens, "packed_row_tokens": self._packed_row_tokens}
+        header = dataclasses.replace(header, **rows)
         with system_errors(self._path, "written"), self._file:
             self._file.write(self._hasher.digests())
             self._file.seek(0)

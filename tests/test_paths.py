@@ -80,6 +80,7 @@ PATH_FLAGS = {
     },
     "rat_jax/report/__main__.py": {"workdirs": "URL --out=TMP/x.html", "--out": "RUN --out=URL"},
     "benchmarks/cache_sizes.py": {"--configs": "--configs URL"},
+    "benchmarks/data_throughput.py": {"--folder": "--folder URL"},
     "benchmarks/decode_throughput.py": {
         "--configs": "--configs URL",
         "--compilation_cache": "--configs configs/default.py --compilation_cache URL",

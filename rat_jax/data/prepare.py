@@ -276,7 +276,7 @@ def _report(corpus: Corpus) -> None:
     if padding := corpus.total.num_padding:
         part, seq_len = corpus.splits["train"], corpus.settings["seq_len"]
         print(
-            f"train rows of {seq_len:,} tokens hold whole documents, in pieces where they are longer: "
+            f"train rows of {seq_len:,} tokens hold whole documents, and pieces of longer ones (each is counted): "
             f"{padding / part.num_tokens:.2%} of their tokens are padding"
         )
 

@@ -256,7 +256,7 @@ def test_a_tokenizer_is_trained_on_texts_not_on_their_json(tmp_path):
     [
         ({"rows": "packt"}, "--rows must be one of packed, padded, got 'packt'"),
         ({"seq_len": None}, "--rows wants --seq_len, the tokens of a row, 2 or more; got None"),
-        ({"rows": None}, "--seq_len is for examples: give --rows packed or padded too"),
+        ({"rows": None}, "--seq_len is for rows: give --rows packed or padded for examples, --packing"),
         ({"rows": None, "seq_len": None, "chat_template": "x"}, "--chat_template is for examples"),
         ({"source": ("recall:5",)}, "recall:5 holds text, and --rows wants examples"),
         ({"source": ("text:t.jsonl",)}, r"t\.jsonl holds text, and --rows wants examples"),

@@ -5,9 +5,15 @@ import json
 
 import pytest
 
-from rat_jax.checkpoints.workdir import CheckpointError
+from rat_jax.checkpoints.store import load_model
+from rat_jax.checkpoints.workdir import CheckpointError, Workdir
 from rat_jax.config import CorpusConfig
 from rat_jax.data import DataError
+from rat_jax.evaluation import evaluate
+from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.subject import Subject
+from rat_jax.sampling.prompts import find_tokenizer
+from rat_jax.sharding import make_mesh
 from rat_jax.training import train
 from tests.stopped_run import Killed, assert_same_run, kill, stop_at
 from tests.tiny_run import make_corpus, tiny_config
@@ -67,6 +73,19 @@ def test_another_mixture_is_refused_and_another_place_is_not(paths, whole, tmp_p
         train(mixed(paths, seed=1), whole)
     moved = make_corpus(tmp_path / "moved", num_ids=700)
     assert train(mixed(paths | {"code": str(moved)}), whole).finished
+
+
+def test_what_reads_one_corpus_wants_its_name(paths, whole, tmp_path):
+    mesh = make_mesh(mixed(paths).mesh)
+    loaded = load_model(whole, mesh=mesh)
+    subject = Subject(loaded, Workdir(whole), mesh, None)
+    with pytest.raises(EvaluationError, match=rf"several corpora: name one with --data_path, as {paths['code']}, "):
+        subject.corpus()
+    corpus = dataclasses.replace(subject, data_path=paths["code"]).corpus()
+    found = evaluate(loaded, corpus, mesh, 16, batch_tokens=8 * 16, max_batches=2)
+    assert found.loss == pytest.approx(records(whole, "validation_loss")[-1]["validation_loss/code"], rel=1e-6)
+    tokenizer = find_tokenizer(Workdir(tmp_path), loaded.config, None)  # where the workdir holds none
+    assert tokenizer.hash == corpus.tokenizer_hash
 
 
 @pytest.mark.slow  # of one corpus it is quick

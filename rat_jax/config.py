@@ -8,6 +8,7 @@ into the frozen dataclasses below. Their defaults are the only ones in the proje
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -124,6 +125,11 @@ class DataConfig:
             require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
         require(self.first_target_id >= 0, f"first_target_id must be 0 or more, got {self.first_target_id}")
         require(self.num_workers >= 0, f"num_workers must be 0 or more, got {self.num_workers}")
+        for name in self.corpora:
+            require(
+                re.fullmatch(r"[\w.-]+", name) is not None,
+                f"corpora: {name!r} is no name of letters, digits, _, . and -",
+            )
         require(bool(self.path or self.corpora), "path is missing: it must be a path, or corpora name several")
         require(
             not (self.path and self.corpora),

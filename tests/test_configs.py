@@ -142,6 +142,8 @@ def test_unknown_and_missing_keys_are_named():
         ({"corpora": {"code": {"path": "x", "weight": 0}}}, r"data\.corpora\.code\.weight must be above 0, got 0"),
         ({"corpora": {"code": {"path": 3, "weight": 1}}}, r"config\.data\.corpora\.code\.path must be text, got 3"),
         ({"corpora": {"code": "x"}}, r"config\.data\.corpora\.code must be a group of fields, got 'x'"),
+        ({"corpora": {"": {"path": "x", "weight": 1}}}, r"config\.data\.corpora: '' is no name of letters, digits"),
+        ({"corpora": {"a/b": {"path": "x", "weight": 1}}}, r"config\.data\.corpora: 'a/b' is no name of letters"),
         ({"corpora": "x"}, r"config\.data\.corpora must be of type .*CorpusConfig\], got 'x'"),
     ],
 )

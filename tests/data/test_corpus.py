@@ -89,7 +89,13 @@ def test_metadata_that_cannot_be(corpus, change, message):
 
 def test_figures_that_cannot_be(corpus):
     values = read_metadata(corpus)
-    for field, value in (("num_tokens", 0), ("num_documents", -1), ("num_bytes", -5), ("byte_entropy_nats", 6.0)):
+    for field, value in (
+        ("num_tokens", 0),
+        ("num_documents", -1),
+        ("num_bytes", -5),
+        ("num_padding", -1),
+        ("byte_entropy_nats", 6.0),
+    ):
         train = values["splits"]["train"] | {field: value}
         write_metadata(corpus, values | {"splits": values["splits"] | {"train": train}})
         with pytest.raises(DataError, match=rf"metadata\.json, train is damaged: {field} is {value}"):

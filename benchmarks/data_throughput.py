@@ -31,13 +31,13 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from rat_jax import program
-from rat_jax.config import CorpusConfig, DataConfig
 from rat_jax.data.corpus import SPLITS, Corpus, Statistics
 from rat_jax.data.integrity import CheckedReader
 from rat_jax.data.packed_rows import PackedWriter
 from rat_jax.data.pipeline import TrainData
 from rat_jax.data.token_file import TokenFileWriter
 from rat_jax.data.tokenizer import IdTokenizer
+from rat_jax.data_config import CorpusConfig, DataConfig
 from rat_jax.paths import local_path
 
 TOKENIZER = IdTokenizer(vocab_size=32_000, eos_id=2)

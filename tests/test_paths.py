@@ -12,8 +12,9 @@ import typing
 
 import pytest
 
-from rat_jax.config import Config, CorpusConfig, with_absolute_paths
+from rat_jax.config import Config, with_absolute_paths
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.data_config import CorpusConfig
 from rat_jax.paths import PathError, absolute_source
 from rat_jax.program import exit_code
 from tests.commands import ROOT, call_script

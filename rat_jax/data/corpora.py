@@ -4,11 +4,11 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.chat_template import ChatTemplate
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.tokenizer import Tokenizer
+from rat_jax.data_config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpus import Corpus, Split
 from rat_jax.data.row import Row
 from rat_jax.data.token_file import TokenFile
+from rat_jax.data_config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)

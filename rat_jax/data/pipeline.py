@@ -21,7 +21,6 @@ import grain
 import jax
 import numpy as np
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpora import Corpora
@@ -30,6 +29,7 @@ from rat_jax.data.mixture import Mixture
 from rat_jax.data.readers import read
 from rat_jax.data.records import Records, check_vocabulary, open_records
 from rat_jax.data.token_file import TokenFile
+from rat_jax.data_config import DataConfig
 
 FORMAT_VERSION = 1  # of the order and the content of batches
 _ADDED_FIELDS = ("validation_content_hash",)  # of fingerprints

@@ -1,11 +1,11 @@
 """The records of a split, whatever it holds."""
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus, Split
 from rat_jax.data.example_rows import ExampleRows
 from rat_jax.data.token_file import TokenFile
 from rat_jax.data.windows import Windows
+from rat_jax.data_config import DataConfig
 
 Records = Windows | ExampleRows
 

@@ -19,11 +19,12 @@ from rat_jax.checkpoints.workdir import (
     check_same_model,
     check_same_run,
 )
-from rat_jax.config import Config, DataConfig, with_absolute_paths
+from rat_jax.config import Config, with_absolute_paths
 from rat_jax.data.corpora import Corpora
 from rat_jax.data.integrity import WHOLE_BYTES
 from rat_jax.data.pipeline import TrainData, check_fingerprint
 from rat_jax.data.workers import check_main
+from rat_jax.data_config import DataConfig
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught

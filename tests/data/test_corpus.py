@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import SPLITS, Corpus, Statistics, byte_entropy
 from rat_jax.data.json_object import checksum
@@ -18,6 +17,7 @@ from rat_jax.data.prepare import prepare
 from rat_jax.data.token_file import TokenFile, TokenFileWriter
 from rat_jax.data.token_header import HEADER_BYTES
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.data_config import DataConfig
 from tests.data import format_1
 from tests.data.damage import damaged, damaged_values
 

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.chat_template import FILE
 from rat_jax.data.corpus import Corpus
@@ -15,6 +14,7 @@ from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.prepare import main, prepare
 from rat_jax.data.row import ADDED_BYTES
 from rat_jax.data.token_header import HEADER_BYTES
+from rat_jax.data_config import DataConfig
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.perplexity import check_length
 from tests.data.test_chat_template import CHATML, chat

@@ -8,13 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from rat_jax.config import CorpusConfig, DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpora import Corpora
 from rat_jax.data.mixture import Mixture
 from rat_jax.data.pipeline import TrainData
 from rat_jax.data.prepare import Settings, prepare
+from rat_jax.data_config import CorpusConfig, DataConfig
 from tests import tiny_sft
 from tests.tiny_sft import make_examples, write_lines
 

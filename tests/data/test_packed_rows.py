@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError, packed_rows
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.prepare import main
+from rat_jax.data_config import DataConfig
 from tests.data.prepared import all_ids, command, run, texts_of
 
 T, EOS = 64, 256

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data.integrity import BLOCK_BYTES
 from rat_jax.data.pipeline import TrainData, ValidationData
+from rat_jax.data_config import DataConfig
 from tests.data.prepared import run
 from tests.tiny_sft import make_examples, settings, write_lines
 

@@ -7,8 +7,8 @@ import pytest
 
 from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import CheckpointError, Workdir
-from rat_jax.config import CorpusConfig
 from rat_jax.data import DataError
+from rat_jax.data_config import CorpusConfig
 from rat_jax.evaluation import evaluate
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.subject import Subject

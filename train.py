@@ -9,13 +9,16 @@ With --dry_run it compiles one step and prints what that needs, for the devices 
 
 Exit codes: 0 the run is finished, or the step fits; 2 the flags, the config, the data or the workdir do not fit, and
 nothing was changed; 75 a signal (SIGTERM or Ctrl-C) ended it, with the last step saved if there was one: start it
-again; 76 another process of the job is lost, stuck or did not come: start all again; 1 the run could not go on, or the step does not fit.
+again; 76 another process of the job is lost, stuck or did not come: start all again; 1 the run could not go on, or the
+step does not fit.
 """
 
 from rat_jax import interrupts
 
 if __name__ == "__main__":
     interrupts.exit_while_importing()
+
+import re
 
 from absl import flags
 
@@ -38,8 +41,8 @@ _join_cluster = cluster.define_cluster_flags()
 def _facts(config: Config) -> dict[str, object]:
     """What the processes of a job have alike."""
     fields = flatten(config_to_dict(config), "config.")
-    fields.pop("config.data.path")  # hosts may have copies of their own: what is in them is compared later
-    return fields
+    # Hosts may have copies of data of their own: what is in them is compared later.
+    return {name: value for name, value in fields.items() if not re.fullmatch(r"config\.data\.(.+\.)?path", name)}
 
 
 def _dry_run() -> int:

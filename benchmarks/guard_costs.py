@@ -33,10 +33,11 @@ from benchmarks.model_throughput import load_config
 from benchmarks.timing import time_once
 from rat_jax import program
 from rat_jax.config import Config, TrainingConfig
+from rat_jax.data.batch import Batch
 from rat_jax.data.integrity import WHOLE_BYTES
-from rat_jax.data.pipeline import Batch, Windows
 from rat_jax.data.token_file import TokenFile, TokenFileWriter
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.data.windows import Windows
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import batch_sharding, make_mesh
 from rat_jax.training import step

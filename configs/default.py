@@ -20,6 +20,7 @@ from rat_jax.mixers import MIXERS, MixerConfig
 
 # Fields whose value here is not the default of `rat_jax.config` or `rat_jax.mixers`, and why.
 DEVIATIONS = {
+    "data.path": "one corpus, of text that is already there",
     "model.mlp_width": "said, as the width is",
     "model.remat": "less memory to fill is quicker on a CPU, too",
     "model.local_attention.window": "sequences are short",
@@ -61,6 +62,7 @@ def get_config() -> config_dict.ConfigDict:
 
     config.data = config_dict.ConfigDict()
     config.data.path = "data/python-stdlib-bpe2048"
+    config.data.corpora = config_dict.ConfigDict()  # none beside it; `configs/mixture.py` has several
     config.data.seq_len = 256  # tokens
     config.data.global_batch_size = 4  # sequences
     config.data.segment_documents = False

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from rat_jax.data_config import DataConfig
 from rat_jax.errors import ConfigError, require, shown
 from rat_jax.evaluation_config import EvaluationConfig
 from rat_jax.fields import describe, fits
@@ -91,24 +92,6 @@ class ModelConfig(ModelShape):
         known = ", ".join(repr(kind) for kind in (*MIXERS, *(name for name in self.mixers if name not in MIXERS)))
         require(name in MIXERS, f"pattern[{index}] must be one of {known}; got {name!r}")
         return MIXERS[name].Config()
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Token files, as `python -m rat_jax.data.prepare` writes them, and how they are cut into batches."""
-
-    path: str  # folder with the token files of the `train` and `validation` splits
-    seq_len: int  # T, tokens of a training sequence
-    global_batch_size: int  # sequences of an optimizer step, over all hosts and devices
-    segment_documents: bool = False  # True: no mixer looks across a document's end; False: the release's behaviour
-    first_target_id: int = 0  # targets of lower ids do not count in the loss; 0: all count
-    num_workers: int = 0  # processes that read ahead; 0 reads in the main process
-
-    def __post_init__(self):
-        for name in ("seq_len", "global_batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be 1 or more, got {getattr(self, name)}")
-        require(self.first_target_id >= 0, f"first_target_id must be 0 or more, got {self.first_target_id}")
-        require(self.num_workers >= 0, f"num_workers must be 0 or more, got {self.num_workers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +243,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     mixers = values.pop("mixers", {})
     groups = {name: config_to_dict(value) for name, value in values.items() if dataclasses.is_dataclass(value)}
+    if "corpora" in values:
+        groups["corpora"] = {name: config_to_dict(corpus) for name, corpus in values["corpora"].items()}
     for name, settings in mixers.items():
         kind = kind_of(settings)
         groups[name] = ({} if name == kind else {"kind": kind}) | config_to_dict(settings)
@@ -273,7 +258,13 @@ def with_absolute_paths(config: Config) -> Config:
       PathError: if one names nothing that can be opened.
     """
     data, init, evaluation = config.data, config.init, config.evaluation
-    data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
+    if data.path:
+        data = dataclasses.replace(data, path=str(local_path(data.path, "config.data.path")))
+    corpora = {
+        name: dataclasses.replace(corpus, path=str(local_path(corpus.path, f"config.data.corpora.{name}.path")))
+        for name, corpus in data.corpora.items()
+    }
+    data = dataclasses.replace(data, corpora=corpora)
     if init.path is not None:
         init = dataclasses.replace(init, path=str(local_path(init.path, "config.init.path")))
     ruler, answers, tasks = evaluation.ruler, evaluation.answers, evaluation.tasks
@@ -305,7 +296,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
             hint = f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(names)}"
             raise ConfigError(f"{path}.{key} is not a field of {cls.__name__}{hint}")
     for field in fields:
-        if field.name not in values and field.default is dataclasses.MISSING:
+        has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+        if field.name not in values and not has_default:
             raise ConfigError(f"{path}.{field.name} is missing")
     given = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
@@ -340,6 +332,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
+    if origin is Mapping and hasattr(value, "items"):
+        return {str(name): _convert(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:

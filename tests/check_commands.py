@@ -120,7 +120,7 @@ def problem(command: list[str]) -> str | None:
     program, *words = command
     for word in words:
         path = word.partition("=")[2] if word.startswith("--") else word
-        if path.startswith(_FOLDERS) and not (ROOT / path.split(":")[0]).exists():
+        if path.startswith(_FOLDERS) and not any(ROOT.glob(path.split(":")[0])):
             return f"there is no {path}"
     return {"python": _python, "pip": _pip, "make": _make, "pytest": _pytest}[program](words)
 

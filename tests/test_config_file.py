@@ -66,7 +66,7 @@ def test_fields_change_and_paths_are_absolute(tmp_path, monkeypatch):
         ("model=3", "flag --config.model=3: "),
         ("model.width", "Missing value for flag --config.model.width"),
         ("data.path=s3://bucket/x", "config.data.path is 's3://bucket/x': s3:// is not read directly: mount it"),
-        ("data.path=", "config.data.path must be a path, got ''"),
+        ("data.path=", "config.data.path is missing: it must be a path, or corpora name several"),
     ],
 )
 def test_overrides_that_are_wrong_are_named(capsys, override, message):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import default
+from configs import default, mixture
 from rat_jax.config import Config, ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
 from rat_jax.config_file import load_config_file
 from rat_jax.mixers import MIXERS, RatConfig
@@ -131,6 +131,38 @@ def test_unknown_and_missing_keys_are_named():
     del values["model"]["widht"], values["data"]["path"]
     with pytest.raises(ConfigError, match=r"config\.data\.path is missing"):
         config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "data/x"}, r"config\.data\.path is 'data/x' and corpora name code, pages: give one of the two"),
+        ({"corpora": {}}, r"config\.data\.path is missing: it must be a path, or corpora name several"),
+        ({"corpora": {"code": {"path": "x"}}}, r"config\.data\.corpora\.code\.weight is missing"),
+        ({"corpora": {"code": {"path": "x", "weight": 0}}}, r"data\.corpora\.code\.weight must be above 0, got 0"),
+        ({"corpora": {"code": {"path": 3, "weight": 1}}}, r"config\.data\.corpora\.code\.path must be text, got 3"),
+        ({"corpora": {"code": "x"}}, r"config\.data\.corpora\.code must be a group of fields, got 'x'"),
+        ({"corpora": {"": {"path": "x", "weight": 1}}}, r"config\.data\.corpora: '' is no name of letters, digits"),
+        ({"corpora": {"a/b": {"path": "x", "weight": 1}}}, r"config\.data\.corpora: 'a/b' is no name of letters"),
+        ({"corpora": "x"}, r"config\.data\.corpora must be of type .*CorpusConfig\], got 'x'"),
+    ],
+)
+def test_corpora_that_are_none_are_named(changes, message):
+    values = mixture.get_config().to_dict()
+    values["data"] |= changes
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+
+
+def test_corpora_are_saved_and_read_in_the_order_of_their_names():
+    values = mixture.get_config().to_dict()
+    config = config_from_dict(values)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    values["data"]["corpora"] = dict(reversed(values["data"]["corpora"].items()))
+    assert list(config_from_dict(values).data.corpora) == ["code", "pages"]
+    assert [part.path for part in config.data.parts.values()] == [
+        corpus.path for corpus in config.data.corpora.values()
+    ]
 
 
 def test_paths_of_a_config_mean_the_same_everywhere(tmp_path, monkeypatch):

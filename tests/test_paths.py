@@ -14,6 +14,7 @@ import pytest
 
 from rat_jax.config import Config, with_absolute_paths
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.data_config import CorpusConfig
 from rat_jax.paths import PathError, absolute_source
 from rat_jax.program import exit_code
 from tests.commands import ROOT, call_script
@@ -80,6 +81,7 @@ PATH_FLAGS = {
     },
     "rat_jax/report/__main__.py": {"workdirs": "URL --out=TMP/x.html", "--out": "RUN --out=URL"},
     "benchmarks/cache_sizes.py": {"--configs": "--configs URL"},
+    "benchmarks/data_throughput.py": {"--folder": "--folder URL"},
     "benchmarks/decode_throughput.py": {
         "--configs": "--configs URL",
         "--compilation_cache": "--configs configs/default.py --compilation_cache URL",
@@ -169,6 +171,21 @@ def test_a_field_is_stored_absolute(name, tmp_path, monkeypatch):
     assert stored("a/b") == stored("~/a/b") == str(tmp_path / "a/b")
     with pytest.raises(PathError, match=f"config.{name} is '{URL}': gs:// is not read directly"):
         stored(URL)
+
+
+def test_paths_of_corpora_are_stored_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("/corpus")
+
+    def stored(path):
+        data = dataclasses.replace(config.data, path="", corpora={"code": CorpusConfig(path, 1.0)})
+        return with_absolute_paths(dataclasses.replace(config, data=data)).data.corpora["code"].path
+
+    assert stored("a/b") == str(tmp_path / "a/b")
+    with pytest.raises(PathError, match=r"config\.data\.corpora\.code\.path is 'gs://.* is not read directly"):
+        stored(URL)
+    with pytest.raises(PathError, match=r"config\.data\.corpora\.code\.path must be a path, got ''"):
+        stored("")
 
 
 @pytest.fixture

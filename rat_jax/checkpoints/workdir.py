@@ -9,7 +9,8 @@ checkpoints/STEP/     see `rat_jax.checkpoints.store`
 log.jsonl             one JSON object a line: figures of training steps and of validations, null where one is no number
                       (see `rat_jax.checkpoints.run_log`). `loss` is that step's, `mean_loss` the mean over the steps
                       since the line before (or since the start of the process); `validation_fraction` is the part of
-                      the split that `validation_loss` was measured on
+                      the split that `validation_loss` was measured on. Of several corpora `validation_loss/NAME` and
+                      `validation_fraction/NAME` are of one, and without a name of all, the loss by their weights
 log.jsonl.bad         lines of it that were no records
 bad_batches.jsonl     the records of batches with a loss or gradient that is no finite number, or a spike of the loss
                       (`rat_jax.training.guards`); a step that was done twice may be there twice
@@ -53,6 +54,7 @@ _FREE_FIELDS = (
     "training.profile_num_steps",
     "data.num_workers",
     "data.path",  # the data's fingerprint is compared instead
+    "data.corpora",
     "optimizer.accumulation_steps",
     "model.remat",
     "model.scan_unroll",
@@ -328,7 +330,7 @@ def _differences(saved: dict[str, Any], current: dict[str, Any], free: tuple[str
     return "; ".join(
         f"config.{name} is {there.get(name, 'not set')!r} there, {here.get(name, 'not set')!r} now"
         for name in {**here, **there}
-        if there.get(name) != here.get(name) and name not in free
+        if there.get(name) != here.get(name) and not any(f"{name}.".startswith(f"{field}.") for field in free)
     )
 
 

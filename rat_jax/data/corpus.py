@@ -38,6 +38,7 @@ class Statistics:
     num_tokens: int  # ends of documents included, and padding of rows
     num_bytes: int | None  # of the text as UTF-8; None where only token ids were given
     byte_entropy_nats: float | None  # per byte, of the frequencies of single bytes (byte unigrams)
+    num_padding: int = 0  # of the tokens, in rows of whole documents, of which `num_documents` counts the pieces
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -47,6 +48,8 @@ class Statistics:
         """Refuses figures that no text has."""
         require(self.num_tokens >= 1, name, f"num_tokens is {self.num_tokens}")
         require(0 <= self.num_documents <= self.num_tokens, name, f"num_documents is {self.num_documents}")
+        padding = self.num_padding
+        require(0 <= padding <= self.num_tokens - self.num_documents, name, f"num_padding is {padding}")
         require(self.num_bytes is None or self.num_bytes >= 0, name, f"num_bytes is {self.num_bytes}")
         entropy = self.byte_entropy_nats
         require(entropy is None or 0 <= entropy < math.log(257), name, f"byte_entropy_nats is {entropy}")
@@ -54,7 +57,7 @@ class Statistics:
     @property
     def num_targets(self) -> int:
         """Tokens that a model predicts: of a document all but the first one, and its end."""
-        return self.num_tokens - self.num_documents
+        return self.num_tokens - self.num_documents - self.num_padding
 
     def bits_per_byte(self, loss: float, first_target_id: int = 0) -> float | None:
         """nats of all targets / (ln 2 * bytes of the text they are of): of the text, whatever the tokenizer.
@@ -138,7 +141,7 @@ class Corpus:
     def _check_figures(self, name: str) -> None:
         for part, figures in [*self.splits.items(), ("total", self.total)]:
             figures.check(f"{name}, {part}")
-        for field in ("num_documents", "num_tokens", "num_bytes"):
+        for field in ("num_documents", "num_tokens", "num_bytes", "num_padding"):
             parts = [getattr(figures, field) for figures in self.splits.values()]
             total = None if None in parts else sum(parts)
             require(getattr(self.total, field) == total, name, f"{field} of the splits do not add up to the total")
@@ -171,10 +174,14 @@ class Corpus:
           DataError: if it is missing or another one.
         """
         template = load_chat_template(self.path)
-        made_by = None if self.examples is None else self.examples.chat_template_hash
-        if (None if template is None else template.hash) != made_by:
+        if (None if template is None else template.hash) != self.chat_template_hash:
             raise DataError(f"{self.path}: its chat template is not the one that made its tokens (the hashes differ)")
         return template
+
+    @property
+    def chat_template_hash(self) -> str | None:
+        """Of what made texts of chats; None if there were none."""
+        return None if self.examples is None else self.examples.chat_template_hash
 
     def _check_tokenizer_hash(self, tokenizer_hash: str) -> None:
         if tokenizer_hash != self.tokenizer_hash:

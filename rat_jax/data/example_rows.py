@@ -1,15 +1,15 @@
-"""Rows of examples to batches: what `rat_jax.data.pipeline.Windows` is for documents."""
+"""Rows of examples to batches: what `rat_jax.data.windows` is for documents."""
 
 import dataclasses
 
 import numpy as np
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpus import Corpus, Split
 from rat_jax.data.row import Row
 from rat_jax.data.token_file import TokenFile
+from rat_jax.data_config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,11 @@ class ExampleRows:
             tokens[place], targets[place, :-1], segment_ids[place] = row.ids, row.ids[1:], row.segment_ids
             weights[place, :-1] = self._is_target(row)
         return Batch(tokens, targets, weights, segment_ids if self.segment_documents else None)
+
+    def read_ahead(self, index: int) -> None:
+        """Has the system read a row that will be asked for soon."""
+        if index < self.num_all:
+            self.file.read_row_ahead(index)
 
     def has_target(self, index: int) -> bool:
         """Whether a target of a row counts in the loss; none of a row past the end does."""

@@ -6,6 +6,7 @@ SHA-256 (1 GB/s a core where the processor has instructions for it, some 400 MB/
 Blocks are small since training reads records in random order: the first use of a record hashes a block around it.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -104,6 +105,18 @@ class CheckedReader:
             if self._is_as_before():
                 return content
         raise DataError(f"{self._path} keeps being changed while it is read: let nothing write to it")
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Has the system read bytes, and the blocks that a `read` of them would check, while others are in use.
+
+        Reads that wait for a disk so wait together. It is no more than advice: what is wrong shows when they are read.
+        """
+        first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        if self._digests is not None and not self._is_checked[first:last].all():
+            start, stop = first * BLOCK_BYTES, min(last * BLOCK_BYTES, self._size)
+        if hasattr(os, "posix_fadvise") and start < stop:  # not on macOS
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file, self._offset + start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def check_all(self, progress: Callable[[int], None]) -> None:
         """Compares all blocks with their digests, whether they were checked before or not.

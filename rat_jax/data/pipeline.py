@@ -1,15 +1,18 @@
-"""Token files to batches: windows of fixed length, shuffled without end for training, in order for validation.
+"""Token files to batches: records of fixed length, shuffled without end for training, in order for validation.
 
-Record i of a split is the window of tokens i T .. i T + T: T inputs and, one further, T targets. Neighbouring records
-share one token, so that each token is a target once. Of examples record i is their row i (`rat_jax.data.example_rows`).
-Global batch k holds the B records k B .. k B + B - 1 of the order, and of P hosts, host p yields its rows p B/P ..
+Records are windows of documents (`rat_jax.data.windows`) or rows of examples (`rat_jax.data.example_rows`). Global
+batch k holds the B records k B .. k B + B - 1 of the order, and of P hosts, host p yields its rows p B/P ..
 (p+1) B/P - 1. Neither the number of hosts nor of reading processes changes which records form a batch.
+
+Each of several corpora has an order of its own, shuffled by the seed and the corpus's name, and its next record is
+taken where `rat_jax.data.mixture` gives it a row.
 
 The order of validation is 0, 1, 2, ... over all R records, or an evenly spread subset of M of them: the middles of M
 equal parts of the split, records floor((2 i + 1) R / (2 M)) for i = 0 .. M - 1.
 """
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,105 +21,77 @@ import grain
 import jax
 import numpy as np
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.batch import Batch
-from rat_jax.data.corpus import Corpus, Split
-from rat_jax.data.example_rows import ExampleRows
+from rat_jax.data.corpora import Corpora
+from rat_jax.data.corpus import Corpus
+from rat_jax.data.mixture import Mixture
 from rat_jax.data.readers import read
+from rat_jax.data.records import Records, check_vocabulary, open_records
 from rat_jax.data.token_file import TokenFile
+from rat_jax.data_config import DataConfig
 
 FORMAT_VERSION = 1  # of the order and the content of batches
 _ADDED_FIELDS = ("validation_content_hash",)  # of fingerprints
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """The records of a token file."""
-
-    file: TokenFile
-    seq_len: int
-    segment_documents: bool
-    first_target_id: int
-
-    @property
-    def num_full(self) -> int:
-        """Records that need no padding."""
-        return max(len(self.file) - 1, 0) // self.seq_len
-
-    @property
-    def num_all(self) -> int:
-        """Records, with the last one that may be shorter."""
-        return -(-max(len(self.file) - 1, 0) // self.seq_len)
-
-    def rows(self, indices: list[int]) -> Batch:
-        """The records of these indices, one a row; an index at or past `num_all` is a row of padding.
-
-        Raises:
-          DataError: if ids are not those that were written, naming file and block, or if one is outside the
-            vocabulary, naming file, record and position.
-        """
-        shape = (len(indices), self.seq_len + 1)
-        windows, lengths = np.zeros(shape, np.int32), np.zeros(len(indices), np.int64)
-        for row, index in enumerate(indices):
-            ids = self.file.read(index * self.seq_len, (index + 1) * self.seq_len + 1)
-            self._check(ids, index)
-            windows[row, : len(ids)], lengths[row] = ids, len(ids)
-        tokens, targets = windows[:, :-1], windows[:, 1:]
-        is_end = tokens == self.file.header.eos_id
-        is_token = np.arange(self.seq_len) < lengths[:, None] - 1  # tokens that have a target
-        segment_ids = None
-        if self.segment_documents:
-            ends_before = np.cumsum(is_end, axis=1, dtype=np.int32) - is_end
-            segment_ids = np.where(is_token, 1 + ends_before, 0).astype(np.int32)
-        return Batch(
-            tokens=np.ascontiguousarray(tokens),
-            targets=np.ascontiguousarray(targets),
-            loss_weights=(is_token & ~is_end & (targets >= self.first_target_id)).astype(np.float32),
-            segment_ids=segment_ids,
-        )
-
-    def has_target(self, index: int) -> bool:
-        """Whether a target of a record counts in the loss."""
-        ids = self.file.read(index * self.seq_len, min((index + 1) * self.seq_len + 1, len(self.file)))
-        return bool(((ids[1:] >= self.first_target_id) & (ids[:-1] != self.file.header.eos_id)).any())
-
-    def _check(self, ids: np.ndarray, index: int) -> None:
-        vocab_size = self.file.header.vocab_size
-        outside = ids >= vocab_size
-        if outside.any():
-            position = int(outside.argmax())
-            raise DataError(
-                f"{self.file.path}, record {index} of {self.seq_len} tokens, position {position} (token "
-                f"{index * self.seq_len + position} of the file): id {ids[position]} is outside the vocabulary of "
-                f"{vocab_size}; the file was changed, prepare it again"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class _LocalBatches:
     """The rows of every global batch that belong to this host, as a Grain data source: item k is of batch k."""
 
-    windows: Windows | ExampleRows
-    order: Sequence[int] | grain.MapDataset  # of record indices; endless if shuffled
+    sources: tuple[Records, ...]
+    orders: tuple[Sequence[int] | grain.MapDataset, ...]  # of the records of each; endless if shuffled
+    mixture: Mixture  # of the sources
     num_batches: int
     global_batch_size: int
     first_row: int
     num_rows: int
+    batches_ahead: int  # with a batch the system begins to read the one that is so much later
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, k: int) -> Batch:
+        records = self._records_of(k)
+        self._read_ahead(records)  # those that were not read ahead with an earlier batch
+        self._read_ahead(self._records_of(k + self.batches_ahead))
+        return self._batch(records)
+
+    def _records_of(self, k: int) -> list[tuple[int, int]]:
         start = k * self.global_batch_size + self.first_row
-        return self.windows.rows([self.order[i] for i in range(start, start + self.num_rows)])
+        return self.records(start, start + self.num_rows) if k < self.num_batches else []
+
+    def _read_ahead(self, records: Sequence[tuple[int, int]]) -> None:
+        for source, record in records:
+            self.sources[source].read_ahead(record)
+
+    def records(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Source and record of the rows `start` .. `stop` - 1 of all batches and hosts."""
+        return [(source, int(self.orders[source][i])) for source, i in self.mixture.rows(start, stop)]
+
+    def _batch(self, records: Sequence[tuple[int, int]]) -> Batch:
+        parts, places = [], []
+        for source in sorted({source for source, _ in records}):
+            mine = [place for place, (other, _) in enumerate(records) if other == source]
+            parts.append(self.sources[source].rows([records[place][1] for place in mine]))
+            places += mine
+        if len(parts) == 1:
+            return parts[0]
+        back = np.argsort(places)
+        return Batch(*(None if part[0] is None else np.concatenate(part)[back] for part in zip(*parts, strict=True)))
 
 
 class TrainData(Iterator[Batch]):
-    """Endless batches of the training split: every record once an epoch, in a new order each time.
+    """Endless batches of the training splits: every record once an epoch of its corpus, in a new order each time.
 
-    An epoch is `num_records` records; batches run across its end. Tokens after the last full window are left out.
+    An epoch is all records of a corpus; batches run across its end. Tokens after the last full window are left
+    out.
     `state` before a step and `restore` after a restart give the same batches again, on any number of hosts.
+
+    Attributes:
+      sources: the records of each corpus, by its name in `data.corpora`; the empty name is that of `data.path`.
+      num_records: of all corpora.
+      fingerprint: what decides the batches.
     """
 
     def __init__(
@@ -128,7 +103,7 @@ class TrainData(Iterator[Batch]):
         process_index: int | None = None,
         process_count: int | None = None,
     ):
-        """Opens the split.
+        """Opens the splits.
 
         Args:
           config: which files, and how they are cut.
@@ -138,37 +113,48 @@ class TrainData(Iterator[Batch]):
           process_count: hosts that each yield their rows; None asks jax.
 
         Raises:
-          DataError: if the files are missing, damaged, too short or of another vocabulary, or if the batch does not
-            divide among the hosts.
+          DataError: if the files are missing, damaged, too short, of several tokenizers or of another vocabulary, or if
+            the batch does not divide among the hosts.
         """
         if not 0 <= seed < 2**32:
             raise DataError(f"seed must lie between 0 and 2**32 - 1, got {seed}")
-        windows = _open(config, "train", vocab_size)
-        if windows.num_full == 0:
-            raise DataError(
-                f"{windows.file.path} holds {len(windows.file)} tokens, less than one sequence of data.seq_len "
-                f"{config.seq_len} and its next token"
-            )
-        self.num_records = windows.num_full
+        corpora = Corpora.open(config)
+        self.sources: dict[str, Records] = {}
         self.fingerprint: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
-            "num_tokens": len(windows.file),
-            "content_hash": windows.file.header.content_hash,
-            "validation_content_hash": _token_file(config, "validation", vocab_size).header.content_hash,
-            "tokenizer_hash": windows.file.header.tokenizer_hash,
+            "tokenizer_hash": corpora.first.tokenizer_hash,
             "vocab_size": vocab_size,
             "seq_len": config.seq_len,
             "global_batch_size": config.global_batch_size,
             "segment_documents": config.segment_documents,
             "seed": seed,
         }
-        order = grain.MapDataset.range(self.num_records).seed(seed).shuffle()
+        for name, corpus in corpora.by_name.items():
+            records = open_records(corpus, "train", config, vocab_size)
+            if records.num_full == 0:
+                raise DataError(
+                    f"{records.file.path} holds {len(records.file)} tokens, less than one sequence of data.seq_len "
+                    f"{config.seq_len} and its next token"
+                )
+            _require_targets(records, range(records.num_full))
+            self.sources[name] = records
+            self.fingerprint |= _fingerprint(name, config, records, check_vocabulary(corpus, "validation", vocab_size))
+        self.num_records = sum(records.num_full for records in self.sources.values())
         first_row, num_rows = _local_rows(config.global_batch_size, process_index, process_count)
-        num_batches = sys.maxsize // config.global_batch_size
-        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_rows)
-        _require_targets(windows, range(self.num_records))
-        self.windows, self._order = windows, order
-        self._batches = grain.MapDataset.source(batches)
+        self._rows = _LocalBatches(
+            sources=tuple(self.sources.values()),
+            orders=tuple(
+                grain.MapDataset.range(records.num_full).seed(_seed_of(seed, name)).shuffle()
+                for name, records in self.sources.items()
+            ),
+            mixture=Mixture(config.weights.values()),
+            num_batches=sys.maxsize // config.global_batch_size,
+            global_batch_size=config.global_batch_size,
+            first_row=first_row,
+            num_rows=num_rows,
+            batches_ahead=max(1, config.num_workers),
+        )
+        self._batches = grain.MapDataset.source(self._rows)
         self._num_workers = config.num_workers
         self._next_batch = 0
         self._iterator = read(self._batches, 0, self._num_workers)
@@ -178,10 +164,11 @@ class TrainData(Iterator[Batch]):
         self._next_batch += 1
         return batch
 
-    def records(self, batch: int) -> list[int]:
-        """The records of a global batch, those of all hosts."""
-        size = self.fingerprint["global_batch_size"]
-        return [int(self._order[i]) for i in range(batch * size, (batch + 1) * size)]
+    def records(self, batch: int) -> list[Any]:
+        """The records of a global batch, those of all hosts; of several corpora pairs of a name and a record."""
+        size, names = self.fingerprint["global_batch_size"], list(self.sources)
+        records = self._rows.records(batch * size, (batch + 1) * size)
+        return [record if names == [""] else [names[source], record] for source, record in records]
 
     def state(self) -> dict[str, Any]:
         """The iterator's position, as values that JSON can hold: equal on all hosts."""
@@ -216,6 +203,10 @@ class ValidationData:
     The last window is filled with padding, and the last batch with rows of it (loss weight 0, segment 0), so that all
     hosts yield `len` batches of one shape. With `max_batches`, a pass is an evenly spread subset of as many records as
     fill that many batches (the module says which), or the whole split where it has no more.
+
+    Attributes:
+      num_records: of the split.
+      num_taken: of them, in a pass.
     """
 
     def __init__(
@@ -227,28 +218,37 @@ class ValidationData:
         process_index: int | None = None,
         process_count: int | None = None,
     ):
-        """Opens the split; the other arguments and errors are those of `TrainData`."""
-        windows = _open(config, "validation", vocab_size)
-        if windows.num_all == 0:
-            raise DataError(f"{windows.file.path} holds {len(windows.file)} tokens, too few to predict one")
-        self.num_records = windows.num_all
+        """Opens the split of the one corpus that `config.path` names; other arguments and errors as of `TrainData`."""
+        records = open_records(Corpus.open(config.path), "validation", config, vocab_size)
+        if records.num_all == 0:
+            raise DataError(f"{records.file.path} holds {len(records.file)} tokens, too few to predict one")
+        self.num_records = records.num_all
         num_batches = -(-self.num_records // config.global_batch_size)
         num_rows = num_batches * config.global_batch_size
         order: Sequence[int] = range(num_rows)
         if max_batches is not None and max_batches < num_batches:
             num_batches, num_rows = max_batches, max_batches * config.global_batch_size
             order = [(2 * i + 1) * self.num_records // (2 * num_rows) for i in range(num_rows)]
-        _require_targets(windows, order)
-        self._num_taken = min(num_rows, self.num_records)
+        _require_targets(records, order)
+        self.num_taken = min(num_rows, self.num_records)
         first_row, num_local_rows = _local_rows(config.global_batch_size, process_index, process_count)
-        batches = _LocalBatches(windows, order, num_batches, config.global_batch_size, first_row, num_local_rows)
+        batches = _LocalBatches(
+            sources=(records,),
+            orders=(order,),
+            mixture=Mixture([1.0]),
+            num_batches=num_batches,
+            global_batch_size=config.global_batch_size,
+            first_row=first_row,
+            num_rows=num_local_rows,
+            batches_ahead=max(1, config.num_workers),
+        )
         self._batches = grain.MapDataset.source(batches)
         self._num_workers = config.num_workers
 
     @property
     def fraction(self) -> float:
         """The part of the split's records that a pass holds."""
-        return self._num_taken / self.num_records
+        return self.num_taken / self.num_records
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -280,30 +280,34 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         raise DataError(f"the saved position belongs to other batches: {changes}; set it back, or start a new run")
 
 
-def _open(config: DataConfig, split: Split, vocab_size: int) -> Windows | ExampleRows:
-    file = _token_file(config, split, vocab_size)
-    if file.header.row_tokens is not None:
-        return ExampleRows.open(Corpus.open(config.path), split, config)
-    return Windows(file, config.seq_len, config.segment_documents, config.first_target_id)
+def _fingerprint(name: str, config: DataConfig, records: Records, validation: TokenFile) -> dict[str, Any]:
+    """What decides the batches of one corpus; that of `data.path` has no weight and no name."""
+    values = {
+        "num_tokens": len(records.file),
+        "content_hash": records.file.header.content_hash,
+        "validation_content_hash": validation.header.content_hash,
+    }
+    if records.file.header.packed_row_tokens is not None:
+        values["packed"] = True
+    if name:
+        values["weight"] = config.weights[name]
+    return {f"corpora.{name}.{field}" if name else field: value for field, value in values.items()}
 
 
-def _token_file(config: DataConfig, split: Split, vocab_size: int) -> TokenFile:
-    file = Corpus.open(config.path).token_file(split)
-    if file.header.vocab_size != vocab_size:
-        raise DataError(
-            f"{file.path} has a vocabulary of {file.header.vocab_size}, but the model's is {vocab_size}: set "
-            f"model.vocab_size to {file.header.vocab_size}, or data.path to files of that vocabulary"
-        )
-    return file
+def _seed_of(seed: int, name: str) -> int:
+    """Of the order of a corpus. Another corpus beside it does not change it."""
+    if not name:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
 
 
-def _require_targets(windows: Windows | ExampleRows, order: Sequence[int]) -> None:
+def _require_targets(records: Records, order: Sequence[int]) -> None:
     """Refuses records of which no target counts: nothing can be learned from them, and they have no mean loss."""
-    if any(windows.has_target(index) for index in order):
+    if any(records.has_target(index) for index in order):
         return
     raise DataError(
-        f"{windows.file.path}: no target counts in the loss, since none has an id of data.first_target_id "
-        f"{windows.first_target_id} or more that does not follow the end of a document; lower data.first_target_id"
+        f"{records.file.path}: no target counts in the loss, since none has an id of data.first_target_id "
+        f"{records.first_target_id} or more that does not follow the end of a document; lower data.first_target_id"
     )
 
 

@@ -9,7 +9,6 @@ starts from the beginning.
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import pathlib
 import platform
@@ -21,17 +20,17 @@ import numpy as np
 import tqdm
 
 from rat_jax.data import DataError
-from rat_jax.data.chat_template import ChatTemplate, load_chat_template, read_chat_template
+from rat_jax.data.chat_template import ChatTemplate
 from rat_jax.data.collection import Collection
 from rat_jax.data.corpus import METADATA_FILE, SPLITS, Corpus, Split, Statistics, byte_entropy
-from rat_jax.data.document import ReadOptions
 from rat_jax.data.encoding import Encoder, encode
-from rat_jax.data.example import ExampleReader
 from rat_jax.data.example_collection import ExampleCollection
 from rat_jax.data.example_corpus import describe, write_examples
-from rat_jax.data.example_figures import ROW_KINDS, Examples, RowKind
+from rat_jax.data.example_figures import Examples
 from rat_jax.data.new_folder import new_folder
-from rat_jax.data.prepare_flags import DEFAULT_FIELD, parse_flags
+from rat_jax.data.packed_rows import PackedWriter
+from rat_jax.data.prepare_flags import parse_flags
+from rat_jax.data.prepare_settings import RELEASE_BIN, Settings
 from rat_jax.data.sources import parse_source
 from rat_jax.data.token_file import Header, TokenFileWriter, wrap_flat_file
 from rat_jax.data.tokenizer import Tokenizer, train_bpe
@@ -40,59 +39,6 @@ from rat_jax.data.workers import check_main
 from rat_jax.files import system_errors
 from rat_jax.paths import absolute_source, local_path
 from rat_jax.program import exit_code
-
-_RELEASE_BIN = "release-bin:"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides the tokens. A finished folder is used again only for equal settings."""
-
-    source: tuple[str, ...]
-    validation_source: tuple[str, ...]  # empty: validation documents are taken from `source`
-    validation_fraction: float  # of the documents; those whose content hash falls below it
-    tokenizer: str
-    eos_token: str | None
-    field: str
-    document_separator: str | None
-    invalid_utf8: str
-    rows: RowKind | None = None  # how rows hold examples; None: the sources hold documents, not examples
-    seq_len: int | None = None  # tokens of a row of examples
-    chat_template: str | None = None  # file of it; None: the one stored with the tokenizer, if there is one
-
-    def read_options(self, template: ChatTemplate | None) -> ReadOptions:
-        read_record = None if self.rows is None else ExampleReader(template)
-        return ReadOptions(self.field, self.document_separator, self.invalid_utf8, read_record)
-
-    def read_chat_template(self) -> ChatTemplate | None:
-        """What makes texts of chats.
-
-        Raises:
-          DataError: if it is not there, or no template.
-        """
-        if self.chat_template is not None:
-            return read_chat_template(local_path(self.chat_template, "--chat_template"))
-        folder = pathlib.Path(self.tokenizer)
-        return load_chat_template(folder) if self.rows and is_path(self.tokenizer) and folder.is_dir() else None
-
-    @property
-    def is_release(self) -> bool:
-        """Whether the sources are token files of the PyTorch release."""
-        return any(spec.startswith(_RELEASE_BIN) for spec in self.source + self.validation_source)
-
-    def absolute(self) -> "Settings":
-        """The same with absolute paths."""
-        return dataclasses.replace(
-            self,
-            source=tuple(map(absolute_source, self.source)),
-            validation_source=tuple(map(absolute_source, self.validation_source)),
-            tokenizer=absolute_tokenizer(self.tokenizer),
-            chat_template=self.chat_template and str(local_path(self.chat_template, "--chat_template")),
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return values | {name: list(values[name]) for name in ("source", "validation_source")}
 
 
 def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrite: bool) -> Corpus:
@@ -109,7 +55,7 @@ def prepare(settings: Settings, out: pathlib.Path, *, num_workers: int, overwrit
     """
     check_main(num_workers)
     settings = settings.absolute()
-    _check(settings)
+    settings.check()
     if num_workers < 0:
         raise DataError(f"--num_workers must be 0 or more, got {num_workers}")
     out = local_path(out, "--out")
@@ -149,41 +95,6 @@ def _place(out: pathlib.Path) -> pathlib.Path:
 def _is_there(out: pathlib.Path) -> bool:
     """Whether something is at `out` that is more than an empty folder."""
     return os.path.lexists(out) and (not out.is_dir() or any(out.iterdir()))
-
-
-def _check(settings: Settings) -> None:
-    specs = settings.source + settings.validation_source
-    if not settings.source:
-        raise DataError("--source is missing")
-    if settings.is_release and not (
-        len(settings.source) == len(settings.validation_source) == 1 and all(s.startswith(_RELEASE_BIN) for s in specs)
-    ):
-        raise DataError(
-            "release-bin: give one training file as --source and one validation file as --validation_source"
-        )
-    _check_rows(settings)
-    if settings.document_separator == "":
-        raise DataError("--document_separator is empty; leave it out where a file is one document")
-    if settings.validation_source:
-        return
-    if not 0 < settings.validation_fraction < 1:
-        raise DataError(f"--validation_fraction must lie between 0 and 1, got {settings.validation_fraction}")
-
-
-def _check_rows(settings: Settings) -> None:
-    if settings.rows is None:
-        for name, value in (("seq_len", settings.seq_len), ("chat_template", settings.chat_template)):
-            if value is not None:
-                raise DataError(f"--{name} is for examples: give --rows packed or padded too")
-        return
-    if settings.rows not in ROW_KINDS:
-        raise DataError(f"--rows must be one of {', '.join(ROW_KINDS)}, got {settings.rows!r}")
-    if settings.seq_len is None or settings.seq_len < 2:
-        raise DataError(f"--rows wants --seq_len, the tokens of a row, 2 or more; got {settings.seq_len}")
-    if settings.field != DEFAULT_FIELD or settings.document_separator is not None:
-        raise DataError("--field and --document_separator are for documents, and have no effect with --rows")
-    if settings.is_release:
-        raise DataError("--rows wants examples, and release-bin holds ids of documents: leave one of the two out")
 
 
 def _finished(settings: Settings, out: pathlib.Path) -> Corpus:
@@ -252,7 +163,7 @@ def _wrap_release(settings: Settings, folder: pathlib.Path) -> Corpus:
     tokenizer.save(folder)
     headers: dict[Split, Header] = {}
     for split, spec in zip(SPLITS, settings.source + settings.validation_source, strict=True):
-        path = pathlib.Path(spec.removeprefix(_RELEASE_BIN))
+        path = pathlib.Path(spec.removeprefix(RELEASE_BIN))
         with tqdm.tqdm(unit="tok", unit_scale=True, desc=f"checking {path.name}") as bar:
             headers[split] = wrap_flat_file(folder / f"{split}.bin", path, tokenizer, bar.update)
     return _corpus(settings, folder, tokenizer, headers, None)
@@ -285,7 +196,7 @@ def _encode(
     encoder = Encoder(tokenizer, settings.validation_fraction)
     byte_counts = {split: np.zeros(256, np.int64) for split in SPLITS}
     with contextlib.ExitStack() as stack:
-        writers = {s: stack.enter_context(TokenFileWriter(folder / f"{s}.bin", tokenizer)) for s in SPLITS}
+        writers = {s: stack.enter_context(_writer(settings, s, tokenizer, folder)) for s in SPLITS}
         bar = stack.enter_context(tqdm.tqdm(unit="doc", desc="encoding", total=collection.num_documents))
         for part in encode(collection.documents(), encoder, num_workers=num_workers):
             writers[part.split].append(part.ids, part.num_documents)
@@ -295,7 +206,18 @@ def _encode(
         headers = {split: writer.close() for split, writer in writers.items()}
     if not warned:
         _warn_of_separator(settings, collection)
-    return _corpus(settings, folder, tokenizer, headers, byte_counts)
+    num_padding = writers["train"].num_padding if settings.packing else 0
+    return _corpus(settings, folder, tokenizer, headers, byte_counts, num_padding=num_padding)
+
+
+def _writer(
+    settings: Settings, split: Split, tokenizer: Tokenizer, folder: pathlib.Path
+) -> TokenFileWriter | PackedWriter:
+    """Validation documents are never packed: their losses are those of any other run."""
+    path = folder / f"{split}.bin"
+    if settings.packing is None or split == "validation":
+        return TokenFileWriter(path, tokenizer)
+    return PackedWriter(path, tokenizer, settings.seq_len)
 
 
 def _warn_of_separator(settings: Settings, collection: Collection) -> bool:
@@ -317,6 +239,7 @@ def _corpus(
     headers: dict[Split, Header],
     byte_counts: dict[Split, np.ndarray] | None,
     examples: Examples | None = None,
+    num_padding: int = 0,
 ) -> Corpus:
     def statistics(parts: Sequence[Split]) -> Statistics:
         counts = None if byte_counts is None else sum(byte_counts[split] for split in parts)
@@ -325,6 +248,7 @@ def _corpus(
             num_tokens=sum(headers[split].num_tokens for split in parts),
             num_bytes=None if counts is None else int(counts.sum()),
             byte_entropy_nats=None if counts is None else byte_entropy(counts),
+            num_padding=num_padding if "train" in parts else 0,
         )
 
     return Corpus(
@@ -349,6 +273,12 @@ def _report(corpus: Corpus) -> None:
                 f"  {part.bytes_per_token:.3f} bytes/token  byte-unigram entropy {part.byte_entropy_nats:.4f} nats/byte"
             )
         print(line)
+    if padding := corpus.total.num_padding:
+        part, seq_len = corpus.splits["train"], corpus.settings["seq_len"]
+        print(
+            f"train rows of {seq_len:,} tokens hold whole documents, and pieces of longer ones (each is counted): "
+            f"{padding / part.num_tokens:.2%} of their tokens are padding"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -370,6 +300,7 @@ def _run(flags: argparse.Namespace) -> None:
             rows=flags.rows,
             seq_len=flags.seq_len,
             chat_template=flags.chat_template,
+            packing=flags.packing,
         )
         corpus = prepare(settings, flags.out, num_workers=flags.num_workers, overwrite=flags.overwrite)
     else:

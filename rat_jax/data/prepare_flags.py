@@ -9,6 +9,7 @@ from rat_jax.data.workers import available_cpus
 from rat_jax.program import ArgumentParser
 
 DEFAULT_FIELD = "text"
+PACKINGS = ("best_fit",)
 
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
@@ -74,7 +75,10 @@ def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=r"cut text files into documents here, as '\n\n'; else a file is one",
     )
     parser.add_argument("--rows", choices=ROW_KINDS, help="the sources hold examples, and rows hold them so, see below")
-    parser.add_argument("--seq_len", type=int, help="tokens of a row of examples: data.seq_len of the training")
+    parser.add_argument("--packing", choices=PACKINGS, help="put training documents into rows, whole where they fit")
+    parser.add_argument(
+        "--seq_len", type=int, help="tokens of a row of examples or packed documents: data.seq_len of the training"
+    )
     parser.add_argument(
         "--chat_template",
         help="Jinja text, or a tokenizer_config.json that holds one; left out: the one in --tokenizer's folder",

@@ -2,7 +2,8 @@
 
   bytes 0 .. 8191    the header (`rat_jax.data.token_header`)
   bytes 8192 ..      the ids, uint16 or uint32, little endian, each document followed by the end-of-document id;
-                     or rows of examples (`rat_jax.data.row`), one after the other
+                     or rows of examples (`rat_jax.data.row`) or of whole documents (`rat_jax.data.packed_rows`), one
+                     after the other
   then               the digests of the blocks of the ids (`rat_jax.data.integrity`)
 
 A header may point to a flat file without a header instead (the PyTorch release's `.bin`): `data_file`, never copied.
@@ -96,8 +97,21 @@ class TokenFile:
     def read_row(self, index: int) -> Row:
         """A row of a file of examples, checked; errors as of `read`."""
         dtype = np.dtype(self.header.dtype).newbyteorder("<")
-        size = self.header.row_tokens * (dtype.itemsize + ADDED_BYTES)
+        size = self._row_bytes
         return Row.from_bytes(self._reader.read(index * size, (index + 1) * size), dtype)
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Has the system read ids that will be asked for soon; see `CheckedReader.read_ahead`."""
+        size = np.dtype(self.header.dtype).itemsize
+        self._reader.read_ahead(start * size, min(stop, len(self)) * size)
+
+    def read_row_ahead(self, index: int) -> None:
+        """As `read_ahead`, of a row of a file of examples."""
+        self._reader.read_ahead(index * self._row_bytes, (index + 1) * self._row_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.header.row_tokens * (np.dtype(self.header.dtype).itemsize + ADDED_BYTES)
 
     def verify(self, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Reads all ids and compares them with the digests, or in format 1 with the content's hash.
@@ -154,18 +168,24 @@ class TokenFile:
 class TokenFileWriter:
     """Writes a token file piece by piece; without `close` it stays a file that `TokenFile.open` refuses.
 
-    A file is of documents or, with `row_tokens`, of rows of examples. At the end of a `with` block the system's file is
-    closed, whether it is complete or not.
+    A file is of documents, of rows of examples (`row_tokens`) or of rows of documents (`packed_row_tokens`), which
+    are appended whole. At the end of a `with` block the system's file is closed, whether it is complete or not.
     """
 
-    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer, row_tokens: int | None = None):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        tokenizer: Tokenizer,
+        row_tokens: int | None = None,
+        packed_row_tokens: int | None = None,
+    ):
         self._path = path
         with system_errors(path, "written"):
             self._file = path.open("wb")
             self._file.write(bytes(HEADER_BYTES))
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokenizer = tokenizer
-        self._row_tokens = row_tokens
+        self._row_tokens, self._packed_row_tokens = row_tokens, packed_row_tokens
         self._hasher = BlockHasher()
         self.num_tokens = 0
         self.num_documents = 0
@@ -196,7 +216,8 @@ class TokenFileWriter:
     def close(self) -> Header:
         """Writes the header, and all of it to disk."""
         header = _header(self._path, self._tokenizer, self.num_tokens, self.num_documents, self._hasher, None)
-        header = dataclasses.replace(header, row_tokens=self._row_tokens)
+        rows = {"row_tokens": self._row_tokens, "packed_row_tokens": self._packed_row_tokens}
+        header = dataclasses.replace(header, **rows)
         with system_errors(self._path, "written"), self._file:
             self._file.write(self._hasher.digests())
             self._file.seek(0)

@@ -45,6 +45,7 @@ class Header:
     block_bytes: int | None = None  # that one digest is of; None in format 1
     digests_hash: str | None = None  # SHA-256 of the digests of all blocks; None in format 1
     row_tokens: int | None = None  # of a row of examples (`rat_jax.data.row`), padding included; None: documents
+    packed_row_tokens: int | None = None  # of a row of whole documents (`rat_jax.data.packed_rows`); None: a stream
 
     @property
     def num_bytes(self) -> int:
@@ -100,6 +101,10 @@ class Header:
         if self.row_tokens is not None:
             fits = self.row_tokens >= 2 and self.num_tokens % self.row_tokens == 0
             require(fits and version > 1 and self.data_file is None, name, f"row_tokens is {self.row_tokens}")
+        if self.packed_row_tokens is not None:
+            fits = self.packed_row_tokens >= 2 and self.num_tokens % self.packed_row_tokens == 0
+            fits &= version > 1 and self.data_file is None and self.row_tokens is None
+            require(fits, name, f"packed_row_tokens is {self.packed_row_tokens}")
         added = (self.name, self.block_bytes, self.digests_hash)
         if version == 1:
             require(added == (None, None, None), name, "it has fields of a later format")

@@ -167,7 +167,7 @@ def measure(
     trained = loaded.config.data
     num_rows = _num_rows(corpus, mesh, context_length, chunk_tokens, batch_tokens)
     config = dataclasses.replace(
-        trained, path=str(corpus.path), seq_len=context_length, global_batch_size=num_rows, num_workers=0
+        trained, path=str(corpus.path), corpora={}, seq_len=context_length, global_batch_size=num_rows, num_workers=0
     )
     data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
     edges = bucket_edges(trained.seq_len, context_length, _PER_OCTAVE)

@@ -143,6 +143,7 @@ def evaluate(
     config = dataclasses.replace(
         loaded.config.data,
         path=str(corpus.path),
+        corpora={},
         seq_len=context_length,
         global_batch_size=_num_rows(mesh, context_length, batch_tokens),
         num_workers=0,

@@ -29,9 +29,13 @@ class Subject:
         """The corpus whose validation split the model is measured on.
 
         Raises:
-          EvaluationError: if the one that was trained on is gone and no other is named.
+          EvaluationError: if there are several that were trained on, or it is gone, and no other is named.
           DataError, PathError: if it cannot be read, or is not of the model's tokenizer.
         """
+        if self.data_path is None and len(trained := self.loaded.config.data.paths) > 1:
+            raise EvaluationError(
+                f"the model was trained on several corpora: name one with --data_path, as {', '.join(trained.values())}"
+            )
         path = local_path(self.data_path or self.loaded.config.data.path, "--data_path")
         if self.data_path is None and not path.exists():
             raise EvaluationError(

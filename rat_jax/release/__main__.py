@@ -17,8 +17,9 @@ from rat_jax import program
 from rat_jax.checkpoints.model_workdir import require_unused, save_model
 from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import Workdir
-from rat_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from rat_jax.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from rat_jax.data.tokenizer_files import read_tokenizer
+from rat_jax.data_config import DataConfig
 from rat_jax.paths import local_path
 from rat_jax.release.file import ReleaseFile, check_new, read_release_file, write_release_file
 from rat_jax.release.model_config import ReleaseError, release_model_config

@@ -83,10 +83,12 @@ def _training_curves(run: Run, index: int, measure: Measure, axis: _Axis) -> lis
     for split, names, style in (
         ("train", ("mean_loss", "loss"), "thin"),
         ("validation", ("validation_loss",), "marked"),
+        *(("validation", (name,), "marked") for name in run.validation_losses),
     ):
         measured = [(step * per_step, measure(run, split, loss)) for step, loss in run.figures(*names)]
         points = [(x, y) for x, y in measured if y is not None]
-        what = "training" if split == "train" else "validation"
+        corpus = names[0].partition("/")[2]
+        what = "training" if split == "train" else "validation" + f" of {corpus}" * bool(corpus)
         if points:
             curves.append(Curve(index, f"{run.label}, {what}", points, style))
     return curves

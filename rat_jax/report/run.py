@@ -37,7 +37,7 @@ class Run:
     log: tuple[Record, ...]  # by step
     measurements: Measurements
     tokenizer: TokenizerInfo | None
-    corpus: Corpus | None  # that it was trained on; None where it is not there any more
+    corpus: Corpus | None  # that it was trained on; None where it is not there any more, or there are several
     devices: str | None  # of the process that wrote the newest checkpoint
     remarks: tuple[str, ...]  # what is wrong with its files
 
@@ -86,6 +86,11 @@ class Run:
             if value is not None and abs(value) < _LARGEST_FIGURE:
                 found.append((record["step"], value))
         return found
+
+    @property
+    def validation_losses(self) -> list[str]:
+        """The names of figures that are losses of one of several corpora."""
+        return sorted({name for record in self.log for name in record if name.startswith("validation_loss/")})
 
     def bits_per_byte(self, split: Split, loss: float) -> float | None:
         """A loss on a split in bits a byte of its text; None where that cannot be known."""
@@ -169,7 +174,7 @@ def _in_order(records: Sequence[Record]) -> tuple[Record, ...]:
 
 def _corpus(config: Config | None, tokenizer: TokenizerInfo | None) -> Corpus | None:
     """The corpus of a run, where it still is there and has the run's tokens: the page can do without."""
-    if config is None or tokenizer is None:
+    if config is None or tokenizer is None or not config.data.path:
         return None
     with contextlib.suppress(DataError, PathError):
         corpus = Corpus.open(local_path(config.data.path, "config.data.path"))

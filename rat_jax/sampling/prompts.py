@@ -155,7 +155,7 @@ def find_tokenizer(workdir: Workdir, config: Config, data_path: str | None) -> T
 
     Args:
       workdir: of the model.
-      config: of the model; its `data.path` is where a corpus is looked for if `data_path` is None.
+      config: of the model; its first corpus is read if `data_path` is None.
       data_path: of a corpus.
 
     Raises:
@@ -167,7 +167,7 @@ def find_tokenizer(workdir: Workdir, config: Config, data_path: str | None) -> T
         if corpus is not None:
             Corpus.open(corpus).check_tokenizer(folder)
     else:
-        folder = corpus or pathlib.Path(config.data.path)
+        folder = corpus or pathlib.Path(next(iter(config.data.paths.values())))
         if corpus is None and not folder.exists():
             raise DataError(
                 f"{workdir.path} has no tokenizer, and {folder}, which the model was trained on, is not there: name a "

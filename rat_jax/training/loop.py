@@ -21,6 +21,7 @@ from rat_jax.training.monitor import TrainMonitor, say
 from rat_jax.training.preemption import agreed
 from rat_jax.training.profile import StepProfile
 from rat_jax.training.step import TrainState, batch_loss, train_step
+from rat_jax.training.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TrainLoop:
     config: Config
     mesh: jax.sharding.Mesh
     data: TrainData  # at batch `start`
-    validation: ValidationData
+    validation: Validation
     evaluations: Evaluations
     checkpoints: Checkpoints
     guard: Guard
@@ -139,17 +140,27 @@ class TrainLoop:
     def _validate(self) -> float | None:
         """Mean loss of the validation data; None if a signal came meanwhile."""
         self.progress.settle()
+        losses = {}
+        with self.progress.pause("validating"):
+            for name, split in self.validation.splits.items():
+                losses[name] = self._mean_loss(split)
+                if losses[name] is None:
+                    return None
+        result = self.validation.result(losses)
+        self.progress.validation(self._done, result, self.validation.describe())
+        return result.loss
+
+    def _mean_loss(self, split: ValidationData) -> float | None:
+        """Of one split; None if a signal came meanwhile."""
         sums = []
-        with self.progress.pause("validating"), contextlib.closing(iter(self.validation)) as batches:
+        with contextlib.closing(iter(split)) as batches:
             for batch in batches:
                 if jax.process_count() == 1 and self.interrupts.requested:
                     return None
                 with self.progress.calling("validation loss"):
                     batch = global_batch(batch, self.mesh)
                     sums.append(batch_loss(self._graphdef, self.state.params, batch))
-            loss = sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
-        self.progress.validation(self._done, loss, self.validation.fraction)
-        return loss
+            return sum(float(part.loss) for part in sums) / sum(float(part.weight) for part in sums)
 
     def _rescue(self, error: Exception) -> str:
         """Saves what was done before an error, if that is good and not what failed; says what is saved."""

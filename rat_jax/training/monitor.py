@@ -11,12 +11,12 @@ import tqdm
 
 from rat_jax import cluster
 from rat_jax.config import Config
-from rat_jax.data.pipeline import describe_coverage
 from rat_jax.flops import mfu
 from rat_jax.training.guards import Guard, NonFiniteError
 from rat_jax.training.metrics import MetricLog
 from rat_jax.training.step import StepMetrics
 from rat_jax.training.time_shares import Activity, TimeShares
+from rat_jax.training.validation import ValidationResult
 
 
 def say(message: str) -> None:
@@ -125,24 +125,22 @@ class TrainMonitor:
         if self._log is not None:
             self._log.write(done, record)
 
-    def validation(self, done: int, loss: float, fraction: float) -> None:
-        """Shows and records a validation on a fraction of the split.
+    def validation(self, done: int, result: ValidationResult, coverage: str) -> None:
+        """Shows and records a validation; `coverage` says on what.
 
         Raises:
           NonFiniteError: if its loss is not finite.
         """
-        if not math.isfinite(loss):
+        if not math.isfinite(result.loss):
             raise NonFiniteError(
-                f"validation loss is {loss} after step {done}; a lower optimizer.learning_rate or a longer warm-up is "
-                f"the usual remedy"
+                f"validation loss is {result.loss} after step {done}; a lower optimizer.learning_rate or a longer "
+                f"warm-up is the usual remedy"
             )
-        perplexity = math.exp(min(loss, 700.0))
-        say(f"step {done}: validation loss {loss:.4f}, perplexity {perplexity:.3f}, on {describe_coverage(fraction)}")
+        parts = ", ".join(f"{name} {loss:.4f}" for name, (loss, _) in result.parts.items())
+        parts = f" ({parts})" if parts else ""
+        say(f"step {done}: validation loss {result.loss:.4f}{parts}, perplexity {result.perplexity:.3f}, on {coverage}")
         if self._log is not None:
-            self._log.write(
-                done,
-                {"validation_loss": loss, "validation_perplexity": perplexity, "validation_fraction": fraction},
-            )
+            self._log.write(done, result.figures())
             self._log.plot()
 
     def evaluation(self, done: int, message: str, figures: Mapping[str, float]) -> None:

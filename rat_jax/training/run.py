@@ -21,10 +21,11 @@ from rat_jax.checkpoints.workdir import (
 )
 from rat_jax.config import Config, with_absolute_paths
 from rat_jax.data import DataError
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.data.integrity import WHOLE_BYTES
-from rat_jax.data.pipeline import TrainData, ValidationData, check_fingerprint, describe_coverage
+from rat_jax.data.pipeline import TrainData, check_fingerprint
 from rat_jax.data.workers import check_main
+from rat_jax.data_config import DataConfig
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught
@@ -43,6 +44,7 @@ from rat_jax.training.oom import explain_out_of_memory
 from rat_jax.training.origin import Origin, open_origin
 from rat_jax.training.profile import StepProfile
 from rat_jax.training.step import TrainState, abstract_state, initial_state
+from rat_jax.training.validation import Validation
 
 
 def train(config: Config, workdir: pathlib.Path | str) -> TrainResult:
@@ -74,28 +76,28 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
     newest = checkpoints.peek()
     if newest is not None:
         _check_fits(newest, config, workdir)
-    corpus = Corpus.open(config.data.path)
+    corpora = Corpora.open(config.data)
     if newest is not None:
-        corpus.check_tokenizer(workdir.tokenizer)
+        corpora.check_tokenizer(workdir.tokenizer)
 
     mesh = make_mesh(config.mesh)
     check_divides(config, mesh)
     origin = open_origin(config, say) if newest is None else None
     if origin is not None and origin.tokenizer is not None:
-        corpus.check_tokenizer(origin.tokenizer)
+        corpora.check_tokenizer(origin.tokenizer)
     place, count = share_of_rows(mesh)
-    rows = {"vocab_size": config.model.vocab_size, "process_index": place, "process_count": count}
-    data = TrainData(config.data, seed=config.seed, **rows)
-    validation = ValidationData(config.data, max_batches=config.training.validation_batches, **rows)
+    hosts = {"process_index": place, "process_count": count}
+    data = TrainData(config.data, vocab_size=config.model.vocab_size, seed=config.seed, **hosts)
+    validation = Validation(config, **hosts)
     if (difference := difference_from_first(data.fingerprint)) is not None:
         raise DataError(f"the hosts have different data: {difference}")
-    evaluators = make_evaluators(config, corpus, mesh_of_rows(mesh), workdir)
+    evaluators = make_evaluators(config, corpora, mesh_of_rows(mesh), workdir)
     if newest is not None and newest.data is not None:
         check_fingerprint(newest.data["fingerprint"], data.fingerprint)
     try:
-        corpus.verify(max_bytes=WHOLE_BYTES, say=say)
+        corpora.verify(max_bytes=WHOLE_BYTES, say=say)
         with jax.set_mesh(mesh):
-            run = _Run(config, workdir, owner, checkpoints, corpus, mesh, data, validation, evaluators, origin)
+            run = _Run(config, workdir, owner, checkpoints, corpora, mesh, data, validation, evaluators, origin)
             return run.finish(interrupts)
     finally:
         data.close()
@@ -104,15 +106,15 @@ def _train(config: Config, workdir: Workdir, owner: Owner | None, interrupts: In
 class _Run:
     """A run whose settings were found to fit."""
 
-    def __init__(self, config, workdir, owner, checkpoints, corpus, mesh, data, validation, evaluators, origin):
+    def __init__(self, config, workdir, owner, checkpoints, corpora, mesh, data, validation, evaluators, origin):
         self.config: Config = config
         self.workdir: Workdir = workdir
         self.owner: Owner | None = owner  # None on hosts other than the first
         self.checkpoints: Checkpoints = checkpoints
-        self.corpus: Corpus = corpus
+        self.corpora: Corpora = corpora
         self.mesh: jax.sharding.Mesh = mesh
         self.data: TrainData = data
-        self.validation: ValidationData = validation
+        self.validation: Validation = validation
         self.evaluators: Sequence[Evaluator] = evaluators
         self.origin: Origin | None = origin
         self.guard = Guard(config.training, self._note_bad_batch)
@@ -191,7 +193,7 @@ class _Run:
         logs = []
 
         def open_log() -> None:
-            self.workdir.save_tokenizer(self.corpus.tokenizer(), self.corpus.chat_template())
+            self.workdir.save_tokenizer(self.corpora.tokenizer(), self.corpora.chat_template())
             logs.append(MetricLog(self.workdir, self.config, start, say, self.owner))
             stack.callback(logs[0].close)
 
@@ -241,11 +243,14 @@ class _Run:
 
     def _report(self, loss: float) -> None:
         """Says the last validation loss a token and a byte, and compares it with the entropy of single bytes."""
-        say(f"validation loss {loss:.4f} nats a token, on {describe_coverage(self.validation.fraction)}")
-        bits = self.corpus.splits["validation"].bits_per_byte(loss, self.config.data.first_target_id)
+        say(f"validation loss {loss:.4f} nats a token, on {self.validation.describe()}")
+        if len(self.corpora.by_name) > 1:
+            return
+        corpus = self.corpora.first
+        bits = corpus.splits["validation"].bits_per_byte(loss, self.config.data.first_target_id)
         if bits is None:
             return
-        entropy, nats = self.corpus.total.byte_entropy_nats, bits * math.log(2)
+        entropy, nats = corpus.total.byte_entropy_nats, bits * math.log(2)
         say(f"validation loss {nats:.4f} nats a byte, {bits:.4f} bits a byte")
         if entropy > 0:  # 0 of a text of one byte only
             say(f"byte-unigram entropy of the corpus {entropy:.4f} nats: the loss is {nats / entropy:.1%} of it")
@@ -289,7 +294,15 @@ def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start
             f"parameters  {num_parameters:,}",
             f"model       {model.num_layers} layers of {', '.join(model.pattern)}; width {model.width}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",
-            f"data        {data.path}: {data.global_batch_size} sequences of {data.seq_len} tokens a step",
+            f"data        {_data_words(data)}: {data.global_batch_size} sequences of {data.seq_len} tokens a step",
             f"steps       {start} of {config.training.num_steps} done",
         ]
+    )
+
+
+def _data_words(data: DataConfig) -> str:
+    """The corpora, of several each with its share."""
+    total = math.fsum(data.weights.values())
+    return ", ".join(
+        f"{name} {data.weights[name] / total:.1%} {path}" if name else path for name, path in data.paths.items()
     )

@@ -9,7 +9,6 @@ import shutil
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import SPLITS, Corpus, Statistics, byte_entropy
 from rat_jax.data.json_object import checksum
@@ -18,6 +17,7 @@ from rat_jax.data.prepare import prepare
 from rat_jax.data.token_file import TokenFile, TokenFileWriter
 from rat_jax.data.token_header import HEADER_BYTES
 from rat_jax.data.tokenizer import ByteTokenizer
+from rat_jax.data_config import DataConfig
 from tests.data import format_1
 from tests.data.damage import damaged, damaged_values
 
@@ -89,7 +89,13 @@ def test_metadata_that_cannot_be(corpus, change, message):
 
 def test_figures_that_cannot_be(corpus):
     values = read_metadata(corpus)
-    for field, value in (("num_tokens", 0), ("num_documents", -1), ("num_bytes", -5), ("byte_entropy_nats", 6.0)):
+    for field, value in (
+        ("num_tokens", 0),
+        ("num_documents", -1),
+        ("num_bytes", -5),
+        ("num_padding", -1),
+        ("byte_entropy_nats", 6.0),
+    ):
         train = values["splits"]["train"] | {field: value}
         write_metadata(corpus, values | {"splits": values["splits"] | {"train": train}})
         with pytest.raises(DataError, match=rf"metadata\.json, train is damaged: {field} is {value}"):

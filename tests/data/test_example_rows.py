@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.chat_template import FILE
 from rat_jax.data.corpus import Corpus
@@ -15,6 +14,7 @@ from rat_jax.data.pipeline import TrainData, ValidationData
 from rat_jax.data.prepare import main, prepare
 from rat_jax.data.row import ADDED_BYTES
 from rat_jax.data.token_header import HEADER_BYTES
+from rat_jax.data_config import DataConfig
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.perplexity import check_length
 from tests.data.test_chat_template import CHATML, chat
@@ -256,7 +256,7 @@ def test_a_tokenizer_is_trained_on_texts_not_on_their_json(tmp_path):
     [
         ({"rows": "packt"}, "--rows must be one of packed, padded, got 'packt'"),
         ({"seq_len": None}, "--rows wants --seq_len, the tokens of a row, 2 or more; got None"),
-        ({"rows": None}, "--seq_len is for examples: give --rows packed or padded too"),
+        ({"rows": None}, "--seq_len is for rows: give --rows packed or padded for examples, --packing"),
         ({"rows": None, "seq_len": None, "chat_template": "x"}, "--chat_template is for examples"),
         ({"source": ("recall:5",)}, "recall:5 holds text, and --rows wants examples"),
         ({"source": ("text:t.jsonl",)}, r"t\.jsonl holds text, and --rows wants examples"),

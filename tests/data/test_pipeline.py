@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from rat_jax.config import DataConfig
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import BLOCK_BYTES
 from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint, describe_coverage
 from rat_jax.data.prepare import Settings, prepare
+from rat_jax.data_config import DataConfig
 from tests.data import format_1
 
 EOS = 2

@@ -24,6 +24,7 @@ from tests.report.workdirs import (
     page_of,
     ruler_result,
     training,
+    validation,
 )
 
 PROGRESS, LOSSES = "How far each run is", "Losses of checkpoints on validation splits"
@@ -62,6 +63,14 @@ def test_curves_of_training(folder):
     assert shown.charts[by_tokens] == "run, training: 3 at 128, 2.5 at 768; run, validation: 2.75 at 512, 2.625 at 768"
     assert {"optimizer step", "loss, nats a token", "2", "4", "6", "2.6", "2.8"} <= set(shown.chart_texts[by_step])
     assert {"tokens read", "200", "400", "600"} <= set(shown.chart_texts[by_tokens])
+
+
+def test_curves_of_several_corpora(folder):
+    records = (validation(4, 2.75) | {"validation_loss/code": 3.0}, validation(6, 2.5) | {"validation_loss/code": 2.25})
+    shown = page_of(make_workdir(folder / "run", records=records))
+    assert shown.charts["Loss by step"] == (
+        "run, validation: 2.75 at 4, 2.5 at 6; run, validation of code: 3 at 4, 2.25 at 6"
+    )
 
 
 def test_a_log_of_old_code_has_no_means(folder):

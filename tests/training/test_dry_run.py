@@ -98,7 +98,6 @@ class TestCommand:
         [
             (["--topology=v5e:2x2", "--workdir=x"], "--topology is for --dry_run alone"),
             ([], "--workdir is missing"),
-            (["--dry_run", "--topology=v5e:2x2", "--distributed"], "leave out --distributed"),
             (["--dry_run", "--config.mesh.fsdp=3"], "config.mesh.data 1 and config.mesh.fsdp 3 do not multiply to the"),
             (["--dry_run", "--config.model.widht=3"], "config has no field model.widht"),
         ],

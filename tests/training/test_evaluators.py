@@ -12,7 +12,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.store import load_model
 from rat_jax.checkpoints.workdir import Workdir
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.data.tokenizer import ByteTokenizer
 from rat_jax.errors import ConfigError
 from rat_jax.evaluation import EvaluationError, answers
@@ -184,7 +184,7 @@ def test_a_signal_is_heard_between_answers(config, folder, loaded, patch):
         raise Signal
 
     mesh = make_mesh(config.mesh)
-    made = make_evaluators(config, Corpus.open(folder / "corpus"), mesh, Workdir(folder / "run"))
+    made = make_evaluators(config, Corpora.open(config.data), mesh, Workdir(folder / "run"))
     assert [evaluator.name for evaluator in made] == ["ruler", "answers", "tasks"]
     for evaluator in made:
         with jax.set_mesh(mesh), pytest.raises(Signal):
@@ -225,12 +225,12 @@ def test_packages_that_are_missing_are_named(package, group, config, monkeypatch
 
 
 def test_other_tokenizers_and_several_hosts_are_refused(config, folder, monkeypatch):
-    corpus, mesh = Corpus.open(folder / "corpus"), make_mesh(config.mesh)
+    corpora, mesh = Corpora.open(config.data), make_mesh(config.mesh)
     with pytest.raises(EvaluationError, match=r"has a vocabulary of 257, but config.model.vocab_size is 300"):
-        TextModel(tiny_config(folder / "corpus", model__vocab_size=300), corpus, mesh)
+        TextModel(tiny_config(folder / "corpus", model__vocab_size=300), corpora, mesh)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(EvaluationError, match=r"on one host alone, and this run has 2: .* with eval.py"):
-        TextModel(config, corpus, mesh)
+        TextModel(config, corpora, mesh)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class TestRun:
         batches = [next(data) for _ in range(NUM_STEPS)]
         data.close()
         for record in bad:
-            rows = data.windows.rows(record["records"])
+            rows = data.sources[""].rows(record["records"])
             np.testing.assert_array_equal(rows.tokens, batches[record["batch"]].tokens)
         assert logged(tmp_path / "whole")[-2]["skipped_steps"] == len(skipped)
 

@@ -266,10 +266,11 @@ def test_hosts_go_by_the_log_that_the_first_sees(as_host, finished_run, monkeypa
 
 def test_bits_per_byte_at_the_end_of_a_run_are_those_of_the_corpus(capsys):
     statistics = Statistics(num_documents=3, num_tokens=20, num_bytes=33, byte_entropy_nats=2.0)
+    corpus = types.SimpleNamespace(splits={"validation": statistics}, total=statistics)
     ended = types.SimpleNamespace(
         config=tiny_config("nowhere"),
-        corpus=types.SimpleNamespace(splits={"validation": statistics}, total=statistics),
-        validation=types.SimpleNamespace(fraction=1.0),
+        corpora=types.SimpleNamespace(by_name={"": corpus}, first=corpus),
+        validation=types.SimpleNamespace(describe=lambda: "the whole validation split"),
     )
     run._Run._report(ended, 3.0)
     nats = 3.0 * 17 / 33

@@ -8,7 +8,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.answers import AnswerSettings, Questions, answer, find_metrics, score
 from rat_jax.training.evaluators.text_model import TextModel
 
@@ -18,7 +18,7 @@ class AnswersEvaluator:
 
     name = "answers"
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, workdir: Workdir):
+    def __init__(self, config: Config, corpora: Corpora, mesh: jax.sharding.Mesh, workdir: Workdir):
         """Reads the prompts.
 
         Raises:
@@ -26,12 +26,12 @@ class AnswersEvaluator:
         """
         self._settings = settings = config.evaluation.answers
         self.every_steps = settings.every_steps
-        self._model = TextModel(config, corpus, mesh)
+        self._model = TextModel(config, corpora, mesh)
         self._metrics = find_metrics()
         length = config.data.seq_len if settings.context_length is None else settings.context_length
         room = AnswerSettings(length, settings.max_new_tokens).room
         self._questions = Questions.read(
-            pathlib.Path(settings.file), corpus.chat_template(), self._model.tokenizer, room, settings.limit
+            pathlib.Path(settings.file), corpora.chat_template(), self._model.tokenizer, room, settings.limit
         )
 
     def run(self, params: nnx.State, step: int, check: Callable[[], None]) -> Mapping[str, float]:

@@ -4,7 +4,7 @@ import jax
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.errors import RatJaxError
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.training.evaluators.answers import AnswersEvaluator
@@ -14,7 +14,7 @@ from rat_jax.training.evaluators.ruler import RulerEvaluator
 from rat_jax.training.evaluators.tasks import TasksEvaluator
 
 
-def make_evaluators(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, workdir: Workdir) -> list[Evaluator]:
+def make_evaluators(config: Config, corpora: Corpora, mesh: jax.sharding.Mesh, workdir: Workdir) -> list[Evaluator]:
     """Those whose `every_steps` is given.
 
     Raises:
@@ -32,7 +32,7 @@ def make_evaluators(config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, wor
         if group.every_steps is None:
             continue
         try:
-            evaluators.append(make(config, corpus, mesh, workdir))
+            evaluators.append(make(config, corpora, mesh, workdir))
         except RatJaxError as error:
             raise EvaluationError(f"config.evaluation.{make.name}: {error}") from error
     return evaluators

@@ -7,7 +7,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.ruler import check_ruler, run_ruler
 from rat_jax.training.evaluators.evaluator import PartFailedError
 from rat_jax.training.evaluators.text_model import TextModel
@@ -18,7 +18,7 @@ class RulerEvaluator:
 
     name = "ruler"
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, workdir: Workdir):
+    def __init__(self, config: Config, corpora: Corpora, mesh: jax.sharding.Mesh, workdir: Workdir):
         """Makes an example of each task and length.
 
         Raises:
@@ -26,7 +26,7 @@ class RulerEvaluator:
         """
         settings = config.evaluation.ruler
         self.every_steps = settings.every_steps
-        self._model = TextModel(config, corpus, mesh)
+        self._model = TextModel(config, corpora, mesh)
         self._examples = {
             "tasks": settings.tasks,
             "context_lengths": settings.context_lengths,

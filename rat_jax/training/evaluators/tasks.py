@@ -14,7 +14,7 @@ from flax import nnx
 
 from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.training.evaluators.evaluator import PartFailedError
@@ -29,7 +29,7 @@ class TasksEvaluator:
 
     name = "tasks"
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: jax.sharding.Mesh, workdir: Workdir):
+    def __init__(self, config: Config, corpora: Corpora, mesh: jax.sharding.Mesh, workdir: Workdir):
         """Loads the tasks with their data.
 
         Raises:
@@ -38,7 +38,7 @@ class TasksEvaluator:
         self._settings = settings = config.evaluation.tasks
         self.every_steps = settings.every_steps
         self._seq_len = config.data.seq_len
-        self._model = TextModel(config, corpus, mesh)
+        self._model = TextModel(config, corpora, mesh)
         if importlib.util.find_spec("lm_eval") is None:
             raise EvaluationError("it needs the lm-evaluation-harness: pip install -r requirements-eval.txt")
         from rat_jax.evaluation.harness_tasks import Tasks

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config
-from rat_jax.data.corpus import Corpus
+from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.memory import free_bytes, gib, tree_bytes
 from rat_jax.model import LanguageModel
@@ -21,7 +21,7 @@ _NO_MESH = Mesh(np.empty((), dtype=object), ())
 class TextModel:
     """Whole parameters on every device, outside of a mesh; and the tokenizer."""
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh):
+    def __init__(self, config: Config, corpora: Corpora, mesh: Mesh):
         """Computes nothing.
 
         Raises:
@@ -34,10 +34,10 @@ class TextModel:
                 f"texts are generated on one host alone, and this run has {jax.process_count()}: leave every_steps out "
                 f"and measure its checkpoints with eval.py"
             )
-        self.tokenizer = corpus.tokenizer()
+        self.tokenizer = corpora.tokenizer()
         if self.tokenizer.vocab_size != config.model.vocab_size:
             raise EvaluationError(
-                f"the tokenizer in {corpus.path} has a vocabulary of {self.tokenizer.vocab_size}, but "
+                f"the tokenizer in {corpora.first.path} has a vocabulary of {self.tokenizer.vocab_size}, but "
                 f"config.model.vocab_size is {config.model.vocab_size}: make them the same"
             )
         self.mesh = mesh

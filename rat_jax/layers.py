@@ -31,17 +31,15 @@ def projection(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
     )
 
 
-def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes: int) -> list[Float[Array, "B T _"]]:
-    """x W in parts of so many channels each; where the mesh in use cuts heads, each part is cut among its devices."""
+def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes) -> list:
+    """x W as arrays [B, T, size], one a size; where the mesh in use cuts heads, each is cut among its devices."""
     if num_parts(TENSOR_AXIS) == 1:
         return jnp.split(linear(x), list(itertools.accumulate(sizes))[:-1], axis=-1)
     parts = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
     return [_product(x, _cut_columns(part)) for part in parts]
 
 
-def project_interleaved(
-    linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple[int, ...], whole: int
-) -> Float[Array, "B T _"]:
+def project_interleaved(linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple, whole: int) -> Float[Array, "B T _"]:
     """x W; where heads are cut, device after device its share of each part of `cut` channels, and the last `whole`.
 
     The matrix is reordered, not the products.

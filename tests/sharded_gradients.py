@@ -1,4 +1,4 @@
-"""Loss and gradients of models on meshes of eight devices and on one; prints JSON. test_cut_meshes.py runs it.
+"""Loss and gradients of a model on meshes of eight devices, against one; prints JSON. test_cut_meshes.py runs it.
 
 Arguments: mixers with commas between them, `packed` or `whole`, and meshes: "2x1x4x1" has data 2 and context 4.
 """
@@ -15,7 +15,7 @@ from rat_jax.config import MeshConfig
 from rat_jax.data.pipeline import Batch
 from rat_jax.sharding import check_divides, global_batch, leaf_names, make_mesh, shardings
 from rat_jax.training import step
-from tests.small import small_config, small_model
+from tests.small import small_config, small_model, small_model_config
 
 ROWS, TOKENS, VOCABULARY = 8, 32, 32
 
@@ -46,7 +46,11 @@ def loss_and_gradients(graphdef, params, batch, mesh) -> tuple[float, dict[str, 
 
 
 def run(pattern: tuple[str, ...], packed: bool, meshes: list[str]) -> dict[str, dict[str, float]]:
-    model = small_model(pattern, vocab_size=VOCABULARY, num_layers=len(pattern), mlp_kind="geglu")
+    mixers = dict(small_model_config(pattern).mixers)
+    if "rat" in mixers:  # so that each of eight parts has a head
+        mixers["rat"] = dataclasses.replace(mixers["rat"], num_groups=1)
+    sizes = {"width": 32, "num_heads": 8, "num_layers": len(pattern), "vocab_size": VOCABULARY}
+    model = small_model(pattern, mixers=mixers, mlp_kind="geglu", **sizes)
     config = small_config()
     graphdef, params = nnx.split(model)
     batch = batch_of(packed)

@@ -184,9 +184,9 @@ class GatedDeltaNet(Mixer):
         return bytes_of(memory.state) + bytes_of(memory.last_inputs)
 
     def _convolve(
-        self, parts: list[Float[Array, "B T _"]], segments: SegmentInfo, memory: GatedDeltaNetCache | None
-    ) -> tuple[list[Float32[Array, "B T _"]], Float[Array, "B earlier c"] | None]:
-        """silu of the convolved tokens, and the inputs that the next ones need if there is a memory."""
+        self, parts: list, segments: SegmentInfo, memory: GatedDeltaNetCache | None
+    ) -> tuple[list, Float[Array, "B earlier c"] | None]:
+        """silu of the convolved parts [B, T, c] each, and the inputs that the next tokens need if there is a memory."""
         last_inputs = None if memory is None else memory.last_inputs
         if not self.config.conv_size:
             return [jax.nn.silu(part.astype(jnp.float32)) for part in parts], last_inputs

@@ -49,7 +49,8 @@ class MixPart(dispatch.Kernel):
         own_sums = kept.log_sum_exp[:, :, part.again :]
         sums = jnp.logaddexp(own_sums, beyond.log_sum_exp)
         own, other = (jnp.exp(x - sums).transpose(0, 2, 1)[..., None] for x in (own_sums, beyond.log_sum_exp))
-        again, out = out[:, : part.again], out[:, part.again :]
+        again = out[:, : part.again] if part.again else None
+        out = out[:, part.again :]
         mixed = own * part.heads(out) + other * part.gate(projected) * beyond.out
         sums = jnp.concatenate([kept.log_sum_exp[:, :, : part.again], sums], axis=2)
         return (mixed.reshape(out.shape).astype(out.dtype),), (kept._replace(log_sum_exp=sums), again)
@@ -74,7 +75,7 @@ class MixPart(dispatch.Kernel):
         d_scores = jnp.pad(found.d_scores, [(0, 0), (0, 0), (part.again, 0)])
         seen, pull_seen = jax.vjp(part.extend, projected)
         d_out = jnp.pad(d_out, [(0, 0), (part.again, 0), (0, 0)])
-        out = jnp.concatenate([again, out], axis=1)
+        out = jnp.concatenate([again, out], axis=1) if part.again else out
         d_seen, d_bias = self._run_backward(part, kept, seen, gate_bias, out, d_out, d_pairs, d_scores)
         return pull_seen(d_seen)[0] + pull_query(found.d_query.astype(query.dtype))[0], d_bias
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from rat_jax.mesh import BATCH_AXES
+from rat_jax.mesh import BATCH_AXES, num_parts
 from rat_jax.mixers.attention import Attention
 from rat_jax.mixers.local_attention import LocalAttention
 from rat_jax.mixers.rattention import Rattention

@@ -16,7 +16,7 @@ from rat_jax.ops.rat import RatImplementation
 def trace_for(monkeypatch, name, capability=None, devices=1):
     monkeypatch.setattr(platform, "expected_platform", lambda: name)
     monkeypatch.setattr(platform, "expected_capability", lambda: capability)
-    monkeypatch.setattr(dispatch, "num_devices", lambda: devices)
+    monkeypatch.setattr(dispatch, "num_parts", lambda *axes: devices)
 
 
 def taken(name):
@@ -69,7 +69,7 @@ def test_batch_rows_that_do_not_divide_among_devices(monkeypatch):
     trace_for(monkeypatch, "tpu", devices=4)
     assert dispatch.choose(None, ALL, 8, taken) == "pallas_tpu"
     assert dispatch.choose(None, ALL, 6, taken) == "xla"
-    with pytest.raises(UnsupportedError, match="6 batch rows do not divide among the 4 devices of the mesh"):
+    with pytest.raises(UnsupportedError, match="6 batch rows do not divide among the 4 devices that the mesh"):
         dispatch.choose("pallas_tpu", ALL, 6, taken)
     assert [dispatch.rows_of_device(batch) for batch in (8, 6, 1)] == [2, 1, 1]
 

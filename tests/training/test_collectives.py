@@ -6,7 +6,7 @@ import pytest
 
 from rat_jax.training.collectives import Collectives, count_collectives, sent
 from rat_jax.training.hlo import Program, num_bytes
-from tests import four_devices
+from tests import virtual_devices
 
 
 def counted(text: str, num_devices: int = 8) -> dict[str, Collectives]:
@@ -188,7 +188,7 @@ def test_what_is_no_compiled_program_is_refused():
 
 @pytest.fixture(scope="module")
 def compiled():
-    return four_devices.run("tests.compiled_collectives")
+    return virtual_devices.run("tests.compiled_collectives")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def compiled_as(monkeypatch):
 class TestCommand:
     """train.py --dry_run."""
 
-    def test_four_devices(self, tmp_path):
+    def test_virtual_devices(self, tmp_path):
         """The real step; no data is there, no workdir is asked for, nothing is written."""
         config = tiny_config(tmp_path / "nowhere", mesh__data=2, mesh__fsdp=2, model__pattern=("rnn",))
         command = [word for word in train_command(tmp_path, config) if not word.startswith("--workdir")]
@@ -98,7 +98,10 @@ class TestCommand:
         [
             (["--topology=v5e:2x2", "--workdir=x"], "--topology is for --dry_run alone"),
             ([], "--workdir is missing"),
-            (["--dry_run", "--config.mesh.fsdp=3"], "config.mesh.data 1 and config.mesh.fsdp 3 do not multiply to the"),
+            (
+                ["--dry_run", "--config.mesh.fsdp=3"],
+                "config.mesh.data 1, config.mesh.fsdp 3, config.mesh.context 1, config.mesh.tensor 1 do not multiply",
+            ),
             (["--dry_run", "--config.model.widht=3"], "config has no field model.widht"),
         ],
     )

@@ -167,7 +167,7 @@ def test_a_failure_stops_a_run_that_says_so(corpus, evaluators, tmp_path):
 
 def test_a_failure_of_one_host_of_several_is_not_passed_over(config, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    evaluations = Evaluations(config, [Fake(act=fail)], 0, ())
+    evaluations = Evaluations(config, [Fake(act=fail)], make_mesh(config.mesh), 0, ())
     monitor = types.SimpleNamespace(pause=contextlib.nullcontext, evaluation=lambda *said: pytest.fail("it went on"))
     with pytest.raises(EvaluationError, match="step 2: the fake evaluation has no result: no haystack"):
         evaluations.run(None, 2, monitor, types.SimpleNamespace(requested=False))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import ConfigError, TrainingConfig
 from rat_jax.data.pipeline import TrainData
 from rat_jax.files import FileError
@@ -59,7 +60,7 @@ class TestStep:
         mesh = make_mesh(config.mesh)
         data = TrainData(config.data, vocab_size=29, seed=0)
         with jax.set_mesh(mesh):
-            graphdef = run.abstract_model(config.model)[0]
+            graphdef = abstract_model(config.model)[0]
             batch = global_batch(next(data), mesh)
             step = jax.tree_util.Partial(train_step, graphdef, config.optimizer, NUM_STEPS)
             state, metrics = step(initial_state(config, mesh), batch, np.float32(np.inf))

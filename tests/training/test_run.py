@@ -243,7 +243,7 @@ class TestRefusals:
         [
             ({"data__path": "nowhere"}, DataError, "nowhere is not a prepared corpus"),
             ({"model__vocab_size": 30}, DataError, "vocabulary of 29, but the model's is 30"),
-            ({"mesh__data": 3}, ConfigError, r"mesh\.data 3 .* do not multiply to the 1 devices"),
+            ({"mesh__data": 3}, ConfigError, r"mesh\.data 3, .* do not multiply to the 1 devices"),
             ({"training__wandb_project": "rat"}, ConfigError, "Weights & Biases is not installed"),
         ],
     )

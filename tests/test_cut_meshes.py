@@ -1,0 +1,36 @@
+"""Eight devices, whatever a mesh cuts, have the loss and the gradients that one has."""
+
+import functools
+
+import pytest
+
+from rat_jax.mixers import MIXERS
+from tests import virtual_devices
+from tests.small import PAIRS
+
+ALONE = ["8x1x1x1", "1x8x1x1", "1x1x8x1", "1x1x1x8"]  # data, fsdp, context, tensor
+OF_TWO = ["2x4x1x1", "2x1x4x1", "4x1x1x2", "1x2x4x1", "1x4x1x2", "1x1x4x2"]
+LIMIT = 1e-5
+
+
+@functools.cache
+def errors(pattern, kind, *meshes):
+    """Of the loss, and of the gradient that is furthest off; relative."""
+    return virtual_devices.run("tests.sharded_gradients", ",".join(pattern), kind, *meshes, count=8)
+
+
+@pytest.mark.parametrize("pattern", PAIRS, ids="+".join)
+def test_all_axes_together(pattern):
+    """Tokens of packed documents in two parts, heads in two, rows and parameters in two."""
+    assert {kind for pair in PAIRS for kind in pair} == set(MIXERS)
+    found = errors(pattern, "packed", "1x2x2x2")["1x2x2x2"]
+    assert max(found["loss"], found["gradient"]) < LIMIT, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [*ALONE, *OF_TWO])
+@pytest.mark.parametrize("kind", ["packed", "whole"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_axis_and_every_two(mixer, kind, mesh):
+    found = errors((mixer,), kind, *ALONE, *OF_TWO)[mesh]
+    assert max(found["loss"], found["gradient"]) < LIMIT, found

@@ -1,10 +1,11 @@
 """Throughput of a config on the devices at hand: training, or decoding, in tokens a second.
 
   python benchmarks/model_throughput.py --config configs/rat_1b.py --batch_sizes 8 --remat dots --profile trace
+  python benchmarks/model_throughput.py --config configs/rat_1b.py --batch_sizes 1 --seq_len 262144 --context 2
   python benchmarks/model_throughput.py --config configs/rat_1b.py --decode
 
 Training steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row
-for each batch size (sequences on one device at a time); a batch that does not fit says so. MFU is that of
+for each batch size (sequences of all devices); a batch that does not fit says so. MFU is that of
 `rat_jax.flops`. `--profile` traces one more step of each batch size and says what its time goes to; the program then
 runs without CUDA graphs, whose kernels cannot be told apart.
 
@@ -42,16 +43,27 @@ from rat_jax.training.step import initial_state, train_step
 
 TRAIN_BATCH_SIZES = [4, 8, 16]
 DECODE_BATCH_SIZES = [256, 736, 1024]
+MESH_FIELDS = ("data", "context", "tensor")  # fsdp takes the devices that remain
 
 
 def load_config(file: str, batch_size: int, **changes: Any) -> Config:
-    """The config of a file for batches of `batch_size` sequences in one part; None of `changes` leaves the model's."""
+    """The config of a file for batches of `batch_size` sequences in one part.
+
+    Args:
+      file: of the config.
+      batch_size: sequences.
+      **changes: of fields of the model, of the mesh, or of `seq_len`; None leaves the config's.
+    """
     config = config_from_dict(load_config_file(file, "--config"))
+    changes = {name: x for name, x in changes.items() if x is not None}
+    seq_len = changes.pop("seq_len", config.data.seq_len)
+    axes = {name: changes.pop(name) for name in MESH_FIELDS if name in changes}
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **{name: x for name, x in changes.items() if x is not None}),
-        data=dataclasses.replace(config.data, global_batch_size=batch_size),
+        model=dataclasses.replace(config.model, **changes),
+        data=dataclasses.replace(config.data, global_batch_size=batch_size, seq_len=seq_len),
         optimizer=dataclasses.replace(config.optimizer, accumulation_steps=1),
+        mesh=dataclasses.replace(config.mesh, **axes),
     )
 
 
@@ -82,7 +94,8 @@ def train_table(flags: argparse.Namespace) -> None:
     """Prints training throughput."""
     print(f"\n{'batch':>6} {'remat':>6} {'ms a step':>10} {'tokens/s':>10} {'MFU':>7} {'GB':>6}")
     for batch_size in flags.batch_sizes or TRAIN_BATCH_SIZES:
-        config = load_config(flags.config, batch_size, remat=flags.remat, scan_unroll=flags.scan_unroll)
+        names = ("remat", "scan_unroll", "seq_len", *MESH_FIELDS)
+        config = load_config(flags.config, batch_size, **{name: getattr(flags, name) for name in names})
         try:
             seconds, parameters, memory_gb, profile = measure_training(config, flags.steps, flags.profile)
         except jax.errors.JaxRuntimeError as error:  # the next batch size may fit
@@ -127,6 +140,9 @@ def main() -> None:
     )
     parser.add_argument("--remat", default=None, help="none, dots or block; left out: the config's")
     parser.add_argument("--scan_unroll", type=int, default=None, help="layers without a loop; left out: the config's")
+    parser.add_argument("--seq_len", type=int, default=None, help="tokens of a sequence; left out: the config's")
+    for name in MESH_FIELDS:
+        parser.add_argument(f"--{name}", type=int, default=None, help=f"config.mesh.{name}; left out: the config's")
     parser.add_argument("--steps", type=int, default=5, help="training steps that are timed")
     parser.add_argument("--profile", default=None, help="folder for a trace of one training step")
     parser.add_argument("--decode", action="store_true", help="decode instead of training")

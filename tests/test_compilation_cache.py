@@ -220,6 +220,7 @@ def test_two_processes_at_once(tmp_path):
     assert all(cache.get(pathlib.Path(file).stem) for file in files)
 
 
+@pytest.mark.slow
 def test_what_jax_finds_in_its_files_is_compiled_anew_for_the_store(tmp_path):
     """A program that JAX has read cannot be written down again: it would end a later run."""
     store = ProgramStore(use_cache(str(tmp_path)), CONFIG)

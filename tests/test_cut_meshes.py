@@ -6,6 +6,7 @@ import pytest
 
 from rat_jax.mixers import MIXERS
 from tests import virtual_devices
+from tests.exchanged_bytes import CHUNK, ROWS, TOKENS, WIDTH
 from tests.small import PAIRS
 
 ALONE = ["8x1x1x1", "1x8x1x1", "1x1x8x1", "1x1x1x8"]  # data, fsdp, context, tensor
@@ -25,6 +26,19 @@ def test_all_axes_together(pattern):
     assert {kind for pair in PAIRS for kind in pair} == set(MIXERS)
     found = errors(pattern, "packed", "1x2x2x2")["1x2x2x2"]
     assert max(found["loss"], found["gradient"]) < LIMIT, found
+
+
+def test_rat_exchanges_summaries_where_attention_exchanges_keys():
+    """In the compiled programs; RAT's also say of which documents the summaries are."""
+    found = virtual_devices.run("tests.exchanged_bytes", count=8)
+    whole = 2 * 4 * ROWS * TOKENS * WIDTH  # keys and values, float32
+    assert whole <= found["attention"]["all-gather"] < 1.02 * whole
+    assert whole / CHUNK <= found["rat"]["all-gather"] < 1.02 * whole / CHUNK
+    assert found["rat"].keys() <= {"all-gather", "collective-permute"}
+    states = 4 * 2 * 4 * ROWS * WIDTH  # four rounds of decays and running sums, float32
+    assert found["rat"]["collective-permute"] <= 2 * states  # keys and values
+    assert found["rnn"].keys() == {"collective-permute"}
+    assert found["rnn"]["collective-permute"] <= states
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ def mesh_advice(mesh: jax.sharding.Mesh) -> str | None:
     libtpu 0.0.42 sums a gradient that is cut over all chips of a slice by an all-reduce, which sends twice the bytes
     of the reduce-scatter that is meant, if the slice is a square of 4 x 4 chips or more or has three axes. Over part of
     the chips, or all those of a rectangle, it makes reduce-scatters; over 32 and fewer it sends most parts from chip to
-    chip beside the products that need them (docs/scaling-dry-run.md).
+    chip beside the products that need them (docs/scaling.md).
     """
     if mesh.devices.flat[0].platform != "tpu" or mesh.shape["fsdp"] != mesh.size:
         return None

@@ -85,11 +85,6 @@ if __name__ == "__main__":
     # TPU interpret mode calls back to Python, on which devices that wait for each other can stand still.
     launch, pl.pallas_call = pl.pallas_call, lambda *args, **options: launch(*args, **options | {"interpret": True})
     ops = {make.__name__: make for make in (rat, linear, windowed)}
-    found = {
-        f"{op} {'packed' if packed else 'whole'}": {
-            name: run(ops[op], packed, *sizes) for name, sizes in MESHES.items()
-        }
-        for op in sys.argv[1:]
-        for packed in (True, False)
-    }
+    kind, *names = sys.argv[1:]
+    found = {op: {name: run(ops[op], kind == "packed", *sizes) for name, sizes in MESHES.items()} for op in names}
     json.dump(found, sys.stdout)

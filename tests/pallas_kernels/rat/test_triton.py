@@ -27,7 +27,7 @@ from tests.pallas_kernels.rat import triton_twin
 
 # "float16" has grouped heads too, "odd_sizes" several chunks and a rest, "long_chunk_documents" chunks of several
 # tiles, "one_token" a row of one chunk, "extend_documents" what is read in parts, "decode_documents" grouped heads.
-SLOW = ("plain", "long_chunk", "one_chunk", "documents", "decode", "extend", "extend_odd_head")
+SLOW = ("plain", "float16", "long_chunk", "one_chunk", "documents", "decode", "extend", "extend_odd_head")
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 
 

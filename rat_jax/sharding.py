@@ -51,6 +51,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
 
 
+def describe_axes(mesh: Mesh) -> str:
+    """Axes and their sizes in words: those of rows, and of the others those that cut something."""
+    return ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1 or name in BATCH_AXES)
+
+
 def check_divides(config: Config, mesh: Mesh) -> None:
     """Checks that batches and parameters can be cut for a mesh.
 

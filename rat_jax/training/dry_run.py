@@ -10,7 +10,7 @@ from rat_jax.chips import chip_of
 from rat_jax.config import Config
 from rat_jax.flops import flops_per_token
 from rat_jax.memory import free_bytes, gib, is_out_of_memory
-from rat_jax.sharding import check_divides, make_mesh
+from rat_jax.sharding import check_divides, describe_axes, make_mesh
 from rat_jax.training.collectives import Collectives, count_collectives
 from rat_jax.training.hlo import Program
 from rat_jax.training.mesh_advice import mesh_advice
@@ -77,10 +77,9 @@ def _line(name: str, text: str) -> str:
 
 def _heading(config: Config, mesh: jax.sharding.Mesh, topology: str | None, num_parameters: int) -> list[str]:
     where = "" if topology is None else f" of {topology}, not there"
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     data, parts = config.data, config.optimizer.accumulation_steps
     return [
-        _line("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}{where}; {axes}"),
+        _line("devices", f"{mesh.size} x {mesh.devices.flat[0].device_kind}{where}; {describe_axes(mesh)}"),
         _line("parameters", f"{num_parameters:,}"),
         _line("a step", f"{data.global_batch_size} sequences of {data.seq_len} tokens in {parts} part(s)"),
     ]

@@ -30,9 +30,9 @@ from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import FileError, in_words
 from rat_jax.interrupts import Interrupts, caught
 from rat_jax.memory import is_out_of_memory
-from rat_jax.mesh import BATCH_AXES, mesh_of_rows
+from rat_jax.mesh import mesh_of_rows
 from rat_jax.paths import local_path
-from rat_jax.sharding import check_divides, make_mesh, share_of_rows
+from rat_jax.sharding import check_divides, describe_axes, make_mesh, share_of_rows
 from rat_jax.training.evaluations import Evaluations, names_in_log
 from rat_jax.training.evaluators import Evaluator, make_evaluators
 from rat_jax.training.guards import Guard, write_bad_batch
@@ -286,11 +286,9 @@ def _validation_loss(records: Sequence[Record]) -> float | None:
 def _summary(config: Config, mesh: jax.sharding.Mesh, num_parameters: int, start: int) -> str:
     device = mesh.devices.flat[0]
     model, data = config.model, config.data
-    # Context and tensor are said where they cut something.
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1 or name in BATCH_AXES)
     return "\n".join(
         [
-            f"devices     {mesh.size} x {device.device_kind}, {axes}",
+            f"devices     {mesh.size} x {device.device_kind}, {describe_axes(mesh)}",
             f"parameters  {num_parameters:,}",
             f"model       {model.num_layers} layers of {', '.join(model.pattern)}; width {model.width}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size}, {model.dtype}",

@@ -83,8 +83,10 @@ def test_a_reader_that_dies(corpus, tmp_path, monkeypatch):
         return train_step(*arguments)
 
     monkeypatch.setattr(loop, "train_step", kill_reader_and_step)
-    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .*; step \d is saved"):
-        train(tiny_config(corpus, data__num_workers=1, training__validate_every_steps=9), tmp_path / "run")
+    with pytest.raises(RunStopped, match=r"a process that reads the data died: it was killed, .*; step \d+ is saved"):
+        # More steps than the batches that are read ahead.
+        changes = {"data__num_workers": 1, "training__num_steps": 20, "training__validate_every_steps": 20}
+        train(tiny_config(corpus, **changes), tmp_path / "run")
     assert load_model(tmp_path / "run").step >= 1
     assert not multiprocessing.active_children()
 

@@ -106,7 +106,7 @@ def _sum_loss_fwd(hidden, embedding, targets, weights):
         total, d_embedding = carry
         hidden_BTD, targets_BT, weights_BT = block
         logits, log_sum_exp, losses = _logits_and_losses(embedding, *block)
-        is_target = _own_ids(targets_BT, logits.shape[-1])[..., None] == jnp.arange(logits.shape[-1])[None, None]
+        is_target = cut.own_ids(targets_BT, logits.shape[-1])[..., None] == jnp.arange(logits.shape[-1])[None, None]
         d_logits = (jnp.exp(logits - log_sum_exp[..., None]) - is_target) * weights_BT[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("btv,vd->btd", d_logits, embedding.astype(hidden.dtype))
@@ -133,18 +133,13 @@ def _logits_and_losses(embedding: Array, hidden: Array, targets: Array, weights:
     """Logits of one block [B, T, V], of the ids whose embedding this is, their log-sum-exps and the weighted losses."""
     logits = jnp.einsum("btd,vd->btv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
     log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
-    own = _own_ids(targets, logits.shape[-1])
-    of_target = jnp.take_along_axis(logits, own[..., None], axis=-1, mode="clip")[..., 0]
+    own = cut.own_ids(targets, logits.shape[-1])
+    of_target = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]
+    of_target = cut.of_owner(of_target, own, logits.shape[-1])
     if num_parts_here(TENSOR_AXIS) > 1:
-        of_target = jax.lax.psum(jnp.where((own >= 0) & (own < logits.shape[-1]), of_target, 0.0), TENSOR_AXIS)
         top = jax.lax.pmax(log_sum_exp, TENSOR_AXIS)
         log_sum_exp = top + jnp.log(jax.lax.psum(jnp.exp(log_sum_exp - top), TENSOR_AXIS))
     return logits, log_sum_exp, weights * (log_sum_exp - of_target)
-
-
-def _own_ids(ids: Array, vocab_size: int) -> Array:
-    """Ids counted from the first one of this part of the vocabulary."""
-    return ids if num_parts_here(TENSOR_AXIS) == 1 else ids - vocab_size * jax.lax.axis_index(TENSOR_AXIS)
 
 
 def _blocks(hidden: Array, targets: Array, weights: Array, vocab_size: int) -> tuple[Array, Array, Array]:

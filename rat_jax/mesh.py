@@ -4,11 +4,12 @@
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from rat_jax.shapes import Array, Int
 
@@ -30,20 +31,13 @@ def num_parts(*axes: str) -> int:
     1 outside of a mesh, along axes that it lacks and inside `jax.shard_map`, where arrays are parts already.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    parts = 1
-    for name, size, kind in sizes:
-        parts *= size if name in axes and kind != AxisType.Manual else 1
-    return parts
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape and axis not in mesh.manual_axes)
 
 
 def num_parts_here(axis: str) -> int:
     """Inside `jax.shard_map` parts that an axis of the mesh has cut arrays into; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.axis_names:
-        return 1
-    place = mesh.axis_names.index(axis)
-    return mesh.axis_sizes[place] if mesh.axis_types[place] == AxisType.Manual else 1
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
 def rows_per_device(batch_size: int) -> int:

@@ -13,7 +13,6 @@ from rat_jax.config import ModelConfig
 from rat_jax.decoder import Decoder, DecoderModule, ModelCache, tied_logits
 from rat_jax.layers import INITIAL_STD, RmsNorm
 from rat_jax.memory import tree_bytes
-from rat_jax.mesh import TENSOR_AXIS, num_parts_here
 from rat_jax.mixers import MIXERS
 from rat_jax.ops import cut
 from rat_jax.ops.remat import saving_named
@@ -175,12 +174,9 @@ def _stacked(name: str, config: ModelConfig, keys: Array) -> ResidualBlock:
 
 def _look_up(embedding: Array, tokens: Array) -> Array:
     """Rows of a vocabulary of which this device has a part."""
-    if num_parts_here(TENSOR_AXIS) == 1:
-        return embedding[tokens]
-    first = jax.lax.axis_index(TENSOR_AXIS) * embedding.shape[0]
-    own = tokens - first
-    is_own = (own >= 0) & (own < embedding.shape[0])
-    return jax.lax.psum(jnp.where(is_own[..., None], embedding.at[own].get(mode="clip"), 0), TENSOR_AXIS)
+    count = embedding.shape[0]
+    own = cut.own_ids(tokens, count)
+    return cut.of_owner(embedding[own], own, count)
 
 
 def _remat(run, config: ModelConfig):

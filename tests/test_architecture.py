@@ -71,7 +71,6 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.decoder",
         "rat_jax.layers",
         "rat_jax.memory",
-        "rat_jax.mesh",
         "rat_jax.mixers",
         "rat_jax.ops",
         "rat_jax.parameters",

@@ -76,9 +76,7 @@ class MixerConfig:
           ConfigError: naming the two numbers that do not fit.
         """
         for name, heads in (("num_heads", shape.num_heads), ("num_kv_heads", shape.kv_heads)):
-            require(
-                heads % tensor == 0, f"{name} {heads} does not divide among the {tensor} parts of config.mesh.tensor"
-            )
+            require_divides(name, heads, tensor)
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         """Keys that a token of a row of `seq_len` tokens meets on average, for the count of operations.
@@ -258,6 +256,11 @@ def bytes_of(x: Shaped[Array | jax.ShapeDtypeStruct, "B S *axes"], num_slots: in
     """Bytes of an array, or of its first slots along axis 1."""
     share = 1 if num_slots is None else min(num_slots, x.shape[1]) / x.shape[1]
     return round(x.dtype.itemsize * x.size * share)
+
+
+def require_divides(name: str, count: int, tensor: int) -> None:
+    """Refuses a number of heads or channels that the tensor axis of a mesh cannot cut."""
+    require(count % tensor == 0, f"{name} {count} does not divide among the {tensor} parts of config.mesh.tensor")
 
 
 def require_even_heads(rope: bool, shape: ModelShape) -> None:

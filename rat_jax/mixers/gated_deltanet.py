@@ -12,7 +12,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.layers import RmsNorm, project_parts, projection
-from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of
+from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_divides
 from rat_jax.ops.gated_delta_rule import gated_delta_rule
 from rat_jax.ops.short_convolution import short_convolution
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
@@ -54,10 +54,7 @@ class GatedDeltaNetConfig(MixerConfig):
         )
 
     def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
-        heads = self.heads(shape)
-        require(
-            heads % tensor == 0, f"num_heads {heads} does not divide among the {tensor} parts of config.mesh.tensor"
-        )
+        require_divides("num_heads", self.heads(shape), tensor)
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         # The state of Hk by Hv is read for the key, written, and read for the query; an attended key is read twice.

@@ -10,7 +10,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.layers import chrono_gate_bias, project_parts, projection
-from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of
+from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of, require_divides
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
@@ -30,10 +30,7 @@ class RnnConfig(MixerConfig):
         require(self.max_timescale >= 3, f"max_timescale must be 3 tokens or more, got {self.max_timescale}")
 
     def check_cut(self, shape: ModelShape, tokens: int, context: int, tensor: int) -> None:
-        require(
-            shape.width % tensor == 0,
-            f"width {shape.width} does not divide among the {tensor} parts of config.mesh.tensor",
-        )
+        require_divides("width", shape.width, tensor)
 
     def mean_keys(self, shape: ModelShape, seq_len: int) -> float:
         return 0.0

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts
+from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts, num_parts_here
 from rat_jax.shapes import Array
 
 _MESH_AXES = {"B": BATCH_AXES, "T": CONTEXT_AXIS, "N": TENSOR_AXIS, "V": TENSOR_AXIS, "_": None}
@@ -55,6 +56,25 @@ def run(
     out_specs = _spec(out_axes) if isinstance(out_axes, str) else tuple(map(_spec, out_axes))
     # What collectives return is not tracked, nor do kernels say over which axes their results vary.
     return jax.shard_map(function, in_specs=specs, out_specs=out_specs, check_vma=False)(*arguments)
+
+
+def own_ids(ids: Array, num_own: int) -> Array:
+    """Inside of such a region, ids counted from the first of this device's part of the vocabulary, of `num_own` ids."""
+    return ids if num_parts_here(TENSOR_AXIS) == 1 else ids - num_own * jax.lax.axis_index(TENSOR_AXIS)
+
+
+def of_owner(values: Array, own: Array, num_own: int) -> Array:
+    """Inside of such a region, of every id the values that the device has whose part of the vocabulary it is in.
+
+    Args:
+      values: of each id; whatever they are where it is in another part.
+      own: the ids, by `own_ids`.
+      num_own: ids of a part.
+    """
+    if num_parts_here(TENSOR_AXIS) == 1:
+        return values
+    is_own = ((own >= 0) & (own < num_own)).reshape(own.shape + (1,) * (values.ndim - own.ndim))
+    return jax.lax.psum(jnp.where(is_own, values, 0), TENSOR_AXIS)
 
 
 def _spec(axes: str) -> PartitionSpec:

@@ -61,6 +61,13 @@ def attend(
     return Attended(out.reshape(query.shape), log_sum_exp.reshape(query.shape[:3]).transpose(0, 2, 1))
 
 
+def join(first: Attended, second: Attended) -> Attended:
+    """The softmax over the keys of both, which have none in common."""
+    total = jnp.logaddexp(first.log_sum_exp, second.log_sum_exp)
+    shares = (jnp.exp(x.log_sum_exp - total).transpose(0, 2, 1)[..., None] for x in (first, second))
+    return Attended(sum(share * x.out for share, x in zip(shares, (first, second), strict=True)), total)
+
+
 def score_gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import cudnn_fmha
 from rat_jax.mesh import CONTEXT_AXIS
 from rat_jax.ops import context
-from rat_jax.ops.document_attention import Attended, ScoreGradients
+from rat_jax.ops.document_attention import Attended, ScoreGradients, join
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 _NOTHING = -1e30  # log-sum-exp where no key is seen
@@ -22,10 +22,7 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: 
     def add_part(sums: Attended, distance: Int[Array, ""]) -> tuple[Attended, None]:
         start, is_earlier = _part(key, distance)
         out, found = cudnn_fmha.forward(query, *_keys(start, key, value), scale=_scale(query), causal=False)
-        found = jnp.where(is_earlier, found, _NOTHING)
-        total = jnp.logaddexp(sums.log_sum_exp, found)
-        before, now = (jnp.exp(x - total).transpose(0, 2, 1)[..., None] for x in (sums.log_sum_exp, found))
-        return Attended(before * sums.out + now * out.astype(jnp.float32), total), None
+        return join(sums, Attended(out.astype(jnp.float32), jnp.where(is_earlier, found, _NOTHING))), None
 
     batch, tokens, heads, _ = query.shape
     nothing = Attended(jnp.zeros(query.shape, jnp.float32), jnp.full((batch, heads, tokens), _NOTHING, jnp.float32))

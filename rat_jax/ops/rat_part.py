@@ -46,14 +46,12 @@ class MixPart(dispatch.Kernel):
             beyond = earlier_parts.attend(query, *pairs)
         else:
             beyond = document_attention.attend(query, *pairs, *part.places)
-        own_sums = kept.log_sum_exp[:, :, part.again :]
-        sums = jnp.logaddexp(own_sums, beyond.log_sum_exp)
-        own, other = (jnp.exp(x - sums).transpose(0, 2, 1)[..., None] for x in (own_sums, beyond.log_sum_exp))
         again = out[:, : part.again] if part.again else None
         out = out[:, part.again :]
-        mixed = own * part.heads(out) + other * part.gate(projected) * beyond.out
-        sums = jnp.concatenate([kept.log_sum_exp[:, :, : part.again], sums], axis=2)
-        return (mixed.reshape(out.shape).astype(out.dtype),), (kept._replace(log_sum_exp=sums), again)
+        own = document_attention.Attended(part.heads(out), kept.log_sum_exp[:, :, part.again :])
+        mixed = document_attention.join(own, beyond._replace(out=part.gate(projected) * beyond.out))
+        sums = jnp.concatenate([kept.log_sum_exp[:, :, : part.again], mixed.log_sum_exp], axis=2)
+        return (mixed.out.reshape(out.shape).astype(out.dtype),), (kept._replace(log_sum_exp=sums), again)
 
     def plain(self, projected: Array, gate_bias: Array, segments: SegmentInfo) -> tuple[Array]:
         return (rat_xla.mix(self.shape, projected, gate_bias, segments).out,)

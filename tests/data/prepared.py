@@ -7,12 +7,29 @@ import pytest
 
 from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
-from rat_jax.data.prepare import prepare
+from rat_jax.data.prepare import Settings, prepare
 from rat_jax.data.token_file import TokenFile
 
 
 def run(settings, out, *, num_workers=0, overwrite=False) -> Corpus:
     return prepare(settings, out, num_workers=num_workers, overwrite=overwrite)
+
+
+def prepare_ids(folder, train, validation, vocab_size: int, eos_id: int, **options) -> Corpus:
+    """The corpus of two arrays of ids, by way of the release's files."""
+    for split, ids in (("train", train), ("validation", validation)):
+        ids.tofile(folder / f"{split}_ids.bin")
+    settings = Settings(
+        source=(f"release-bin:{folder / 'train_ids.bin'}",),
+        validation_source=(f"release-bin:{folder / 'validation_ids.bin'}",),
+        validation_fraction=0.1,
+        tokenizer=f"ids:{vocab_size}:{eos_id}",
+        eos_token=None,
+        field="text",
+        document_separator=None,
+        invalid_utf8="refuse",
+    )
+    return run(settings, folder / "corpus", **options)
 
 
 def all_ids(file: TokenFile) -> np.ndarray:

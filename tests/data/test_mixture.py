@@ -13,9 +13,10 @@ from rat_jax.data.batch import Batch
 from rat_jax.data.corpora import Corpora
 from rat_jax.data.mixture import Mixture
 from rat_jax.data.pipeline import TrainData
-from rat_jax.data.prepare import Settings, prepare
+from rat_jax.data.prepare import prepare
 from rat_jax.data_config import CorpusConfig, DataConfig
 from tests import tiny_sft
+from tests.data.prepared import prepare_ids
 from tests.tiny_sft import make_examples, write_lines
 
 VOCAB_SIZE = 500
@@ -80,19 +81,8 @@ def paths(tmp_path_factory):
 
 def make_corpus(folder, ids, eos=2, validation=None):
     folder.mkdir()
-    for split, content in (("train", ids), ("validation", ids[:20] if validation is None else validation)):
-        content.astype("<u2").tofile(folder / f"{split}_ids.bin")
-    settings = Settings(
-        source=(f"release-bin:{folder / 'train_ids.bin'}",),
-        validation_source=(f"release-bin:{folder / 'validation_ids.bin'}",),
-        validation_fraction=0.1,
-        tokenizer=f"ids:{VOCAB_SIZE}:{eos}",
-        eos_token=None,
-        field="text",
-        document_separator=None,
-        invalid_utf8="refuse",
-    )
-    return str(prepare(settings, folder / "corpus", num_workers=0, overwrite=False).path)
+    arrays = (x.astype("<u2") for x in (ids, ids[:20] if validation is None else validation))
+    return str(prepare_ids(folder, *arrays, VOCAB_SIZE, eos).path)
 
 
 def mixed(paths, **changes) -> DataConfig:

@@ -10,9 +10,9 @@ from rat_jax.data import DataError
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.integrity import BLOCK_BYTES
 from rat_jax.data.pipeline import Batch, TrainData, ValidationData, check_fingerprint, describe_coverage
-from rat_jax.data.prepare import Settings, prepare
 from rat_jax.data_config import DataConfig
 from tests.data import format_1
+from tests.data.prepared import prepare_ids
 
 EOS = 2
 VOCAB_SIZE = 500
@@ -37,19 +37,7 @@ def path(tmp_path_factory):
 
 
 def make_corpus(folder, train, validation):
-    train.tofile(folder / "train_ids.bin")
-    validation.tofile(folder / "validation_ids.bin")
-    settings = Settings(
-        source=(f"release-bin:{folder / 'train_ids.bin'}",),
-        validation_source=(f"release-bin:{folder / 'validation_ids.bin'}",),
-        validation_fraction=0.1,
-        tokenizer=f"ids:{VOCAB_SIZE}:{EOS}",
-        eos_token=None,
-        field="text",
-        document_separator=None,
-        invalid_utf8="refuse",
-    )
-    return prepare(settings, folder / "corpus", num_workers=0, overwrite=True).path
+    return prepare_ids(folder, train, validation, VOCAB_SIZE, EOS, overwrite=True).path
 
 
 @pytest.fixture

@@ -18,16 +18,23 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
     """Why the kernels do not run a call and what comes nearest; None where they do. Rows are padded to whole blocks."""
     if not shape.own_keys:
         return "keys must be known to be those of the queries' own tokens, in their order: no cache"
-    if shape.dtype not in DTYPES:
-        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
-    if shape.head_dim > MAX_HEAD_DIM:
-        return f"it takes heads of at most {MAX_HEAD_DIM} channels, got {shape.head_dim}; nearest: {MAX_HEAD_DIM}"
+    if reason := unsupported_reason_of_heads(shape):
+        return reason
     block = block_size(shape.tokens)
     count, reach = _sizes(shape.tokens, shape.window, block)
     width = cdiv(reach + 1, LANES) * LANES  # as the steps lie in memory
     if count * width > _MAX_STEPS:
         nearest = block * max(math.isqrt(_MAX_STEPS), _MAX_STEPS // width)
         return f"scalar memory does not hold the steps of rows of {shape.tokens} tokens; nearest: {nearest} tokens"
+    return None
+
+
+def unsupported_reason_of_heads(shape: AttentionShape) -> str | None:
+    """As `unsupported_reason`, of keys that are not the queries' own: any number of them, and of queries."""
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"it takes heads of at most {MAX_HEAD_DIM} channels, got {shape.head_dim}; nearest: {MAX_HEAD_DIM}"
     return None
 
 

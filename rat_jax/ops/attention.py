@@ -106,10 +106,11 @@ def attention(
 
     chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
     if aligned and context.num_parts() > 1:
-        if chosen == "xla":
+        if chosen == "xla" and window is not None:
             return attention_part.attend(query, key, value, query_info, window)
         kernel = attention_part.AttendPart(chosen, shape, window)
-        return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, query_info))
+        fall_back = implementation is None and chosen != "xla"
+        return AttentionOutput(*dispatch.run(kernel, fall_back, query, key, value, query_info))
     if chosen == "xla":
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
     kernel = attention_kernels.Attend(chosen, shape)

@@ -1,8 +1,8 @@
-"""Softmax attention by kernels where devices hold parts of rows (`rat_jax.ops.context`).
+"""Softmax attention where devices hold parts of rows (`rat_jax.ops.context`).
 
-A part's own keys are read by the kernels that read whole rows. Keys of earlier parts come from where they are: all of
-them, or those that a window reaches, which the part's first queries alone see. Both softmaxes join by their
-log-sum-exps. With the joined output and log-sum-exp the kernels' backward pass gives the share of the part's own keys.
+A part's own keys are read as whole rows are. Keys of earlier parts come from where they are: all of them, or those that
+a window reaches, which the part's first queries alone see. Both softmaxes join by their log-sum-exps. With the joined
+output and log-sum-exp the backward pass of whole rows gives the share of the part's own keys.
 """
 
 import dataclasses
@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.shape import AttentionShape
-from rat_jax.mesh import CONTEXT_AXIS
-from rat_jax.ops import attention_xla, context, dispatch, document_attention, earlier_parts
+from rat_jax.ops import attention_xla, balanced_parts, context, dispatch, document_attention
 from rat_jax.ops.attention_kernels import Attend
 from rat_jax.ops.attention_types import KeyInfo
-from rat_jax.segments import PADDING
+from rat_jax.ops.block_attention import Implementation
 from rat_jax.shapes import Array, Float
 
 
@@ -31,7 +30,7 @@ class Keys(NamedTuple):
 class AttendPart(dispatch.Kernel):
     """Of query, key, value and what is known of the tokens of a part: the output and the log-sum-exp."""
 
-    implementation: str
+    implementation: Implementation
     shape: AttentionShape  # of the part
     window: int | None  # earlier tokens that a query sees, of its own part or of others; None: all
     replicated: ClassVar[tuple[int, ...]] = ()
@@ -40,10 +39,10 @@ class AttendPart(dispatch.Kernel):
     without_gradient: ClassVar[tuple[int, ...]] = (1,)
 
     def forward(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[tuple[Array, Array], None]:
-        (out, own_sums), _ = self._own.forward(query, key, value, self._documents(info))
+        out, own_sums = self._attend_own(query, key, value, info)
         reach, keys = self._reach, self._earlier(Keys(key, value))
-        if self._by_cudnn:
-            beyond = earlier_parts.attend(query, *keys)
+        if self.window is None:
+            beyond = balanced_parts.attend(self.implementation, query, *keys, info, context.gather(info))
         else:
             beyond = document_attention.attend(query[:, :reach], *keys, *self._places(info), self.window)
         first = own_sums[:, :reach]
@@ -60,18 +59,29 @@ class AttendPart(dispatch.Kernel):
         *arrays, info = arguments
         (query, *keys), (out, sums), (d_out, _) = arrays, saved, d_results
         reach = self._reach
-        d_query, *d_own = self._own.backward((*arrays, self._documents(info)), saved, residuals, d_results)
         earlier, pull_back = jax.vjp(self._earlier, Keys(*keys))
         delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
         rows = (sums[:, :reach].transpose(0, 2, 1), delta[:, :reach].transpose(0, 2, 1), d_out[:, :reach])
-        if self._by_cudnn:
-            found = earlier_parts.score_gradients(query, *earlier, *rows)
+        if self.window is None:
+            places = info, context.gather(info)
+            found = balanced_parts.gradients(self.implementation, query, *earlier, *places, *rows)
         else:
             places = self._places(info)
             found = document_attention.score_gradients(query[:, :reach], *earlier, *places, *rows, self.window)
         d_keys = pull_back(Keys(found.d_key.astype(earlier.key.dtype), found.d_value.astype(earlier.value.dtype)))[0]
+        if self.implementation == "xla":  # which has no window, so that all queries reach beyond the part
+            d_query, *d_own = document_attention.score_gradients(*arrays, info, info, *rows)[:3]
+        else:
+            d_query, *d_own = self._own.backward((*arrays, self._documents(info)), saved, residuals, d_results)
         d_query = d_query.at[:, :reach].add(found.d_query.astype(d_query.dtype))
-        return d_query, *(own + other for own, other in zip(d_own, d_keys, strict=True))
+        return tuple(
+            (own + other).astype(x.dtype) for own, other, x in zip((d_query, *d_own), (0, *d_keys), arrays, strict=True)
+        )
+
+    def _attend_own(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[Array, Array]:
+        if self.implementation == "xla":
+            return tuple(attention_xla.attend(query, key, value, info, info, self.window, aligned=True))
+        return self._own.forward(query, key, value, self._documents(info))[0]
 
     @property
     def _own(self) -> Attend:
@@ -82,10 +92,6 @@ class AttendPart(dispatch.Kernel):
         """Queries, the first of the part, that see keys of earlier parts."""
         return self.shape.tokens if self.window is None else min(self.window, self.shape.tokens)
 
-    @property
-    def _by_cudnn(self) -> bool:
-        return self.implementation == "cudnn" and self.window is None
-
     def _documents(self, info: KeyInfo) -> KeyInfo | None:
         return None if self.shape.whole_rows else info
 
@@ -93,13 +99,8 @@ class AttendPart(dispatch.Kernel):
         return _seen_of_others(own, self.window)
 
     def _places(self, info: KeyInfo) -> tuple[KeyInfo, KeyInfo]:
-        """Of the queries that see earlier parts, and of the keys there."""
-        keys = _seen_of_others(info, self.window)
-        if self.window is None:
-            of_part = jnp.arange(keys.segment_ids.shape[1]) // self.shape.tokens
-            is_earlier = of_part[None] < jax.lax.axis_index(CONTEXT_AXIS)
-            keys = dataclasses.replace(keys, segment_ids=jnp.where(is_earlier, keys.segment_ids, PADDING))
-        return jax.tree.map(lambda x: x[:, : self._reach], info), keys
+        """Of the queries that a window lets see earlier parts, and of the keys there."""
+        return jax.tree.map(lambda x: x[:, : self._reach], info), _seen_of_others(info, self.window)
 
 
 def attend(query: Array, key: Array, value: Array, info: KeyInfo, window: int | None):

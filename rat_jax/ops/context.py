@@ -40,6 +40,12 @@ def tokens_before(x: Shaped[Array, "B T *axes"], count: int) -> Shaped[Array, "B
     return jnp.concatenate(found, axis=1) if found else x[:, :0]
 
 
+def from_mirror(tree: Tree) -> Tree:
+    """What part P - 1 - i has, on part i: an early part's is a late one's."""
+    pairs = [(i, num_parts() - 1 - i) for i in range(num_parts())]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, CONTEXT_AXIS, pairs), tree)
+
+
 def first_token_after(x: Shaped[Array, "B T *axes"]) -> Shaped[Array, "B 1 *axes"]:
     """The first token of the next part; zeros after the row."""
     return _from_later(x[:, :1], 1)

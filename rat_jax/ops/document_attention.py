@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.shapes import Array, Float, Float32
 
-_MASKED = -1e30  # finite, so that queries that see nothing have finite results
+MASKED = -1e30  # log-sum-exp where no key is seen; finite, so that results are
 _MAX_SCORES = 1 << 25  # held at a time: 128 MiB of float32
 
 
@@ -20,6 +20,12 @@ class Attended(NamedTuple):
 
     out: Float32[Array, "B T N H"]
     log_sum_exp: Float32[Array, "B N T"]  # of q . k / sqrt(H)
+
+    @classmethod
+    def nothing(cls, query: Float[Array, "B T N H"]) -> "Attended":
+        """Of no keys."""
+        batch, tokens, heads, _ = query.shape
+        return cls(jnp.zeros(query.shape, jnp.float32), jnp.full((batch, heads, tokens), MASKED, jnp.float32))
 
 
 class ScoreGradients(NamedTuple):
@@ -43,18 +49,18 @@ def attend(
 
     Args:
       query, key, value: q, k, v; head n reads key head n // (N / K).
-      query_info, key_info: of tokens; a key of t's document is visible to t, which comes later.
-      window: if it is at most so many tokens earlier; None: whatever the distance.
+      query_info, key_info: of tokens; visible to t are keys of its document whose index is not after its own.
+      window: and at most so many before it; None: all of them.
     """
 
     def of_block(_, query: Array, info: KeyInfo) -> tuple[None, tuple[Array, Array]]:
         scores = _scores(query, key, info, key_info, window)
         top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.where(scores > _MASKED, jnp.exp(scores - top), 0.0)
+        weights = jnp.where(scores > MASKED, jnp.exp(scores - top), 0.0)
         total = weights.sum(axis=-1)
         out = _product("bkrts,bskh->btkrh", weights.astype(value.dtype), value)
         out /= _tokens_first(jnp.where(total > 0, total, 1.0))[..., None]
-        return None, (out, _tokens_first(jnp.where(total > 0, top[..., 0] + jnp.log(total), _MASKED)))
+        return None, (out, _tokens_first(jnp.where(total > 0, top[..., 0] + jnp.log(total), MASKED)))
 
     grouped = _grouped(query, key)
     _, (out, log_sum_exp) = _scan_blocks(of_block, None, key, grouped, query_info)
@@ -93,7 +99,7 @@ def score_gradients(
 
     def add_block(sums, query: Array, info: KeyInfo, lse: Array, delta: Array, d_out: Array):
         scores = _scores(query, key, info, key_info, window)
-        weights = jnp.where(scores > _MASKED, jnp.exp(scores - _tokens_last(lse)[..., None]), 0.0)
+        weights = jnp.where(scores > MASKED, jnp.exp(scores - _tokens_last(lse)[..., None]), 0.0)
         d_weights = _product("btkrh,bskh->bkrts", d_out, value)
         d_scores = weights * (d_weights - _tokens_last(delta)[..., None])
         scaled = (d_scores * scale).astype(query.dtype)
@@ -128,11 +134,12 @@ def _scores(
     query: Float[Array, "B T K R H"], key: Float[Array, "B S K H"], info: KeyInfo, key_info: KeyInfo, window: int | None
 ) -> Float32[Array, "B K R T S"]:
     ids, key_ids = info.segment_ids[:, :, None], key_info.segment_ids[:, None, :]
-    visible = (ids == key_ids) & (key_ids != 0)
+    distance = info.token_index[:, :, None] - key_info.token_index[:, None, :]
+    visible = (ids == key_ids) & (key_ids != 0) & (distance >= 0)
     if window is not None:
-        visible &= info.token_index[:, :, None] - key_info.token_index[:, None, :] <= window
+        visible &= distance <= window
     scores = _product("btkrh,bskh->bkrts", query, key) * query.shape[-1] ** -0.5
-    return jnp.where(visible[:, None, None], scores, _MASKED)
+    return jnp.where(visible[:, None, None], scores, MASKED)
 
 
 def _scan_blocks(function, carry, key: Array, *rows):

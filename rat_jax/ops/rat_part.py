@@ -15,12 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import cudnn_fmha
+from pallas_kernels.attention import cudnn_fmha, tpu_tiling
 from pallas_kernels.attention.shape import AttentionShape
 from pallas_kernels.rat.beyond import Beyond
 from pallas_kernels.rat.shape import RatShape
 from rat_jax.mesh import CONTEXT_AXIS
-from rat_jax.ops import context, dispatch, document_attention, earlier_parts, rat_xla
+from rat_jax.ops import block_attention, context, dispatch, document_attention, earlier_parts, rat_xla
 from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.ops.rope import rotate
 from rat_jax.segments import PADDING, SegmentInfo
@@ -42,10 +42,11 @@ class MixPart(dispatch.Kernel):
         out, kept = self._run_forward(part, part.extend(projected), gate_bias)
         pairs = part.gather(kept.pairs)
         query = part.queries(projected)
-        if self._by_cudnn(segments):
+        reader = self._reader(segments)
+        if reader == "cudnn":
             beyond = earlier_parts.attend(query, *pairs)
         else:
-            beyond = document_attention.attend(query, *pairs, *part.places)
+            beyond = block_attention.attend(reader, query, *pairs, *part.places)
         again = out[:, : part.again] if part.again else None
         out = out[:, part.again :]
         own = document_attention.Attended(part.heads(out), kept.log_sum_exp[:, :, part.again :])
@@ -65,10 +66,11 @@ class MixPart(dispatch.Kernel):
         d_heads = (part.heads(d_out) * part.gate(projected)).astype(projected.dtype)
         sums = kept.log_sum_exp[:, :, part.again :]
         delta = (part.heads(d_out) * part.heads(out)).sum(axis=-1).transpose(0, 2, 1)
-        if self._by_cudnn(segments):
+        reader = self._reader(segments)
+        if reader == "cudnn":
             found = earlier_parts.score_gradients(query, *pairs, sums, delta, d_heads)
         else:
-            found = document_attention.score_gradients(query, *pairs, *part.places, sums, delta, d_heads)
+            found = block_attention.score_gradients(reader, query, *pairs, *part.places, sums, delta, d_heads)
         d_pairs = pull_pairs(_Pairs(found.d_key.astype(query.dtype), found.d_value.astype(query.dtype)))[0]
         d_scores = jnp.pad(found.d_scores, [(0, 0), (0, 0), (part.again, 0)])
         seen, pull_seen = jax.vjp(part.extend, projected)
@@ -77,12 +79,14 @@ class MixPart(dispatch.Kernel):
         d_seen, d_bias = self._run_backward(part, kept, seen, gate_bias, out, d_out, d_pairs, d_scores)
         return pull_seen(d_seen)[0] + pull_query(found.d_query.astype(query.dtype))[0], d_bias
 
-    def _by_cudnn(self, segments: SegmentInfo) -> bool:
-        """Whether cuDNN takes what is read of earlier parts: whole summaries of whole rows."""
+    def _reader(self, segments: SegmentInfo) -> block_attention.Implementation:
+        """What reads earlier parts; cuDNN whole summaries of whole rows alone."""
         shape = self.shape
         sizes = (shape.batch, shape.tokens, shape.num_heads, shape.num_heads, shape.head_dim, shape.dtype)
+        if self.implementation == "pallas_tpu":
+            return "pallas_tpu" if tpu_tiling.unsupported_reason_of_heads(AttentionShape(*sizes)) is None else "xla"
         fits = cudnn_fmha.unsupported_reason(AttentionShape(*sizes, capability=shape.capability)) is None
-        return self.implementation != "pallas_tpu" and segments.contiguous and shape.num_chunks > 1 and fits
+        return "cudnn" if segments.contiguous and shape.num_chunks > 1 and fits else "xla"
 
     def _run_forward(self, part: "_Part", seen: Array, gate_bias: Array) -> tuple[Array, "_Kept"]:
         match self.implementation:

@@ -56,6 +56,16 @@ def windowed(rng, segments):
     return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
 
 
+def causal(rng, segments):
+    """Output and gradients of attention to all earlier tokens."""
+    arrays = [rng.normal(size=(4, 16, heads, 8)).astype(np.float32) for heads in (2, 1, 1)]
+
+    def attended(query, key, value):
+        return attention(query, key, value, segment_ids=segments, implementation="pallas_tpu").out
+
+    return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
+
+
 def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
     """Output and gradients of four rows, some of them packed or padded if so wanted, as lists."""
     rows = [[1] * 16, [1] * 5 + [2] * 10 + [3], [1] * 7 + [0] * 2 + [2] * 7, [1] * 2 + [2] * 9 + [0] * 5]
@@ -84,7 +94,7 @@ def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
 if __name__ == "__main__":
     # TPU interpret mode calls back to Python, on which devices that wait for each other can stand still.
     launch, pl.pallas_call = pl.pallas_call, lambda *args, **options: launch(*args, **options | {"interpret": True})
-    ops = {make.__name__: make for make in (rat, linear, windowed)}
+    ops = {make.__name__: make for make in (rat, linear, windowed, causal)}
     kind, *names = sys.argv[1:]
     found = {op: {name: run(ops[op], kind == "packed", *sizes) for name, sizes in MESHES.items()} for op in names}
     json.dump(found, sys.stdout)

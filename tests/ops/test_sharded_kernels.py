@@ -14,12 +14,14 @@ def results(kind, *ops):
     return virtual_devices.run("tests.ops.sharded_kernels", kind, *ops)
 
 
-@pytest.mark.parametrize("op", ["rat", "linear", pytest.param("windowed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "op", ["rat", "linear", *(pytest.param(op, marks=pytest.mark.slow) for op in ("windowed", "causal"))]
+)
 @pytest.mark.parametrize("kind", ["packed", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", ["rows", "tokens", "both"])
 def test_virtual_devices_give_what_one_does(op, kind, mesh):
     """Values and gradients, with those of parameters that all rows share summed over devices."""
-    found = results(kind, *(("windowed",) if op == "windowed" else ("rat", "linear")))[op]
+    found = results(kind, *(("rat", "linear") if op in ("rat", "linear") else (op,)))[op]
     assert (found["one"]["devices"], found[mesh]["devices"]) == (1, 4)
     for a, b in zip(found[mesh]["results"], found["one"]["results"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

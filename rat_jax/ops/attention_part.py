@@ -49,8 +49,7 @@ class AttendPart(dispatch.Kernel):
         sums = jnp.logaddexp(first, beyond.log_sum_exp.transpose(0, 2, 1))
         own = jnp.exp(first - sums)[..., None]
         joined = own * out[:, :reach].astype(jnp.float32) + (1.0 - own) * beyond.out
-        out = out.at[:, :reach].set(joined.astype(out.dtype))
-        return (out, own_sums.at[:, :reach].set(sums)), None
+        return (_with_first(out, joined.astype(out.dtype)), _with_first(own_sums, sums)), None
 
     def plain(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[Array, Array]:
         return tuple(attend(query, key, value, info, self.window))
@@ -73,7 +72,7 @@ class AttendPart(dispatch.Kernel):
             d_query, *d_own = document_attention.score_gradients(*arrays, info, info, *rows)[:3]
         else:
             d_query, *d_own = self._own.backward((*arrays, self._documents(info)), saved, residuals, d_results)
-        d_query = d_query.at[:, :reach].add(found.d_query.astype(d_query.dtype))
+        d_query = _with_first(d_query, d_query[:, :reach] + found.d_query.astype(d_query.dtype))
         return tuple(
             (own + other).astype(x.dtype) for own, other, x in zip((d_query, *d_own), (0, *d_keys), arrays, strict=True)
         )
@@ -112,6 +111,11 @@ def attend(query: Array, key: Array, value: Array, info: KeyInfo, window: int | 
     *keys, key_info = seen
     info, key_info = (dataclasses.replace(x, contiguous=False) for x in (info, key_info))
     return attention_xla.attend(query, *keys, info, key_info, window, aligned=window is not None)
+
+
+def _with_first(x: Array, first: Array) -> Array:
+    """With other first tokens. Not `x.at`: where these are all, XLA's partitioner crashes (jax 0.11.2, on GPUs)."""
+    return jax.lax.dynamic_update_slice_in_dim(x, first, 0, axis=1)
 
 
 def _seen_of_others(own: Any, window: int | None) -> Any:

@@ -33,6 +33,8 @@ MILLIONS = {
     "attention_swa_3b": 2943.1,
     "rattention_3b": 2943.2,
     "rat_rattention_3b": 3046.0,
+    "rat_swa_7b": 6641.0,
+    "rattention_12b": 12747.5,
 }
 
 
@@ -54,6 +56,8 @@ def test_config_builds_abstractly(file):
         ("niah.py:rat,384", ("rat",)),
         ("rattention_3b.py:rattention", ("rattention",)),
         ("rattention_3b.py:hybrid", ("attention", "rattention", "rattention", "rattention")),
+        ("rattention_12b.py:rattention", ("rattention",)),
+        ("rattention_12b.py:hybrid", ("attention", "rattention", "rattention", "rattention")),
     ],
 )
 def test_arguments_choose_the_layers(argument, pattern):
@@ -61,7 +65,7 @@ def test_arguments_choose_the_layers(argument, pattern):
     assert config.model.pattern == pattern
 
 
-@pytest.mark.parametrize("argument", ["niah.py:rat,2048", "rattention_3b.py:all"])
+@pytest.mark.parametrize("argument", ["niah.py:rat,2048", "rattention_3b.py:all", "rattention_12b.py:all"])
 def test_arguments_that_choose_nothing(argument):
     with pytest.raises(ConfigError, match="is none of"):
         load_config_file(f"configs/{argument}", "--config")

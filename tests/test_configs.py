@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from configs import default, mixture
+from rat_jax.checkpoints.workdir import flatten
 from rat_jax.config import Config, ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
 from rat_jax.config_file import load_config_file
 from rat_jax.mixers import MIXERS, RatConfig
@@ -190,6 +191,12 @@ def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
         assert values[kind].keys() == defaults.keys()
         differing |= {f"model.{kind}.{name}" for name in defaults if values[kind][name] != defaults[name]}
     assert differing == set(default.DEVIATIONS)
+
+
+def test_a_flag_can_change_every_field_but_corpora():
+    """Flags change what a config file sets, and every shipped one begins with the default's fields."""
+    missing = FIELDS.keys() - flatten(default.get_config().to_dict(), "").keys()
+    assert missing == {"data.corpora"}
 
 
 def test_a_config_file_may_hold_every_kind_and_the_config_what_its_pattern_names():

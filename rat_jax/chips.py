@@ -17,9 +17,9 @@ _GB, _TB, _GIB = 1e9, 1e12, 2**30
 # By the start of a kind; the first that fits. Dense operations, not sparse ones; of links what they carry one way, half
 # of what data sheets count. Where each figure is from:
 # * TPU: the tables of docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, as they stood in 2026. They say 32 GiB (v4), 95
-#   GiB (v5p; the compiler allows 95.74), 16 GB and 32 GB (v5e, v6e: of GiB the compiler allows 15.75 and 31.25), and 400,
-#   1200 and 800 GB/s of interconnect in both directions (v5e, v5p, v6e). Earlier states of these pages have 1640 GB/s of memory and
-#   3584 Gbit/s of links for v6e. v4's links are not there: six of 50 GB/s, arXiv 2304.01433.
+#   GiB (v5p; the compiler allows 95.74), 16 GB and 32 GB (v5e, v6e: of GiB the compiler allows 15.75 and 31.25), and
+#   400, 1200 and 800 GB/s of interconnect in both directions (v5e, v5p, v6e). Earlier states of these pages have 1640
+#   GB/s of memory and 3584 Gbit/s of links for v6e. v4's links are not there: six of 50 GB/s, arXiv 2304.01433.
 # * A100, H100 SXM and H200 SXM: NVIDIA's data sheets of these products, as others cite them. NVLink of 600 and
 #   900 GB/s both ways; without it PCIe 4.0 of 64.
 # * H100 PCIe and NVL, H200 NVL, GH200: what their data sheets say as remembered, not read again. The H100 PCIe is taken

@@ -21,7 +21,7 @@ from rat_jax.report.costs import cache_bytes
 
 LENGTHS = [4096, 32_768, 131_072]
 _FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = [file for size in ("1b", "3b") for file in sorted(_FOLDER.glob(f"*_{size}.py"))]
+CONFIGS = [file for size in ("1b", "3b", "7b", "12b") for file in sorted(_FOLDER.glob(f"*_{size}.py"))]
 
 
 def table(files: Sequence[Path | str], lengths: Sequence[int]) -> str:

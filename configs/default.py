@@ -100,6 +100,8 @@ def get_config() -> config_dict.ConfigDict:
     config.mesh = config_dict.ConfigDict()
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    config.mesh.context = 1
+    config.mesh.tensor = 1
 
     config.init = config_dict.ConfigDict()
     config.init.path = config_dict.placeholder(str)  # random parameters

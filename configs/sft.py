@@ -30,7 +30,9 @@ from configs import (
     rat_1b,
     rat_rattention_3b,
     rat_swa_1b,
+    rat_swa_7b,
     rattention_3b,
+    rattention_12b,
     rnn_1b,
 )
 
@@ -45,6 +47,8 @@ _MODELS = {
     "rat_1b": rat_1b,
     "rat_rattention_3b": rat_rattention_3b,
     "rat_swa_1b": rat_swa_1b,
+    "rat_swa_7b": rat_swa_7b,
+    "rattention_12b": rattention_12b,
     "rattention_3b": rattention_3b,
     "rnn_1b": rnn_1b,
 }

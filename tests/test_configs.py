@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from configs import default, mixture
+from rat_jax.checkpoints.workdir import flatten
 from rat_jax.config import Config, ConfigError, ModelConfig, config_from_dict, config_to_dict, with_absolute_paths
 from rat_jax.config_file import load_config_file
 from rat_jax.mixers import MIXERS, RatConfig
@@ -33,6 +34,8 @@ MILLIONS = {
     "attention_swa_3b": 2943.1,
     "rattention_3b": 2943.2,
     "rat_rattention_3b": 3046.0,
+    "rat_swa_7b": 6641.0,
+    "rattention_12b": 12747.5,
 }
 
 
@@ -54,6 +57,8 @@ def test_config_builds_abstractly(file):
         ("niah.py:rat,384", ("rat",)),
         ("rattention_3b.py:rattention", ("rattention",)),
         ("rattention_3b.py:hybrid", ("attention", "rattention", "rattention", "rattention")),
+        ("rattention_12b.py:rattention", ("rattention",)),
+        ("rattention_12b.py:hybrid", ("attention", "rattention", "rattention", "rattention")),
     ],
 )
 def test_arguments_choose_the_layers(argument, pattern):
@@ -61,7 +66,7 @@ def test_arguments_choose_the_layers(argument, pattern):
     assert config.model.pattern == pattern
 
 
-@pytest.mark.parametrize("argument", ["niah.py:rat,2048", "rattention_3b.py:all"])
+@pytest.mark.parametrize("argument", ["niah.py:rat,2048", "rattention_3b.py:all", "rattention_12b.py:all"])
 def test_arguments_that_choose_nothing(argument):
     with pytest.raises(ConfigError, match="is none of"):
         load_config_file(f"configs/{argument}", "--config")
@@ -186,6 +191,12 @@ def test_the_defaults_of_the_project_are_those_of_the_dataclasses():
         assert values[kind].keys() == defaults.keys()
         differing |= {f"model.{kind}.{name}" for name in defaults if values[kind][name] != defaults[name]}
     assert differing == set(default.DEVIATIONS)
+
+
+def test_a_flag_can_change_every_field_but_corpora():
+    """Flags change what a config file sets, and every shipped one begins with the default's fields."""
+    missing = FIELDS.keys() - flatten(default.get_config().to_dict(), "").keys()
+    assert missing == {"data.corpora"}
 
 
 def test_a_config_file_may_hold_every_kind_and_the_config_what_its_pattern_names():

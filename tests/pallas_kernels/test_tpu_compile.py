@@ -13,6 +13,7 @@ from pallas_kernels.attention import tpu_splash
 from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.rat import tpu
 from tests.commands import import_path
+from tests.exchanged_bytes import CHUNK, ROWS, TOKENS, WIDTH
 
 pytestmark = [
     pytest.mark.tpu,
@@ -160,6 +161,28 @@ def test_layers_run_splash_attention_on_each_device_of_a_mesh():
     """Grouped heads and documents, in windows and without."""
     layers = [dict(tokens=256, kind=kind) for kind in ("attention", "local_attention", "rattention")]
     compile_cases("v5e:2x2", layers, "layer", passes=(True,))
+
+
+@pytest.mark.slow
+def test_no_collective_of_a_rat_layer_moves_keys_and_values():
+    """Of eight parts of rows, forward and backward: summaries and their gradients, where attention moves everything.
+
+    The compiler rounds what it gathers for products to bfloat16.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.exchanged_bytes", "v5e:2x4"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": import_path()},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    keys_and_values = 2 * 4 * ROWS * TOKENS * WIDTH  # float32
+    assert sum(found["attention"].values()) >= keys_and_values
+    assert found["rat"].keys() == {"all-gather", "reduce-scatter"}
+    for num_bytes in found["rat"].values():
+        assert keys_and_values / CHUNK / 2 <= num_bytes < 1.02 * keys_and_values / CHUNK
 
 
 @pytest.mark.slow

@@ -25,3 +25,11 @@ def test_virtual_devices_give_what_one_does(op, kind, mesh):
     assert (found["one"]["devices"], found[mesh]["devices"]) == (1, 4)
     for a, b in zip(found[mesh]["results"], found["one"]["results"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_cudnn_over_parts_of_rows_is_partitioned():
+    """With a window of some queries of a part, of all of them, and of more; XLA has crashed on scatters of nothing."""
+    windows = ["none", "5", "32", "50"]
+    found = virtual_devices.run("tests.ops.partitioned_for_gpus", *windows, count=2)
+    assert len(found) == len(windows)
+    assert all("No registered implementation for untyped custom call to __cudnn$fmha" in text for text in found), found

@@ -66,10 +66,10 @@ class AttendPart(dispatch.Kernel):
             found = balanced_parts.gradients(self.implementation, query, *earlier, *places, *rows)
         else:
             places = self._places(info)
-            found = document_attention.score_gradients(query[:, :reach], *earlier, *places, *rows, self.window)
+            found = document_attention.gradients(query[:, :reach], *earlier, *places, *rows, self.window)
         d_keys = pull_back(Keys(found.d_key.astype(earlier.key.dtype), found.d_value.astype(earlier.value.dtype)))[0]
         if self.implementation == "xla":  # which has no window, so that all queries reach beyond the part
-            d_query, *d_own = document_attention.score_gradients(*arrays, info, info, *rows)[:3]
+            d_query, *d_own = document_attention.gradients(*arrays, info, info, *rows)
         else:
             d_query, *d_own = self._own.backward((*arrays, self._documents(info)), saved, residuals, d_results)
         d_query = _with_first(d_query, d_query[:, :reach] + found.d_query.astype(d_query.dtype))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from rat_jax.mesh import CONTEXT_AXIS
 from rat_jax.ops import block_attention, context
 from rat_jax.ops.attention_types import KeyInfo
-from rat_jax.ops.block_attention import Gradients, Implementation
-from rat_jax.ops.document_attention import Attended, join
+from rat_jax.ops.block_attention import Implementation
+from rat_jax.ops.document_attention import Attended, Gradients, join
 from rat_jax.shapes import Array, Float, Float32, Int
 
 Tree = TypeVar("Tree")
@@ -56,7 +56,7 @@ def gradients(
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
 ) -> Gradients:
-    """As `block_attention.gradients`, of the keys of all parts; those of keys are sums over the queries taken here."""
+    """As `document_attention.gradients`, of the keys of all parts; theirs are sums over the queries taken here."""
     by_token = (x.transpose(0, 2, 1) for x in (log_sum_exp, delta))
     shared = _share((query, query_info, *by_token, d_out))
 

@@ -3,25 +3,17 @@
 The functions are those of `rat_jax.ops.document_attention`, which is the plain XLA.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn_fmha
 from rat_jax.ops import document_attention
 from rat_jax.ops.attention_types import KeyInfo
-from rat_jax.ops.document_attention import Attended, ScoreGradients
+from rat_jax.ops.document_attention import Attended, Gradients
 from rat_jax.shapes import Array, Float, Float32
 
 Implementation = Literal["cudnn", "pallas_tpu", "xla"]  # "cudnn": of rows that are one document each
-
-
-class Gradients(NamedTuple):
-    """Through the scores of these keys alone."""
-
-    d_query: Float32[Array, "B T N H"]
-    d_key: Float32[Array, "B S K H"]
-    d_value: Float32[Array, "B S K H"]
 
 
 def attend(
@@ -58,7 +50,7 @@ def gradients(
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
 ) -> Gradients:
-    """As `document_attention.score_gradients`, of keys that come before all queries, without sums of scores."""
+    """As `document_attention.gradients`, of keys that come before all queries."""
     arrays = query, key, value
     match implementation:
         case "cudnn":
@@ -72,31 +64,8 @@ def gradients(
             found = tpu_splash.backward(*arrays, query_info.segment_ids, *given, **options)
         case "xla":
             rows = query_info, key_info, log_sum_exp, delta, d_out
-            found = document_attention.score_gradients(*arrays, *rows)[:3]
+            found = document_attention.gradients(*arrays, *rows)
     return Gradients(*(x.astype(jnp.float32) for x in found))
-
-
-def score_gradients(
-    implementation: Implementation,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    query_info: KeyInfo,
-    key_info: KeyInfo,
-    log_sum_exp: Float32[Array, "B N T"],
-    delta: Float32[Array, "B N T"],
-    d_out: Float[Array, "B T N H"],
-) -> ScoreGradients:
-    """As `gradients`, with their sums. Kernels read the keys once more for these: ds_t is p_t (d_out_t . o_t - delta_t)
-    with o_t what of these keys alone is read, and p_t their share of the softmax.
-    """
-    arrays = query, key, value, query_info, key_info
-    if implementation == "xla":
-        return document_attention.score_gradients(*arrays, log_sum_exp, delta, d_out)
-    read = attend(implementation, *arrays)
-    product = (d_out.astype(jnp.float32) * read.out).sum(axis=-1).transpose(0, 2, 1)
-    d_scores = jnp.exp(read.log_sum_exp - log_sum_exp) * (product - delta)
-    return ScoreGradients(*gradients(implementation, *arrays, log_sum_exp, delta, d_out), d_scores)
 
 
 def _output_of(delta: Array, d_out: Array) -> Array:

@@ -28,13 +28,12 @@ class Attended(NamedTuple):
         return cls(jnp.zeros(query.shape, jnp.float32), jnp.full((batch, heads, tokens), MASKED, jnp.float32))
 
 
-class ScoreGradients(NamedTuple):
+class Gradients(NamedTuple):
     """Through the scores of these keys alone."""
 
     d_query: Float32[Array, "B T N H"]
     d_key: Float32[Array, "B S K H"]
     d_value: Float32[Array, "B S K H"]
-    d_scores: Float32[Array, "B N T"]  # summed over the keys
 
 
 def attend(
@@ -74,7 +73,7 @@ def join(first: Attended, second: Attended) -> Attended:
     return Attended(sum(share * x.out for share, x in zip(shares, (first, second), strict=True)), total)
 
 
-def score_gradients(
+def gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
@@ -84,7 +83,7 @@ def score_gradients(
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
     window: int | None = None,
-) -> ScoreGradients:
+) -> Gradients:
     """The share of these keys in the gradients of a softmax that may be over more of them.
 
     With p_ts = exp(q_t . k_s / sqrt(H) - lse_t), ds_ts = p_ts (d_out_t . v_s - delta_t).
@@ -106,15 +105,21 @@ def score_gradients(
         d_query = _product("bkrts,bskh->btkrh", scaled, key)
         d_key = sums[0] + _product("bkrts,btkrh->bskh", scaled, query)
         d_value = sums[1] + _product("bkrts,btkrh->bskh", weights.astype(d_out.dtype), d_out)
-        return (d_key, d_value), (d_query, _tokens_first(d_scores.sum(axis=-1)))
+        return (d_key, d_value), d_query
 
     zeros = jnp.zeros(key.shape, jnp.float32)
     by_heads = (_grouped(x.transpose(0, 2, 1), key) for x in (log_sum_exp, delta))
     rows = (_grouped(query, key), query_info, *by_heads, _grouped(d_out, key))
-    (d_key, d_value), (d_query, d_scores) = _scan_blocks(add_block, (zeros, zeros), key, *rows)
-    return ScoreGradients(
-        d_query.reshape(query.shape), d_key, d_value, d_scores.reshape(query.shape[:3]).transpose(0, 2, 1)
-    )
+    (d_key, d_value), d_query = _scan_blocks(add_block, (zeros, zeros), key, *rows)
+    return Gradients(d_query.reshape(query.shape), d_key, d_value)
+
+
+def summed_score_gradients(
+    read: Attended, log_sum_exp: Float32[Array, "B N T"], delta: Float32[Array, "B N T"], d_out: Float[Array, "B T N H"]
+) -> Float32[Array, "B N T"]:
+    """sum_s ds_ts over some of the keys of a softmax, from what of these alone is read: see `gradients`."""
+    product = (d_out.astype(jnp.float32) * read.out.astype(jnp.float32)).sum(axis=-1).transpose(0, 2, 1)
+    return jnp.exp(read.log_sum_exp - log_sum_exp) * (product - delta)
 
 
 def _grouped(x: Array, key: Array) -> Array:

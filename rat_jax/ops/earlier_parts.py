@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rat_jax.mesh import CONTEXT_AXIS
 from rat_jax.ops import block_attention, context
 from rat_jax.ops.attention_types import KeyInfo
-from rat_jax.ops.document_attention import MASKED, Attended, ScoreGradients, join
+from rat_jax.ops.document_attention import MASKED, Attended, Gradients, join
 from rat_jax.segments import whole_rows
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -28,29 +28,27 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: 
     return jax.lax.scan(add_part, Attended.nothing(query), _distances())[0]
 
 
-def score_gradients(
+def gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     log_sum_exp: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
-) -> ScoreGradients:
-    """As `document_attention.score_gradients`, of the keys of all parts, of which earlier ones are seen."""
+) -> Gradients:
+    """As `document_attention.gradients`, of the keys of all parts, of which earlier ones are seen."""
 
-    def add_part(sums: ScoreGradients, distance: Int[Array, ""]) -> tuple[ScoreGradients, None]:
+    def add_part(sums: Gradients, distance: Int[Array, ""]) -> tuple[Gradients, None]:
         start, is_earlier = _part(key, distance)
-        arrays = query, *_keys(start, key, value), *_infos(query, key)
-        found = block_attention.score_gradients("cudnn", *arrays, log_sum_exp, delta, jnp.where(is_earlier, d_out, 0))
-        d_scores = jnp.where(is_earlier, found.d_scores, 0.0)
+        rows = log_sum_exp, delta, jnp.where(is_earlier, d_out, 0)
+        found = block_attention.gradients("cudnn", query, *_keys(start, key, value), *_infos(query, key), *rows)
         d_key, d_value = (
             jax.lax.dynamic_update_slice_in_dim(total, x, start, axis=1)
             for total, x in ((sums.d_key, found.d_key), (sums.d_value, found.d_value))
         )
-        return ScoreGradients(sums.d_query + found.d_query, d_key, d_value, sums.d_scores + d_scores), None
+        return Gradients(sums.d_query + found.d_query, d_key, d_value), None
 
-    like_query, like_key = (jnp.zeros(x.shape, jnp.float32) for x in (query, key))
-    nothing = ScoreGradients(like_query, like_key, like_key, jnp.zeros(delta.shape, jnp.float32))
+    nothing = Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)))
     return jax.lax.scan(add_part, nothing, _distances())[0]
 
 

@@ -52,27 +52,30 @@ class MixPart(dispatch.Kernel):
         own = document_attention.Attended(part.heads(out), kept.log_sum_exp[:, :, part.again :])
         mixed = document_attention.join(own, beyond._replace(out=part.gate(projected) * beyond.out))
         sums = jnp.concatenate([kept.log_sum_exp[:, :, : part.again], mixed.log_sum_exp], axis=2)
-        return (mixed.out.reshape(out.shape).astype(out.dtype),), (kept._replace(log_sum_exp=sums), again)
+        beyond = beyond._replace(out=beyond.out.astype(out.dtype))
+        return (mixed.out.reshape(out.shape).astype(out.dtype),), (kept._replace(log_sum_exp=sums), beyond, again)
 
     def plain(self, projected: Array, gate_bias: Array, segments: SegmentInfo) -> tuple[Array]:
         return (rat_xla.mix(self.shape, projected, gate_bias, segments).out,)
 
     def backward(self, arguments, saved, residuals, d_results) -> tuple[Array, Array]:
         projected, gate_bias, segments = arguments
-        (out,), (d_out,), (kept, again) = saved, d_results, residuals
+        (out,), (d_out,), (kept, beyond, again) = saved, d_results, residuals
         part = _Part(self.shape, segments)
         query, pull_query = jax.vjp(part.queries, projected)
         pairs, pull_pairs = jax.vjp(part.gather, kept.pairs)
         d_heads = (part.heads(d_out) * part.gate(projected)).astype(projected.dtype)
         sums = kept.log_sum_exp[:, :, part.again :]
         delta = (part.heads(d_out) * part.heads(out)).sum(axis=-1).transpose(0, 2, 1)
+        rows = sums, delta, d_heads
         reader = self._reader(segments)
         if reader == "cudnn":
-            found = earlier_parts.score_gradients(query, *pairs, sums, delta, d_heads)
+            found = earlier_parts.gradients(query, *pairs, *rows)
         else:
-            found = block_attention.score_gradients(reader, query, *pairs, *part.places, sums, delta, d_heads)
+            found = block_attention.gradients(reader, query, *pairs, *part.places, *rows)
+        d_scores = document_attention.summed_score_gradients(beyond, *rows)
+        d_scores = jnp.pad(d_scores, [(0, 0), (0, 0), (part.again, 0)])
         d_pairs = pull_pairs(_Pairs(found.d_key.astype(query.dtype), found.d_value.astype(query.dtype)))[0]
-        d_scores = jnp.pad(found.d_scores, [(0, 0), (0, 0), (part.again, 0)])
         seen, pull_seen = jax.vjp(part.extend, projected)
         d_out = jnp.pad(d_out, [(0, 0), (part.again, 0), (0, 0)])
         out = jnp.concatenate([again, out], axis=1) if part.again else out

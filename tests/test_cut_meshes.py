@@ -7,7 +7,6 @@ import pytest
 from rat_jax.mixers import MIXERS
 from tests import virtual_devices
 from tests.exchanged_bytes import CHUNK, ROWS, TOKENS, WIDTH
-from tests.small import PAIRS
 
 ALONE = ["8x1x1x1", "1x8x1x1", "1x1x8x1", "1x1x1x8"]  # data, fsdp, context, tensor
 OF_TWO = ["2x4x1x1", "2x1x4x1", "4x1x1x2", "1x2x4x1", "1x4x1x2", "1x1x4x2"]
@@ -15,16 +14,15 @@ LIMIT = 1e-5
 
 
 @functools.cache
-def errors(pattern, kind, *meshes):
-    """Of the loss, and of the gradient that is furthest off; relative."""
-    return virtual_devices.run("tests.sharded_gradients", ",".join(pattern), kind, *meshes, count=8)
+def errors(mixers, kind, *meshes):
+    """Of a model of each mixer: of the loss, and of the gradient that is furthest off; relative."""
+    return virtual_devices.run("tests.sharded_gradients", ",".join(mixers), kind, *meshes, count=8)
 
 
-@pytest.mark.parametrize("pattern", PAIRS, ids="+".join)
-def test_all_axes_together(pattern):
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_all_axes_together(mixer):
     """Tokens of packed documents in two parts, heads in two, rows and parameters in two."""
-    assert {kind for pair in PAIRS for kind in pair} == set(MIXERS)
-    found = errors(pattern, "packed", "1x2x2x2")["1x2x2x2"]
+    found = errors(tuple(MIXERS), "packed", "1x2x2x2")[mixer]["1x2x2x2"]
     assert max(found["loss"], found["gradient"]) < LIMIT, found
 
 
@@ -46,5 +44,5 @@ def test_rat_exchanges_summaries_where_attention_exchanges_keys():
 @pytest.mark.parametrize("kind", ["packed", "whole"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_axis_and_every_two(mixer, kind, mesh):
-    found = errors((mixer,), kind, *ALONE, *OF_TWO)[mesh]
+    found = errors((mixer,), kind, *ALONE, *OF_TWO)[mixer][mesh]
     assert max(found["loss"], found["gradient"]) < LIMIT, found

@@ -7,6 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/default
 CORPUS := data/python-stdlib-bpe2048
+# The suite starts dozens of processes, each of which takes some five seconds to compile the sources that it imports where
+# the environment keeps Python from writing bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 # Compiles for TPU topologies need libtpu, which only their tests see: jax looks for TPUs where it is installed.
 LIBTPU ?= .libtpu
 TPU_TESTS ?= tpu

@@ -62,6 +62,8 @@ def _run(folder: pathlib.Path, flags: argparse.Namespace) -> Iterator[Verdict]:
         for number, future in enumerate(concurrent.futures.as_completed(running), start=1):
             verdict = future.result()
             print(f"{number}/{len(running)} {verdict.secs:5.1f} s  {verdict.kind}: {verdict.outcome}", file=sys.stderr)
+            if not verdict.is_right:  # at once: the table comes at the end of an hour
+                print(f"seed {verdict.seed}, {verdict.done}: {verdict.detail}", file=sys.stderr, flush=True)
             yield verdict
 
 

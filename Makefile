@@ -7,6 +7,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/default
 CORPUS := data/python-stdlib-bpe2048
+# The suite starts dozens of processes, each of which takes some five seconds to compile the sources that it imports where
+# the environment keeps Python from writing bytecode.
+export PYTHONDONTWRITEBYTECODE :=
+# NumPy is imported before tests/conftest.py can say so, but in workers: its threads take twice the time of one.
+export OMP_NUM_THREADS ?= 1
 # Compiles for TPU topologies need libtpu, which only their tests see: jax looks for TPUs where it is installed.
 LIBTPU ?= .libtpu
 TPU_TESTS ?= tpu
@@ -50,7 +55,7 @@ test-tpu: $(LIBTPU)/ready
 	PYTHONPATH=$(abspath $(LIBTPU)) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m '$(TPU_TESTS)' \
 	  tests/pallas_kernels/test_tpu_compile.py tests/training/test_dry_run.py
 
-faults: $(VENV)/ready-for-tests # hundreds of faults, 20,000 damaged inputs: within an hour on 2 cores
+faults: $(VENV)/ready-for-tests # hundreds of faults, 20,000 damaged inputs: about an hour on 2 cores
 	$(BIN)/python -m tests.faults
 	$(BIN)/python -m tests.faults.fuzz --count 1250
 

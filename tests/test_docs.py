@@ -93,7 +93,7 @@ def test_python_blocks_run(tmp_path):
 
     All run in one process, which imports and compiles once what they share.
     """
-    config = dataclasses.replace(tiny_config("corpus").model, vocab_size=257)
+    config = dataclasses.replace(tiny_config("corpus").model, vocab_size=257, num_layers=1, pattern=("rat",))
     model = LanguageModel(config, rngs=nnx.Rngs(0))
     run = dataclasses.replace(tiny_config("corpus"), model=config)
     save_model(tmp_path / "runs" / "default", run, model, 0, ByteTokenizer())

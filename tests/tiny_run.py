@@ -11,16 +11,21 @@ NUM_STEPS = 6
 
 
 def make_corpus(
-    folder: pathlib.Path, vocab_size: int = 29, num_ids: int = 2000, tokenizer: str | None = None
+    folder: pathlib.Path,
+    vocab_size: int = 29,
+    num_ids: int = 2000,
+    tokenizer: str | None = None,
+    line_ids: int = 23,
+    **changes: Any,
 ) -> pathlib.Path:
-    """A prepared corpus of some `num_ids` ids below `vocab_size`, in documents of a line each.
+    """A prepared corpus of some `num_ids` ids below `vocab_size`, in documents of a line of `line_ids` each.
 
-    With a `tokenizer` the numbers are texts that it encodes.
+    With a `tokenizer` the numbers are texts that it encodes; `changes` are further fields of the settings.
     """
     texts = folder / "texts"
     texts.mkdir(parents=True)
     numbers = [(i * i + 3 * i) % (vocab_size - 1) + 1 for i in range(num_ids)]
-    lines = [" ".join(map(str, numbers[i : i + 23])) for i in range(0, len(numbers), 23)]
+    lines = [" ".join(map(str, numbers[i : i + line_ids])) for i in range(0, len(numbers), line_ids)]
     (texts / "numbers.txt").write_text("\n".join(lines))
     settings = Settings(
         source=(str(texts),),
@@ -31,6 +36,7 @@ def make_corpus(
         field="text",
         document_separator="\n",
         invalid_utf8="refuse",
+        **changes,
     )
     prepare(settings, folder / "corpus", num_workers=0, overwrite=False)
     return folder / "corpus"

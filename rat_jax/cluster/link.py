@@ -50,6 +50,8 @@ class Link:
             content = self._connection.recv(1 << 16)
         except TimeoutError:
             return []
+        except ConnectionResetError:  # what the system says where the other end had not read all
+            content = b""
         except OSError as error:
             raise LinkError(error.strerror or str(error)) from None
         if not content:

@@ -23,11 +23,9 @@ import time
 import traceback
 from collections.abc import Iterator
 
-import jax
-
 from rat_jax.cluster.link import Link, LinkError, Message
 from rat_jax.interrupts import INTERRUPTED, before_exit, do_last_acts, write_line
-from rat_jax.program import LOST
+from rat_jax.program import FAILED, LOST
 
 LEAST_SECS = 5.0  # of `lost_after_secs`
 _LONGEST_BEAT_SECS = 5.0
@@ -35,7 +33,7 @@ _LOOK_SECS = 0.2
 _GRACE_SECS = 5.0  # for others to end by themselves when one has failed: mostly all find the same fault
 _END_SECS = 300.0  # that a process which has ended well waits for the others
 _FAREWELL_SECS = 1.0  # for others to read the first one's last words
-_VERDICT_SECS = 2.0  # after an error of a device, which may be that of a connection to a lost process
+_VERDICT_SECS = 2.0  # after a failure, which may be that of a connection to a lost process
 
 
 @dataclasses.dataclass
@@ -273,7 +271,8 @@ def busy() -> Iterator[None]:
 def leave(code: int) -> None:
     """Ends the watch, as the last thing that a program does, and where it failed the process: others do not wait.
 
-    JAX would wait for all processes to end well.
+    JAX would wait for all processes to end well. A program that fails for want of another process, as in a save that
+    all make together, may come here before the watch has seen that one's connection closed, which then decides.
 
     Args:
       code: with which the program ends.
@@ -281,9 +280,9 @@ def leave(code: int) -> None:
     global _of_process
     if _of_process is None:
         return
+    if code == FAILED:
+        time.sleep(_VERDICT_SECS)
     if (error := sys.exception()) is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(_VERDICT_SECS)
         traceback.print_exception(error)
     _of_process.leave(code)
     _of_process = None

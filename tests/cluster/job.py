@@ -62,8 +62,9 @@ def job(
     try:
         for number in range(num_processes):
             place = [f"--coordinator_address={address}", f"--num_processes={num_processes}", f"--process_id={number}"]
-            # Python keeps what it has read of sources for the next process, also where it is told not to.
-            python = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+            python = {}
+            if sys.dont_write_bytecode:  # Python keeps what it has read of sources for the next process all the same
+                python = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
             xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
             processes.append(
                 subprocess.Popen(

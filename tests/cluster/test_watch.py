@@ -4,6 +4,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -118,6 +119,17 @@ def test_one_that_fails_alone_ends_the_others_after_some_grace(job, failed):
     others = {0, 1, 2} - {failed}
     assert job.all_say(*others) == f"process {failed} has ended with code 1, see what it says"
     assert time.monotonic() - start < 8
+
+
+def test_one_that_fails_for_want_of_another_ends_as_that_is_lost(job, monkeypatch):
+    """Its main thread finds out before the watch sees that the connection was closed."""
+    monkeypatch.setattr(watch, "_of_process", job.watches[1])
+    monkeypatch.setattr(watch.os, "_exit", lambda code: None)
+    job.watches[0]._stopped.set()
+    job.watches[0]._thread.join()
+    threading.Timer(0.3, job.links[0][1].close).start()
+    watch.leave(1)
+    assert job.ends[1] == "process 0 is lost: its connection was closed"
 
 
 def test_where_all_find_the_same_fault_each_ends_by_itself(job):

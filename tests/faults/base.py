@@ -1,4 +1,4 @@
-"""What faults are tried on: a small corpus, a run that was stopped half way, and the same run never stopped."""
+"""What faults are tried on: small corpora, a run that was stopped half way, and the same run never stopped."""
 
 import contextlib
 import dataclasses
@@ -6,13 +6,14 @@ import json
 import pathlib
 import re
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from rat_jax.checkpoints.store import load_model
 from rat_jax.config import Config
+from rat_jax.data_config import CorpusConfig
 from rat_jax.training import loop, train
 from tests.tiny_run import make_corpus, tiny_config
 
@@ -24,15 +25,27 @@ _BEGINNING = re.compile(
 EXACT_FIGURES = ("loss", "grad_norm", "param_norm", "learning_rate", "num_targets", "validation_loss")
 
 
+Reads = Literal["corpus", "mixture", "packed"]
+ROW_TOKENS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Folders that faults get copies of."""
+    """Folders that faults get copies of.
+
+    Runs read a corpus, a mixture of it and another one, or its documents packed into rows.
+    """
 
     path: pathlib.Path
+    reads: Reads = "corpus"
+
+    @property
+    def data(self) -> pathlib.Path:
+        return self.path / "data"
 
     @property
     def corpus(self) -> pathlib.Path:
-        return self.path / "data/corpus"
+        return self.data / "corpus"
 
     @property
     def stopped(self) -> pathlib.Path:
@@ -42,17 +55,36 @@ class Base:
     def whole(self) -> pathlib.Path:
         return self.path / "whole"
 
-    def config(self, corpus: pathlib.Path) -> Config:
-        return tiny_config(corpus, model__pattern=("rnn", "local_attention"), training__num_steps=NUM_STEPS)
+    def config(self, data: pathlib.Path) -> Config:
+        """Of a run that reads the folders of `data`, a copy of the base's."""
+        config = tiny_config(
+            data / "corpus",
+            model__pattern=("rnn", "local_attention"),
+            training__num_steps=NUM_STEPS,
+            data__seq_len=ROW_TOKENS,
+        )
+        if self.reads != "mixture":
+            return config
+        corpora = {"one": CorpusConfig(str(data / "corpus"), 3.0), "two": CorpusConfig(str(data / "other/corpus"), 1.0)}
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, path="", corpora=corpora))
+
+    def prepare(self, data: pathlib.Path, **changes: Any) -> None:
+        """Prepares what the runs read; `changes` are arguments of `make_corpus` for the first corpus."""
+        if self.reads == "packed":  # documents of 21 ids, their ends included: rows of 16 have padding
+            changes = {"packing": "best_fit", "seq_len": ROW_TOKENS, "line_ids": 20} | changes
+        make_corpus(data, **changes)
+        if self.reads == "mixture":
+            make_corpus(data / "other", num_ids=900, line_ids=17)
 
     @classmethod
-    def make(cls, path: pathlib.Path) -> "Base":
+    def make(cls, path: pathlib.Path, reads: Reads = "corpus") -> "Base":
         """Prepares and trains; a folder that is there already is used as it is."""
-        base = cls(path)
+        base = cls(path, reads)
         if not (path / "ready").is_file():
-            make_corpus(path / "data")
-            train(base.config(base.corpus), base.whole)
-            stop_after(base.config(base.corpus), base.stopped, STOPPED_AT)
+            base.prepare(base.data)
+            config = base.config(base.data)
+            train(config, base.whole)
+            stop_after(config, base.stopped, STOPPED_AT)
             (path / "ready").touch()
         return base
 
@@ -130,8 +162,8 @@ def _flat(model):
 
 
 def copy(base: Base, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A corpus and a stopped run to damage."""
-    corpus, workdir = folder / "corpus", folder / "run"
-    shutil.copytree(base.corpus, corpus)
+    """What a run reads and a stopped run, to damage."""
+    data, workdir = folder / "data", folder / "run"
+    shutil.copytree(base.data, data)
     shutil.copytree(base.stopped, workdir)
-    return corpus, workdir
+    return data, workdir

@@ -11,9 +11,12 @@ import shutil
 import tempfile
 import time
 import traceback
+from typing import Any
 
+from rat_jax.config import config_from_dict, config_to_dict
 from rat_jax.errors import RatJaxError
 from rat_jax.training import train
+from tests.faults import mixtures, packed  # noqa: F401 (they enter their kinds)
 from tests.faults.base import STOPPED_AT, Base, begun_at, copy, differences
 from tests.faults.damage import KINDS, Case, Kind
 
@@ -40,11 +43,11 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
     rng, start = random.Random(f"{kind.name} {seed}"), time.monotonic()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="fault-"))
     try:
-        corpus, workdir = copy(base, folder)
-        case = Case(corpus, workdir, rng)
+        data, workdir = copy(base, folder)
+        case = Case(data, workdir, config_to_dict(base.config(data)), rng)
         saved = int(case.checkpoints[1 if kind.takes_newest else 0].name)  # the newest that the fault leaves good
         done = kind.inject(case)
-        outcome, detail = _start_again(base, corpus, workdir, saved, STOPPED_AT if kind.takes_log else 0)
+        outcome, detail = _start_again(case.config, base.whole, workdir, saved, STOPPED_AT if kind.takes_log else 0)
         if outcome in ("continued", "refused") and outcome not in kind.outcomes:
             detail, outcome = f"{outcome}: {detail}", f"wrongly {outcome}"
     finally:
@@ -53,18 +56,19 @@ def judge(base: Base, kind: Kind, seed: int) -> Verdict:
 
 
 def judge_named(path: pathlib.Path, name: str, seed: int) -> Verdict:
-    """`judge` by the base's folder and the kind's name, silently: for a process of its own."""
+    """`judge` by the folder of the bases and the kind's name, silently: for a process of its own."""
+    kind = next(kind for kind in KINDS if kind.name == name)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        return judge(Base(path), next(kind for kind in KINDS if kind.name == name), seed)
+        return judge(Base(path / kind.reads, kind.reads), kind, seed)
 
 
 def _start_again(
-    base: Base, corpus: pathlib.Path, workdir: pathlib.Path, saved: int, logged_from: int
+    config: dict[str, Any], whole: pathlib.Path, workdir: pathlib.Path, saved: int, logged_from: int
 ) -> tuple[str, str]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            train(base.config(corpus), workdir)
+            train(config_from_dict(config), workdir)
     except RatJaxError as error:
         return "refused", str(error)
     except Exception:
@@ -72,7 +76,7 @@ def _start_again(
     begun = begun_at(said.getvalue())
     if begun is None or begun < saved:  # the end is the same, but steps were done twice
         return "lost", f"step {saved} was saved, the next start began at {begun}"
-    wrong = differences(workdir, base.whole, logged_from=logged_from)
+    wrong = differences(workdir, whole, logged_from=logged_from)
     return ("continued", "") if wrong is None else ("diverged", wrong)
 
 

@@ -7,19 +7,26 @@ import pathlib
 import random
 import shutil
 from collections.abc import Callable
+from typing import Any
 
+from tests.faults.base import Reads
 from tests.faults.mutations import ODD_VALUES, mutate_bytes, mutate_json, mutate_json_text
 
 HEADER_BYTES = 8192
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Case:
-    """Copies to damage."""
+    """Copies to damage, and the values of the config that the run is started again with."""
 
-    corpus: pathlib.Path
+    data: pathlib.Path  # folder of all that the run reads
     workdir: pathlib.Path
+    config: dict[str, Any]
     rng: random.Random
+
+    @property
+    def corpus(self) -> pathlib.Path:
+        return self.data / "corpus"
 
     @property
     def checkpoints(self) -> list[pathlib.Path]:
@@ -41,21 +48,29 @@ class Kind:
     outcomes: frozenset[str]  # of "continued", "refused"
     takes_log: bool  # the fault itself takes figures of earlier steps away
     takes_newest: bool  # the fault itself takes the newest checkpoint away
+    reads: Reads  # what the run was made with
 
 
 KINDS: list[Kind] = []
 EITHER = frozenset({"continued", "refused"})
 
 
-def kind(times: int, *outcomes: str, takes_log: bool = False, takes_newest: bool = False):
+def kind(times: int, *outcomes: str, takes_log: bool = False, takes_newest: bool = False, reads: Reads = "corpus"):
     """Enters a function into `KINDS`; without outcomes either is right."""
 
     def enter(inject: Callable[[Case], str]) -> Callable[[Case], str]:
         name = inject.__name__.replace("_", " ")
-        KINDS.append(Kind(name, inject, times, frozenset(outcomes) or EITHER, takes_log, takes_newest))
+        KINDS.append(Kind(name, inject, times, frozenset(outcomes) or EITHER, takes_log, takes_newest, reads))
         return inject
 
     return enter
+
+
+def damaged_header(content: bytes, rng: random.Random) -> bytes:
+    """A token file with other bytes where its header's fields are."""
+    while (damaged := mutate_bytes(content[:900], rng)[:900].ljust(900)) == content[:900]:
+        pass
+    return damaged + content[900:]
 
 
 def rewrite(path: pathlib.Path, change: Callable[[bytes], bytes]) -> str:

@@ -129,7 +129,7 @@ def _small_bpe() -> bytes:
 def _of_runs(base: Base, folder: pathlib.Path) -> list[Reader]:
     checkpoint = folder / "checkpoints/4"
     checkpoint.mkdir(parents=True)
-    config = config_to_dict(base.config(base.corpus))
+    config = config_to_dict(base.config(base.data))
 
     def read_manifest(content: bytes) -> Any:
         (checkpoint / MANIFEST_FILE).write_bytes(content)

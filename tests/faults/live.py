@@ -37,6 +37,22 @@ class Wrong(Exception):
     """What a run did that it must not; the first argument is the outcome for the table."""
 
 
+def logged_step(workdir: pathlib.Path) -> int:
+    """The last one of which a run has written a record; -1: none."""
+    try:
+        lines = (workdir / "log.jsonl").read_bytes().split(b"\n")
+        return json.loads(lines[-2])["step"]
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Of the finished checkpoints."""
+    folder = workdir / "checkpoints"
+    names = [path.parent.name for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 @dataclasses.dataclass
 class LiveRun:
     """A run under way."""
@@ -126,21 +142,11 @@ class LiveRun:
         return step
 
     def logged_step(self) -> int:
-        try:
-            lines = (self.workdir / "log.jsonl").read_bytes().split(b"\n")
-            return json.loads(lines[-2])["step"]
-        except (OSError, IndexError, ValueError, KeyError, TypeError):
-            return -1
-
-    def saved_steps(self) -> list[int]:
-        """Of the finished checkpoints."""
-        folder = self.workdir / "checkpoints"
-        names = [path.parent.name for path in folder.glob("*/manifest.json")] if folder.is_dir() else []
-        return sorted(int(name) for name in names if name.isdecimal())
+        return logged_step(self.workdir)
 
     def saved_step(self) -> int:
         """Of the newest finished checkpoint; 0: there is none."""
-        return max(self.saved_steps(), default=0)
+        return max(saved_steps(self.workdir), default=0)
 
     def readers(self) -> list[psutil.Process]:
         found = []
@@ -341,7 +347,7 @@ def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
     run.wait_for_step(run.rng.randrange(100, run.num_steps - 60))
     run.signal(signal.SIGKILL)
     run.process.wait()
-    *_, before, last = run.saved_steps()
+    *_, before, last = saved_steps(run.workdir)
     newest = run.workdir / "checkpoints" / str(last)
     files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
     path = run.rng.choice(files)
@@ -371,9 +377,9 @@ def judge_live(reference: pathlib.Path, kind: LiveKind, seed: int, num_steps: in
     return Verdict(kind.name, seed, done, outcome, detail, time.monotonic() - start, live=True)
 
 
-def judge_named(reference: pathlib.Path, name: str, seed: int) -> Verdict:
-    """`judge_live` by the kind's name: for a process of its own."""
-    return judge_live(reference, next(kind for kind in LIVE_KINDS if kind.name == name), seed)
+def judge_named(folder: pathlib.Path, name: str, seed: int) -> Verdict:
+    """`judge_live` by the folder of `make_reference` and the kind's name: for a process of its own."""
+    return judge_live(folder / "whole", next(kind for kind in LIVE_KINDS if kind.name == name), seed)
 
 
 def _see_through(run: LiveRun, kind: LiveKind, saved_before: int, reference: pathlib.Path) -> tuple[str, str]:

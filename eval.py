@@ -6,7 +6,11 @@
 Prints a table, then writes it into the workdir, as evaluation-STEP-CORPUS-LENGTHS-DIGEST.json and .png: results of
 other data, lengths or parts of the split have files of their own. Exit codes: 0; 2 if flags, the workdir, its
 checkpoint or the data do not fit; 1 if a later length failed, a signal came after the first, or a file could not be
-written, after what was computed is printed; 75 if a signal came before.
+written, after what was computed is printed; 75 if a signal came before; 76 if another process of the job is lost.
+
+All devices are used, of several hosts with the flags of train.py for them; --mesh says how (docs/scaling.md):
+
+  python eval.py --workdir=runs/default --mesh=fsdp=-1
 
 Or at positions up to so many times the training length, in chunks, with the mixers' caches:
 
@@ -39,6 +43,7 @@ from rat_jax import interrupts, stopwatch
 if __name__ == "__main__":
     interrupts.exit_while_importing()
 
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -46,10 +51,9 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from rat_jax import program
+from rat_jax import cluster, program
 from rat_jax.checkpoints import Workdir, load_model
 from rat_jax.compilation_cache import define_cache_flag
-from rat_jax.config import MeshConfig
 from rat_jax.evaluation import EvaluationError, ruler
 from rat_jax.evaluation.answers import AnswerSettings, evaluate_answers
 from rat_jax.evaluation.length_evaluation import evaluate_length_generalization
@@ -58,10 +62,10 @@ from rat_jax.evaluation.mode import Mode, chosen_mode
 from rat_jax.evaluation.subject import Subject
 from rat_jax.evaluation.task_evaluation import evaluate_tasks
 from rat_jax.evaluation_config import NEW_TOKENS
+from rat_jax.mesh_flag import define_mesh_flag
 from rat_jax.paths import local_path
-from rat_jax.sharding import make_mesh
 
-_use_compilation_cache = define_cache_flag()
+_use_compilation_cache, _mesh, _join_cluster = define_cache_flag(), define_mesh_flag(), cluster.define_cluster_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _STEP = flags.DEFINE_integer("step", None, "evaluate the checkpoint of this step; left out: the newest")
 _DATA_PATH = flags.DEFINE_string("data_path", None, "prepared corpus; left out: the one that was trained on")
@@ -126,6 +130,10 @@ def _context_lengths() -> list[int]:
         return sorted({int(length) for length in _CONTEXT_LENGTHS.value or []})
     except ValueError as error:
         raise EvaluationError(f"--context_lengths wants numbers with commas between: {error}") from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _progress(batches: Iterable[Any], num_batches: int) -> Iterable[Any]:
@@ -243,14 +251,18 @@ def main() -> None:
     if len(lengths) > 1 and not mode.several_lengths:
         raise EvaluationError(f"--{mode.flag.name} wants one context length, got {', '.join(map(str, lengths))}")
     workdir = Workdir(local_path(_WORKDIR.value, "--workdir"))
-    _use_compilation_cache()
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
-    loaded = load_model(workdir.path, _STEP.value, mesh=mesh, report=lambda line: print(line, file=sys.stderr))
-    times.lap("load")
-    mode.run(Subject(loaded, workdir, mesh, _DATA_PATH.value))
-    times.lap("evaluation")
-    times.report()
+    _join_cluster(cluster.given_flags() | {"--workdir": str(workdir.path)})
+    with cluster.first_alone_prints():
+        _use_compilation_cache()
+        mesh = _mesh()
+        if mode.flag is not None:
+            mesh.check_rows_whole(f"--{mode.flag.name}")
+        loaded = load_model(workdir.path, _STEP.value, mesh=functools.partial(mesh.mesh_for, say=_say), report=_say)
+        times.lap("load")
+        mode.run(Subject(loaded, workdir, loaded.mesh, _DATA_PATH.value))
+        times.lap("evaluation")
+        times.report()
 
 
 if __name__ == "__main__":
-    program.run(main, required=["workdir"], interrupts="raise")
+    program.run(main, required=["workdir"], interrupts="raise", at_end=cluster.leave)

@@ -37,7 +37,7 @@ class LengthEvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RulerEvaluationConfig:
-    """Greedy answers to generated examples of RULER's tasks, on one host."""
+    """Greedy answers to generated examples of RULER's tasks."""
 
     every_steps: int | None = None  # and after the last step; None: never
     tasks: tuple[str, ...] = ()  # of `rat_jax.evaluation.ruler.TASKS`; ruler stands for all
@@ -58,7 +58,7 @@ class RulerEvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AnswersEvaluationConfig:
-    """Greedy answers to the prompts of a file against its references, on one host."""
+    """Greedy answers to the prompts of a file against its references."""
 
     every_steps: int | None = None  # and after the last step; None: never
     file: str | None = None  # JSON lines with prompt and answer, or chats
@@ -73,7 +73,7 @@ class AnswersEvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TasksEvaluationConfig:
-    """Tasks of the lm-evaluation-harness, on one host, in contexts of data.seq_len tokens or as their group says."""
+    """Tasks of the lm-evaluation-harness, in contexts of data.seq_len tokens or as their group says."""
 
     every_steps: int | None = None  # and after the last step; None: never
     names: tuple[str, ...] = ()  # of tasks, or of groups of `rat_jax.evaluation.groups`

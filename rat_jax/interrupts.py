@@ -43,6 +43,12 @@ class Interrupts:
         with self._lock:
             self._mode = "note"
 
+    def leave_at_once(self) -> None:
+        """From here on signals end the process, unless they are noted."""
+        with self._lock:
+            if self._mode == "raise":
+                self._mode = "exit"
+
     @property
     def requested(self) -> bool:
         """Whether this process got a signal."""

@@ -72,7 +72,16 @@ def position_losses(
 
     The arguments, and how logits are made, are those of `next_token_loss`; a derivative of this would keep all logits.
     """
+    if cut.is_cut():
+        return cut.run(_position_losses_of_parts, ("BT", "V", "BT", "BT"), "T", hidden, embedding, targets, weights)
+    return _position_losses(hidden, replicate(embedding), targets, weights)
 
+
+def _position_losses_of_parts(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+    return jax.lax.psum(_position_losses(hidden, embedding, targets, weights), BATCH_AXES)
+
+
+def _position_losses(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
     def block_losses(block):
         return _logits_and_losses(embedding, *block)[-1].sum(axis=0)
 
@@ -87,6 +96,7 @@ def token_scores(
 
     The arguments, and how logits are made, are those of `next_token_loss`; a derivative of this would keep all logits.
     """
+    embedding = replicate(embedding)
 
     def block_scores(block):
         logits, _, losses = _logits_and_losses(embedding, *block)
@@ -98,7 +108,7 @@ def token_scores(
 
 @jax.custom_vjp
 def _sum_loss(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
-    return position_losses(hidden, embedding, targets, weights).sum()
+    return _position_losses(hidden, embedding, targets, weights).sum()
 
 
 def _sum_loss_fwd(hidden, embedding, targets, weights):

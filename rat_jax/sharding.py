@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rat_jax.config import Config, MeshConfig
+from rat_jax.config import Config, MeshConfig, ModelConfig
 from rat_jax.errors import ConfigError
 from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS
 from rat_jax.model import LanguageModel, parameter_spec
@@ -31,8 +31,13 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 _LARGEST_REPLICATED = 1 << 20  # elements of a parameter that may stay whole on every device of the fsdp axis
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, naming: str = "config.mesh.") -> Mesh:
     """The mesh of all devices (None: those that jax sees).
+
+    Args:
+      config: sizes of its axes.
+      devices: of all hosts.
+      naming: what stands before an axis in messages.
 
     Raises:
       ConfigError: if the axes do not multiply to the number of devices.
@@ -42,7 +47,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     rest = len(devices) // math.prod(max(size, 1) for size in wanted.values())
     sizes = {name: rest if size == -1 else size for name, size in wanted.items()}
     if math.prod(sizes.values()) != len(devices):
-        axes = ", ".join(f"config.mesh.{name} {size}" for name, size in wanted.items())
+        axes = ", ".join(f"{naming}{name} {size}" for name, size in wanted.items())
         raise ConfigError(
             f"{axes} do not multiply to the {len(devices)} devices that are there; set one of them to -1 to use all "
             f"that remain"
@@ -64,24 +69,47 @@ def check_divides(config: Config, mesh: Mesh) -> None:
     """
     parts = config.optimizer.accumulation_steps
     rows = config.data.global_batch_size // parts
-    of_rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    of_rows = num_row_parts(mesh)
     if rows % of_rows:
         raise ConfigError(
             f"config.data.global_batch_size {config.data.global_batch_size} over config.optimizer.accumulation_steps "
             f"{parts} is {rows} sequences at a time, which do not divide among {of_rows} devices"
             f"{'' if of_rows == mesh.size else ' of the data and fsdp axes'}"
         )
+    check_tokens_divide(config.model, config.data.seq_len, mesh, "config.data.seq_len", "config.mesh.context")
+    check_parameters_divide(config.model, mesh)
+
+
+def check_tokens_divide(model: ModelConfig, num_tokens: int, mesh: Mesh, of: str, by: str) -> None:
+    """Checks that rows of so many tokens, and the heads of a model, can be cut for a mesh.
+
+    Args:
+      model: whose mixers read them.
+      num_tokens: of a row.
+      mesh: of the devices.
+      of: what the number of tokens is called in messages.
+      by: what the axis is called that cuts them.
+
+    Raises:
+      ConfigError: naming the two numbers that do not divide.
+    """
     context, tensor = mesh.shape[CONTEXT_AXIS], mesh.shape[TENSOR_AXIS]
-    if config.data.seq_len % context:
-        raise ConfigError(
-            f"config.data.seq_len {config.data.seq_len} does not divide into the {context} parts of config.mesh.context"
-        )
-    for name, settings in config.model.mixers.items():
+    if num_tokens % context:
+        raise ConfigError(f"{of} {num_tokens} does not divide into the {context} parts of {by}")
+    for name, settings in model.mixers.items():
         try:
-            settings.check_cut(config.model, config.data.seq_len // context, context, tensor)
+            settings.check_cut(model, num_tokens // context, context, tensor)
         except ConfigError as error:
             raise ConfigError(f"config.model.{name}: {error}") from None
-    params = jax.eval_shape(lambda: nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0))))
+
+
+def check_parameters_divide(model: ModelConfig, mesh: Mesh) -> None:
+    """Checks that a model's parameters can be cut for a mesh.
+
+    Raises:
+      ConfigError: naming the two numbers that do not divide.
+    """
+    params = jax.eval_shape(lambda: nnx.state(LanguageModel(model, rngs=nnx.Rngs(0))))
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         for axis, size in zip(_logical_axes(name, leaf.ndim), leaf.shape, strict=True):
             mesh_axes = () if axis is None else tuple(part for part in MESH_AXES[axis] if mesh.shape[part] > 1)
@@ -128,6 +156,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, _shortest(spec, mesh)), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
+
+
+def num_row_parts(mesh: Mesh) -> int:
+    """Parts that a mesh cuts the rows of a batch into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

@@ -113,6 +113,15 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.paths",
         "rat_jax.program",
     },
+    "rat_jax.mesh_flag": {
+        "rat_jax.checkpoints",
+        "rat_jax.config",
+        "rat_jax.errors",
+        "rat_jax.memory",
+        "rat_jax.mesh",
+        "rat_jax.program",
+        "rat_jax.sharding",
+    },
     "rat_jax.program_store": {"rat_jax.compilation_cache", "rat_jax.config", "rat_jax.files", "rat_jax.mixers"},
     "rat_jax.sampling": {
         "rat_jax.checkpoints",

@@ -95,6 +95,23 @@ def test_a_program_that_has_done_nothing_ends_at_once(ends, capfd, noting):
     assert (interrupts.NOTHING_LOST in capfd.readouterr().err) != noting
 
 
+def test_one_of_several_processes_ends_at_once(ends):
+    """An exception would leave the others waiting for it; what notes signals goes on noting them."""
+    program = Interrupts("raise")
+    program.leave_at_once()
+    program.handle(signal.SIGTERM, None)  # raises nothing
+    for expected in ([interrupts.INTERRUPTED], []):
+        wakeup, end = os.pipe()
+        os.write(end, bytes([signal.SIGTERM]))
+        os.close(end)
+        program.watch(wakeup)
+        os.close(wakeup)
+        assert ends == expected
+        ends.clear()
+        program.note()
+        program.leave_at_once()
+
+
 def test_the_code_is_the_documented_one():
     assert interrupts.INTERRUPTED == os.EX_TEMPFAIL
 

@@ -99,6 +99,7 @@ TEXT_FLAGS = {
     "eval.py": {"context_lengths", "tasks"},
     "generate.py": {"prompt", "stop"},
     "rat_jax/cluster/launch.py": {"coordinator_address"},
+    "rat_jax/mesh_flag.py": {"mesh"},
     "train.py": {"topology"},
     "rat_jax/data/prepare_flags.py": {"--document_separator", "--eos_token", "--field"},
     "rat_jax/evaluation/ruler/__main__.py": {"--eos_token", "--task", "--templates", "--words"},
@@ -195,7 +196,7 @@ def run(tmp_path, monkeypatch):
     (workdir / "tokenizer").mkdir(parents=True)
     ByteTokenizer().save(workdir / "tokenizer")
     config = tiny_config(tmp_path, model__vocab_size=257)
-    loaded = types.SimpleNamespace(config=config, step=1, model=None)
+    loaded = types.SimpleNamespace(config=config, step=1, model=None, mesh=None)
     monkeypatch.setattr("rat_jax.checkpoints.load_model", lambda *arguments, **settings: loaded)
     return workdir
 

@@ -21,6 +21,7 @@ from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import in_words
 
 T = TypeVar("T", bound=str | float | list | dict | None)  # what JSON can hold
+R = TypeVar("R")
 _SHARED_SECS = 60.0  # in which a file system shows one host what another wrote: NFS remembers what was there so long
 _ERROR = "error:"  # name of a value that is none
 _HEAR_SECS = 3600.0  # for what takes long: a host that dies meanwhile is noticed otherwise
@@ -51,6 +52,31 @@ def on_first_host(action: Callable[[], T]) -> T:
     if "error" in outcome:
         raise (CheckpointError if outcome["refused"] else RunStopped)(outcome["error"])
     return outcome["result"]
+
+
+def on_all_hosts(action: Callable[[], R]) -> R:
+    """Calls `action` on every host, which all must do together; where it fails on one, it fails on all.
+
+    Args:
+      action: takes no part of the others; its result is each host's own.
+
+    Raises:
+      CheckpointError: naming the host, where it failed on another one alone.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    try:
+        result = action()
+    except (RatJaxError, OSError) as failure:
+        error = failure
+    messages = gathered(None if error is None else in_words(error))
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise CheckpointError(f"process {number}: {message}")
+    return result
 
 
 def gathered(value: T) -> list[T]:

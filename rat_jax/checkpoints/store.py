@@ -275,21 +275,25 @@ class LoadedModel:
     model: LanguageModel
     step: int
     path: pathlib.Path  # of the checkpoint
+    mesh: jax.sharding.Mesh | None = None  # that its parameters are on
 
 
 def load_model(
     workdir: pathlib.Path | str,
     step: int | None = None,
     *,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Callable[[ModelConfig], jax.sharding.Mesh | None] | None = None,
     report: Callable[[str], None] = print,
 ) -> LoadedModel:
     """The model of a run's newest good checkpoint, or of a certain step. Nothing in the workdir is changed.
 
+    Several hosts, which must call this together, load the one that the first host finds.
+
     Args:
       workdir: of the run.
       step: None walks back from the newest checkpoint to the newest good one, reporting what is damaged.
-      mesh: where the parameters go, cut as `rat_jax.sharding` says; None: the default device.
+      mesh: where the parameters go, cut as `rat_jax.sharding` says, or what gives it for a model; None: the default
+        device.
       report: is told of damaged checkpoints.
 
     Raises:
@@ -298,9 +302,13 @@ def load_model(
 
     def load(path: pathlib.Path, manifest: Manifest) -> LoadedModel:
         graphdef, target = abstract_model(manifest.config.model)
-        params = restore_arrays(path / "params", manifest.arrays["params"], _placed(target, mesh))
-        return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path)
+        is_mesh = mesh is None or isinstance(mesh, jax.sharding.Mesh)  # which can be called, too
+        where = mesh if is_mesh else mesh(manifest.config.model)
+        params = restore_arrays(path / "params", manifest.arrays["params"], _placed(target, where))
+        return LoadedModel(manifest.config, nnx.merge(graphdef, params), manifest.step, path, where)
 
+    if jax.process_count() > 1:
+        return load(*find_checkpoint(workdir, step, report))
     return _walk(Workdir(local_path(workdir, "workdir")), step, report, load)
 
 

@@ -6,7 +6,7 @@ starts on the same address once all are there: it aborts a process without sayin
 notices a dead one after 100 s.
 """
 
-from rat_jax.cluster.launch import define_cluster_flags
+from rat_jax.cluster.launch import define_cluster_flags, first_alone_prints, given_flags
 from rat_jax.cluster.watch import busy, leave, reached
 
-__all__ = ["busy", "define_cluster_flags", "leave", "reached"]
+__all__ = ["busy", "define_cluster_flags", "first_alone_prints", "given_flags", "leave", "reached"]

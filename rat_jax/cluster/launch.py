@@ -1,11 +1,13 @@
 """The start of a job: flags that say which process this is, the meeting, the watch, and JAX's own service."""
 
+import contextlib
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax
 import jax
@@ -14,9 +16,15 @@ from absl import flags
 from rat_jax.cluster.meeting import Facts, MeetingError, meet
 from rat_jax.cluster.place import Place, detected_place, is_tpu_host, place_of_flags
 from rat_jax.cluster.watch import LEAST_SECS, start_watch
+from rat_jax.interrupts import caught
 from rat_jax.program import FlagError
 
 _JAX_HEARTBEAT_SECS = 100  # JAX's default; ours come first
+# What a process may have of its own; the first three are compared where all meet.
+_OWN_FLAGS = {
+    *("coordinator_address", "num_processes", "process_id", "distributed"),
+    *("start_timeout_secs", "lost_after_secs", "compilation_cache"),
+}
 
 flags.disclaim_key_flags()  # `--help` shows the flags with those of the program that asks for them
 
@@ -66,7 +74,29 @@ def _found_place(distributed: bool | None, within_secs: float) -> Place | None:
         return None
 
 
+def given_flags() -> Facts:
+    """The flags that this process was given, without those of its own: the others must have been given the same."""
+    names = sorted(set(flags.FLAGS) - _OWN_FLAGS)
+    return {f"--{name}": flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
+
+
+@contextlib.contextmanager
+def first_alone_prints() -> Iterator[None]:
+    """Within the block what processes other than the first print goes nowhere; errors that end it are said after it."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:  # the second needs all devices
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
 def _join(place: Place, facts: Facts, start_secs: float, lost_secs: float) -> None:
+    with caught() as interrupts:  # an exception in one process would leave the others waiting for it
+        interrupts.leave_at_once()
     links = meet(place, facts, start_secs)
     start_watch(links, place.process_id, lost_secs)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `rat_jax.interrupts`

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import tqdm
 
 from rat_jax.checkpoints.store import LoadedModel
@@ -25,7 +26,7 @@ from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import results
 from rat_jax.evaluation.errors import EvaluationError
-from rat_jax.evaluation.subject import Subject
+from rat_jax.evaluation.subject import Subject, check_same_on_all_hosts
 from rat_jax.evaluation_config import NEW_TOKENS
 from rat_jax.files import FileError, write_json
 from rat_jax.model import LanguageModel
@@ -183,9 +184,12 @@ def evaluate_answers(
         "limit": limit,
         **dataclasses.asdict(settings),
     }
+    check_same_on_all_hosts({"SHA-256 of the prompts and answers": questions.hash})
     digest = results.digest({**measured, "file": path.name})
     out = subject.workdir.path / f"answers-{loaded.step}-{results.part_of_a_name(path.stem)}-{digest}.jsonl"
     answers = predict(loaded, questions, tokenizer, settings, out, batch_tokens=batch_tokens)
+    if jax.process_index() != 0:
+        return
     values = {
         **results.of_checkpoint(loaded),
         "measured": measured,
@@ -213,8 +217,8 @@ def predict(
 ) -> list[str]:
     """The greedy answer to each prompt, up to the end that answers were learned with.
 
-    Answers that are in the file `out` are taken from there, and it gets the others as they are made; the rest is as of
-    `evaluate_answers`.
+    Answers that are in the file `out` are taken from there, and it gets the others as they are made; of several hosts
+    the first alone has them all. The rest is as of `evaluate_answers`.
     """
     prompts = questions.prompts()
     file = OutputFile(out, prompts, remedy="remove it, and all answers are made anew")

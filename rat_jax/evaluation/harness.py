@@ -1,5 +1,6 @@
 """A model of ours as the lm-evaluation-harness calls it; needs requirements-eval.txt, not PyTorch."""
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rat_jax.errors import shown
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.progress import Progress
 from rat_jax.evaluation.scoring import Scorer
+from rat_jax.evaluation.subject import check_same_on_all_hosts
 from rat_jax.evaluation.text_settings import TextSettings
 from rat_jax.fields import describe, fits
 from rat_jax.model import LanguageModel
@@ -65,6 +67,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """log p(continuation | context) of each request, and whether greedy decoding would give it."""
+        _check_same(requests)
         for request in requests:
             if not request.args[1]:
                 raise EvaluationError(
@@ -74,12 +77,14 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """log p of each text, 0 of an empty one."""
+        _check_same(requests)
         texts = [self.tok_encode(request.args[0]) for request in requests]
         scores = iter(self._scorer.score_rolling([ids for ids in texts if ids], self.eot_token_id, **self._progress))
         return [next(scores).total if ids else 0.0 for ids in texts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text after each context, up to one of its request's stop strings."""
+        _check_same(requests)
         alike: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(index)
@@ -169,3 +174,10 @@ class HarnessModel(TemplateLM):
                     f"{describe(_TYPES.get(name, float))}"
                 )
         return settings
+
+
+def _check_same(requests: list[Instance]) -> None:
+    """Refuses requests that differ from those of the first host: data, or what a task draws, may."""
+    digest = hashlib.sha256(json.dumps([request.args for request in requests], default=str).encode()).hexdigest()
+    task = requests[0].task_name if requests else None
+    check_same_on_all_hosts({"SHA-256 of the texts": digest, "task": task})

@@ -1,6 +1,7 @@
 """Tasks of the lm-evaluation-harness by name: where their files are, how they are loaded and run."""
 
 import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jinja2
 import numpy as np
 import yaml
@@ -21,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
+from rat_jax.checkpoints.hosts import on_all_hosts
 from rat_jax.errors import RatJaxError
 from rat_jax.evaluation import harness
 from rat_jax.evaluation.errors import EvaluationError
@@ -135,7 +138,15 @@ class Tasks:
             config.process_results = _ending_at(spec.answer_ends, config.process_results)
         return loaded
 
-    def run(self, name: str, model: HarnessModel, *, num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
+    def run(
+        self,
+        name: str,
+        model: HarnessModel,
+        *,
+        num_fewshot: int | None,
+        limit: int | None,
+        loaded: TaskDict | None = None,
+    ) -> dict[str, Any]:
         """The harness's results of one name, as values that JSON can hold.
 
         Beside them are how many contexts were too long, how many documents the protocol leaves out, and, where there
@@ -146,12 +157,13 @@ class Tasks:
           model: what is evaluated.
           num_fewshot: examples before each question; None: what the task says. One whose file says 0 shows none.
           limit: documents of each task; None: all.
+          loaded: what `load` gave for the name; None: it is loaded here.
 
         Raises:
           EvaluationError: if data cannot be loaded, or the task does not fit them.
           RatJaxError: as the model's functions do.
         """
-        loaded = self.load(name)
+        loaded = self.load(name) if loaded is None else loaded
         num_truncated, num_left_out = model.num_truncated, 0
         without_examples = [
             task for task in loaded["tasks"] if not _choose_examples(loaded["tasks"][task], num_fewshot)
@@ -302,6 +314,9 @@ def run_tasks(
 ) -> None:
     """Runs all tasks; one that fails does not stop the others.
 
+    On several hosts this holds of tasks that cannot be loaded. One that fails later, which it may do on this host
+    alone while others wait for it, stops all.
+
     Args:
       tasks: to run.
       model_of: what is evaluated, by a task's name, as its settings want it to read.
@@ -311,6 +326,7 @@ def run_tasks(
 
     Raises:
       EvaluationError: if a number is out of range.
+      RatJaxError: on several hosts, of a task that fails once it is loaded.
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise EvaluationError(f"num_fewshot must be 0 or more, got {num_fewshot}")
@@ -319,9 +335,13 @@ def run_tasks(
     for name in tasks.names:
         group = tasks.group_of(name)
         examples = group.num_fewshot if num_fewshot is None and group is not None else num_fewshot
+        loaded = None
         try:
-            values = tasks.run(name, model_of(name), num_fewshot=examples, limit=limit)
+            loaded = on_all_hosts(functools.partial(tasks.load, name))
+            values = tasks.run(name, model_of(name), num_fewshot=examples, limit=limit, loaded=loaded)
         except RatJaxError as error:
+            if loaded is not None and jax.process_count() > 1:
+                raise
             values = {"error": str(error)}
         on_result(name, values)
 

@@ -4,6 +4,8 @@ import json
 import pathlib
 import sys
 
+import jax
+
 from rat_jax.errors import RunStopped
 from rat_jax.evaluation import length_generalization, length_report, results
 from rat_jax.evaluation.errors import EvaluationError
@@ -47,6 +49,8 @@ def evaluate_length_generalization(
         max_batches=max_batches,
         progress=progress,
     )
+    if jax.process_index() != 0:
+        return
     values = results.lengths_as_json(loaded, corpus, measured)
     print(json.dumps(values) if print_json else length_report.table(values), flush=True)
     path = results.lengths_path(subject.workdir.path, values)

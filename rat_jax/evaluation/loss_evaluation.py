@@ -5,6 +5,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from rat_jax.data.corpus import Corpus
 from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import perplexity, report, results
@@ -55,6 +57,8 @@ def evaluate_losses(
 
 
 def _give_out(subject: Subject, corpus: Corpus, evaluations: Sequence[Evaluation], print_json: bool) -> None:
+    if jax.process_index() != 0:
+        return
     values = results.as_json(subject.loaded, corpus, evaluations)
     print(json.dumps(values) if print_json else report.table(evaluations), flush=True)
     path = results.results_path(subject.workdir.path, values)

@@ -19,9 +19,9 @@ from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums,
 from rat_jax.evaluation.progress import Progress, no_progress
 from rat_jax.loss import position_losses
 from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
-from rat_jax.mesh import constrain_rows, replicate
+from rat_jax.mesh import constrain_tokens, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.sharding import batch_sharding, global_batch
+from rat_jax.sharding import batch_sharding, check_tokens_divide, global_batch, num_row_parts, share_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def position_sums(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> Po
       batch: with rows for all devices of the mesh in use, if any.
     """
     model = nnx.merge(graphdef, params)
-    hidden = constrain_rows(model.hidden(constrain_rows(batch.tokens), batch.segment_ids))
+    hidden = constrain_tokens(model.hidden(constrain_tokens(batch.tokens), batch.segment_ids))
     losses = position_losses(hidden, model.embedding[...], batch.targets, batch.loss_weights)
     return replicate(PositionSums(losses, batch.loss_weights.sum(axis=0)))
 
@@ -92,7 +92,7 @@ def sum_losses(model: LanguageModel, batches: Iterable[Batch], mesh: jax.shardin
     Args:
       model: on the mesh, as `rat_jax.checkpoints.store.load_model` puts it.
       batches: this host's rows, of one shape.
-      mesh: whose devices divide the rows.
+      mesh: whose devices divide the rows, and where it has such axes their tokens and the heads.
 
     Raises:
       EvaluationError: if nothing counts, or a loss is not finite.
@@ -148,7 +148,9 @@ def evaluate(
         global_batch_size=_num_rows(mesh, context_length, batch_tokens),
         num_workers=0,
     )
-    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches)
+    place, count = share_of_rows(mesh)
+    hosts = {"process_index": place, "process_count": count}
+    data = ValidationData(config, vocab_size=loaded.config.model.vocab_size, max_batches=max_batches, **hosts)
     with _out_of_memory_as_message(mesh, context_length, batch_tokens):
         sums = sum_losses(loaded.model, progress(data, len(data)), mesh)
     return Evaluation(context_length, data.fraction, sums, corpus.splits["validation"], config.first_target_id)
@@ -161,10 +163,12 @@ def check_fits(
 
     Raises:
       EvaluationError: a setting out of range, a context longer than the split, or more memory than a device has free.
+      ConfigError: if the mesh cannot cut such rows, or the model's heads.
     """
     check_length(corpus, context_length)
     if batch_tokens < 1:
         raise EvaluationError(f"batch_tokens must be 1 or more, got {batch_tokens}")
+    check_tokens_divide(loaded.config.model, context_length, mesh, "context length", "the mesh's axis context")
     free = free_bytes(mesh.local_devices[0])
     if free is None:
         return
@@ -228,13 +232,14 @@ def _compiled_bytes(loaded: LoadedModel, mesh: jax.sharding.Mesh, context_length
 
 
 def _num_rows(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int) -> int:
-    """Sequences of a batch: as many as `batch_tokens` hold, but one for each device at least."""
-    return max(1, batch_tokens // (context_length * mesh.size)) * mesh.size
+    """Sequences of a batch: as many as `batch_tokens` hold, but one for each part that rows are cut into at least."""
+    parts = num_row_parts(mesh)
+    return max(1, batch_tokens // (context_length * parts)) * parts
 
 
 def _too_large(mesh: jax.sharding.Mesh, context_length: int, batch_tokens: int, what: str) -> str:
     rows = _num_rows(mesh, context_length, batch_tokens)
-    remedy = f"lower batch_tokens, now {batch_tokens:,}" if rows > mesh.size else "choose a shorter context"
+    remedy = f"lower batch_tokens, now {batch_tokens:,}" if rows > num_row_parts(mesh) else "choose a shorter context"
     return f"context length {context_length:,}: batches of {rows:,} sequences need {what}; {remedy}"
 
 

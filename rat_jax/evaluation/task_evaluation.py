@@ -10,15 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rat_jax.errors import RunStopped
+import jax
+
+from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import results
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.groups import TaskGroup
 from rat_jax.evaluation.progress import Progress
-from rat_jax.evaluation.subject import Subject
+from rat_jax.evaluation.subject import Subject, check_same_on_all_hosts
 from rat_jax.evaluation.task_report import table
 from rat_jax.evaluation.text_settings import TextSettings
-from rat_jax.files import FileError, write_json
+from rat_jax.files import write_json
 
 
 def evaluate_tasks(
@@ -90,6 +92,7 @@ def evaluate_tasks(
     if (files_hash := tasks.files_hash()) is not None:
         measured["tasks_hash"] = files_hash
         named_by = measured | {"tasks_dir": None}
+    check_same_on_all_hosts(named_by)
     path = results.tasks_path(subject.workdir.path, loaded.step, names, named_by)
 
     earlier: dict[str, dict[str, Any]] = results.earlier_entries(path, "tasks") or {}
@@ -101,6 +104,8 @@ def evaluate_tasks(
 
     def give_out(name: str, values: dict[str, Any]) -> None:
         done[name] = values | {"settings": dataclasses.asdict(settings_of(tasks.group_of(name)))}
+        if jax.process_index() != 0:
+            return
         if not print_json:
             print(table({name: values}, header=len(done) == 1), flush=True)
         if any("error" not in values for values in done.values()):
@@ -112,7 +117,7 @@ def evaluate_tasks(
     stopped = None
     try:
         run_tasks(tasks, model_of, num_fewshot=num_fewshot, limit=limit, on_result=give_out)
-    except (FileError, KeyboardInterrupt) as error:
+    except (RatJaxError, KeyboardInterrupt) as error:
         if not done:
             raise
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

@@ -192,7 +192,7 @@ class DeviceRows:
         return _Program(decode_block, (self._rule, self.slots, stopped, self._eos_id))
 
     def _check_memory(self, num_devices: int) -> None:
-        device = next(iter(self._decoder.arrays[0].devices()))  # the set is jax's own
+        device = next(iter(self._decoder.arrays[0].sharding.addressable_devices))  # the set is jax's own
         free, needed = free_bytes(device), -(-self.cache_bytes // num_devices)
         require(
             free is None or needed <= free,

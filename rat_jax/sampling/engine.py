@@ -42,7 +42,8 @@ class Engine:
     Prompts of like length are read together, in chunks of few sizes, into a small cache, from which the rows are copied
     into slots; a long prompt is read over several steps. While all slots are taken one more group of prompts is read.
 
-    After an error of `step` the engine cannot go on. For one host.
+    After an error of `step` the engine cannot go on. Several hosts give their engines the same requests in the same
+    order; each is told of all tokens.
     """
 
     def __init__(

@@ -5,6 +5,9 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Literal
 
+import jax
+
+from rat_jax.checkpoints.hosts import on_first_host
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError, system_errors
 from rat_jax.sampling.prompts import OUTPUT_FIELDS, Prompt, PromptError, parse_json
@@ -32,6 +35,8 @@ class OutputFile:
 
     Rows are numbered from 0 on: prompts by their place, refused ones too, times `num_samples`, plus the sample. Of
     lines that were written the file holds the rows' numbers alone in memory.
+
+    Several hosts make and use it together: the first alone reads and writes the file, and the others know what is done.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class OutputFile:
         Raises:
           FileError: if the file cannot be read or written.
           PromptError: if it holds anything but completions of the prompts.
+          CheckpointError: where the first of several hosts raises one of these.
         """
         self.path = path
         self._remedy, self._order, self._num_samples = remedy, order, num_samples
@@ -69,21 +75,13 @@ class OutputFile:
         self._last = -1  # the row of the last line
         self._waiting: dict[int, dict[str, Any]] = {}  # records whose predecessors are not there yet
         self.num_rows = 0
-        exists = path.exists()
-        if exists and not path.is_file():
-            raise PromptError(f"output file {path} is no file: {self._remedy}")
         self._num_bytes = 0  # of the file, as far as is known here
         self._kept_bytes: int | None = 0  # a line that was cut short is written again
-        if exists:
-            with system_errors(path, "read"), path.open("rb") as file:
-                places, rest = self._read_lines(file)
-                self._match(prompts, file, places, rest)
-        else:
+        self._is_ours = jax.process_index() == 0
+        found = on_first_host(lambda: self._look(prompts))
+        if not self._is_ours:
             self._match(prompts, None, {}, b"")
-        with system_errors(path, "written"):
-            path.open("ab").close()
-            if not exists:
-                path.resolve().unlink()  # what was just made, not a link to it
+            self._done, self._last = set(found["done"]), found["last"]
 
     @property
     def num_done(self) -> int:
@@ -97,8 +95,8 @@ class OutputFile:
 
     @property
     def completions(self) -> list[str]:
-        """Those that are there, read anew."""
-        if not self._done:
+        """Those that are there, read anew; the first host's alone."""
+        if not self._done or not self._is_ours:
             return []
         with system_errors(self.path, "read"):
             return [json.loads(line)[_COMPLETION] for line in self.path.read_bytes().split(b"\n")[: self.num_done]]
@@ -113,18 +111,7 @@ class OutputFile:
         Raises:
           PromptError: if lines that are there were made with others.
         """
-        for text, number in self._made_with.items():
-            there = json.loads(text)
-            changes = [
-                f"{name} was {there.get(name)!r}, is {settings.get(name)!r}"
-                for name in {**settings, **there}
-                if there.get(name) != settings.get(name)
-            ]
-            if changes:
-                raise PromptError(
-                    f"output file {self.path}, line {number}, was made with other settings: {'; '.join(changes)}; set "
-                    f"them back, or choose another name"
-                )
+        on_first_host(lambda: self._check_settings(settings))
         self._settings = settings
 
     def skip(self, row: int) -> None:
@@ -143,6 +130,11 @@ class OutputFile:
         values = {_COMPLETION: completion, _SAMPLE: row % self._num_samples, _TOKENS: tokens, _LOG_PROBS: log_probs}
         added = {name: value for name, value in values.items() if name in self._added}
         self._waiting[row] = {**prompt.fields, **added}
+        if not self._is_ours:
+            for ready in self._ready():
+                del self._waiting[ready]
+                self._note(ready)
+            return
         try:
             with system_errors(self.path, "written"), self.path.open("ab") as file:
                 if file.tell() != self._num_bytes:
@@ -161,12 +153,47 @@ class OutputFile:
                     file.write(f"{json.dumps(record)}\n".encode())
                     file.flush()
                     self._num_bytes = file.tell()
-                    self._done.add(ready)
-                    self._last = ready
+                    self._note(ready)
         except FileError as error:
             raise RunStopped(
                 f"{error}; {self.num_done} of {self.num_rows} completions are there, and the same command goes on"
             ) from None
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        for text, number in self._made_with.items():
+            there = json.loads(text)
+            changes = [
+                f"{name} was {there.get(name)!r}, is {settings.get(name)!r}"
+                for name in {**settings, **there}
+                if there.get(name) != settings.get(name)
+            ]
+            if changes:
+                raise PromptError(
+                    f"output file {self.path}, line {number}, was made with other settings: {'; '.join(changes)}; set "
+                    f"them back, or choose another name"
+                )
+
+    def _look(self, prompts: Iterable[Prompt | PromptError]) -> dict[str, Any]:
+        """Reads the file; what other hosts must know of it."""
+        path, exists = self.path, self.path.exists()
+        if exists and not path.is_file():
+            raise PromptError(f"output file {path} is no file: {self._remedy}")
+        if exists:
+            with system_errors(path, "read"), path.open("rb") as file:
+                places, rest = self._read_lines(file)
+                self._match(prompts, file, places, rest)
+        else:
+            self._match(prompts, None, {}, b"")
+        with system_errors(path, "written"):
+            path.open("ab").close()
+            if not exists:
+                path.resolve().unlink()  # what was just made, not a link to it
+        return {"done": sorted(self._done), "last": self._last}
+
+    def _note(self, row: int) -> None:
+        """The line of a row is there."""
+        self._done.add(row)
+        self._last = row
 
     def _ready(self) -> Iterator[int]:
         """The rows that can be written now; each is written before the next is asked for."""

@@ -126,7 +126,7 @@ def insert(
 def first_tokens(layout: DecoderLayout, arrays: list[Array], slots: Slots) -> Block:
     """The tokens that rows have from their insertion, without a step."""
     del layout, arrays
-    return Block(slots.token[:, None], slots.log_prob[:, None])
+    return replicate(Block(slots.token[:, None], slots.log_prob[:, None]))
 
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
@@ -161,13 +161,14 @@ def decode_block(
     carry = slots, constrain_rows(_write(block, 0, slots))
     if expected_platform() != "cpu":
         # The number of steps is fixed: a GPU's host would wait for each step to know whether there is another.
-        return jax.lax.fori_loop(0, STEPS_PER_CALL, advance, carry)
-    _, carry = jax.lax.while_loop(
-        lambda loop: (loop[0] < STEPS_PER_CALL) & jnp.any(loop[1][0].goes_on),
-        lambda loop: (loop[0] + 1, advance(*loop)),
-        (jnp.int32(0), carry),
-    )
-    return carry
+        slots, block = jax.lax.fori_loop(0, STEPS_PER_CALL, advance, carry)
+    else:
+        _, (slots, block) = jax.lax.while_loop(
+            lambda loop: (loop[0] < STEPS_PER_CALL) & jnp.any(loop[1][0].goes_on),
+            lambda loop: (loop[0] + 1, advance(*loop)),
+            (jnp.int32(0), carry),
+        )
+    return slots, replicate(block)  # every host reads all of it
 
 
 def _write(block: Block, column: int | Array, slots: Slots) -> Block:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from rat_jax.checkpoints import digests, hosts
 from rat_jax.checkpoints import manifest as manifest_module
 from rat_jax.checkpoints.digests import sha256, shares
-from rat_jax.checkpoints.hosts import check_shared, difference_from_first, gathered, on_first_host
+from rat_jax.checkpoints.hosts import check_shared, difference_from_first, gathered, on_all_hosts, on_first_host
 from rat_jax.checkpoints.manifest import Manifest
 from rat_jax.checkpoints.owner import HeldError
 from rat_jax.checkpoints.store import Checkpoints, find_checkpoint
@@ -56,6 +56,21 @@ def test_all_get_every_error_that_a_user_can_mend(as_host, error, heard, message
     assert caught.value is error
     with pytest.raises(heard, match=message):
         as_host(1, lambda: on_first_host(pytest.fail))
+
+
+def test_what_fails_on_one_host_fails_on_all(as_host, monkeypatch):
+    """A host's own error is its own; where another one has it, that one is named."""
+
+    def refuse():
+        raise FileError("x cannot be read")
+
+    for index in range(2):
+        assert as_host(index, lambda: on_all_hosts(lambda: "its own")) == "its own"
+        with pytest.raises(FileError, match=r"^x cannot be read$"):
+            as_host(index, lambda: on_all_hosts(refuse))
+    monkeypatch.setattr(hosts, "gathered", lambda value: [value, "x cannot be read"])
+    with pytest.raises(CheckpointError, match=r"^process 1: x cannot be read$"):
+        as_host(0, lambda: on_all_hosts(lambda: "its own"))
 
 
 @pytest.mark.parametrize("is_model", [False, True])

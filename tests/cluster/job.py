@@ -1,4 +1,4 @@
-"""Jobs of several processes of this machine, each with two virtual devices, that train a model as small as can be."""
+"""Jobs of several processes of this machine, each with two virtual devices, with a model as small as can be."""
 
 import contextlib
 import os
@@ -57,6 +57,32 @@ def job(
       each: by process, further flags of it alone.
     """
     _, _, *arguments = train_command(folder, config)
+    command = ["-m", "tests.cluster.held_train", *arguments, *flags]
+    variables = {number: {"HOLD_AT": str(step)} for number, step in (hold or {}).items()}
+    sizes = {"num_processes": num_processes, "devices": devices}
+    with started(folder, *command, **sizes, each=each, variables=variables) as processes:
+        yield processes
+
+
+@contextlib.contextmanager
+def started(
+    folder: pathlib.Path,
+    *command: str,
+    num_processes: int = 2,
+    devices: int = 2,
+    each: dict[int, list[str]] | None = None,
+    variables: dict[int, dict[str, str]] | None = None,
+) -> Iterator[list[subprocess.Popen]]:
+    """The processes of a job; what still runs at the end of the block is killed.
+
+    Args:
+      folder: of what they say.
+      command: of Python: a script or a module with flags of all.
+      num_processes: 1 gives no flags of a job.
+      devices: of each process.
+      each: by process, further flags of it alone.
+      variables: by process, of its environment.
+    """
     address = f"localhost:{free_port()}"
     processes = []
     try:
@@ -66,14 +92,14 @@ def job(
             if sys.dont_write_bytecode:  # Python keeps what it has read of sources for the next process all the same
                 python = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
             xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+            environment = python | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"} | (variables or {}).get(number, {})
+            of_job = place if num_processes > 1 else ()
             processes.append(
                 subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "tests.cluster.held_train"),
-                        *(*arguments, *flags, *(each or {}).get(number, ()), *(place if num_processes > 1 else ())),
-                    ],
+                    [sys.executable, *command, *(each or {}).get(number, ()), *of_job],
                     cwd=ROOT,
-                    env=os.environ | python | {"XLA_FLAGS": xla, "HOLD_AT": str((hold or {}).get(number, 0))},
+                    env=os.environ | environment,
+                    stdout=(folder / f"printed-{number}.txt").open("w"),
                     stderr=(folder / f"said-{number}.txt").open("w"),
                     text=True,
                 )
@@ -83,6 +109,17 @@ def job(
         for process in processes:
             process.kill()
             process.wait()
+
+
+def codes_of(processes: list[subprocess.Popen]) -> list[int]:
+    """The exit codes of all, as soon as they have ended."""
+    return [process.wait(timeout=WAIT_SECS) for process in processes]
+
+
+def printed(folder: pathlib.Path, number: int) -> str:
+    """What a process of the last job has printed so far, without what JAX's collectives on CPUs say there."""
+    lines = (folder / f"printed-{number}.txt").read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
 
 
 def said(folder: pathlib.Path, number: int) -> str:

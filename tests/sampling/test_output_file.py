@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from rat_jax.checkpoints.workdir import CheckpointError
 from rat_jax.errors import RunStopped
 from rat_jax.files import FileError
 from rat_jax.sampling.output_file import OutputFile
@@ -213,3 +214,31 @@ def test_log_probabilities(path):
     line = json.loads(path.read_text())
     assert (line["tokens"], line["log_probs"]) == ([5, 6], [-0.5, -1.0])
     assert OutputFile(path, PROMPTS, with_log_probs=True).num_done == 1
+
+
+def test_other_hosts_know_what_is_done_and_write_nothing(path, as_host):
+    """The name that the second host has is of no file, and none is made."""
+    whole = finish(path, range(3))
+    path.write_bytes(b"".join(whole.splitlines(True)[:1]))
+    other = path.with_name("other.jsonl")
+    first, second = (
+        as_host(index, lambda name=name: OutputFile(name, PROMPTS)) for index, name in ((0, path), (1, other))
+    )
+    for index, output in ((0, first), (1, second)):
+        as_host(index, lambda output=output: output.go_on(SETTINGS))
+        assert [output.is_done(row) for row in range(3)] == [True, False, False]
+        output.write(2, PROMPTS[2], "text 2\n")
+        assert (output.num_done, output.num_waiting, output.num_rows) == (1, 1, 3)
+        output.write(1, PROMPTS[1], "text 1\n")
+        assert (output.num_done, output.num_waiting) == (3, 0)
+    assert path.read_bytes() == whole
+    assert second.completions == []
+    assert not other.exists()
+
+
+def test_what_the_first_host_refuses_all_refuse(path, as_host):
+    finish(path, [0])
+    outputs = [as_host(index, lambda: OutputFile(path, PROMPTS)) for index in range(2)]
+    for index, kind in ((0, PromptError), (1, CheckpointError)):
+        with pytest.raises(kind, match="line 1, was made with other settings: step was 7, is 8"):
+            as_host(index, lambda index=index: outputs[index].go_on(SETTINGS | {"step": 8}))

@@ -20,6 +20,7 @@ from rat_jax.evaluation import EvaluationError, perplexity
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh
 from rat_jax.training import run as training
+from tests.cluster.job import codes_of, job, said
 from tests.data.test_chat_template import INSTRUCTIONS, chat
 from tests.tiny_run import tiny_config
 from tests.tiny_sft import make_examples, number_records
@@ -156,3 +157,35 @@ def test_the_chat_template_goes_into_the_workdir(tmp_path):
     for _ in range(2):
         workdir.save_tokenizer(ByteTokenizer(), Corpus.open(chats.path).chat_template())
         assert load_chat_template(workdir.tokenizer).source == INSTRUCTIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+@pytest.mark.parametrize("mesh", [{"context": 2, "tensor": 2}, {"data": 2, "context": 2}, {"fsdp": 4}])
+def test_two_processes_whose_mesh_cuts_rows_tune_as_one_device(tmp_path, rows, mesh):
+    """Masks of answers and documents go with the tokens: every loss is that of one device."""
+    records = number_records(40, 10, 5, seed=3)
+    corpus = make_examples(tmp_path, records[:30], records[30:], tokenizer="ids:30:0", seq_len=SEQ_LEN, rows=rows)
+    changes = {
+        "model__vocab_size": 30,
+        "model__pattern": ("rat", "rattention", "local_attention"),
+        "model__num_layers": 3,
+        "model__num_heads": 4,
+        "model__num_kv_heads": None,
+        "data__segment_documents": rows == "packed",
+        "init__path": str(tmp_path / "origin"),
+    }
+    config = tuning_config(corpus, "nothing", **changes)
+    model = LanguageModel(config.model, rngs=nnx.Rngs(1))
+    save_model(tmp_path / "origin", config, model, step=5, tokenizer=IdTokenizer(30, 0))
+    assert training.train(config, tmp_path / "alone").finished
+    sizes = {"mesh__data": 1, "mesh__fsdp": 1} | {f"mesh__{axis}": size for axis, size in mesh.items()}
+    with job(tmp_path, tuning_config(corpus, "nothing", **changes, **sizes)) as processes:
+        assert codes_of(processes) == [0, 0], [said(tmp_path, number)[-3000:] for number in range(2)]
+    names = ("loss", "validation_loss", "grad_norm")
+    found, wanted = (
+        {(line["step"], name): line[name] for line in log(tmp_path / run) for name in names if name in line}
+        for run in ("run", "alone")
+    )
+    assert found.keys() == wanted.keys() and len(wanted) >= 5
+    assert max(abs(found[key] - wanted[key]) for key in wanted) < 2e-5

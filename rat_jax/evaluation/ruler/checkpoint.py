@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rat_jax.errors import RunStopped
+import jax
+
+from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.evaluation import results as result_files
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.ruler.evaluation import GROUP, RulerResults, run_ruler
@@ -64,6 +66,8 @@ def evaluate_checkpoint(
 
     def keep(results: RulerResults) -> None:
         so_far.append(results)
+        if jax.process_index() != 0:
+            return
         result = results.results[-1]
         if isinstance(result, Failure):
             said = f"failed: {result.message}"
@@ -78,7 +82,7 @@ def evaluate_checkpoint(
     stopped = None
     try:
         run_ruler(loaded.model, subject.tokenizer(), tasks=tasks, on_result=keep, **settings)
-    except (FileError, KeyboardInterrupt) as error:
+    except (RatJaxError, KeyboardInterrupt) as error:
         if not so_far:
             raise
         stopped = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -89,7 +93,7 @@ def evaluate_checkpoint(
     if not results.measurements:
         raise EvaluationError("; ".join(failure.message for failure in results.failures))
     written = [path()]
-    if has_depths(results):
+    if has_depths(results) and jax.process_index() == 0:
         written.append(path().with_suffix(".png"))
         try:
             draw_heat_map(results, written[-1])

@@ -13,6 +13,7 @@ from rat_jax.evaluation.ruler.items import Split
 from rat_jax.evaluation.ruler.measurement import NUM_DEPTHS, Failure, Measurement, Result, measure
 from rat_jax.evaluation.ruler.templates import OWN, Templates
 from rat_jax.evaluation.ruler.words import find_words
+from rat_jax.evaluation.subject import check_same_on_all_hosts
 from rat_jax.model import LanguageModel
 from rat_jax.sampling import generate_text
 
@@ -101,6 +102,7 @@ def run_ruler(
         "context_lengths": list(context_lengths),
         "num_examples": num_examples,
     }
+    check_same_on_all_hosts(measured)
     so_far: list[Result] = []
 
     def answer(examples: Sequence[Example], batch_size: int) -> list[str]:

@@ -1,10 +1,14 @@
 """Answers to RULER's tasks, scored: what is right by task, context length and depth."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+
+from rat_jax.checkpoints.hosts import on_all_hosts
 from rat_jax.data.tokenizer import Tokenizer
 from rat_jax.errors import RatJaxError
 from rat_jax.evaluation.errors import EvaluationError
@@ -134,6 +138,9 @@ def measure(
 ) -> list[Result]:
     """Every task at the context length of each of the settings; one that fails does not stop the others.
 
+    On several hosts this holds of tasks whose examples cannot be made. One that fails as it is answered, which it may
+    do on this host alone while others wait for it, stops all.
+
     Args:
       answer: the texts after the prompts of examples, so many of them at a time.
       tokenizer: prompts are filled by its tokens.
@@ -145,6 +152,7 @@ def measure(
 
     Raises:
       EvaluationError: if a task is unknown or the number of examples is below 1.
+      RatJaxError: on several hosts, of a task that fails as it is answered.
     """
     if num_examples < 1:
         raise EvaluationError(f"the number of examples must be 1 or more, got {num_examples}")
@@ -156,13 +164,22 @@ def measure(
         group_size = batch_size * -(-_LEAST_GROUP // batch_size)
         for task in tasks:
             answered: list[Answered] = []
+            is_answering = False
             try:
                 for start in range(0, num_examples, group_size):
                     numbers = range(start, min(start + group_size, num_examples))
-                    examples = [make_example(task, index, tokenizer, part) for index in numbers]
+                    is_answering = False
+                    examples = on_all_hosts(functools.partial(_make_examples, task, numbers, tokenizer, part))
+                    is_answering = True
                     answered += map(Answered.of, examples, answer(examples, batch_size))
                 results.append(Measurement(task, part.context_length, answered))
             except RatJaxError as error:
+                if is_answering and jax.process_count() > 1:
+                    raise
                 results.append(Failure(task, part.context_length, str(error)))
             on_result(results[-1])
     return results
+
+
+def _make_examples(task: str, numbers: Iterable[int], tokenizer: Tokenizer, settings: Settings) -> list[Example]:
+    return [make_example(task, index, tokenizer, settings) for index in numbers]

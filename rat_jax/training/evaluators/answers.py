@@ -10,6 +10,7 @@ from rat_jax.checkpoints.workdir import Workdir
 from rat_jax.config import Config
 from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.answers import AnswerSettings, Questions, answer, find_metrics, score
+from rat_jax.evaluation.subject import check_same_on_all_hosts
 from rat_jax.training.evaluators.text_model import TextModel
 
 
@@ -33,6 +34,7 @@ class AnswersEvaluator:
         self._questions = Questions.read(
             pathlib.Path(settings.file), corpora.chat_template(), self._model.tokenizer, room, settings.limit
         )
+        check_same_on_all_hosts({"SHA-256 of the prompts and answers": self._questions.hash})
 
     def run(self, params: nnx.State, step: int, check: Callable[[], None]) -> Mapping[str, float]:
         answers: dict[int, str] = {}

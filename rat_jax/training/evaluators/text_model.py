@@ -12,6 +12,7 @@ from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import Config
 from rat_jax.data.corpora import Corpora
 from rat_jax.evaluation.errors import EvaluationError
+from rat_jax.evaluation.subject import check_same_on_all_hosts
 from rat_jax.memory import free_bytes, gib, tree_bytes
 from rat_jax.model import LanguageModel
 
@@ -25,21 +26,16 @@ class TextModel:
         """Computes nothing.
 
         Raises:
-          EvaluationError: on several hosts, which cannot generate together; or a tokenizer of another vocabulary than
-            the model's.
+          EvaluationError: a tokenizer of another vocabulary than the model's, or on several hosts than the first one's.
           DataError: if the corpus lacks its tokenizer.
         """
-        if jax.process_count() > 1:
-            raise EvaluationError(
-                f"texts are generated on one host alone, and this run has {jax.process_count()}: leave every_steps out "
-                f"and measure its checkpoints with eval.py"
-            )
         self.tokenizer = corpora.tokenizer()
         if self.tokenizer.vocab_size != config.model.vocab_size:
             raise EvaluationError(
                 f"the tokenizer in {corpora.first.path} has a vocabulary of {self.tokenizer.vocab_size}, but "
                 f"config.model.vocab_size is {config.model.vocab_size}: make them the same"
             )
+        check_same_on_all_hosts({"tokenizer": self.tokenizer.hash})
         self.mesh = mesh
         self._graphdef = abstract_model(config.model)[0]
 

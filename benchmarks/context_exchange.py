@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.model_throughput import load_config
 from rat_jax import program
+from rat_jax.config import MeshConfig
 from rat_jax.sharding import check_divides, make_mesh
 from rat_jax.training.collectives import count_collectives
 from rat_jax.training.hlo import Instruction, Program
@@ -41,9 +42,8 @@ def main() -> None:
     parser.add_argument("--topology", required=True, help="TPUs by libtpu's names; context cuts rows over all of them")
     parser.add_argument("--seq_len", type=int, required=True, help="tokens of the row")
     flags = parser.parse_args()
-    devices = topology_devices(flags.topology)
-    config = load_config(flags.config, 1, seq_len=flags.seq_len, data=1, context=len(devices), tensor=1)
-    mesh = make_mesh(config.mesh, devices)
+    config = load_config(flags.config, 1, seq_len=flags.seq_len)
+    mesh = make_mesh(MeshConfig(fsdp=1, context=-1), topology_devices(flags.topology))
     check_divides(config, mesh)
     print(table(lower_train_step(config, mesh).compile().as_text(), mesh.size, flags.seq_len))
 

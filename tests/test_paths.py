@@ -81,6 +81,7 @@ PATH_FLAGS = {
     },
     "rat_jax/report/__main__.py": {"workdirs": "URL --out=TMP/x.html", "--out": "RUN --out=URL"},
     "benchmarks/cache_sizes.py": {"--configs": "--configs URL"},
+    "benchmarks/context_exchange.py": {"--config": "--topology v5e:2x2 --seq_len 64 --config URL"},
     "benchmarks/data_throughput.py": {"--folder": "--folder URL"},
     "benchmarks/decode_throughput.py": {
         "--configs": "--configs URL",
@@ -104,6 +105,7 @@ TEXT_FLAGS = {
     "rat_jax/data/prepare_flags.py": {"--document_separator", "--eos_token", "--field"},
     "rat_jax/evaluation/ruler/__main__.py": {"--eos_token", "--task", "--templates", "--words"},
     "rat_jax/release/__main__.py": {"--eos_token"},
+    "benchmarks/context_exchange.py": {"--topology"},
     "benchmarks/guard_costs.py": {"--remat", "--topology"},
     "benchmarks/layer_latency.py": {"--decode_layers", "--layers", "--torch_layers"},
     "benchmarks/linear_branch.py": {"--implementation"},

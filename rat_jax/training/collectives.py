@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 from rat_jax.training.hlo import Instruction, Program
 
@@ -24,7 +25,9 @@ class Collectives:
     looped: int  # of `count`, those counted for one turn of a loop whose turns are not known
 
 
-def count_collectives(program: Program, num_devices: int) -> dict[str, Collectives]:
+def count_collectives(
+    program: Program, num_devices: int, counts: Callable[[Instruction], bool] = lambda instruction: True
+) -> dict[str, Collectives]:
     """The collectives of each kind that a program has.
 
     Those with a start and a done are one each, and so are those that the TPU compiler cuts up to overlap them with
@@ -33,12 +36,13 @@ def count_collectives(program: Program, num_devices: int) -> dict[str, Collectiv
     Args:
       program: for one device.
       num_devices: that it is for, the size of groups that the text leaves out.
+      counts: whether a collective is counted.
     """
     found = {kind: Collectives(0, 0, 0, 0) for kind in KINDS}
     pieces = set()
     for instruction, times, is_part in program.executed():
         kind = _kind(instruction)
-        if kind is None:
+        if kind is None or not counts(instruction):
             continue
         piece = _piece(instruction)
         if piece is not None and piece in pieces:

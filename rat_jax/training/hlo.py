@@ -81,6 +81,11 @@ class Program:
         table = self.computations[instruction.computation]
         return sum(num_bytes(table[name].type) for name in instruction.operands if name in table)
 
+    def axes_of_operands(self, instruction: Instruction) -> set[int]:
+        """How many axes the arrays have that an instruction takes."""
+        table = self.computations[instruction.computation]
+        return set().union(*(num_axes(table[name].type) for name in instruction.operands if name in table))
+
     def turns(self, loop: Instruction) -> int | None:
         """How often the body of a `while` runs; None if that is not known.
 
@@ -138,6 +143,11 @@ class Program:
 def num_bytes(type_text: str) -> int:
     """Bytes of all arrays that a type names."""
     return sum(_bits(kind) * _size(dims) for kind, dims, _ in _ARRAY.findall(type_text)) // 8
+
+
+def num_axes(type_text: str) -> set[int]:
+    """How many axes the arrays have that a type names."""
+    return {len(dims.split(",")) if dims else 0 for _, dims, _ in _ARRAY.findall(type_text)}
 
 
 def _bits(kind: str) -> int:

@@ -13,7 +13,6 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 
@@ -22,11 +21,11 @@ from pallas_kernels.linear_attention import tpu as linear_attention
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.rat import tpu
 from pallas_kernels.rat.shape import RatShape
-from rat_jax.checkpoints.store import abstract_model
-from rat_jax.config import config_from_dict
+from rat_jax.config import MeshConfig, config_from_dict
 from rat_jax.mesh import BATCH_AXES
 from rat_jax.mixers import MIXERS
-from rat_jax.training.step import abstract_batch, abstract_state, train_step
+from rat_jax.sharding import make_mesh
+from rat_jax.training.step import lower_train_step
 
 
 def lower_rat(
@@ -132,10 +131,7 @@ def lower_step(array, *, backward: bool, tokens: int, config: str) -> jax.stages
     mesh = array(1, dtype="int32").sharding.mesh
     values.data.update(seq_len=tokens, global_batch_size=mesh.size, segment_documents=True)
     values.optimizer.accumulation_steps = 1
-    values = config_from_dict(values)
-    graphdef, _ = abstract_model(values.model)
-    arguments = abstract_state(values, mesh), abstract_batch(values, mesh)
-    return train_step.lower(graphdef, values.optimizer, values.training.num_steps, *arguments)
+    return lower_train_step(config_from_dict(values), mesh)
 
 
 _SPLASH = tpu_splash.FORWARD_KERNELS + tpu_splash.BACKWARD_KERNELS
@@ -174,8 +170,7 @@ def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
 def main(topology: str, *cases: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     for case in map(json.loads, cases):
-        used = np.array(devices if case["op"] in ("layer", "step") else devices[:1])
-        mesh = jax.sharding.Mesh(used.reshape(1, -1), BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        mesh = make_mesh(MeshConfig(), list(devices if case["op"] in ("layer", "step") else devices[:1]))
         print(json.dumps(compile_case(mesh, **case)), flush=True)
 
 

@@ -164,6 +164,13 @@ def test_layers_run_splash_attention_on_each_device_of_a_mesh():
 
 
 @pytest.mark.slow
+def test_layers_run_splash_attention_on_what_other_parts_of_rows_hold():
+    """RAT too, which has it of summaries alone."""
+    layers = [dict(tokens=4096, kind=kind, context=4) for kind in ("attention", "rat")]
+    compile_cases("v5e:2x2", layers, "layer", passes=(True,))
+
+
+@pytest.mark.slow
 def test_no_collective_of_a_rat_layer_moves_keys_and_values():
     """Of eight parts of rows, forward and backward: summaries and their gradients, where attention moves everything.
 

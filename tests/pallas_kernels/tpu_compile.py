@@ -112,8 +112,8 @@ def lower_attention(
 
 
 def lower_layer(array, *, backward: bool, tokens: int, kind: str, packed: bool = True) -> jax.stages.Lowered:
-    """A mixer of grouped heads on a row of documents a device."""
-    sizes = {"width": 512, "num_heads": 4, "num_kv_heads": 2, "dtype": "bfloat16"}
+    """A mixer, of grouped heads where it has them, on a row of documents a device, or on parts of four rows."""
+    sizes = {"width": 512, "num_heads": 4, "dtype": "bfloat16"} | ({} if kind == "rat" else {"num_kv_heads": 2})
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MIXERS[kind](**sizes, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), params)
 
@@ -170,7 +170,8 @@ def compile_case(mesh: jax.sharding.Mesh, *, op: str, **case) -> dict:
 def main(topology: str, *cases: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     for case in map(json.loads, cases):
-        mesh = make_mesh(MeshConfig(), list(devices if case["op"] in ("layer", "step") else devices[:1]))
+        axes = MeshConfig(context=case.pop("context", 1))
+        mesh = make_mesh(axes, list(devices if case["op"] in ("layer", "step") else devices[:1]))
         print(json.dumps(compile_case(mesh, **case)), flush=True)
 
 

@@ -48,10 +48,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None, namin
     sizes = {name: rest if size == -1 else size for name, size in wanted.items()}
     if math.prod(sizes.values()) != len(devices):
         axes = ", ".join(f"{naming}{name} {size}" for name, size in wanted.items())
-        raise ConfigError(
-            f"{axes} do not multiply to the {len(devices)} devices that are there; set one of them to -1 to use all "
-            f"that remain"
+        advice = (
+            f"those that are given must divide {len(devices)}"
+            if -1 in wanted.values()
+            else "set one of them to -1 to use all that remain"
         )
+        raise ConfigError(f"{axes} do not multiply to the {len(devices)} devices that are there; {advice}")
     kinds = (AxisType.Auto,) * len(sizes)
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
 

@@ -105,7 +105,7 @@ def attention(
         return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, shape)
 
     chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
-    if aligned and context.num_parts() > 1:
+    if aligned and context.num_parts() > 1 and window != 0:  # which sees no other part
         if chosen == "xla" and window is not None:
             return attention_part.attend(query, key, value, query_info, window)
         kernel = attention_part.AttendPart(chosen, shape, window)

@@ -253,7 +253,11 @@ def test_what_does_not_fit_is_refused_by_all(folder, tmp_path, script):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("fsdp=3", "--mesh: data -1, fsdp 3, context 1, tensor 1 do not multiply to the 1 devices that are there"),
+        (
+            "fsdp=3",
+            "--mesh: data -1, fsdp 3, context 1, tensor 1 do not multiply to the 1 devices that are there; "
+            "those that are given must divide 1",
+        ),
         ("4", "--mesh has '4': it takes AXIS=SIZE with commas between, the axes data, fsdp, context, tensor"),
         ("rows=4", "--mesh has 'rows=4': it takes AXIS=SIZE"),
         ("fsdp=2,fsdp=1", "--mesh has fsdp twice"),

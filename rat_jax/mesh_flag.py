@@ -90,6 +90,8 @@ def define_mesh_flag() -> Callable[[], MeshChoice]:
     def choice() -> MeshChoice:
         if not holder.present or holder.value is None:
             return MeshChoice(None)
+        if not any(holder.value):
+            raise FlagError("--mesh is empty: give AXIS=SIZE, as fsdp=4, or leave the flag out")
         try:
             return MeshChoice(make_mesh(_parse(holder.value), naming=""))
         except ConfigError as error:

@@ -14,6 +14,7 @@ from flax import nnx
 from rat_jax.checkpoints.store import LoadedModel
 from rat_jax.data.corpus import Corpus, Statistics
 from rat_jax.data.pipeline import Batch, ValidationData
+from rat_jax.errors import ConfigError
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.position_sums import FIRST_BUCKET, Bucket, PositionSums, add, require_result
 from rat_jax.evaluation.progress import Progress, no_progress
@@ -21,7 +22,14 @@ from rat_jax.loss import position_losses
 from rat_jax.memory import explaining_out_of_memory, free_bytes, gib
 from rat_jax.mesh import constrain_tokens, replicate
 from rat_jax.model import LanguageModel
-from rat_jax.sharding import batch_sharding, check_tokens_divide, global_batch, num_row_parts, share_of_rows
+from rat_jax.sharding import (
+    batch_sharding,
+    check_tokens_divide,
+    describe_axes,
+    global_batch,
+    num_row_parts,
+    share_of_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +170,18 @@ def check_fits(
     """Compiles what `evaluate` runs and checks that it has the memory it needs; what is out of the question at once.
 
     Raises:
-      EvaluationError: a setting out of range, a context longer than the split, or more memory than a device has free.
-      ConfigError: if the mesh cannot cut such rows, or the model's heads.
+      EvaluationError: a setting out of range, a context longer than the split, rows or heads that the mesh cannot cut,
+        or more memory than a device has free.
     """
     check_length(corpus, context_length)
     if batch_tokens < 1:
         raise EvaluationError(f"batch_tokens must be 1 or more, got {batch_tokens}")
-    check_tokens_divide(loaded.config.model, context_length, mesh, "context length", "the mesh's axis context")
+    try:
+        check_tokens_divide(loaded.config.model, context_length, mesh, "it", "context")
+    except ConfigError as error:
+        raise EvaluationError(
+            f"context length {context_length} on --mesh with {describe_axes(mesh)}: {error}"
+        ) from None
     free = free_bytes(mesh.local_devices[0])
     if free is None:
         return

@@ -258,6 +258,7 @@ def test_what_does_not_fit_is_refused_by_all(folder, tmp_path, script):
             "--mesh: data -1, fsdp 3, context 1, tensor 1 do not multiply to the 1 devices that are there; "
             "those that are given must divide 1",
         ),
+        ("", "--mesh is empty: give AXIS=SIZE, as fsdp=4, or leave the flag out"),
         ("4", "--mesh has '4': it takes AXIS=SIZE with commas between, the axes data, fsdp, context, tensor"),
         ("rows=4", "--mesh has 'rows=4': it takes AXIS=SIZE"),
         ("fsdp=2,fsdp=1", "--mesh has fsdp twice"),

@@ -16,6 +16,7 @@ from rat_jax.ops import attention_xla, balanced_parts, context, dispatch, docume
 from rat_jax.ops.attention_kernels import Attend
 from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.ops.block_attention import Implementation
+from rat_jax.ops.document_attention import Attended
 from rat_jax.shapes import Array, Float
 
 
@@ -39,17 +40,16 @@ class AttendPart(dispatch.Kernel):
     without_gradient: ClassVar[tuple[int, ...]] = (1,)
 
     def forward(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[tuple[Array, Array], None]:
-        out, own_sums = self._attend_own(query, key, value, info)
-        reach, keys = self._reach, self._earlier(Keys(key, value))
+        out, sums = self._attend_own(query, key, value, info)
+        reach, keys, places = self._reach, self._earlier(Keys(key, value)), self._places(info)
         if self.window is None:
-            beyond = balanced_parts.attend(self.implementation, query, *keys, info, context.gather(info))
+            beyond = balanced_parts.attend(self.implementation, query, *keys, *places)
         else:
-            beyond = document_attention.attend(query[:, :reach], *keys, *self._places(info), self.window)
-        first = own_sums[:, :reach]
-        sums = jnp.logaddexp(first, beyond.log_sum_exp.transpose(0, 2, 1))
-        own = jnp.exp(first - sums)[..., None]
-        joined = own * out[:, :reach].astype(jnp.float32) + (1.0 - own) * beyond.out
-        return (_with_first(out, joined.astype(out.dtype)), _with_first(own_sums, sums)), None
+            beyond = document_attention.attend(query[:, :reach], *keys, *places, self.window)
+        own = Attended(out[:, :reach].astype(jnp.float32), sums[:, :reach].transpose(0, 2, 1))
+        joined = document_attention.join(own, beyond)
+        first = joined.out.astype(out.dtype), joined.log_sum_exp.transpose(0, 2, 1)
+        return (_with_first(out, first[0]), _with_first(sums, first[1])), None
 
     def plain(self, query: Array, key: Array, value: Array, info: KeyInfo) -> tuple[Array, Array]:
         return tuple(attend(query, key, value, info, self.window))
@@ -61,11 +61,10 @@ class AttendPart(dispatch.Kernel):
         earlier, pull_back = jax.vjp(self._earlier, Keys(*keys))
         delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
         rows = (sums[:, :reach].transpose(0, 2, 1), delta[:, :reach].transpose(0, 2, 1), d_out[:, :reach])
+        places = self._places(info)
         if self.window is None:
-            places = info, context.gather(info)
             found = balanced_parts.gradients(self.implementation, query, *earlier, *places, *rows)
         else:
-            places = self._places(info)
             found = document_attention.gradients(query[:, :reach], *earlier, *places, *rows, self.window)
         d_keys = pull_back(Keys(found.d_key.astype(earlier.key.dtype), found.d_value.astype(earlier.value.dtype)))[0]
         if self.implementation == "xla":  # which has no window, so that all queries reach beyond the part
@@ -98,7 +97,7 @@ class AttendPart(dispatch.Kernel):
         return _seen_of_others(own, self.window)
 
     def _places(self, info: KeyInfo) -> tuple[KeyInfo, KeyInfo]:
-        """Of the queries that a window lets see earlier parts, and of the keys there."""
+        """Of the queries that see keys of earlier parts, and of the keys of `_earlier`."""
         return jax.tree.map(lambda x: x[:, : self._reach], info), _seen_of_others(info, self.window)
 
 

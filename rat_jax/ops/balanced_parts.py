@@ -35,7 +35,7 @@ def attend(
     def add_block(sums: Attended, step: Int[Array, ""]) -> tuple[Attended, None]:
         half, block = _pair(step)
         block_query, info = _at(shared, half)
-        block_key, block_value, block_info = _block((key, value, key_info), block)
+        block_key, block_value, block_info = context.of_part((key, value, key_info), block)
         found = block_attention.attend(implementation, block_query, block_key, block_value, info, block_info)
         return _put(sums, join(_at(sums, half), found), half), None
 
@@ -63,13 +63,13 @@ def gradients(
     def add_block(sums: Gradients, step: Int[Array, ""]) -> tuple[Gradients, None]:
         half, block = _pair(step)
         block_query, info, *rows, block_d_out = _at(shared, half)
-        block_key, block_value, block_info = _block((key, value, key_info), block)
+        block_key, block_value, block_info = context.of_part((key, value, key_info), block)
         arrays = block_query, block_key, block_value, info, block_info
         by_head = (x.transpose(0, 2, 1) for x in rows)
         found = block_attention.gradients(implementation, *arrays, *by_head, block_d_out)
         d_query = _put(sums.d_query, _at(sums.d_query, half) + found.d_query, half)
         d_key, d_value = (
-            _put_block(total, _block(total, block) + x, block)
+            context.with_part(total, context.of_part(total, block) + x, block)
             for total, x in ((sums.d_key, found.d_key), (sums.d_value, found.d_value))
         )
         return Gradients(d_query, d_key, d_value), None
@@ -113,17 +113,3 @@ def _at(tree: Tree, index: Array) -> Tree:
 
 def _put(into: Tree, tree: Tree, index: Array) -> Tree:
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, axis=0), into, tree)
-
-
-def _block(tree: Tree, block: Array) -> Tree:
-    """Of the tokens of all parts, those of one."""
-
-    def cut(x: Array) -> Array:
-        count = x.shape[1] // context.num_parts()
-        return jax.lax.dynamic_slice_in_dim(x, block * count, count, axis=1)
-
-    return jax.tree.map(cut, tree)
-
-
-def _put_block(into: Array, x: Array, block: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(into, x, block * x.shape[1], axis=1)

@@ -13,7 +13,8 @@ from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.ops.document_attention import Attended, Gradients
 from rat_jax.shapes import Array, Float, Float32
 
-Implementation = Literal["cudnn", "pallas_tpu", "xla"]  # "cudnn": of rows that are one document each
+# "cudnn" is of rows that are one document each, and looks at no information of tokens.
+Implementation = Literal["cudnn", "pallas_tpu", "xla"]
 
 
 def attend(
@@ -21,8 +22,8 @@ def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    query_info: KeyInfo,
-    key_info: KeyInfo,
+    query_info: KeyInfo | None,
+    key_info: KeyInfo | None,
 ) -> Attended:
     """As `document_attention.attend`, of keys that come before all queries."""
     match implementation:
@@ -44,8 +45,8 @@ def gradients(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
-    query_info: KeyInfo,
-    key_info: KeyInfo,
+    query_info: KeyInfo | None,
+    key_info: KeyInfo | None,
     log_sum_exp: Float32[Array, "B N T"],
     delta: Float32[Array, "B N T"],
     d_out: Float[Array, "B T N H"],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rat_jax.mesh import CONTEXT_AXIS, num_parts_here
-from rat_jax.shapes import Array, Shaped
+from rat_jax.shapes import Array, Int, Shaped
 
 Tree = TypeVar("Tree")
 
@@ -24,6 +24,21 @@ def num_parts() -> int:
 def gather(tree: Tree) -> Tree:
     """Arrays of all parts, one after the other."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, CONTEXT_AXIS, axis=1, tiled=True), tree)
+
+
+def of_part(tree: Tree, part: Int[Array, ""]) -> Tree:
+    """Of arrays of all parts, as `gather` gives them, the tokens of one."""
+
+    def cut(x: Array) -> Array:
+        count = x.shape[1] // num_parts()
+        return jax.lax.dynamic_slice_in_dim(x, part * count, count, axis=1)
+
+    return jax.tree.map(cut, tree)
+
+
+def with_part(x: Shaped[Array, "B S *axes"], own: Shaped[Array, "B T *axes"], part: Int[Array, ""]) -> Array:
+    """An array of all parts with other tokens of one."""
+    return jax.lax.dynamic_update_slice_in_dim(x, own, part * own.shape[1], axis=1)
 
 
 def tokens_before(x: Shaped[Array, "B T *axes"], count: int) -> Shaped[Array, "B {count} *axes"]:

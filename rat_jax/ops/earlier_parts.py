@@ -10,9 +10,7 @@ import jax.numpy as jnp
 
 from rat_jax.mesh import CONTEXT_AXIS
 from rat_jax.ops import block_attention, context
-from rat_jax.ops.attention_types import KeyInfo
 from rat_jax.ops.document_attention import MASKED, Attended, Gradients, join
-from rat_jax.segments import whole_rows
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
 
@@ -20,8 +18,8 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: 
     """As `document_attention.attend`, of the keys of all parts, of which earlier ones are seen."""
 
     def add_part(sums: Attended, distance: Int[Array, ""]) -> tuple[Attended, None]:
-        start, is_earlier = _part(key, distance)
-        found = block_attention.attend("cudnn", query, *_keys(start, key, value), *_infos(query, key))
+        part, is_earlier = _part(distance)
+        found = block_attention.attend("cudnn", query, *context.of_part((key, value), part), None, None)
         seen = jnp.where(is_earlier, found.log_sum_exp, MASKED)
         return join(sums, found._replace(log_sum_exp=seen)), None
 
@@ -39,12 +37,11 @@ def gradients(
     """As `document_attention.gradients`, of the keys of all parts, of which earlier ones are seen."""
 
     def add_part(sums: Gradients, distance: Int[Array, ""]) -> tuple[Gradients, None]:
-        start, is_earlier = _part(key, distance)
+        part, is_earlier = _part(distance)
         rows = log_sum_exp, delta, jnp.where(is_earlier, d_out, 0)
-        found = block_attention.gradients("cudnn", query, *_keys(start, key, value), *_infos(query, key), *rows)
+        found = block_attention.gradients("cudnn", query, *context.of_part((key, value), part), None, None, *rows)
         d_key, d_value = (
-            jax.lax.dynamic_update_slice_in_dim(total, x, start, axis=1)
-            for total, x in ((sums.d_key, found.d_key), (sums.d_value, found.d_value))
+            context.with_part(total, x, part) for total, x in ((sums.d_key, found.d_key), (sums.d_value, found.d_value))
         )
         return Gradients(sums.d_query + found.d_query, d_key, d_value), None
 
@@ -56,17 +53,7 @@ def _distances() -> Int[Array, " _"]:
     return jnp.arange(1, context.num_parts(), dtype=jnp.int32)
 
 
-def _part(key: Array, distance: Array) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """The first key of the part so many before this one, counted around the row, and whether it is before it."""
-    own, parts = jax.lax.axis_index(CONTEXT_AXIS), context.num_parts()
-    return (own - distance) % parts * (key.shape[1] // parts), distance <= own
-
-
-def _keys(start: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    count = key.shape[1] // context.num_parts()
-    return tuple(jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (key, value))
-
-
-def _infos(query: Array, key: Array) -> tuple[KeyInfo, KeyInfo]:
-    counts = query.shape[1], key.shape[1] // context.num_parts()
-    return tuple(KeyInfo.of(whole_rows(query.shape[0], count)) for count in counts)
+def _part(distance: Array) -> tuple[Int[Array, ""], Bool[Array, ""]]:
+    """The part so many before this one, counted around the row, and whether it is before it."""
+    own = jax.lax.axis_index(CONTEXT_AXIS)
+    return (own - distance) % context.num_parts(), distance <= own

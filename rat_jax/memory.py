@@ -19,6 +19,13 @@ def free_bytes(device: jax.Device) -> int | None:
     return _host_bytes() if device.platform == "cpu" else None
 
 
+def free_bytes_of_local_devices() -> list[int | None]:
+    """As `free_bytes`, of each device of this host; those of a CPU have equal parts of the host's memory."""
+    devices = jax.local_devices()
+    sharing = len(devices) if devices[0].platform == "cpu" else 1
+    return [None if (free := free_bytes(device)) is None else free // sharing for device in devices]
+
+
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree, which may be shapes only."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

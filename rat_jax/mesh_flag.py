@@ -11,7 +11,7 @@ from rat_jax.checkpoints.hosts import gathered
 from rat_jax.checkpoints.store import abstract_model
 from rat_jax.config import MeshConfig, ModelConfig
 from rat_jax.errors import ConfigError
-from rat_jax.memory import free_bytes, gib, tree_bytes
+from rat_jax.memory import free_bytes_of_local_devices, gib, tree_bytes
 from rat_jax.mesh import BATCH_AXES
 from rat_jax.program import FlagError
 from rat_jax.sharding import check_parameters_divide, describe_axes, make_mesh
@@ -59,7 +59,7 @@ class MeshChoice:
         mesh = self.asked
         if mesh is None:
             mesh = make_mesh(_WHOLE)
-            needed, free = tree_bytes(abstract_model(model)[1]), _least_free_bytes(mesh)
+            needed, free = tree_bytes(abstract_model(model)[1]), _least_free_bytes()
             if mesh.size > 1 and free is not None and needed > free // 2:
                 mesh = make_mesh(_CUT)
                 say(
@@ -116,10 +116,8 @@ def _parse(parts: list) -> MeshConfig:
     return MeshConfig(**{"data": rest, "fsdp": 1} | sizes)
 
 
-def _least_free_bytes(mesh: Mesh) -> int | None:
-    """What the device of all hosts has free that has least; the devices of a CPU's host share its memory."""
-    free = [free_bytes(device) for device in mesh.local_devices]
-    sharing = len(free) if mesh.local_devices[0].platform == "cpu" else 1
-    least = [math.inf if one is None else one // sharing for one in free]
-    smallest = min(gathered(min(least)))
+def _least_free_bytes() -> int | None:
+    """What the device of all hosts has free that has least."""
+    least = min(math.inf if free is None else free for free in free_bytes_of_local_devices())
+    smallest = min(gathered(least))
     return None if math.isinf(smallest) else int(smallest)

@@ -36,7 +36,7 @@ def test_without_it_memory_decides(monkeypatch, share, sizes):
 
     monkeypatch.setattr(mesh_flag, "make_mesh", mesh_of_two)
     free = None if share is None else int(tree_bytes(abstract_model(MODEL)[1]) / share)
-    monkeypatch.setattr(mesh_flag, "_least_free_bytes", lambda mesh: free)
+    monkeypatch.setattr(mesh_flag, "_least_free_bytes", lambda: free)
     said = []
     mesh = MeshChoice(None).mesh_for(MODEL, said.append)
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == sizes

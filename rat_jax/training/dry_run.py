@@ -9,7 +9,7 @@ import jax
 from rat_jax.chips import chip_of
 from rat_jax.config import Config
 from rat_jax.flops import flops_per_token
-from rat_jax.memory import free_bytes, gib, is_out_of_memory
+from rat_jax.memory import free_bytes_of_local_devices, gib, is_out_of_memory
 from rat_jax.sharding import check_divides, describe_axes, make_mesh
 from rat_jax.training.collectives import Collectives, count_collectives
 from rat_jax.training.hlo import Program
@@ -94,9 +94,7 @@ def _memory_limit(mesh: jax.sharding.Mesh) -> int | None:
     chip = chip_of(device.device_kind)
     if device.client is not jax.devices()[0].client:  # not there
         return None if chip is None else int(chip.memory_bytes)
-    free = free_bytes(jax.local_devices()[0])
-    sharing = jax.local_device_count() if device.platform == "cpu" else 1
-    return None if free is None else free // sharing
+    return free_bytes_of_local_devices()[0]
 
 
 def _bytes_on_a_device(tree: Any) -> int:

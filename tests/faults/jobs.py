@@ -22,7 +22,7 @@ from rat_jax.program import LOST
 from tests.cluster.job import job, said, smallest_config
 from tests.faults.base import begun_at, differences, figures
 from tests.faults.campaign import Verdict
-from tests.faults.live import LIMIT_SECS, Wrong, logged_step, saved_steps
+from tests.faults.live import LIMIT_SECS, Wrong, damage_newest, logged_step, saved_steps
 from tests.tiny_run import make_corpus
 
 NUM_STEPS, SAVE_EVERY = 60, 4
@@ -214,14 +214,7 @@ def newest_checkpoint_of_a_job_damaged(run: Job) -> str:
     victim = run.victim()
     run.signal(victim, signal.SIGKILL)
     run.end()
-    *_, before, last = saved_steps(run.workdir)
-    newest = run.workdir / "checkpoints" / str(last)
-    files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
-    path = run.rng.choice(files)
-    content = bytearray(path.read_bytes())
-    content[run.rng.randrange(len(content))] ^= 1 << run.rng.randrange(8)
-    path.write_bytes(content)
-    run.may_lose = last - before
+    path, run.may_lose = damage_newest(run.workdir, run.rng)
     return str(path.relative_to(run.workdir))
 
 

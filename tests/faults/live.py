@@ -53,6 +53,18 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def damage_newest(workdir: pathlib.Path, rng: random.Random) -> tuple[pathlib.Path, int]:
+    """Changes a bit of the newest checkpoint; the file, and how many steps the one before is older."""
+    *_, before, last = saved_steps(workdir)
+    newest = workdir / "checkpoints" / str(last)
+    files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+    return path, last - before
+
+
 @dataclasses.dataclass
 class LiveRun:
     """A run under way."""
@@ -347,14 +359,7 @@ def newest_checkpoint_damaged_and_killed(run: LiveRun) -> str:
     run.wait_for_step(run.rng.randrange(100, run.num_steps - 60))
     run.signal(signal.SIGKILL)
     run.process.wait()
-    *_, before, last = saved_steps(run.workdir)
-    newest = run.workdir / "checkpoints" / str(last)
-    files = sorted(path for path in (newest / "params").rglob("*") if path.is_file() and path.stat().st_size)
-    path = run.rng.choice(files)
-    content = bytearray(path.read_bytes())
-    content[run.rng.randrange(len(content))] ^= 1 << run.rng.randrange(8)
-    path.write_bytes(content)
-    run.may_lose = last - before
+    path, run.may_lose = damage_newest(run.workdir, run.rng)
     return str(path.relative_to(run.workdir))
 
 

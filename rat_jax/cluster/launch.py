@@ -99,6 +99,7 @@ def _join(place: Place, facts: Facts, start_secs: float, lost_secs: float) -> No
         interrupts.leave_at_once()
     links = meet(place, facts, start_secs)
     start_watch(links, place.process_id, lost_secs)
+    _keep_libraries_from_stdout()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `rat_jax.interrupts`
     try:
         jax.distributed.initialize(
@@ -111,6 +112,14 @@ def _join(place: Place, facts: Facts, start_secs: float, lost_secs: float) -> No
         )
     except (RuntimeError, ValueError) as error:
         raise MeetingError(f"JAX's service at {place.address} did not start: {error}") from None
+
+
+def _keep_libraries_from_stdout() -> None:
+    """What libraries print without Python goes to stderr: JAX's collectives on CPUs greet their peers, amid results."""
+    sys.stdout.flush()
+    results = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, buffering=1)  # noqa: SIM115
+    os.dup2(2, 1)
+    sys.stdout = results
 
 
 def _versions() -> dict[str, str]:

@@ -76,7 +76,7 @@ $(VENV)/ready: requirements.txt
 	$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/ready-for-tests: requirements.txt requirements-test.txt requirements-eval.txt
+$(VENV)/ready-for-tests: requirements.txt requirements-test.txt requirements-eval.txt requirements-evidence.txt
 	$(new-venv)
 	$(PIP_INSTALL) -r requirements-test.txt
 	@touch $@ $(VENV)/ready

@@ -1,0 +1,61 @@
+"""What is recorded of a trained model."""
+
+import pathlib
+import statistics
+from typing import Any
+
+import jax
+
+from benchmarks.evidence.token_losses import token_losses
+from rat_jax.checkpoints import load_model
+from rat_jax.config import config_to_dict
+from rat_jax.data.corpus import Corpus
+from rat_jax.report.costs import num_parameters
+from rat_jax.report.run import Run, read_runs
+
+LENGTHS = (1, 2, 4, 8)  # times the training length
+_BATCH_TOKENS = 65_536
+
+
+def measure(workdir: pathlib.Path) -> dict[str, Any]:
+    """The losses of a run's model on the whole validation split at all lengths, and how the run went.
+
+    Values are such that JSON holds them. `document_losses` are sums over each document's targets, in nats, in the
+    split's order; every length has the same targets. A length that the split does not hold is left out.
+
+    Raises:
+      RatJaxError: if model or data do not fit.
+    """
+    loaded = load_model(workdir)
+    corpus = Corpus.open(loaded.config.data.path)
+    num_tokens = corpus.splits["validation"].num_tokens
+    values = _progress(read_runs([workdir])[0]) | {
+        "config": config_to_dict(loaded.config),
+        "parameters": num_parameters(loaded.config.model),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "lengths": {},
+    }
+    for times in LENGTHS:
+        length = times * loaded.config.data.seq_len
+        if length >= num_tokens:
+            break
+        found = token_losses(loaded, corpus, length, _BATCH_TOKENS)
+        sums, targets = found.by_document()
+        values["document_targets"] = targets.tolist()
+        values["lengths"][str(length)] = {
+            "loss": found.mean(),
+            "loss_by_octave": found.by_octave(),
+            "document_losses": [round(x, 3) for x in sums.tolist()],
+        }
+    return values
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    """The training as the log has it; its speed is the median of all records but the first, in which it is compiled."""
+    speeds = [speed for _, speed in run.figures("tokens_per_sec")][1:]
+    return {
+        "training_tokens": run.num_tokens,
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "validation_losses": run.figures("validation_loss"),
+    }

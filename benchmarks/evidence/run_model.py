@@ -1,0 +1,75 @@
+"""Trains one model of the studies and measures it: what `run_studies.py` does for each.
+
+  python -m benchmarks.evidence.run_model rat_swa --seed 1 --out runs/evidence
+
+Writes OUT/results/KIND-SEED.json; the run itself lies in OUT/runs/KIND-SEED, and is deleted then unless --keep is
+given. A run that was stopped goes on. One that failed leaves {"failed": why} as its result.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from benchmarks.evidence.measurement import measure
+from benchmarks.evidence.studies import KINDS, Model
+from benchmarks.evidence.train_config import CORPUS, SMALL, get_config
+from rat_jax import program
+from rat_jax.compilation_cache import use_cache
+from rat_jax.config import config_from_dict
+from rat_jax.errors import RunStopped
+from rat_jax.files import write_json
+from rat_jax.paths import local_path
+from rat_jax.training import train
+
+
+def result_file(out: pathlib.Path, model: Model) -> pathlib.Path:
+    """Where a model's result is written."""
+    return out / "results" / f"{model.name}.json"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS, metavar="kind", help=", ".join(KINDS))
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and of the order of the data (default 0)")
+    parser.add_argument("--corpus", default=CORPUS, help=f"(default {CORPUS})")
+    parser.add_argument("--out", required=True, help="folder of runs and results")
+    parser.add_argument("--small", action="store_true", help="a model that a CPU trains in seconds")
+    parser.add_argument("--keep", action="store_true", help="the run, with the model's parameters")
+    return parser.parse_args(arguments)
+
+
+def _run(flags: argparse.Namespace) -> int:
+    started = time.monotonic()
+    model, out = Model(flags.kind, flags.seed), local_path(flags.out, "--out")
+    config = get_config(f"{flags.kind}{SMALL if flags.small else ''}")
+    config.seed = flags.seed
+    config.data.path = str(local_path(flags.corpus, "--corpus"))
+    workdir, file = out / "runs" / model.name, result_file(out, model)
+    use_cache(None)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = {"kind": model.kind, "seed": model.seed}
+    try:
+        if not train(config_from_dict(config), workdir).finished:
+            return program.INTERRUPTED
+        values |= measure(workdir)
+    except (RunStopped, jax.errors.JaxRuntimeError) as error:  # a finding, as a loss is
+        values["failed"] = str(error).splitlines()[0]
+    write_json(file, values | {"seconds": round(time.monotonic() - started, 1)})
+    if not flags.keep:
+        shutil.rmtree(workdir)
+    print(f"{model.name}: {values['failed']}" if "failed" in values else f"{model.name}: written to {file}")
+    return program.FAILED if "failed" in values else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains and measures; returns the exit code."""
+    return program.exit_code(lambda: _run(_parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

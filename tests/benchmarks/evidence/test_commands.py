@@ -1,0 +1,156 @@
+"""The commands of the studies, from text to tables, with `--small`; and the losses that they measure."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.evidence import gather, report, run_model, run_studies
+from benchmarks.evidence.token_losses import token_losses
+from rat_jax.checkpoints.model_workdir import save_model
+from rat_jax.checkpoints.store import load_model
+from rat_jax.config import MeshConfig
+from rat_jax.data import prepare
+from rat_jax.data.corpus import Corpus
+from rat_jax.evaluation import perplexity
+from rat_jax.model import LanguageModel
+from rat_jax.sharding import make_mesh
+from tests.tiny_run import make_corpus, tiny_config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Made by the commands of docs/evidence.md."""
+    folder = tmp_path_factory.mktemp("evidence")
+    assert gather.main(["--out", str(folder), "--small"]) == 0
+    values = json.loads((folder / "gathered.json").read_text())
+    assert [package["package"] for package in values["packages"]] == list(gather.SMALL)
+    assert all(package["characters"] > 100_000 for package in values["packages"])
+    source = ["--source", str(folder / "documents.jsonl.xz"), "--tokenizer=bpe:512", "--validation_fraction=0.1"]
+    assert prepare.main([*source, "--out", str(folder / "corpus"), "--num_workers=0"]) == 0
+    return folder / "corpus"
+
+
+def test_models_are_trained_measured_and_reported(corpus, tmp_path, capsys):
+    """A second call does nothing, and pictures are drawn of what there is."""
+    command = ["--out", str(tmp_path), "--corpus", str(corpus), "--small", "--seeds=1", "--kinds", "attention"]
+    assert run_studies.main(command) == 0
+    said = capsys.readouterr().out
+    assert "1 models, 0 of them measured before" in said and "attention-0: loss " in said
+    values = json.loads((tmp_path / "results" / "attention-0.json").read_text())
+    split = Corpus.open(corpus).splits["validation"]
+    assert list(values["lengths"]) == ["64", "128", "256", "512"]
+    assert sum(values["document_targets"]) == split.num_targets
+    assert len(values["document_targets"]) == split.num_documents
+    assert values["training_tokens"] == 8 * 4 * 64 and values["parameters"] < 100_000
+    for length in values["lengths"].values():
+        assert 4 < length["loss"] < 7
+        assert sum(length["document_losses"]) / split.num_targets == pytest.approx(length["loss"], abs=1e-4)
+    assert not (tmp_path / "runs" / "attention-0").exists()  # the parameters
+    assert run_studies.main(command) == 0
+    assert "1 models, 1 of them measured before" in capsys.readouterr().out
+    assert report.main([str(tmp_path)]) == 0
+    assert "| attention | 0.05 M | 1 | " in capsys.readouterr().out
+    for name in report.PICTURES:
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_losses_of_tokens_are_those_of_eval(tmp_path):
+    corpus = make_corpus(tmp_path, vocab_size=30)
+    config = tiny_config(corpus, model__vocab_size=30)
+    tokenizer = Corpus.open(corpus).tokenizer()
+    save_model(tmp_path / "run", config, LanguageModel(config.model, rngs=nnx.Rngs(0)), step=1, tokenizer=tokenizer)
+    loaded, mesh = load_model(tmp_path / "run"), make_mesh(MeshConfig())
+    for length in (16, 40):
+        found = token_losses(loaded, Corpus.open(corpus), length, batch_tokens=100)
+        wanted = perplexity.evaluate(
+            load_model(tmp_path / "run", mesh=mesh),
+            Corpus.open(corpus),
+            mesh,
+            length,
+            batch_tokens=80,
+            max_batches=None,
+        )
+        assert found.losses.size == wanted.num_targets
+        assert found.mean() == pytest.approx(wanted.loss, rel=1e-5)
+        sums, targets = found.by_document()
+        assert sums.sum() == pytest.approx(found.losses.sum())
+        assert targets.size == Corpus.open(corpus).splits["validation"].num_documents
+        of_octaves = {bucket.first: bucket.loss for bucket in wanted.buckets()}
+        for first, loss in found.by_octave():
+            assert loss == pytest.approx(of_octaves[first], rel=1e-5)
+        assert np.array_equal(found.positions < 16, np.isin(found.positions, range(16)))
+
+
+def test_a_model_that_fails_is_a_result(corpus, tmp_path, monkeypatch, capsys):
+    def train(config, workdir):
+        workdir.mkdir(parents=True)
+        raise run_model.RunStopped("the loss is not finite\nand more")
+
+    monkeypatch.setattr(run_model, "train", train)
+    flags = ["rat", "--seed=3", "--out", str(tmp_path), "--corpus", str(corpus), "--small"]
+    assert run_model.main(flags) == 1
+    values = json.loads((tmp_path / "results" / "rat-3.json").read_text())
+    assert (values["kind"], values["seed"], values["failed"]) == ("rat", 3, "the loss is not finite")
+    assert "rat-3: the loss is not finite" in capsys.readouterr().out
+
+
+class TestSittings:
+    """What starts models, with a stand-in for them."""
+
+    @pytest.fixture
+    def started(self, tmp_path, monkeypatch):
+        calls = []
+        (tmp_path / "corpus").mkdir()
+
+        def call(command, *, stdout, stderr, env):
+            kind, seed = command[3], int(command[4].removeprefix("--seed="))
+            calls.append((kind, seed, env.get("CUDA_VISIBLE_DEVICES")))
+            self.clock += 100
+            if kind == "rnn":
+                return 1
+            (tmp_path / "out" / "results").mkdir(exist_ok=True)
+            lengths = {"64": {"loss": 3.0}}
+            values = {"kind": kind, "seed": seed, "lengths": lengths, "tokens_per_second": 10.0}
+            (tmp_path / "out" / "results" / f"{kind}-{seed}.json").write_text(json.dumps(values))
+            return 0
+
+        self.clock = 0.0
+        monkeypatch.setattr(run_studies.subprocess, "call", call)
+        monkeypatch.setattr(run_studies.time, "monotonic", lambda: self.clock)
+        self.flags = ["--out", str(tmp_path / "out"), "--corpus", str(tmp_path / "corpus")]
+        return calls
+
+    def test_no_model_is_begun_that_would_not_end_in_time(self, started, capsys):
+        command = [*self.flags, "--minutes=6", "--studies", "chunks", "--kinds", "rat_4", "rat_8", "rat", "rat_32"]
+        assert run_studies.main([*command, "--seeds=1"]) == 75
+        assert [kind for kind, _, _ in started] == ["rat_4", "rat_8", "rat"]
+        assert run_studies.main([*command, "--seeds=1"]) == 0
+        assert [kind for kind, _, _ in started] == ["rat_4", "rat_8", "rat", "rat_32"]
+
+    def test_one_that_ends_without_a_result_does_not_stop_the_others(self, started, capsys):
+        assert run_studies.main([*self.flags, "--kinds", "rnn", "rat"]) == 1
+        assert [(kind, seed) for kind, seed, _ in started] == [("rnn", 0), ("rnn", 1), ("rat", 0), ("rat", 1)]
+        said = capsys.readouterr()
+        assert "rnn-0: no result, exit code 1: see " in said.out
+        assert "error: without a result or failed: rnn-0, rnn-1" in said.err
+
+    def test_each_card_has_a_model(self, started):
+        run_studies.main([*self.flags, "--gpus=2", "--studies=chunks"])
+        assert {card for _, _, card in started} <= {"0", "1"}
+        assert len({(kind, seed) for kind, seed, _ in started}) == len(started) == 16
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--seeds=0"], "--seeds must be above 0, got 0"),
+            (["--minutes=-1"], "--minutes must be above 0"),
+            (["--corpus=nowhere"], "there is no corpus "),
+            (["--kinds", "lstm"], "invalid choice: 'lstm'"),
+        ],
+    )
+    def test_what_does_not_fit(self, started, capsys, flags, message):
+        assert run_studies.main([*self.flags, *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert started == []

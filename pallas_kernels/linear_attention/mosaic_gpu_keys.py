@@ -130,7 +130,7 @@ def linear_attention_keys_mosaic(
             def products(scores):
                 for half in range(2):
                     queries = feature_ring.wait(2 * n + half)
-                    plgpu.wgmma(scores, key_features.at[half], plgpu.transpose_ref(queries, (1, 0)))
+                    plgpu.wgmma(scores, key_features.at[half], queries.transpose((1, 0)))
 
             weights = weights_of(products)
             for half in range(2):
@@ -149,14 +149,14 @@ def linear_attention_keys_mosaic(
 
             def products(*d_halves):
                 for half in range(2):
-                    plgpu.wgmma(d_halves[half], values, plgpu.transpose_ref(state.at[half], (1, 0)))
+                    plgpu.wgmma(d_halves[half], values, state.at[half].transpose((1, 0)))
                 return tuple(d_half[...] for d_half in d_halves)
 
             return pl.run_scoped(products, accumulator, accumulator)
 
         def add_queries(tile, n, d_halves):
             values, do = value_tiles.at[0], d_out_ring.wait(n)
-            weights = weights_of(lambda scores: plgpu.wgmma(scores, values, plgpu.transpose_ref(do, (1, 0))))
+            weights = weights_of(lambda scores: plgpu.wgmma(scores, values, do.transpose((1, 0))))
             d_out_ring.release(n)
 
             def products(refs):

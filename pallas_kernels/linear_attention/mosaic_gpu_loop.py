@@ -79,7 +79,7 @@ class Aligned:
 
     def add_keys(self) -> None:
         """The state takes in the tile's keys; it is rounded again, up to TILES - 1 times in a block."""
-        transposed = plgpu.transpose_ref(self.features, (1, 0))
+        transposed = self.features.transpose((1, 0))
         before = plgpu.ACC.init(self.state[...].astype(jnp.float32))
         after = pl.run_state(lambda ref: plgpu.wgmma(ref, transposed, self.values))(before)
         self.state[...] = after.astype(self.state.dtype)

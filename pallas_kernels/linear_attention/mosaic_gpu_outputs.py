@@ -35,7 +35,7 @@ def linear_attention_outputs_mosaic(
         release()
 
         def products(acc, scores):
-            plgpu.wgmma(scores, queries, plgpu.transpose_ref(aligned.features, (1, 0)))
+            plgpu.wgmma(scores, queries, aligned.features.transpose((1, 0)))
             plgpu.wgmma(acc, queries, aligned.state)
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
             plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(queries.dtype), aligned.values)

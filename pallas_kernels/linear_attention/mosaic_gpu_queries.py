@@ -34,8 +34,8 @@ def linear_attention_queries_mosaic(
         do = sums.ring.wait(step)
 
         def products(acc, scores):
-            plgpu.wgmma(scores, do, plgpu.transpose_ref(aligned.values, (1, 0)))
-            plgpu.wgmma(acc, do, plgpu.transpose_ref(aligned.state, (1, 0)))
+            plgpu.wgmma(scores, do, aligned.values.transpose((1, 0)))
+            plgpu.wgmma(acc, do, aligned.state.transpose((1, 0)))
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1))
             plgpu.wgmma(acc, seen(tiling, found, query_axis=0).astype(do.dtype), aligned.features)
             return half_weights(sums.load(step + 1, half), half, softmax=tiling.shape.softmax), acc[...]

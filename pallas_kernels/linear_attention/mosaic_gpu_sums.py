@@ -71,7 +71,7 @@ def linear_attention_sums_mosaic(
             found = half_features(x_tile[...], half, softmax=tiling.shape.softmax, real=real)
             features[...] = found.astype(features.dtype)
             plgpu.commit_smem()
-            transposed = plgpu.transpose_ref(features, (1, 0))
+            transposed = features.transpose((1, 0))
             state = pl.run_state(lambda ref: plgpu.wgmma(ref, transposed, y_tile))(plgpu.ACC.init(state))
             xs.release(step)
             ys.release(step)

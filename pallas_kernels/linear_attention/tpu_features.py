@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.linear_attention.tpu_tiling import Tiling
 
+_RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # where jax 0.10 has it
 _MASKED = -1e30  # of a channel that is none; finite, so that no difference of two is undefined
 
 
@@ -38,7 +39,7 @@ def features(tiling: Tiling, x: jax.Array) -> Features:
 
 def _reciprocal(tiling: Tiling, x: jax.Array) -> jax.Array:
     """1 / x for x from 1 to H; a division minds infinities too, which made up half of the kernel's arithmetic."""
-    guess = pl.reciprocal(x, approx=True)  # a bfloat16's digits or more; each step doubles their number
+    guess = _RECIPROCAL(x, approx=True)  # a bfloat16's digits or more; each step doubles their number
     for _ in range(1 if tiling.dtype == jnp.bfloat16 else 2):
         guess *= 2.0 - x * guess
     return guess

@@ -130,7 +130,7 @@ def rat_attention_forward_mosaic(
                         # Row r sees column c where (tile BK + c + 1) L <= start + r.
                         late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
                         ref[...] = jnp.where(late <= start - (tile * BK + 1) * L, launch.zeros((ROWS, BK)), -jnp.inf)
-                    plgpu.wgmma(ref, q, plgpu.transpose_ref(key_ring.at[stage], (1, 0)))
+                    plgpu.wgmma(ref, q, key_ring.at[stage].transpose((1, 0)))
                     announce()
                     await_turn()
                     return ref[...]

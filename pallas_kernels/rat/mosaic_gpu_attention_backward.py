@@ -82,8 +82,8 @@ def rat_summaries_backward_mosaic(
 
             def products(refs):
                 scores, d_weights, d_k, d_v = refs
-                plgpu.wgmma(scores, k, plgpu.transpose_ref(q, (1, 0)))
-                plgpu.wgmma(d_weights, v, plgpu.transpose_ref(do, (1, 0)))
+                plgpu.wgmma(scores, k, q.transpose((1, 0)))
+                plgpu.wgmma(d_weights, v, do.transpose((1, 0)))
                 weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
                 if masked:
                     # Column c sees row r where (slot + r + 1) L <= start + c.
@@ -227,8 +227,8 @@ def rat_queries_backward_mosaic(
                         minus_lses = jnp.where(late <= start - (tile * BK + 1) * L, minus_lses, -jnp.inf)
                     scores[...] = minus_lses
                     d_weights[...] = lax.broadcast_in_dim(minus_delta, (ROWS, BK), [0])
-                    plgpu.wgmma(scores, q, plgpu.transpose_ref(k, (1, 0)))
-                    plgpu.wgmma(d_weights, do, plgpu.transpose_ref(v, (1, 0)))
+                    plgpu.wgmma(scores, q, k.transpose((1, 0)))
+                    plgpu.wgmma(d_weights, do, v.transpose((1, 0)))
                     weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
                     return weights * lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=0))
 

@@ -252,12 +252,6 @@ def _iota(dtype: Any, shape: tuple[int, ...], axis: int, *, layout: Any) -> np.n
     return np.indices(shape, dtype)[axis]
 
 
-def _transposed(ref: Ref, permutation: tuple[int, ...]) -> Transposed:
-    if permutation != (1, 0):
-        raise fault(f"tiles are transposed by (1, 0), not {permutation}")
-    return Transposed(ref)
-
-
 def _when(condition: bool) -> Callable[[Callable[[], None]], None]:
     return lambda body: body() if condition else None
 
@@ -323,7 +317,6 @@ NAMES = {
         "layout_cast": lambda x, layout: x,
         "load": _load,
         "set_max_registers": lambda count, *, action: None,
-        "transpose_ref": _transposed,
         "wait_smem_to_gmem": _wait_smem_to_gmem,
         "wgmma": _wgmma,
         "wgmma_accumulator_load": _accumulator_load,

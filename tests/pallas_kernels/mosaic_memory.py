@@ -142,6 +142,11 @@ class Ref:
             spans.append(Span(start + int(part), 1, dropped=True))
         return Ref(self.memory, tuple(spans))
 
+    def transpose(self, permutation: tuple[int, ...]) -> "Transposed":
+        if permutation != (1, 0):
+            raise fault(f"tiles are transposed by (1, 0), not {permutation}")
+        return Transposed(self)
+
     def index(self) -> tuple[slice | int, ...]:
         """For its array, inside which it must lie."""
         for (start, size, _), length in zip(self.spans, self.memory.array.shape, strict=True):

@@ -20,7 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import LOG2_E, ROWS
-from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.mosaic_gpu_mask import load_seen, token_sees_slot
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.seen_slots import SeenSlots, slot_tiles
 from pallas_kernels.rat.shape import RatShape
 
 
@@ -48,6 +50,9 @@ def rat_attention_forward_mosaic(
     queries,  # [B, T, G, H], scaled
     keys,  # [B, C, N, H]
     values,  # [B, C, N, H]
+    first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
+    end_slots,  # [B, T] int32
+    bounds,  # [B, T / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.slot_tiles`
     out,  # [B, T, N, H]
     lse,  # [B, N, T] float32
     query_tiles,
@@ -71,8 +76,14 @@ def rat_attention_forward_mosaic(
     L, BK = shape.chunk_size, blocks.keys
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
-    tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
     group = lax.axis_index("group")
+    if shape.segmented:
+        first_tile, whole_from, whole_to, end_tile = (bounds[row, order.blocks - 1 - block, i] for i in range(4))
+    else:
+        first_tile = whole_from = 0
+        whole_to = lax.div(lax.div(first_token + group * ROWS, L), BK)
+        end_tile = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
+    tiles = end_tile - first_tile
 
     def announce():
         if blocks.turns:
@@ -89,6 +100,7 @@ def rat_attention_forward_mosaic(
         at = pl.ds(start, ROWS)
         q = query_tiles.at[group]
         plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+        seen = load_seen(first_slots, end_slots, row, at) if shape.segmented else None
 
         def buffer_of(j):
             return lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
@@ -122,14 +134,13 @@ def rat_attention_forward_mosaic(
 
             def add_tile(tile, carry, masked):
                 acc, largest, total = carry
-                stage = lax.rem(j * tiles + tile, blocks.stages)
+                stage = lax.rem(j * tiles + tile - first_tile, blocks.stages)
                 plgpu.barrier_wait(keys_filled.at[stage])
 
                 def products(ref):
                     if masked:
-                        # Row r sees column c where (tile BK + c + 1) L <= start + r.
-                        late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
-                        ref[...] = jnp.where(late <= start - (tile * BK + 1) * L, launch.zeros((ROWS, BK)), -jnp.inf)
+                        is_seen = token_sees_slot(start, tile * BK, (ROWS, BK), L, seen, token_axis=0)
+                        ref[...] = jnp.where(is_seen, launch.zeros((ROWS, BK)), -jnp.inf)
                     plgpu.wgmma(ref, q, key_ring.at[stage].transpose((1, 0)))
                     announce()
                     await_turn()
@@ -152,10 +163,11 @@ def rat_attention_forward_mosaic(
                 plgpu.barrier_arrive(values_consumed.at[stage])
                 return acc, largest, total
 
-            whole = lax.div(lax.div(start, L), BK)
             carry = (launch.zeros((ROWS, shape.head_dim)), own, launch.row_zeros(ROWS) + 1.0)
-            carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
-            acc, largest, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
+            if shape.segmented:
+                carry = lax.fori_loop(first_tile, whole_from, functools.partial(add_tile, masked=True), carry)
+            carry = lax.fori_loop(whole_from, whole_to, functools.partial(add_tile, masked=False), carry)
+            acc, largest, total = lax.fori_loop(whole_to, end_tile, functools.partial(add_tile, masked=True), carry)
 
             if blocks.heads > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
@@ -189,7 +201,8 @@ def rat_attention_forward_mosaic(
 
         def place(step):
             n = g + lax.div(step, tiles) * shape.num_groups
-            return lax.rem(step, blocks.stages), (row, pl.ds(lax.rem(step, tiles) * BK, BK), n)
+            at = pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK)
+            return lax.rem(step, blocks.stages), (row, at, n)
 
         def fill_keys(step):
             stage, at = place(step)
@@ -214,10 +227,14 @@ def blocks_of(shape: RatShape) -> Blocks:
     return Blocks(128, 2, 1, turns=shape.num_chunks > 2048)
 
 
-def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None):
+def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None, seen=None):
     """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     blocks = blocks or blocks_of(shape)
+    if seen is None:
+        places = (jnp.zeros((1, 1), jnp.int32),) * 3
+    else:
+        places = seen.first, seen.end, slot_tiles(seen, COMPUTE_GROUPS * ROWS, blocks.keys)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
@@ -242,7 +259,7 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
-    )(projected, running_values, current_scores, queries, keys, values)
+    )(projected, running_values, current_scores, queries, keys, values, *places)
 
 
 def forward(
@@ -253,6 +270,7 @@ def forward(
     rotated_queries: jax.Array,
     summary_keys: jax.Array,
     summary_values: jax.Array,
+    seen: SeenSlots | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gated output [B, T, D] in the dtype of `projected`, and the log-sum-exp [B, N, T] float32, in powers of two.
 
@@ -264,6 +282,7 @@ def forward(
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
+      seen: of packed documents.
     """
     heads = projected.reshape(shape.batch, shape.tokens, -1, shape.head_dim)
     out, lse = attend(
@@ -272,7 +291,8 @@ def forward(
         pad_tokens(shape, running_values, 1),
         pad_tokens(shape, current_scores, 2),
         pad_tokens(shape, rotated_queries, 1),
-        pad_summaries(shape, summary_keys),
-        pad_summaries(shape, summary_values),
+        pad_summaries(shape, summary_keys, seen),
+        pad_summaries(shape, summary_values, seen),
+        seen=pad_seen(shape, seen),
     )
     return out[:, : shape.tokens].reshape(shape.batch, shape.tokens, shape.width), lse[:, :, : shape.tokens]

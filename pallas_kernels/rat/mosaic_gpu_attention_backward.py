@@ -20,7 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import ROWS
-from pallas_kernels.rat.mosaic_gpu_tiling import pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.mosaic_gpu_mask import Seen, load_seen, token_sees_slot
+from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
+from pallas_kernels.rat.seen_slots import SeenSlots, slot_tiles, token_tiles
 from pallas_kernels.rat.shape import RatShape
 
 # Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row.
@@ -38,6 +40,9 @@ def rat_summaries_backward_mosaic(
     queries,  # [B, T, G, H]
     keys,  # [B, C, N, H]
     values,  # [B, C, N, H]
+    first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
+    end_slots,  # [B, T] int32
+    bounds,  # [B, C / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.token_tiles`
     d_keys,  # [B, C, N, H] float32
     d_values,  # [B, C, N, H] float32
     key_tiles,
@@ -46,6 +51,8 @@ def rat_summaries_backward_mosaic(
     d_head_ring,
     lse_ring,
     delta_ring,
+    first_ring,
+    end_ring,
     loaded,
     filled,
     consumed,
@@ -60,9 +67,13 @@ def rat_summaries_backward_mosaic(
     L, BQ = shape.chunk_size, QUERIES
     block, row, n = order.place(lax.axis_index("program"))
     g = lax.rem(n, shape.num_groups)
-    tiles = shape.tokens // BQ
     first_slot = block * (COMPUTE_GROUPS * ROWS)
-    steps = jnp.maximum(tiles - lax.div((first_slot + 1) * L, BQ), 0)
+    if shape.segmented:
+        any_from, all_from, all_to, tiles = (bounds[row, block, i] for i in range(4))
+        steps = tiles - any_from
+    else:
+        tiles = shape.tokens // BQ
+        steps = jnp.maximum(tiles - lax.div((first_slot + 1) * L, BQ), 0)
     group = lax.axis_index("group")
 
     @pl.when(group < COMPUTE_GROUPS)
@@ -86,9 +97,11 @@ def rat_summaries_backward_mosaic(
                 plgpu.wgmma(d_weights, v, do.transpose((1, 0)))
                 weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
                 if masked:
-                    # Column c sees row r where (slot + r + 1) L <= start + c.
-                    late = launch.iota((ROWS, BQ), 0) * L - launch.iota((ROWS, BQ), 1)
-                    weights = jnp.where(late <= start - (slot + 1) * L, weights, 0.0)
+                    seen = None
+                    if shape.segmented:
+                        seen = Seen(*(launch.load_rows(ring.at[stage], 0) for ring in (first_ring, end_ring)))
+                    is_seen = token_sees_slot(start, slot, (ROWS, BQ), L, seen, token_axis=1)
+                    weights = jnp.where(is_seen, weights, 0.0)
                 plgpu.wgmma(d_v, weights.astype(do.dtype), do)
                 d_weights = lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=1))
                 plgpu.wgmma(d_k, (weights * d_weights).astype(q.dtype), q)
@@ -101,11 +114,16 @@ def rat_summaries_backward_mosaic(
             plgpu.barrier_arrive(consumed.at[stage])
             return d_k, d_v
 
-        # From which step on some, and all, of this group's summaries are hidden.
-        some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
-        every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
         carry = (launch.zeros((ROWS, shape.head_dim)), launch.zeros((ROWS, shape.head_dim)))
-        carry = lax.fori_loop(0, some, functools.partial(add_tile, masked=False), carry)
+        # To which step some, and from which on some, and all, of this group's summaries are hidden.
+        if shape.segmented:
+            until, some, every = tiles - all_to, tiles - all_from, steps
+            carry = lax.fori_loop(0, until, functools.partial(add_tile, masked=True), carry)
+        else:
+            until = 0
+            some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
+            every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
+        carry = lax.fori_loop(until, some, functools.partial(add_tile, masked=False), carry)
         d_k, d_v = lax.fori_loop(some, every, functools.partial(add_tile, masked=True), carry)
 
         @pl.loop(every, steps)
@@ -127,15 +145,22 @@ def rat_summaries_backward_mosaic(
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_ring.at[stage], filled.at[stage])
+            if shape.segmented:
+                plgpu.copy_gmem_to_smem(first_slots.at[row, at], first_ring.at[stage], filled.at[stage])
+                plgpu.copy_gmem_to_smem(end_slots.at[row, at], end_ring.at[stage], filled.at[stage])
 
         launch.produce(steps, QUERY_STAGES, (consumed, fill))
 
 
-def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None):
     """dK and dV, float32, of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     slots = keys.shape[1]
     order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_heads)
+    places, bound_ring = (jnp.zeros((1, 1), jnp.int32),) * 3, (1, QUERIES)  # placeholders
+    if seen is not None:
+        places = seen.first, seen.end, token_tiles(seen, COMPUTE_GROUPS * ROWS, order.blocks, QUERIES)
+        bound_ring = (QUERY_STAGES, QUERIES)
     tile, ring = (COMPUTE_GROUPS, ROWS, shape.head_dim), (QUERY_STAGES, QUERIES, shape.head_dim)
     summaries = jax.ShapeDtypeStruct((shape.batch, slots, shape.num_heads, shape.head_dim), jnp.float32)
     return launch.kernel(
@@ -150,11 +175,13 @@ def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, val
             launch.tiled(ring, dtype),
             plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
             plgpu.SMEM((QUERY_STAGES, QUERIES), jnp.float32),
+            plgpu.SMEM(bound_ring, jnp.int32),
+            plgpu.SMEM(bound_ring, jnp.int32),
             plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=4, num_barriers=QUERY_STAGES),
+            plgpu.Barrier(num_arrivals=6 if shape.segmented else 4, num_barriers=QUERY_STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=QUERY_STAGES),
         ),
-    )(d_heads, delta, lse, queries, keys, values)
+    )(d_heads, delta, lse, queries, keys, values, *places)
 
 
 def rat_queries_backward_mosaic(
@@ -164,6 +191,9 @@ def rat_queries_backward_mosaic(
     queries,  # [B, T, G, H]
     keys,  # [B, C, N, H]
     values,  # [B, C, N, H]
+    first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
+    end_slots,  # [B, T] int32
+    bounds,  # [B, T / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.slot_tiles`
     d_queries,  # [B, T, G, H] float32
     d_current_scores,  # [B, N, T] float32
     query_tiles,
@@ -184,8 +214,14 @@ def rat_queries_backward_mosaic(
     L, BK, scale = shape.chunk_size, KEYS, 1 / math.sqrt(shape.head_dim)
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
-    tiles = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
     group = lax.axis_index("group")
+    if shape.segmented:
+        first_tile, whole_from, whole_to, end_tile = (bounds[row, order.blocks - 1 - block, i] for i in range(4))
+    else:
+        first_tile = whole_from = 0
+        whole_to = lax.div(lax.div(first_token + group * ROWS, L), BK)
+        end_tile = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
+    tiles = end_tile - first_tile
 
     @pl.when(group < COMPUTE_GROUPS)
     def _compute():
@@ -194,6 +230,7 @@ def rat_queries_backward_mosaic(
         at = pl.ds(start, ROWS)
         q = query_tiles.at[group]
         plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+        seen = load_seen(first_slots, end_slots, row, at) if shape.segmented else None
 
         def load_head(j):
             n = g + j * shape.num_groups
@@ -215,16 +252,15 @@ def rat_queries_backward_mosaic(
 
             def add_tile(tile, carry, masked):
                 d_q, total = carry
-                stage = lax.rem(j * tiles + tile, KEY_STAGES)
+                stage = lax.rem(j * tiles + tile - first_tile, KEY_STAGES)
                 plgpu.barrier_wait(filled.at[stage])
                 k, v = key_ring.at[stage], value_ring.at[stage]
 
                 def gradients(scores, d_weights):
                     minus_lses = lax.broadcast_in_dim(minus_lse, (ROWS, BK), [0])
                     if masked:
-                        # Row r sees column c where (tile BK + c + 1) L <= start + r.
-                        late = launch.iota((ROWS, BK), 1) * L - launch.iota((ROWS, BK), 0)
-                        minus_lses = jnp.where(late <= start - (tile * BK + 1) * L, minus_lses, -jnp.inf)
+                        is_seen = token_sees_slot(start, tile * BK, (ROWS, BK), L, seen, token_axis=0)
+                        minus_lses = jnp.where(is_seen, minus_lses, -jnp.inf)
                     scores[...] = minus_lses
                     d_weights[...] = lax.broadcast_in_dim(minus_delta, (ROWS, BK), [0])
                     plgpu.wgmma(scores, q, k.transpose((1, 0)))
@@ -239,10 +275,11 @@ def rat_queries_backward_mosaic(
                 plgpu.barrier_arrive(consumed.at[stage])
                 return d_q, total + jnp.sum(d_scores, axis=1)
 
-            whole = lax.div(lax.div(start, L), BK)
             carry = (d_q, launch.row_zeros(ROWS))
-            carry = lax.fori_loop(0, whole, functools.partial(add_tile, masked=False), carry)
-            d_q, total = lax.fori_loop(whole, tiles, functools.partial(add_tile, masked=True), carry)
+            if shape.segmented:
+                carry = lax.fori_loop(first_tile, whole_from, functools.partial(add_tile, masked=True), carry)
+            carry = lax.fori_loop(whole_from, whole_to, functools.partial(add_tile, masked=False), carry)
+            d_q, total = lax.fori_loop(whole_to, end_tile, functools.partial(add_tile, masked=True), carry)
             d_current_scores.at[row, n, at][...] = total * -scale
             return d_q
 
@@ -256,19 +293,23 @@ def rat_queries_backward_mosaic(
         def fill(step):
             stage = lax.rem(step, KEY_STAGES)
             n = g + lax.div(step, tiles) * shape.num_groups
-            at = pl.ds(lax.rem(step, tiles) * BK, BK)
+            at = pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK)
             plgpu.copy_gmem_to_smem(keys.at[row, at, n], key_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(values.at[row, at, n], value_ring.at[stage], filled.at[stage])
 
         launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
 
 
-def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values):
+def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None):
     """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     mine = HEADS * COMPUTE_GROUPS
     ring = (KEY_STAGES, KEYS, shape.head_dim)
+    if seen is None:
+        places = (jnp.zeros((1, 1), jnp.int32),) * 3
+    else:
+        places = seen.first, seen.end, slot_tiles(seen, COMPUTE_GROUPS * ROWS, KEYS)
     return launch.kernel(
         functools.partial(rat_queries_backward_mosaic, shape=shape, order=order),
         name=rat_queries_backward_mosaic.__name__,
@@ -289,7 +330,7 @@ def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, value
             plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=KEY_STAGES),
         ),
-    )(d_heads, delta, lse, queries, keys, values)
+    )(d_heads, delta, lse, queries, keys, values, *places)
 
 
 def backward(
@@ -301,6 +342,7 @@ def backward(
     summary_keys: jax.Array,
     summary_values: jax.Array,
     current_scores: jax.Array,
+    seen: SeenSlots | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Float32 gradients of queries, current-token scores and summaries, and the softmax weights of the current pairs.
 
@@ -313,6 +355,7 @@ def backward(
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
       current_scores: [B, N, T], in powers of two.
+      seen: of packed documents.
 
     Returns:
       The gradient of the unscaled rotated queries through the summaries, summed over the heads of a group [B, T, G, H];
@@ -325,8 +368,9 @@ def backward(
         pad_tokens(shape, delta, 2),
         pad_tokens(shape, lse, 2),
         pad_tokens(shape, rotated_queries, 1),
-        pad_summaries(shape, summary_keys),
-        pad_summaries(shape, summary_values),
+        pad_summaries(shape, summary_keys, seen),
+        pad_summaries(shape, summary_values, seen),
+        pad_seen(shape, seen),
     )
     d_queries, d_current_scores = queries_gradients(whole, *shared)
     d_keys, d_values = summaries_gradients(whole, *shared)

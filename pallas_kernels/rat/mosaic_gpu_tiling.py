@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.rat.seen_slots import SeenSlots
 from pallas_kernels.rat.shape import RatShape
 
 DTYPES = ("bfloat16", "float16")
@@ -19,8 +20,8 @@ def unsupported_reason(shape: RatShape) -> str | None:
     """Why the Mosaic GPU kernels cannot run a call and what comes nearest; None where they can."""
     if shape.capability is not None and shape.capability[0] != _HOPPER:
         return f"it needs a card of compute capability 9.0, this one has {shape.capability[0]}.{shape.capability[1]}"
-    if shape.segmented or shape.continued:
-        return "it takes neither packed documents nor a state; implementation 'triton' does"
+    if shape.continued:
+        return "it takes no state; implementation 'triton' does"
     if shape.dtype not in DTYPES:
         return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
     if shape.head_dim not in HEAD_DIMS:
@@ -44,10 +45,23 @@ def pad_tokens(shape: RatShape, x: jax.Array, axis: int) -> jax.Array:
     return _pad(x, axis, padded(shape).tokens)
 
 
-def pad_summaries(shape: RatShape, summaries: jax.Array) -> jax.Array:
+def pad_summaries(shape: RatShape, summaries: jax.Array, seen: SeenSlots | None) -> jax.Array:
     """Zeros take the place of summaries that no chunk completes, and follow them up to a whole tile."""
-    complete = summaries[:, : shape.tokens // shape.chunk_size]
-    return _pad(complete, 1, cdiv(padded(shape).num_chunks, TILE) * TILE)
+    if seen is None:
+        summaries = summaries[:, : shape.tokens // shape.chunk_size]
+    else:
+        summaries = jnp.where(seen.complete[:, :, None, None], summaries, 0)
+    return _pad(summaries, 1, cdiv(padded(shape).num_chunks, TILE) * TILE)
+
+
+def pad_seen(shape: RatShape, seen: SeenSlots | None) -> SeenSlots | None:
+    """Tokens that see nothing follow the last one, up to a whole tile."""
+    if seen is None:
+        return None
+    more = ((0, 0), (0, padded(shape).tokens - shape.tokens))
+    end = jnp.pad(seen.end, more, mode="edge")
+    first = jnp.where(jnp.arange(end.shape[1]) < shape.tokens, jnp.pad(seen.first, more), end)
+    return seen._replace(first=first, end=end)
 
 
 def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -26,11 +26,12 @@ from pallas_kernels.rat import (
     triton_recurrence_backward,
 )
 from pallas_kernels.rat.beyond import Beyond
+from pallas_kernels.rat.seen_slots import SeenSlots, seen_slots
 from pallas_kernels.rat.select import GpuImplementation, attention_passes
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
-from pallas_kernels.rat.triton_segments import continued_documents, documents_of
+from pallas_kernels.rat.triton_segments import Documents, continued_documents, documents_of
 
 
 class Residuals(NamedTuple):
@@ -181,7 +182,7 @@ def forward(
     if implementation == "triton":
         out, lse = run(triton_attention.forward_launch(shape), *arrays, *documents.of_slots)
     else:
-        out, lse = attention_passes(implementation)[0](shape, *arrays)
+        out, lse = attention_passes(implementation)[0](shape, *arrays, **_seen(shape, documents))
     kept_values = values if implementation == "cudnn" else None
     return out, Residuals(out, lse, current_scores, queries, keys, summaries, kept_values)
 
@@ -213,7 +214,7 @@ def backward(
     else:
         more = () if r.running_values is None else (r.running_values,)
         d_queries, d_current_scores, current_weights, d_keys, d_values = attention_passes(implementation)[1](
-            shape, *shared, r.current_scores, *more
+            shape, *shared, r.current_scores, *more, **_seen(shape, documents)
         )
     if beyond is not None:
         d_keys, d_values = d_keys + beyond.d_summary_keys, d_values + beyond.d_summary_values
@@ -225,6 +226,11 @@ def backward(
         d_heads, d_queries, d_keys, d_values, d_projected,
     )  # fmt: skip
     return d_projected, d_bias
+
+
+def _seen(shape: RatShape, documents: Documents) -> dict[str, SeenSlots]:
+    """What other back ends than Triton read of packed documents."""
+    return {"seen": seen_slots(shape, documents.segment_ids, documents.positions)} if shape.segmented else {}
 
 
 def _angles(shape: RatShape) -> tuple[jax.Array, jax.Array]:

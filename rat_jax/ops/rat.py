@@ -14,6 +14,7 @@ RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"
 # Mosaic GPU's attention was the fastest at every length measured on Hopper; cuDNN's, faster than Triton's there from
 # 4096 summaries on, was not measured on other cards.
 _FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
+_FASTEST_PACKED = ("triton", "pallas_tpu")  # Mosaic GPU's attention over packed documents has not run on a card
 
 
 def rat_mix(
@@ -61,7 +62,7 @@ def rat_mix(
         and no state is wanted. Of the kernels, only "triton" takes one.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes these
         shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" run Triton's recurrence and replace only the attention
-        over chunk summaries.
+        over chunk summaries; of packed documents "mosaic_gpu" alone, and only where it is named.
 
     Raises:
       ValueError: if sizes are out of range, the channels of `projected` or `gate_bias` do not fit the other arguments,
@@ -125,7 +126,8 @@ def rat_mix(
     )
     if channels != shape.projected_width:
         raise ValueError(f"projected must have 3 D + 2 G H = {shape.projected_width} channels, got {channels}")
-    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, lambda name: select.unsupported_reason(name, shape))
+    order = _FASTEST_PACKED if shape.segmented else _FASTEST_FIRST
+    chosen = dispatch.choose(implementation, order, batch, lambda name: select.unsupported_reason(name, shape))
     if chosen == "xla":
         return rat_xla.mix(shape, projected, gate_bias, segments, state)
     return rat_kernels.mix(chosen, implementation is None, shape, projected, gate_bias, segments, state)

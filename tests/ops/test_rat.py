@@ -139,40 +139,62 @@ def test_bodies_for_16_bits_err_at_most_twice_as_much_as_plain_xla(implementatio
         assert kernel_error < 2 * plain_error
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@pytest.mark.parametrize("tokens", [33, 1000, 4096])
+def test_packed_documents_in_16_bits_err_at_most_twice_as_much_as_plain_xla(implementation, tokens):
+    """Documents of 1 to some 700 tokens, with padding between them and at both ends."""
+    random = np.random.default_rng(tokens)
+    segments = np.zeros((2, tokens), np.int32)
+    for row in segments:
+        place, number = int(random.integers(5)), 0
+        while place < tokens:
+            length, number = int(2 ** random.uniform(0, 9.5)), number + 1
+            row[place : place + length] = number
+            place += length + int(random.integers(4)) * 3
+    case = case_of(tokens, heads=2, groups=1, head_dim=64, segments=segments)
+    plain = errors(case, "xla", jnp.bfloat16)
+    for kernel_error, plain_error in zip(errors(case, implementation, jnp.bfloat16), plain, strict=True):
+        assert kernel_error < 2 * plain_error
+
+
 MOSAIC = ["rat_attention_forward_mosaic", "rat_queries_backward_mosaic", "rat_summaries_backward_mosaic"]
 TRITON = ["rat_attention_forward", "rat_queries_backward", "rat_summaries_backward"]
 CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
 
-def gradient_of_256_tokens(implementation):
+def gradient_of_256_tokens(implementation, packed=False):
     """A jitted gradient of the op and its arguments' shapes."""
+    segments = from_segments(jnp.repeat(jnp.array([[1, 2]]), 128, axis=1))[0] if packed else whole_rows(1, 256)
     sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
 
     def loss(projected, gate_bias):
-        return jnp.sum(rat_mix(projected, gate_bias, whole_rows(1, 256), implementation=implementation, **sizes).out)
+        return jnp.sum(rat_mix(projected, gate_bias, segments, implementation=implementation, **sizes).out)
 
     arrays = jax.ShapeDtypeStruct((1, 256, 3 * 128 + 2 * 64), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
     return jax.jit(jax.grad(loss)), arrays
 
 
 @pytest.mark.parametrize(
-    ("implementation", "capability", "attention_kernels"),
+    ("implementation", "capability", "packed", "attention_kernels"),
     [
-        ("triton", (9, 0), TRITON),
-        ("mosaic_gpu", (9, 0), MOSAIC),
-        ("cudnn", (9, 0), CUDNN),
-        (None, (9, 0), MOSAIC),
-        (None, (8, 0), TRITON),
+        ("triton", (9, 0), False, TRITON),
+        ("mosaic_gpu", (9, 0), False, MOSAIC),
+        ("mosaic_gpu", (9, 0), True, MOSAIC),
+        ("cudnn", (9, 0), False, CUDNN),
+        (None, (9, 0), False, MOSAIC),
+        (None, (9, 0), True, TRITON),
+        (None, (8, 0), False, TRITON),
     ],
 )
-def test_the_kernels_are_traced_for_a_gpu(implementation, capability, attention_kernels, monkeypatch):
+def test_the_kernels_are_traced_for_a_gpu(implementation, capability, packed, attention_kernels, monkeypatch):
     try:
         import jax_triton  # noqa: F401
     except ImportError as error:
         pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: capability)
-    gradient, arrays = gradient_of_256_tokens(implementation)
+    gradient, arrays = gradient_of_256_tokens(implementation, packed)
     text = str(gradient.trace(*arrays).jaxpr)
     for kernel in ["rat_recurrence_forward", *attention_kernels, "rat_recurrence_backward"]:
         assert kernel in text

@@ -4,8 +4,8 @@
 a kernel there are only these; outside there are jax's own, but for `plgpu.kernel`, which then takes concrete arrays.
 The order of everything that may happen in several is drawn:
 
-* A copy from global memory leaves its target NaN until it is done. One to global memory reads its source some time
-  before that is waited for, and writes later still.
+* A copy from global memory leaves its target undefined (NaN) until it is done. One to global memory reads its source
+  some time before that is waited for, and writes later still.
 * A product reads its operands in shared memory some time before its accumulator is waited for.
 
 Copies and products that find stores which are not committed, accesses that nothing orders, waits without end and all
@@ -89,7 +89,7 @@ def _kernel(
         results = out_type if isinstance(out_type, tuple) else (out_type,)
         memory = [named(i, Global, np.array(x), result=False) for i, x in enumerate(arrays)]
         for x in results:
-            memory.append(named(len(memory), Global, np.full(x.shape, np.nan, x.dtype), result=True))
+            memory.append(named(len(memory), Global, np.full(x.shape, _undefined(x.dtype), x.dtype), result=True))
         programs = list(range(*grid))
         draws.shuffle(programs)
         for program in programs:
@@ -114,7 +114,12 @@ def _scratch(name: str, kind: Any) -> Shared | Barriers:
     if isinstance(kind, plgpu.Barrier):
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals) for i in range(math.prod(kind.num_barriers))])
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]
-    return Shared(name, np.full(kind.shape, np.nan, kind.dtype), *(tilings or [()]))
+    return Shared(name, np.full(kind.shape, _undefined(kind.dtype), kind.dtype), *(tilings or [()]))
+
+
+def _undefined(dtype: Any) -> float | int:
+    """What memory holds before anything is written there, and while a copy is under way."""
+    return np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
 
 
 class Accumulator:
@@ -203,7 +208,7 @@ def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barriers) -> None:
     _check_copy(source, target)
     load = Operation("load", running())
     target.memory.access(target, load, writes=True)
-    target.memory.array[target.index()] = np.nan
+    target.memory.array[target.index()] = _undefined(target.dtype)
 
     def arrive():
         target.memory.array[target.index()] = source.memory.padded(source)

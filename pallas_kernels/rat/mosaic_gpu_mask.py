@@ -1,0 +1,41 @@
+"""Which scores of a tile count: those of summaries that a token sees."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.launch import mosaic_gpu as launch
+
+
+class Seen(NamedTuple):
+    """Slots `first` .. `end` - 1 that each of some tokens sees, int32 vectors along an axis of an accumulator."""
+
+    first: jax.Array
+    end: jax.Array
+
+
+def load_seen(first_slots: Any, end_slots: Any, row: jax.Array, at: pl.Slice) -> Seen:
+    """Of the tokens that are the rows of accumulators, from `seen_slots.SeenSlots` in global memory."""
+    return Seen(*(launch.load_rows(slots.at[row, at], 1, optimized=False) for slots in (first_slots, end_slots)))
+
+
+def token_sees_slot(
+    token: jax.Array, slot: jax.Array, sizes: tuple[int, int], chunk_size: int, seen: Seen | None, *, token_axis: int
+) -> jax.Array:
+    """Of a tile of scores, which count.
+
+    Args:
+      token: the tile's first.
+      slot: the tile's first.
+      sizes: of the tile.
+      chunk_size: L.
+      seen: of the tile's tokens; None: the row is one document, token t of which sees slots c with (c + 1) L <= t.
+      token_axis: of the tile; slots are along the other one.
+    """
+    slots = launch.iota(sizes, 1 - token_axis)
+    if seen is None:
+        return slots * chunk_size - launch.iota(sizes, token_axis) <= token - (slot + 1) * chunk_size
+    first, end = (lax.broadcast_in_dim(bound - slot, sizes, [token_axis]) for bound in seen)
+    return (slots >= first) & (slots < end)

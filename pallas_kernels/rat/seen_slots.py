@@ -1,0 +1,68 @@
+"""Which summaries each token of packed documents sees, and in tiles.
+
+Chunks of a document end L tokens apart, so that those that a token may see lie in neighbouring slots: `first` ..
+`end` - 1. Documents follow each other, so that neither bound ever falls along a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.rat.shape import RatShape
+
+
+class SeenSlots(NamedTuple):
+    """Of a call of packed documents, in rows that start with their first token."""
+
+    first: Any  # [B, T] int32
+    end: Any  # [B, T] int32; equal to `first` where a token sees none, as padding does
+    complete: Any  # [B, C] bool: slots that a chunk completes; others hold anything
+
+
+def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) -> SeenSlots:
+    """Arguments as of `triton.rat_forward`; a row's first document may begin before its first token."""
+    L, token = shape.chunk_size, jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+    is_token = segment_ids != 0
+    begins = is_token & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    begin = jax.lax.cummax(jnp.where(begins, token, 0), axis=1)  # of the token's document, in the row
+    position = jnp.take_along_axis(positions, begin, axis=1)  # there
+    document_first = (begin + L - 1 - position % L) // L  # where its first chunk ends
+    end = document_first + positions // L - position // L
+    end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
+    first = jnp.where(is_token, document_first, end)
+    completes = is_token & (positions % L == L - 1)
+    completes = jnp.pad(completes, ((0, 0), (0, shape.num_chunks * L - shape.tokens)))
+    complete = completes.reshape(shape.batch, shape.num_chunks, L).any(axis=2)
+    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), complete)
+
+
+def slot_tiles(seen: SeenSlots, tokens: int, slots: int) -> jax.Array:
+    """[B, T / tokens, 4] int32: by blocks of tokens, bounds of tiles of slots, each from the one before on.
+
+    Tiles before the first bound and from the last one on are seen by none of the block's tokens; those from the second
+    to the third by all, whole.
+    """
+    first, end = (x.reshape(x.shape[0], -1, tokens) for x in (seen.first, seen.end))
+    any_from, any_to = first[..., 0] // slots, -(-end[..., -1] // slots)
+    return _bounds(any_from, -(-first[..., -1] // slots), end[..., 0] // slots, any_to)
+
+
+def token_tiles(seen: SeenSlots, slots: int, num_blocks: int, tokens: int) -> jax.Array:
+    """[B, num_blocks, 4] int32: by blocks of slots, bounds of tiles of tokens, as of `slot_tiles`."""
+    first_slot = jnp.arange(num_blocks, dtype=jnp.int32) * slots
+    last_slot = first_slot + slots - 1
+
+    def first_beyond(bounds: jax.Array, slot: jax.Array) -> jax.Array:
+        """The first token of each row whose bound is beyond a slot."""
+        return jax.vmap(lambda row: jnp.searchsorted(row, slot, side="right"))(bounds).astype(jnp.int32)
+
+    any_from, any_to = first_beyond(seen.end, first_slot), first_beyond(seen.first, last_slot)
+    all_from, all_to = first_beyond(seen.end, last_slot), first_beyond(seen.first, first_slot)
+    return _bounds(any_from // tokens, -(-all_from // tokens), all_to // tokens, -(-any_to // tokens))
+
+
+def _bounds(any_from: jax.Array, all_from: jax.Array, all_to: jax.Array, any_to: jax.Array) -> jax.Array:
+    any_to = jnp.maximum(any_from, any_to)
+    all_from = jnp.clip(all_from, any_from, any_to)
+    return jnp.stack([any_from, all_from, jnp.clip(all_to, all_from, any_to), any_to], axis=-1)

@@ -220,17 +220,17 @@ def rat_attention_forward_mosaic(
         )
 
 
-def blocks_of(shape: RatShape) -> Blocks:
+def blocks_of(slots: int) -> Blocks:
     """Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row; the borders between them are not."""
-    if shape.num_chunks <= 512:
+    if slots <= 512:
         return Blocks(64, 2, 2, True)
-    return Blocks(128, 2, 1, turns=shape.num_chunks > 2048)
+    return Blocks(128, 2, 1, turns=slots > 2048)
 
 
 def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None, seen=None):
     """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
-    blocks = blocks or blocks_of(shape)
+    blocks = blocks or blocks_of(keys.shape[1])
     if seen is None:
         places = (jnp.zeros((1, 1), jnp.int32),) * 3
     else:
@@ -282,7 +282,7 @@ def forward(
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
       summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
       summary_values: [B, C, N, H].
-      seen: of packed documents.
+      seen: of packed documents; summaries may be those of a cache then, in C slots of it.
     """
     heads = projected.reshape(shape.batch, shape.tokens, -1, shape.head_dim)
     out, lse = attend(

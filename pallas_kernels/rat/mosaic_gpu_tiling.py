@@ -20,8 +20,6 @@ def unsupported_reason(shape: RatShape) -> str | None:
     """Why the Mosaic GPU kernels cannot run a call and what comes nearest; None where they can."""
     if shape.capability is not None and shape.capability[0] != _HOPPER:
         return f"it needs a card of compute capability 9.0, this one has {shape.capability[0]}.{shape.capability[1]}"
-    if shape.continued:
-        return "it takes no state; implementation 'triton' does"
     if shape.dtype not in DTYPES:
         return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
     if shape.head_dim not in HEAD_DIMS:
@@ -48,10 +46,12 @@ def pad_tokens(shape: RatShape, x: jax.Array, axis: int) -> jax.Array:
 def pad_summaries(shape: RatShape, summaries: jax.Array, seen: SeenSlots | None) -> jax.Array:
     """Zeros take the place of summaries that no chunk completes, and follow them up to a whole tile."""
     if seen is None:
-        summaries = summaries[:, : shape.tokens // shape.chunk_size]
+        summaries, slots = summaries[:, : shape.tokens // shape.chunk_size], padded(shape).num_chunks
     else:
-        summaries = jnp.where(seen.complete[:, :, None, None], summaries, 0)
-    return _pad(summaries, 1, cdiv(padded(shape).num_chunks, TILE) * TILE)
+        slots = summaries.shape[1]
+        if seen.complete is not None:
+            summaries = jnp.where(seen.complete[:, :, None, None], summaries, 0)
+    return _pad(summaries, 1, cdiv(slots, TILE) * TILE)
 
 
 def pad_seen(shape: RatShape, seen: SeenSlots | None) -> SeenSlots | None:

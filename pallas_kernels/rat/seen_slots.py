@@ -13,15 +13,18 @@ from pallas_kernels.rat.shape import RatShape
 
 
 class SeenSlots(NamedTuple):
-    """Of a call of packed documents, in rows that start with their first token."""
+    """Of a call of packed documents."""
 
     first: Any  # [B, T] int32
     end: Any  # [B, T] int32; equal to `first` where a token sees none, as padding does
-    complete: Any  # [B, C] bool: slots that a chunk completes; others hold anything
+    complete: Any | None  # [B, C] bool: slots that a chunk completes; others hold anything. None: all hold numbers
 
 
 def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) -> SeenSlots:
-    """Arguments as of `triton.rat_forward`; a row's first document may begin before its first token."""
+    """In rows that start with their first token: arguments as of `triton.rat_forward`.
+
+    A row's first document may begin before that token.
+    """
     L, token = shape.chunk_size, jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
     is_token = segment_ids != 0
     begins = is_token & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
@@ -35,6 +38,17 @@ def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) ->
     completes = jnp.pad(completes, ((0, 0), (0, shape.num_chunks * L - shape.tokens)))
     complete = completes.reshape(shape.batch, shape.num_chunks, L).any(axis=2)
     return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), complete)
+
+
+def continued_slots(
+    shape: RatShape, segment_ids: jax.Array, positions: jax.Array, first_slots: jax.Array, capacity: int
+) -> SeenSlots:
+    """In a cache of `capacity` slots that holds the call's summaries, too: arguments as of `triton.rat_extend`."""
+    is_token = segment_ids != 0
+    end = jnp.minimum(first_slots + positions // shape.chunk_size, capacity)
+    end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
+    first = jnp.where(is_token, jnp.minimum(first_slots, end), end)
+    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), None)
 
 
 def slot_tiles(seen: SeenSlots, tokens: int, slots: int) -> jax.Array:

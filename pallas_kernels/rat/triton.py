@@ -26,7 +26,7 @@ from pallas_kernels.rat import (
     triton_recurrence_backward,
 )
 from pallas_kernels.rat.beyond import Beyond
-from pallas_kernels.rat.seen_slots import SeenSlots, seen_slots
+from pallas_kernels.rat.seen_slots import SeenSlots, continued_slots, seen_slots
 from pallas_kernels.rat.select import GpuImplementation, attention_passes
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
@@ -104,6 +104,8 @@ def rat_extend(
     positions: jax.Array,
     first_slots: jax.Array,
     held: jax.Array,
+    *,
+    implementation: GpuImplementation = "triton",
 ) -> tuple[jax.Array, State]:
     """Reads tokens that follow a state: out [B, T, D], and the state with them.
 
@@ -112,9 +114,10 @@ def rat_extend(
       projected, gate_bias: see `rat_forward`.
       state: of the tokens before these.
       segment_ids, positions, first_slots, held: see `triton_segments.continued_documents`.
+      implementation: of the attention to summaries.
     """
     places = segment_ids, positions, first_slots, held
-    return extend(launcher.run, shape, projected, gate_bias, state, *places)
+    return extend(launcher.run, shape, projected, gate_bias, state, *places, implementation)
 
 
 def extend(
@@ -127,6 +130,7 @@ def extend(
     positions,
     first_slots,
     held,
+    implementation: GpuImplementation = "triton",
 ):
     """The kernels of `rat_extend` through `run`, on JAX arrays."""
     state_keys, state_values, summary_keys, summary_values = state
@@ -150,10 +154,12 @@ def extend(
     rows = jnp.arange(shape.batch)[:, None]
     summary_keys = summary_keys.at[rows, slots].set(keys, mode="drop")
     summary_values = summary_values.at[rows, slots].set(new_values, mode="drop")
-    out, _ = run(
-        triton_attention.forward_launch(shape, capacity),
-        projected, values, current_scores, queries, summary_keys, summary_values, *documents.of_slots,
-    )  # fmt: skip
+    arrays = projected, values, current_scores, queries, summary_keys, summary_values
+    if implementation == "triton":
+        out, _ = run(triton_attention.forward_launch(shape, capacity), *arrays, *documents.of_slots)
+    else:
+        seen = continued_slots(shape, segment_ids, positions, first_slots, capacity)
+        out, _ = attention_passes(implementation)[0](shape, *arrays, seen=seen)
     any_token = (last >= 0)[:, None, None]
     return out, State(
         jnp.where(any_token, last_keys, state_keys),

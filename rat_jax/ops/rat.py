@@ -59,10 +59,10 @@ def rat_mix(
       num_groups: G, a divisor of N; None: N.
       rope_base: the channel pairs (i, i + H/2) are rotated by chunk * rope_base**(-2 i / H); None: R is left out.
       state: of the tokens before these, with a `SegmentInfo` that continues from them; None where they start their rows
-        and no state is wanted. Of the kernels, only "triton" takes one.
+        and no state is wanted. Of the kernels, "triton" takes one, and "mosaic_gpu" where it is named.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes these
         shapes, and "xla" elsewhere. "mosaic_gpu" and "cudnn" run Triton's recurrence and replace only the attention
-        over chunk summaries; of packed documents "mosaic_gpu" alone, and only where it is named.
+        over chunk summaries; of packed documents "mosaic_gpu" does, where it is named.
 
     Raises:
       ValueError: if sizes are out of range, the channels of `projected` or `gate_bias` do not fit the other arguments,

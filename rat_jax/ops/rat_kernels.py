@@ -79,7 +79,7 @@ class Extend(dispatch.Kernel):
             out, after = rat_decode(*arguments)
         else:
             held = segments.held(state.summary_key.shape[1], self.shape.chunk_size)
-            out, after = rat_extend(*arguments, held)
+            out, after = rat_extend(*arguments, held, implementation=self.implementation)
         return (out, RatState(*after)), None
 
     def plain(

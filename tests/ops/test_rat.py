@@ -265,16 +265,19 @@ READS = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "head_dim"),
+    [("triton", jnp.float32, 8), ("triton", jnp.bfloat16, 8), ("mosaic_gpu", jnp.bfloat16, 64)],
+)
 @pytest.mark.parametrize("name", READS)
-def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, dtype):
+def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, implementation, dtype, head_dim):
     segments, parts = READS[name]
-    case = case_of(40, chunk=4, segments=segments)
+    case = case_of(40, chunk=4, segments=segments, head_dim=head_dim)
     projected, gate_bias = jnp.asarray(case.projected, dtype), jnp.asarray(case.gate_bias)
     sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4, "rope_base": 10_000.0}
 
     def read(implementation):
-        state, end, out, start = RatState.empty(2, 40, 4, 8, 4, dtype), StreamState.empty(2), [], 0
+        state, end, out, start = RatState.empty(2, 40, 4, head_dim, 4, dtype), StreamState.empty(2), [], 0
         for size in parts:
             part = slice(start, start + size)
             layout, end = from_segments(jnp.asarray(segments[:, part]), end)
@@ -284,7 +287,7 @@ def test_reading_into_a_state_on_the_gpu_is_that_of_plain_xla(name, dtype):
         return jnp.concatenate(out, axis=1), state
 
     with jax.default_matmul_precision("highest"):  # plain XLA's float32 products are TF32 on a GPU else
-        found, expected = jax.jit(lambda: read("triton"))(), jax.jit(lambda: read("xla"))()
+        found, expected = jax.jit(lambda: read(implementation))(), jax.jit(lambda: read("xla"))()
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= (1e-6 if dtype == jnp.float32 else 1e-2) * np.linalg.norm(b)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.rat import mosaic_gpu_attention, mosaic_gpu_attention_backward, mosaic_gpu_tiling
-from pallas_kernels.rat.seen_slots import seen_slots, slot_tiles, token_tiles
+from pallas_kernels.rat.seen_slots import continued_slots, seen_slots, slot_tiles, token_tiles
 from pallas_kernels.rat.shape import RatShape
 from tests.pallas_kernels import mosaic_emulator
 
@@ -167,7 +167,6 @@ def test_kernels_lower_for_cuda_with_the_shapes_of_the_call(name, segmented):
         ({"dtype": "float32"}, "bfloat16, float16"),
         ({"head_dim": 96}, "head_dim 96 .* nearest is (64|128)"),
         ({"head_dim": 256}, "nearest is 128"),
-        ({"continued": True}, "implementation 'triton' does"),
         ({"capability": (8, 0)}, r"compute capability 9\.0, this one has 8\.0"),
         ({"batch": 1 << 30}, "too many programs"),
     ],
@@ -255,6 +254,55 @@ def test_emulated_values_of_packed_documents_are_those_of_float64(name, monkeypa
     mosaic_emulator.install(monkeypatch, seed=0)
     p, packed = packed_case(name)
     check_values(p, run_forward, run_backward, packed)
+
+
+# Of a row: where in its stream its tokens begin, the position there in a document, and lengths as of PACKED.
+CONTINUED = [(530, 530, [40, 100, -7, 53]), (83, 20, [200]), (0, 0, [-10, 9, 181])]
+
+
+def check_continued(forward):
+    """Tokens that read the slots of a cache, in which more slots are than their chunks fill."""
+    p = shape_of((3, 200, 4, 2, 64, 4, "bfloat16"), segmented=True, continued=True)
+    x, capacity = inputs(p), 190
+    caches = jax.random.normal(jax.random.key(1), (2, p.batch, capacity, p.num_heads, p.head_dim), jnp.bfloat16)
+    segment_ids, positions = np.zeros((p.batch, p.tokens), np.int32), np.zeros((p.batch, p.tokens), np.int32)
+    first_slots, seen = np.zeros_like(positions), np.zeros((p.batch, p.tokens, capacity), bool)
+    for row, (index, position, lengths) in enumerate(CONTINUED):
+        place = 0
+        for number, length in enumerate(lengths, start=1):
+            for t in range(place, place + length):
+                segment_ids[row, t], positions[row, t] = number, position + t - place
+                first_slots[row, t] = (index - position) // p.chunk_size
+                seen[row, t, first_slots[row, t] : first_slots[row, t] + positions[row, t] // p.chunk_size] = True
+            if length > 0:
+                index, position = index + length, 0
+            place += abs(length)
+    slots = continued_slots(p, segment_ids, positions, first_slots, capacity)
+    arrays = (x["projected"], x["running_values"], x["current_scores"], x["rotated_queries"], *caches)
+    out, lse = forward(p, *arrays, slots)
+    values, own, q, keys, cached = (np.asarray(x.astype(jnp.float32), np.float64) for x in arrays[1:])
+    for b in range(p.batch):
+        for n in range(p.num_heads):
+            scores = np.where(seen[b], q[b, :, n % p.num_groups] @ keys[b, :, n].T, -np.inf)
+            want = np.log2(np.exp2(scores).sum(1) + np.exp2(own[b, n]))
+            heads = (
+                np.exp2(scores - want[:, None]) @ cached[b, :, n] + np.exp2(own[b, n] - want)[:, None] * values[b, :, n]
+            )
+            gate = np.asarray(x["projected"][b, :, n * p.head_dim : (n + 1) * p.head_dim], np.float64)
+            heads /= 1 + np.exp(-gate)
+            found = np.asarray(out[b, :, n * p.head_dim : (n + 1) * p.head_dim], np.float64)
+            assert np.linalg.norm(found - heads) <= 4e-3 * np.linalg.norm(heads)
+            np.testing.assert_allclose(lse[b, n], want, rtol=1e-4, atol=1e-4)
+
+
+def test_emulated_values_of_tokens_that_read_a_cache(monkeypatch):
+    mosaic_emulator.install(monkeypatch, seed=0)
+    check_continued(mosaic_gpu_attention.forward)
+
+
+@pytest.mark.gpu
+def test_values_of_tokens_that_read_a_cache(hopper):
+    check_continued(jax.jit(mosaic_gpu_attention.forward, static_argnums=0))
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -1,6 +1,7 @@
 """Gated linear recurrence over the whole sequence: the RNN that RAT is compared with."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import chrono_gate_bias, project_parts, projection
+from rat_jax.layers import chrono_gate_bias, project_interleaved, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of, require_divides
-from rat_jax.ops.recurrence import gated_recurrence
+from rat_jax.ops.rnn import RnnImplementation, rnn_mix
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
@@ -56,6 +57,7 @@ class Rnn(Mixer):
         "out_proj.kernel": MATRIX_OUT,
         "gate_bias": VECTOR,
     }
+    IMPLEMENTATIONS = typing.get_args(RnnImplementation)
     RELEASE = ReleaseCell(
         "rnn",
         fields={"seq_len": "max_timescale"},
@@ -71,6 +73,7 @@ class Rnn(Mixer):
         *,
         max_timescale: int = RnnConfig.max_timescale,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: RnnImplementation | None = None,
         rngs: nnx.Rngs,
     ):
         """Makes parameters from `rngs`; the arguments are those of `RnnConfig` and `ModelShape`.
@@ -82,6 +85,7 @@ class Rnn(Mixer):
         """
         self.shape = ModelShape(width=width, num_heads=num_heads, dtype=jnp.dtype(dtype).name)
         self.config = RnnConfig(max_timescale)
+        self.implementation = implementation
         self.in_proj = projection(width, 3 * width, jnp.dtype(dtype), rngs)
         self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
         self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, max_timescale))
@@ -89,15 +93,15 @@ class Rnn(Mixer):
     def mix(
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RnnCache | None = None
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:
-        z, value, gate = project_parts(self.in_proj, x, *[self.shape.width] * 3)
-        states = gated_recurrence(
-            gate.astype(jnp.float32) + self.gate_bias[...].reshape(1, 1, -1),
-            value,
-            segment_ids=segments,
-            initial_state=None if memory is None else memory.state,
+        width = self.shape.width
+        mixed = rnn_mix(
+            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=0),
+            self.gate_bias[...],
+            segments,
+            state=None if memory is None else memory.state,
+            implementation=self.implementation,
         )
-        mixed = (jax.nn.sigmoid(z.astype(jnp.float32)) * states).astype(x.dtype)
-        return self.out_proj(mixed), None if memory is None else RnnCache(states[:, -1])
+        return self.out_proj(mixed.out), None if memory is None else RnnCache(mixed.state)
 
     def init_memory(self, batch_size: int, capacity: int) -> RnnCache:
         del capacity  # the state has one size

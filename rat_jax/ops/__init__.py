@@ -10,6 +10,8 @@ from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.residual_linear_attention import ResidualLinearAttentionOutput, residual_linear_attention
+from rat_jax.ops.rnn import rnn_mix
+from rat_jax.ops.rnn_types import RnnOutput
 
 __all__ = [
     "AttentionOutput",
@@ -19,6 +21,7 @@ __all__ = [
     "RatOutput",
     "RatState",
     "ResidualLinearAttentionOutput",
+    "RnnOutput",
     "UnsupportedError",
     "attention",
     "gated_delta_rule",
@@ -26,4 +29,5 @@ __all__ = [
     "linear_attention",
     "rat_mix",
     "residual_linear_attention",
+    "rnn_mix",
 ]

@@ -25,6 +25,7 @@ QUERY, KEY, VALUE = arrays((4, 8), (2, 8), (2, 8))
 PROJECTED, GATE_BIAS = arrays((3 * 16 + 2 * 16,))[0], jnp.linspace(-1.0, 2.0, 16)
 OPS = {
     "rat_mix": lambda **ids: ops.rat_mix(PROJECTED, GATE_BIAS, num_heads=2, chunk_size=4, **ids).out,
+    "rnn_mix": lambda **ids: ops.rnn_mix(PROJECTED[..., :48], GATE_BIAS, **ids).out,
     "attention": lambda **ids: ops.attention(QUERY, KEY, VALUE, **ids).out,
     "windowed_attention": lambda **ids: ops.attention(QUERY, KEY, VALUE, window=3, **ids).out,
     "gated_recurrence": lambda **ids: ops.gated_recurrence(QUERY, QUERY, **ids),

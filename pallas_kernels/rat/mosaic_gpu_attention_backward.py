@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import ROWS
-from pallas_kernels.rat.mosaic_gpu_mask import Seen, load_seen, token_sees_slot
+from pallas_kernels.rat.mosaic_gpu_mask import Seen, load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
 from pallas_kernels.rat.seen_slots import SeenSlots, slot_tiles, token_tiles
 from pallas_kernels.rat.shape import RatShape
@@ -215,12 +215,7 @@ def rat_queries_backward_mosaic(
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     group = lax.axis_index("group")
-    if shape.segmented:
-        first_tile, whole_from, whole_to, end_tile = (bounds[row, order.blocks - 1 - block, i] for i in range(4))
-    else:
-        first_tile = whole_from = 0
-        whole_to = lax.div(lax.div(first_token + group * ROWS, L), BK)
-        end_tile = launch.ceil_div(lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), L), BK)
+    first_tile, whole_from, whole_to, end_tile = tiles_of(shape, bounds, order, block, row, BK)
     tiles = end_tile - first_tile
 
     @pl.when(group < COMPUTE_GROUPS)

@@ -7,6 +7,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.launch import mosaic_gpu as launch
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS
+from pallas_kernels.launch.sizes import ROWS
+from pallas_kernels.rat.shape import RatShape
 
 
 class Seen(NamedTuple):
@@ -19,6 +22,34 @@ class Seen(NamedTuple):
 def load_seen(first_slots: Any, end_slots: Any, row: jax.Array, at: pl.Slice) -> Seen:
     """Of the tokens that are the rows of accumulators, from `seen_slots.SeenSlots` in global memory."""
     return Seen(*(launch.load_rows(slots.at[row, at], 1, optimized=False) for slots in (first_slots, end_slots)))
+
+
+class Tiles(NamedTuple):
+    """Of the tiles of slots that some tokens go through: those from `whole_from` to `whole_to` all of them see whole."""
+
+    first: Any
+    whole_from: Any
+    whole_to: Any
+    end: Any
+
+
+def tiles_of(shape: RatShape, bounds: Any, order: launch.Order, block: jax.Array, row: jax.Array, slots: int) -> Tiles:
+    """Of a program's tokens, the last ones in block 0: they see most. A warpgroup may see more tiles whole.
+
+    Args:
+      shape: of the call.
+      bounds: of `seen_slots.slot_tiles`, read of packed documents.
+      order: of the programs.
+      block: of the program.
+      row: of the program.
+      slots: of a tile.
+    """
+    if shape.segmented:
+        return Tiles(*(bounds[row, order.blocks - 1 - block, i] for i in range(4)))
+    first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)
+    whole = lax.div(lax.div(first_token + lax.axis_index("group") * ROWS, shape.chunk_size), slots)
+    last = lax.div(first_token + (COMPUTE_GROUPS * ROWS - 1), shape.chunk_size)
+    return Tiles(0, 0, whole, launch.ceil_div(last, slots))
 
 
 def token_sees_slot(

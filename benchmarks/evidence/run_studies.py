@@ -13,6 +13,7 @@ over, or a signal came: the same command goes on.
 import argparse
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import queue
@@ -42,12 +43,20 @@ class Sitting:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._longest_secs = 0.0
         self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
         self.failed: list[str] = []
 
     @property
     def is_over(self) -> bool:
         """Whether a further model would not end in time."""
         return self._end is not None and time.monotonic() + self._longest_secs > self._end
+
+    def stop(self) -> None:
+        """Begins no further model, and ends those under way, which are saved."""
+        self._end = -math.inf
+        with self._lock:
+            for process in self._running:
+                process.terminate()
 
     def work(self, card: int | None) -> None:
         """Takes models until there are none, or none that would end in time."""
@@ -63,17 +72,23 @@ class Sitting:
         environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)})
         started = time.monotonic()
         with (self._out / "runs" / f"{model.name}.txt").open("w") as said:
-            code = subprocess.call([*command, *self._flags], stdout=said, stderr=said, env=environment)
+            process = subprocess.Popen([*command, *self._flags], stdout=said, stderr=said, env=environment)
+            with self._lock:
+                self._running.add(process)
+            code = process.wait()
         secs = time.monotonic() - started
         with self._lock:
+            self._running.remove(process)
             self._longest_secs = max(self._longest_secs, secs)
-            if code != 0:
+            if code not in (0, program.INTERRUPTED):
                 self.failed.append(model.name)
             print(f"{model.name}: {_outcome(self._out, model, code)}, {secs:.0f} s", flush=True)
 
 
 def _outcome(out: pathlib.Path, model: Model, code: int) -> str:
     file = result_file(out, model)
+    if code == program.INTERRUPTED:
+        return "interrupted"
     if not file.exists():
         return f"no result, exit code {code}: see {out / 'runs' / model.name}.txt"
     values = json.loads(file.read_text())
@@ -113,8 +128,12 @@ def _run_all(flags: argparse.Namespace) -> int:
     sitting = Sitting(waiting, out, of_model, flags.minutes)
     cards = [None] if flags.gpus is None else list(range(flags.gpus))
     with concurrent.futures.ThreadPoolExecutor(len(cards)) as threads:
-        for done in [threads.submit(sitting.work, card) for card in cards]:
-            done.result()
+        try:
+            for done in [threads.submit(sitting.work, card) for card in cards]:
+                done.result()
+        except KeyboardInterrupt:
+            sitting.stop()
+            raise
     if sitting.failed:
         raise RunStopped(f"without a result or failed: {', '.join(sitting.failed)}")
     return 0 if all(result_file(out, model).exists() for model in wanted) else program.INTERRUPTED

@@ -25,7 +25,7 @@ def load_seen(first_slots: Any, end_slots: Any, row: jax.Array, at: pl.Slice) ->
 
 
 class Tiles(NamedTuple):
-    """Of the tiles of slots that some tokens go through: those from `whole_from` to `whole_to` all of them see whole."""
+    """Of slots, that some tokens go through: those from `whole_from` to `whole_to` all of them see whole."""
 
     first: Any
     whole_from: Any

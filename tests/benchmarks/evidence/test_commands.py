@@ -1,6 +1,9 @@
 """The commands of the studies, from text to tables, with `--small`; and the losses that they measure."""
 
 import json
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -104,20 +107,24 @@ class TestSittings:
         calls = []
         (tmp_path / "corpus").mkdir()
 
-        def call(command, *, stdout, stderr, env):
-            kind, seed = command[3], int(command[4].removeprefix("--seed="))
-            calls.append((kind, seed, env.get("CUDA_VISIBLE_DEVICES")))
-            self.clock += 100
-            if kind == "rnn":
-                return 1
-            (tmp_path / "out" / "results").mkdir(exist_ok=True)
-            lengths = {"64": {"loss": 3.0}}
-            values = {"kind": kind, "seed": seed, "lengths": lengths, "tokens_per_second": 10.0}
-            (tmp_path / "out" / "results" / f"{kind}-{seed}.json").write_text(json.dumps(values))
-            return 0
+        class Process:
+            def __init__(self, command, *, stdout, stderr, env):
+                self.kind, self.seed = command[3], int(command[4].removeprefix("--seed="))
+                calls.append((self.kind, self.seed, env.get("CUDA_VISIBLE_DEVICES")))
+
+            def wait(process):
+                self.clock += 100
+                kind, seed = process.kind, process.seed
+                if kind == "rnn":
+                    return 1
+                (tmp_path / "out" / "results").mkdir(exist_ok=True)
+                lengths = {"64": {"loss": 3.0}}
+                values = {"kind": kind, "seed": seed, "lengths": lengths, "tokens_per_second": 10.0}
+                (tmp_path / "out" / "results" / f"{kind}-{seed}.json").write_text(json.dumps(values))
+                return 0
 
         self.clock = 0.0
-        monkeypatch.setattr(run_studies.subprocess, "call", call)
+        monkeypatch.setattr(run_studies.subprocess, "Popen", Process)
         monkeypatch.setattr(run_studies.time, "monotonic", lambda: self.clock)
         self.flags = ["--out", str(tmp_path / "out"), "--corpus", str(tmp_path / "corpus")]
         return calls
@@ -140,6 +147,28 @@ class TestSittings:
         run_studies.main([*self.flags, "--gpus=2", "--studies=chunks"])
         assert {card for _, _, card in started} <= {"0", "1"}
         assert len({(kind, seed) for kind, seed, _ in started}) == len(started) == 16
+
+    def test_a_signal_begins_no_further_model_and_ends_those_under_way(self, started, monkeypatch, capsys):
+        told = []
+
+        def interrupted(process):
+            if told:
+                return 75
+            told.append("wait")
+            time.sleep(0.2)  # until the main thread waits
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            while len(told) < 2:
+                time.sleep(0.01)
+            return 75
+
+        monkeypatch.setattr(run_studies.subprocess.Popen, "wait", interrupted)
+        monkeypatch.setattr(
+            run_studies.subprocess.Popen, "terminate", lambda process: told.append("end"), raising=False
+        )
+        assert run_studies.main([*self.flags, "--kinds", "rat", "rat_4"]) == 75
+        assert told == ["wait", "end"] and len(started) == 1
+        said = capsys.readouterr()
+        assert "rat-0: interrupted" in said.out and "nothing is lost" in said.err
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -139,6 +139,18 @@ def require_continuing(name: str, state: object | None, segment_ids: Array | Seg
         )
 
 
+def require_positions(state: object | None, segment_ids: Array | SegmentInfo | None) -> None:
+    """Refuses a state without the positions that its rows go on from.
+
+    Raises:
+      ValueError: if there is a state, and no `SegmentInfo`.
+    """
+    if state is not None and not isinstance(segment_ids, SegmentInfo):
+        raise ValueError(
+            "a state holds no positions: give a SegmentInfo (rat_jax.segments.from_segments) that continues the rows"
+        )
+
+
 def whole_rows(batch_size: int, num_tokens: int) -> SegmentInfo:
     """The segments of rows that are one document each, from its start, without padding."""
     indices = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32), (batch_size, num_tokens))

@@ -22,7 +22,7 @@ from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import LOG2_E, ROWS
 from pallas_kernels.rat.mosaic_gpu_mask import load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
-from pallas_kernels.rat.seen_slots import SeenSlots, slot_tiles
+from pallas_kernels.rat.seen_slots import SeenSlots, places, slot_tiles
 from pallas_kernels.rat.shape import RatShape
 
 
@@ -226,10 +226,6 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
     """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
     dtype = jnp.dtype(shape.dtype)
     blocks = blocks or blocks_of(keys.shape[1])
-    if seen is None:
-        places = (jnp.zeros((1, 1), jnp.int32),) * 3
-    else:
-        places = seen.first, seen.end, slot_tiles(seen, COMPUTE_GROUPS * ROWS, blocks.keys)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
@@ -254,7 +250,15 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
-    )(projected, running_values, current_scores, queries, keys, values, *places)
+    )(
+        projected,
+        running_values,
+        current_scores,
+        queries,
+        keys,
+        values,
+        *places(seen, lambda seen: slot_tiles(seen, COMPUTE_GROUPS * ROWS, blocks.keys)),
+    )
 
 
 def forward(

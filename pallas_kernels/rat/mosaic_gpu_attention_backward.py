@@ -22,7 +22,7 @@ from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import ROWS
 from pallas_kernels.rat.mosaic_gpu_mask import Seen, load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
-from pallas_kernels.rat.seen_slots import SeenSlots, slot_tiles, token_tiles
+from pallas_kernels.rat.seen_slots import SeenSlots, places, slot_tiles, token_tiles
 from pallas_kernels.rat.shape import RatShape
 
 # Measured for head_dim 128 in bfloat16 at 256, 1024 and 8192 slots a row.
@@ -157,10 +157,8 @@ def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, val
     dtype = jnp.dtype(shape.dtype)
     slots = keys.shape[1]
     order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_heads)
-    places, bound_ring = (jnp.zeros((1, 1), jnp.int32),) * 3, (1, QUERIES)  # placeholders
-    if seen is not None:
-        places = seen.first, seen.end, token_tiles(seen, COMPUTE_GROUPS * ROWS, order.blocks, QUERIES)
-        bound_ring = (QUERY_STAGES, QUERIES)
+    bounds = places(seen, lambda seen: token_tiles(seen, COMPUTE_GROUPS * ROWS, order.blocks, QUERIES))
+    bound_ring = (QUERY_STAGES if shape.segmented else 1, QUERIES)
     tile, ring = (COMPUTE_GROUPS, ROWS, shape.head_dim), (QUERY_STAGES, QUERIES, shape.head_dim)
     summaries = jax.ShapeDtypeStruct((shape.batch, slots, shape.num_heads, shape.head_dim), jnp.float32)
     return launch.kernel(
@@ -181,7 +179,7 @@ def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, val
             plgpu.Barrier(num_arrivals=6 if shape.segmented else 4, num_barriers=QUERY_STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=QUERY_STAGES),
         ),
-    )(d_heads, delta, lse, queries, keys, values, *places)
+    )(d_heads, delta, lse, queries, keys, values, *bounds)
 
 
 def rat_queries_backward_mosaic(
@@ -301,10 +299,7 @@ def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, value
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     mine = HEADS * COMPUTE_GROUPS
     ring = (KEY_STAGES, KEYS, shape.head_dim)
-    if seen is None:
-        places = (jnp.zeros((1, 1), jnp.int32),) * 3
-    else:
-        places = seen.first, seen.end, slot_tiles(seen, COMPUTE_GROUPS * ROWS, KEYS)
+    bounds = places(seen, lambda seen: slot_tiles(seen, COMPUTE_GROUPS * ROWS, KEYS))
     return launch.kernel(
         functools.partial(rat_queries_backward_mosaic, shape=shape, order=order),
         name=rat_queries_backward_mosaic.__name__,
@@ -325,7 +320,7 @@ def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, value
             plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=KEY_STAGES),
         ),
-    )(d_heads, delta, lse, queries, keys, values, *places)
+    )(d_heads, delta, lse, queries, keys, values, *bounds)
 
 
 def backward(

@@ -1,15 +1,17 @@
-"""Which summaries each token of packed documents sees, and in tiles.
+"""Which slots the summaries of packed documents lie in, and which of them each token sees, also in tiles.
 
 Chunks of a document end L tokens apart, so that those that a token may see lie in neighbouring slots: `first` ..
 `end` - 1. Documents follow each other, so that neither bound ever falls along a row.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.rat.shape import RatShape
+from pallas_kernels.rat.triton_tiling import NEVER
 
 
 class SeenSlots(NamedTuple):
@@ -34,9 +36,7 @@ def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) ->
     end = document_first + positions // L - position // L
     end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
     first = jnp.where(is_token, document_first, end)
-    completes = is_token & (positions % L == L - 1)
-    completes = jnp.pad(completes, ((0, 0), (0, shape.num_chunks * L - shape.tokens)))
-    complete = completes.reshape(shape.batch, shape.num_chunks, L).any(axis=2)
+    complete = completing_tokens(shape, is_token, positions) < NEVER
     return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), complete)
 
 
@@ -49,6 +49,19 @@ def continued_slots(
     end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
     first = jnp.where(is_token, jnp.minimum(first_slots, end), end)
     return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), None)
+
+
+def completing_tokens(shape: RatShape, is_token: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, ceil(T / L)] int32: array index of the token that completes a chunk, at most one in a block of L tokens."""
+    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+    ends = jnp.where(is_token & (positions % shape.chunk_size == shape.chunk_size - 1), token, NEVER)
+    ends = jnp.pad(ends, ((0, 0), (0, shape.num_chunks * shape.chunk_size - shape.tokens)), constant_values=NEVER)
+    return jnp.min(ends.reshape(shape.batch, shape.num_chunks, shape.chunk_size), axis=2)
+
+
+def places(seen: SeenSlots | None, tiles: Callable[[SeenSlots], jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What kernels take: both bounds and those of tiles; placeholders of rows that are one document each."""
+    return (jnp.zeros((1, 1), jnp.int32),) * 3 if seen is None else (seen.first, seen.end, tiles(seen))
 
 
 def slot_tiles(seen: SeenSlots, tokens: int, slots: int) -> jax.Array:

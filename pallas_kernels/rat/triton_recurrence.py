@@ -10,6 +10,7 @@ import triton.language as tl
 
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import Launch
+from pallas_kernels.launch.triton_math import sigmoids
 from pallas_kernels.rat.shape import RatShape
 
 
@@ -159,9 +160,7 @@ def rat_recurrence_forward(
 @triton.jit
 def gates(x, use, IDENTITY: tl.constexpr):
     """The gate f = sigmoid(x) and w = 1 - f, each to full relative precision; if IDENTITY, (1, 0) unless `use`."""
-    ratio = tl.exp2(tl.maximum(x, -80.0) * -1.4426950408889634)
-    f = 1.0 / (1.0 + ratio)
-    w = ratio * f
+    f, w = sigmoids(x)
     if IDENTITY:
         f = tl.where(use, f, 1.0)
         w = tl.where(use, w, 0.0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.rat.seen_slots import completing_tokens
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_attention_backward import summaries_launch
 from pallas_kernels.rat.triton_tiling import NEVER
@@ -101,14 +102,6 @@ def continued_documents(
         jnp.zeros((1, 1), jnp.int32),
     )
     return places, slots
-
-
-def completing_tokens(shape: RatShape, is_token: jax.Array, positions: jax.Array) -> jax.Array:
-    """[B, ceil(T / L)] int32: array index of the token that completes a chunk, at most one in a block of L tokens."""
-    token = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
-    ends = jnp.where(is_token & (positions % shape.chunk_size == shape.chunk_size - 1), token, NEVER)
-    ends = jnp.pad(ends, ((0, 0), (0, shape.num_chunks * shape.chunk_size - shape.tokens)), constant_values=NEVER)
-    return jnp.min(ends.reshape(shape.batch, shape.num_chunks, shape.chunk_size), axis=2)
 
 
 def _chunk_starts(is_token: jax.Array, starts: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from pallas_kernels.launch.sizes import cdiv
 from pallas_kernels.launch.triton import Launch
+from pallas_kernels.launch.triton_math import sigmoids
 from pallas_kernels.rnn.shape import RnnShape
-from pallas_kernels.rnn.triton_forward import kind_of, launch_of, place, rates, sigmoids
+from pallas_kernels.rnn.triton_forward import kind_of, launch_of, load, place, rates
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,11 +40,9 @@ def rnn_spans_backward(
         ahead = ()
         for i in tl.static_range(PIECE):
             token = span * SPAN + SPAN - 1 - back - i
-            at = (row * tokens + token) * (3 * D) + channel
-            use = inside & (token < tokens)
-            z = tl.load(projected + at, mask=use, other=0.0)
-            gate = tl.load(projected + at + 2 * D, mask=use, other=0.0)
-            d = tl.load(d_out + (row * tokens + token) * D + channel, mask=use, other=0.0)
+            z = load(projected, row, token, tokens, 3 * D, channel, inside)
+            gate = load(projected, row, token, tokens, 3 * D, 2 * D + channel, inside)
+            d = load(d_out, row, token, tokens, D, channel, inside)
             ahead = ahead + ((z, gate, d, kind_of(kinds, row, token, tokens, SEGMENTED)),)  # noqa: RUF005
         for i in tl.static_range(PIECE):
             z, gate, d, kind = ahead[i]
@@ -85,12 +84,10 @@ def rnn_backward(
         state = tl.load(piece_states + at_piece, mask=inside & (first < tokens), other=0.0)
         ahead = ()
         for i in tl.static_range(PIECE):
-            at = (row * tokens + first + i) * (3 * D) + channel
-            use = inside & (first + i < tokens)
-            z = tl.load(projected + at, mask=use, other=0.0)
-            value = tl.load(projected + at + D, mask=use, other=0.0)
-            gate = tl.load(projected + at + 2 * D, mask=use, other=0.0)
-            d = tl.load(d_out + (row * tokens + first + i) * D + channel, mask=use, other=0.0)
+            z = load(projected, row, first + i, tokens, 3 * D, channel, inside)
+            value = load(projected, row, first + i, tokens, 3 * D, D + channel, inside)
+            gate = load(projected, row, first + i, tokens, 3 * D, 2 * D + channel, inside)
+            d = load(d_out, row, first + i, tokens, D, channel, inside)
             kind = kind_of(kinds, row, first + i, tokens, SEGMENTED)
             ahead = ahead + ((z, value, gate, d, kind),)  # noqa: RUF005
         kept = ()

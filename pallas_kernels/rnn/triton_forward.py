@@ -5,6 +5,7 @@ import triton.language as tl
 
 from pallas_kernels.launch.sizes import cdiv
 from pallas_kernels.launch.triton import Launch
+from pallas_kernels.launch.triton_math import sigmoids
 from pallas_kernels.rnn.shape import RnnShape
 from pallas_kernels.rnn.triton_tiling import CHANNELS, PIECE
 
@@ -32,10 +33,8 @@ def rnn_spans_forward(
         ahead = ()
         for i in tl.static_range(PIECE):
             token = span * SPAN + start + i
-            at = (row * tokens + token) * (3 * D) + channel
-            use = inside & (token < tokens)
-            value = tl.load(projected + at + D, mask=use, other=0.0)
-            gate = tl.load(projected + at + 2 * D, mask=use, other=0.0)
+            value = load(projected, row, token, tokens, 3 * D, D + channel, inside)
+            gate = load(projected, row, token, tokens, 3 * D, 2 * D + channel, inside)
             ahead = ahead + ((value, gate, kind_of(kinds, row, token, tokens, SEGMENTED)),)  # noqa: RUF005
         for i in tl.static_range(PIECE):
             value, gate, kind = ahead[i]
@@ -73,11 +72,9 @@ def rnn_forward(
         tl.store(piece_states + at_piece, state, mask=inside & (first < tokens))
         ahead = ()
         for i in tl.static_range(PIECE):
-            at = (row * tokens + first + i) * (3 * D) + channel
-            use = inside & (first + i < tokens)
-            z = tl.load(projected + at, mask=use, other=0.0)
-            value = tl.load(projected + at + D, mask=use, other=0.0)
-            gate = tl.load(projected + at + 2 * D, mask=use, other=0.0)
+            z = load(projected, row, first + i, tokens, 3 * D, channel, inside)
+            value = load(projected, row, first + i, tokens, 3 * D, D + channel, inside)
+            gate = load(projected, row, first + i, tokens, 3 * D, 2 * D + channel, inside)
             ahead = ahead + ((z, value, gate, kind_of(kinds, row, first + i, tokens, SEGMENTED)),)  # noqa: RUF005
         for i in tl.static_range(PIECE):
             z, value, gate, kind = ahead[i]
@@ -108,11 +105,9 @@ def kind_of(kinds, row, token, tokens, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def sigmoids(x):
-    """The sigmoid of x, and 1 less it, each to full relative precision."""
-    ratio = tl.exp2(tl.maximum(x, -80.0) * -1.4426950408889634)
-    opened = 1.0 / (1.0 + ratio)
-    return opened, ratio * opened
+def load(array, row, token, tokens, WIDTH: tl.constexpr, channel, inside):
+    """Channels of a token of [B, T, WIDTH]; 0 after the row."""
+    return tl.load(array + (row * tokens + token) * WIDTH + channel, mask=inside & (token < tokens), other=0.0)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from pallas_kernels.rat.shape import RatShape
 from rat_jax.mesh import CONTEXT_AXIS, TENSOR_AXIS, num_parts
 from rat_jax.ops import cut, dispatch, platform, rat_kernels, rat_xla
 from rat_jax.ops.rat_types import RatOutput, RatState
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.segments import SegmentInfo, as_segments, require_positions
 from rat_jax.shapes import Array, Float, Float32, Int
 
 RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"]
@@ -82,10 +82,7 @@ def rat_mix(
     )
     if rope_base is not None and rope_base <= 1:
         raise ValueError(f"rope_base must be above 1, got {rope_base}")
-    if state is not None and not isinstance(segment_ids, SegmentInfo):
-        raise ValueError(
-            "a state holds no positions: give a SegmentInfo (rat_jax.segments.from_segments) that continues the rows"
-        )
+    require_positions(state, segment_ids)
     segments = as_segments(segment_ids, (batch, tokens))
     if cut.is_cut():
         cut.refuse_state("state", state)

@@ -6,7 +6,7 @@ from pallas_kernels.rnn import triton_tiling
 from pallas_kernels.rnn.shape import RnnShape
 from rat_jax.ops import context, cut, dispatch, rnn_kernels, rnn_xla
 from rat_jax.ops.rnn_types import RnnOutput
-from rat_jax.segments import SegmentInfo, as_segments
+from rat_jax.segments import SegmentInfo, as_segments, require_positions
 from rat_jax.shapes import Array, Float, Float32, Int
 
 RnnImplementation = Literal["xla", "triton"]
@@ -47,10 +47,7 @@ def rnn_mix(
         raise ValueError(f"projected must be [B, T, 3 D] and gate_bias [D], got {projected.shape}, {gate_bias.shape}")
     batch, tokens, channels = projected.shape
     dispatch.check_whole(1, rows=batch, tokens=tokens)
-    if state is not None and not isinstance(segment_ids, SegmentInfo):
-        raise ValueError(
-            "a state holds no positions: give a SegmentInfo (rat_jax.segments.from_segments) that continues the rows"
-        )
+    require_positions(state, segment_ids)
     segments = as_segments(segment_ids, (batch, tokens))
     if cut.is_cut():
         cut.refuse_state("state", state)

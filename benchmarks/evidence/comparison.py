@@ -107,12 +107,16 @@ class Results:
             return None
         return self.seed_deviation * math.sqrt(sum(1 / len(self.by_kind[kind].models) for kind in kinds))
 
+    def difference(self, kind: str, other: str) -> float:
+        """Of a kind's loss less another's, at the training length."""
+        return self.by_kind[kind].loss(self.length) - self.by_kind[other].loss(self.length)
+
     def verdict(self, kind: str, other: str) -> Verdict | None:
         """Whether a kind's loss is lower or higher than another's by more than two standard errors of seeds."""
         error = self.error(kind, other)
         if error is None:
             return None
-        difference = self.by_kind[kind].loss(self.length) - self.by_kind[other].loss(self.length)
+        difference = self.difference(kind, other)
         return "tie" if abs(difference) <= 2 * error else "lower" if difference < 0 else "higher"
 
     def interval(self, kind: str, length: int) -> tuple[float, float]:

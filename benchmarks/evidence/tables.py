@@ -25,8 +25,10 @@ def loss_table(results: Results, kinds: Sequence[str]) -> str:
         if kind == BASELINE or BASELINE not in results.by_kind:
             row += ["", "", ""]
         else:
-            difference = result.loss(length) - results.by_kind[BASELINE].loss(length)
-            row += [f"{difference:+.4f}", _range(results.difference_interval(kind, BASELINE, length))]
+            row += [
+                f"{results.difference(kind, BASELINE):+.4f}",
+                _range(results.difference_interval(kind, BASELINE, length)),
+            ]
             row.append(results.verdict(kind, BASELINE) or "")
         rows.append([*row, f"{result.tokens_per_second:,.0f}"])
     return _markdown(header, rows, right=range(1, len(header)))
@@ -74,7 +76,7 @@ def claims_table(results: Results) -> str:
     for claim, kind, other, agreeing in claims:
         if kind in results.by_kind and other in results.by_kind:
             length, verdict = results.length, results.verdict(kind, other)
-            difference = results.by_kind[kind].loss(length) - results.by_kind[other].loss(length)
+            difference = results.difference(kind, other)
             shown = "not known" if verdict is None else "yes" if verdict in agreeing else "no"
             interval = _range(results.difference_interval(kind, other, length))
             rows.append([claim, f"{difference:+.4f}", interval, verdict or "", shown])
@@ -83,7 +85,9 @@ def claims_table(results: Results) -> str:
             length = results.by_kind[kind].lengths[2]
             growth = results.by_kind[kind].loss(length) - results.by_kind[kind].loss(results.length)
             interval = results.growth_interval(kind, length)
-            rows.append([f"{kind}: flat to 4x", f"{growth:+.4f}", _range(interval), "", _yes(interval[0] <= 0)])
+            rows.append(
+                [f"{kind}: flat to 4x", f"{growth:+.4f}", _range(interval), "", "yes" if interval[0] <= 0 else "no"]
+            )
     return _markdown(["claim", "difference, nats", "95 % interval of the text", "by seeds", "shown"], rows, range(1, 3))
 
 
@@ -97,10 +101,6 @@ def failures_table(results: Results) -> str:
 def question(study: str) -> str:
     """A heading."""
     return f"## {STUDIES[study].question}"
-
-
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "no"
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -11,6 +11,8 @@ from rat_jax.checkpoints import LoadedModel
 from rat_jax.data.batch import Batch
 from rat_jax.data.corpus import Corpus
 from rat_jax.data.pipeline import ValidationData
+from rat_jax.evaluation.perplexity import bucket_edges
+from rat_jax.evaluation.position_sums import PositionSums
 from rat_jax.loss import token_scores
 
 
@@ -33,13 +35,12 @@ class TokenLosses:
 
     def by_octave(self) -> list[tuple[int, float]]:
         """The first position of each octave of positions, the first of which are 0 to 15, and the mean loss there."""
-        octaves = np.maximum(3, np.log2(self.positions + 1e-9).astype(int))
-        found = []
-        for octave in range(3, int(octaves.max()) + 1):
-            here = self.losses[octaves == octave]
-            if here.size:
-                found.append((0 if octave == 3 else 2**octave, float(here.mean())))
-        return found
+        sums = PositionSums(
+            np.bincount(self.positions, self.losses, minlength=self.context_length),
+            np.bincount(self.positions, minlength=self.context_length),
+        )
+        buckets = sums.buckets(range(self.context_length + 1), bucket_edges(self.context_length, per_octave=1))
+        return [(bucket.first, bucket.loss) for bucket in buckets if bucket.loss is not None]
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

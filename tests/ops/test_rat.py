@@ -14,6 +14,7 @@ from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference
+from tests.jax_triton import require_jax_triton
 from tests.pallas_kernels.rat.loop import Case, loop
 
 PACKED = np.array([[1] * 7 + [2] * 21 + [0] * 2 + [3] * 9 + [1], [5] * 1 + [1] * 36 + [0] * 3])
@@ -188,10 +189,7 @@ def gradient_of_256_tokens(implementation, packed=False):
     ],
 )
 def test_the_kernels_are_traced_for_a_gpu(implementation, capability, packed, attention_kernels, monkeypatch):
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: capability)
     gradient, arrays = gradient_of_256_tokens(implementation, packed)

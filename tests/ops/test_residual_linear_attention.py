@@ -16,6 +16,7 @@ from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.segments import whole_rows
 from tests import reference
+from tests.jax_triton import require_jax_triton
 
 FOLDER = pathlib.Path(__file__).parent.parent / "testdata"
 
@@ -142,10 +143,7 @@ def trace_for(monkeypatch, kernel):
 
 
 def test_the_triton_kernels_are_traced_for_a_gpu(monkeypatch):
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    require_jax_triton()
     trace_for(monkeypatch, "triton")
 
     def loss(arrays):

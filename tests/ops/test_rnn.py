@@ -8,6 +8,7 @@ import pytest
 from rat_jax.ops import UnsupportedError, platform, rnn_mix
 from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference
+from tests.jax_triton import require_jax_triton
 
 PACKED = np.array([[4] * 5 + [2] * 9 + [0] * 2 + [7] * 24, [0] * 3 + [1] * 37])
 
@@ -81,10 +82,7 @@ def test_a_state_goes_on(implementation, parts):
 
 
 def test_the_kernels_are_traced_where_they_are_named(monkeypatch):
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
     for implementation, is_kernel in (("triton", True), (None, False)):

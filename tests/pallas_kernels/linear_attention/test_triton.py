@@ -15,6 +15,7 @@ from pallas_kernels.linear_attention import triton, triton_backward, triton_tili
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.linear_attention.triton_outputs import outputs_launch
 from pallas_kernels.linear_attention.triton_states import scan_launch, states_launch, totals_launch
+from tests.jax_triton import require_jax_triton
 from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.linear_attention import triton_twin
 from tests.pallas_kernels.linear_attention.triton_twin import CASES, LinearCase, tiling_of
@@ -144,7 +145,7 @@ def test_unsupported_calls_say_why(changes, reason):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_kernels_are_traced_under_their_names(packed):
-    import_jax_triton()
+    require_jax_triton()
     query, key = jnp.zeros((2, 70, 4, 20), jnp.bfloat16), jnp.zeros((2, 70, 2, 20), jnp.bfloat16)
     more = {"initial_state": jnp.zeros((1, 4, 40, 20)), "segment_ids": jnp.zeros((2, 70), jnp.int32)} if packed else {}
     sizes = {"segmented": True, "initial_rows": 1, "initial_heads": 4} if packed else {}
@@ -165,13 +166,6 @@ def test_kernels_are_traced_under_their_names(packed):
     assert (d_initial is not None) == packed
     if packed:
         assert (d_initial.shape, d_initial.dtype) == ((1, 4, 40, 20), jnp.float32)
-
-
-def import_jax_triton():
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from pallas_kernels.rat import (
     triton_tiling,
 )
 from pallas_kernels.rat.state import State
+from tests.jax_triton import require_jax_triton
 from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.rat import triton_twin
 
@@ -150,7 +151,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 
 def test_calls_are_traced_under_the_kernels_names():
-    import_jax_triton()
+    require_jax_triton()
     shape = triton_twin.shape_of(2, 10, 4, 2, 16, 4, "bfloat16")
     projected, bias = jnp.zeros((2, 10, shape.projected_width), jnp.bfloat16), jnp.zeros(64)
 
@@ -169,7 +170,7 @@ def test_calls_are_traced_under_the_kernels_names():
 
 
 def test_a_decode_step_is_traced_with_its_state():
-    import_jax_triton()
+    require_jax_triton()
     shape = triton_twin.shape_of(2, 1, 4, 2, 16, 4, "bfloat16")
     running, summaries = jnp.zeros((2, 4, 16)), jnp.zeros((2, 300, 4, 16), jnp.bfloat16)
     state = State(running, running, summaries, summaries)
@@ -178,13 +179,6 @@ def test_a_decode_step_is_traced_with_its_state():
     out, after = jax.eval_shape(lambda *arrays: triton_decode.rat_decode(shape, *arrays), *arrays)
     assert out.shape == (2, 1, 64)
     assert [(x.shape, x.dtype) for x in after] == [(x.shape, x.dtype) for x in state]
-
-
-def import_jax_triton():
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ pytest.importorskip("torch", reason="triton's interpreter works on torch tensors
 
 from pallas_kernels.rnn import triton, triton_backward, triton_forward, triton_tiling
 from pallas_kernels.rnn.shape import RnnShape
+from tests.jax_triton import require_jax_triton
 from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.rnn import triton_twin
 
@@ -79,10 +80,7 @@ def test_unsupported_calls_say_why(change, reason):
 
 
 def test_calls_are_traced_under_the_kernels_names():
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"jax-triton 0.3 cannot be imported without a GPU: {error}")
+    require_jax_triton()
     shape = RnnShape(2, 600, 16, "bfloat16", segmented=False)
     projected, bias = jnp.zeros((2, 600, 48), jnp.bfloat16), jnp.zeros(16)
 

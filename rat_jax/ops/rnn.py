@@ -11,7 +11,7 @@ from rat_jax.shapes import Array, Float, Float32, Int
 
 RnnImplementation = Literal["xla", "triton"]
 
-_FASTEST_FIRST = ()  # Triton's kernels have not run on a card
+_FASTEST_FIRST = ("triton",)
 
 
 def rnn_mix(
@@ -35,7 +35,7 @@ def rnn_mix(
       state: h after the tokens before these, with a `SegmentInfo` that continues from them; None where they start
         their rows and no state is wanted.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes the
-        call, and "xla" elsewhere. "triton" is taken only where it is named.
+        call, and "xla" elsewhere and for one token, which XLA joins with what surrounds it.
 
     Raises:
       ValueError: if shapes do not fit, or a `state` comes without a `SegmentInfo`.
@@ -73,7 +73,8 @@ def rnn_mix(
             return "it takes whole rows, and the mesh in use cuts them; implementation 'xla' does"
         return triton_tiling.unsupported_reason(shape)
 
-    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
+    order = _FASTEST_FIRST if tokens > 1 else ()
+    chosen = dispatch.choose(implementation, order, batch, unsupported_reason)
     if chosen == "xla":
         return rnn_xla.mix(projected, gate_bias, segments, state)
     return rnn_kernels.mix(chosen, implementation is None, shape, projected, gate_bias, segments, state)

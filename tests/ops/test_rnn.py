@@ -81,16 +81,21 @@ def test_a_state_goes_on(implementation, parts):
     np.testing.assert_allclose(found[is_token], wanted[is_token], atol=2e-6)
 
 
-def test_the_kernels_are_traced_where_they_are_named(monkeypatch):
+def test_the_kernels_are_traced_for_a_gpu_but_of_one_token(monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
-    for implementation, is_kernel in (("triton", True), (None, False)):
+    for implementation, tokens, is_kernel in (
+        ("triton", 40, True),
+        (None, 40, True),
+        (None, 1, False),
+        ("xla", 40, False),
+    ):
 
         def loss(projected, gate_bias, implementation=implementation):
             return rnn_mix(projected, gate_bias, implementation=implementation).out.sum()
 
-        text = str(jax.jit(jax.grad(loss)).trace(*arrays(40)).jaxpr)
+        text = str(jax.jit(jax.grad(loss)).trace(*arrays(tokens)).jaxpr)
         assert all((name in text) == is_kernel for name in ("rnn_forward", "rnn_backward"))
 
 

@@ -14,7 +14,7 @@ RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"
 # Mosaic GPU's attention was the fastest at every length measured on Hopper; cuDNN's, faster than Triton's there from
 # 4096 summaries on, was not measured on other cards.
 _FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
-_FASTEST_PACKED = ("triton", "pallas_tpu")  # Mosaic GPU's attention over packed documents has not run on a card
+_FASTEST_PACKED = ("triton", "pallas_tpu")  # Mosaic GPU's attention over packed documents was timed at one length
 
 
 def rat_mix(

@@ -8,6 +8,10 @@ With dv~, dk~ the gradients that reach one head's states from everything but the
 The difference v~_t - v_t is computed as f_t (v~_{t-1} - v_t), which loses nothing where the gate is nearly shut. What
 reaches the states: p_t do_t on v~_t and ds_t q_t / sqrt(H) on k~_t from the current pair, and at a chunk's last token
 the gradients of its summary. Queries and keys are shared by the heads of a group, so a program sums over these.
+
+Chunks of packed documents start anywhere, so that programs there take tokens in place of chunks. A chunk that lies over
+a program's border is walked by both programs: the one of its end runs the recurrence from its start, and the one of
+its start sums up what comes from its later tokens, for each head before the piece by piece work.
 """
 
 import triton
@@ -18,6 +22,8 @@ from pallas_kernels.launch.triton import Launch
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_recurrence import gates, size_constants
 from pallas_kernels.rat.triton_tiling import PIECE_TOKENS
+
+PROGRAM_TOKENS = 128  # of a program, about
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -36,8 +42,8 @@ def rat_recurrence_backward(
     d_summary_values,  # [B, C, N, H] float32
     d_projected,  # [B, T, 3 D + 2 G H]: dv, dg, dq, dk are written, dz is there already
     tokens,  # T
-    d_bias,  # [B, blocks of chunks, D] float32: partial sums
-    saved,  # [B, C, PIECES, 4, D] float32: v~, k~ before a piece, DV, DK after it; not used if PIECES is 1
+    d_bias,  # [B, programs of a row, D] float32: partial sums
+    saved,  # [B, C, PIECES, 4, D] float32: v~, k~ before a piece, DV, DK after it; used if SEGMENTED or PIECES above 1
     d_projected_alias,
     L: tl.constexpr,
     N: tl.constexpr,
@@ -45,7 +51,7 @@ def rat_recurrence_backward(
     H: tl.constexpr,
     ROPE: tl.constexpr,
     SEGMENTED: tl.constexpr,
-    CHUNKS: tl.constexpr,  # chunks of a program, one after the other
+    CHUNKS: tl.constexpr,  # chunks of a program, one after the other; blocks of L tokens if SEGMENTED
     CHANNELS: tl.constexpr,  # channels of a program
     PIECE: tl.constexpr,  # tokens whose states are held in registers
     PIECES: tl.constexpr,
@@ -53,7 +59,7 @@ def rat_recurrence_backward(
     """One program: CHUNKS chunks, CHANNELS channels of a group, its heads one after the other, usually one warp.
 
     A token's tile is a vector of channels, so that nothing is exchanged between threads; the sums over heads stay in
-    registers for a piece of a chunk.
+    registers for a piece of a chunk. If SEGMENTED, blocks of L tokens are taken in place of chunks, last first.
     """
     D: tl.constexpr = N * H
     BLOCKS: tl.constexpr = (H + CHANNELS - 1) // CHANNELS
@@ -63,62 +69,188 @@ def rat_recurrence_backward(
     slots = tl.cdiv(tokens, L)
     channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
     bias_to = d_bias + (row * tl.cdiv(slots, CHUNKS) + block) * D + channel
-    for i in range(CHUNKS):
-        chunk = block * CHUNKS + i
-        if chunk < slots:
-            saved_from = saved + (row * slots + chunk) * (PIECES * 4 * D) + channel
-            if PIECES > 1:
-                for n in range(g, N, G):
-                    _save_states(
-                        projected, gate_bias, positions, chunk_starts, saved_from + n * H, row, chunk, tokens, n,
-                        channel, L, N, G, H, SEGMENTED, PIECE, PIECES,
+    if SEGMENTED:
+        begin = block * CHUNKS
+        end = tl.minimum(begin + CHUNKS, slots)
+        saved_from = saved + (row * slots + begin) * (PIECES * 4 * D) + channel
+        last = (end - begin) * PIECES - 1
+        for n in range(g, N, G):
+            _save_gradients_of_later(
+                projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
+                d_heads, d_summary_keys, d_summary_values, saved_from + n * H + last * (4 * D), row, end, tokens, g, n,
+                channel, L, N, G, H, ROPE, PIECE, PIECES,
+            )  # fmt: skip
+            _save_segmented_states(
+                projected, gate_bias, chunk_starts, saved_from + n * H, row, begin, end, tokens, n, channel,
+                L, N, G, H, PIECE, PIECES,
+            )  # fmt: skip
+        tl.debug_barrier()
+        for back in range(last + 1):
+            index = last - back
+            _piece_backward(
+                projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
+                d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected,
+                saved_from + (index - index % PIECES) * (4 * D), bias_to,
+                row, begin + index // PIECES, index % PIECES, back == 0, index > 0, tokens, g, channel,
+                L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
+            )  # fmt: skip
+    else:
+        for i in range(CHUNKS):
+            chunk = block * CHUNKS + i
+            if chunk < slots:
+                saved_from = saved + (row * slots + chunk) * (PIECES * 4 * D) + channel
+                if PIECES > 1:
+                    for n in range(g, N, G):
+                        _save_states(
+                            projected, gate_bias, saved_from + n * H, row, chunk, tokens, n, channel,
+                            L, N, G, H, PIECE, PIECES,
+                        )  # fmt: skip
+                    tl.debug_barrier()
+                for back in range(PIECES):
+                    _piece_backward(
+                        projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights,
+                        d_current_scores, d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected,
+                        saved_from, bias_to, row, chunk, PIECES - 1 - back, (i == 0) & (back == 0),
+                        False, tokens, g, channel, L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
                     )  # fmt: skip
-                tl.debug_barrier()
-            for back in range(PIECES):
-                _piece_backward(
-                    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
-                    d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved_from, bias_to,
-                    row, chunk, PIECES - 1 - back, (i == 0) & (back == 0), tokens, g, channel,
-                    L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
-                )  # fmt: skip
 
 
 @triton.jit
 def _save_states(
-    projected, gate_bias, positions, chunk_starts, saved_to, row, chunk, tokens, n, channel,
-    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SEGMENTED: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr,
+    projected, gate_bias, saved_to, row, chunk, tokens, n, channel,
+    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Runs the recurrence of one head and stores the states before every piece of the chunk."""
+    """Runs the recurrence of one head and stores the states before every piece of the chunk but the first."""
     D: tl.constexpr = N * H
     in_head = channel < H
     bias = tl.load(gate_bias + n * H + channel, mask=in_head, other=0.0)
     v_state = tl.zeros_like(bias)
     k_state = tl.zeros_like(bias)
     for piece in range(PIECES - 1):
-        for j in tl.static_range(PIECE):
-            step = piece * PIECE + j
-            use, _write, starts, _position = _flags(positions, chunk_starts, row, chunk, step, tokens, L, SEGMENTED)
-            at = projected + (row * tokens + chunk * L + step) * (3 * D + 2 * G * H) + channel
-            v = tl.load(at + D + n * H, mask=in_head & use, other=0.0).to(tl.float32)
-            gate = tl.load(at + 2 * D + n * H, mask=in_head & use, other=0.0).to(tl.float32)
-            k = tl.load(at + 3 * D + (G + n % G) * H, mask=in_head & use, other=0.0).to(tl.float32)
-            f, w = gates(gate + bias, use, SEGMENTED)
-            if SEGMENTED:
-                v_state = tl.where(starts, 0.0, v_state)
-                k_state = tl.where(starts, 0.0, k_state)
-            v_state = f * v_state + w * v
-            k_state = f * k_state + w * k
+        places = 0, 0, 0, 0
+        v_state, k_state = _states_after(
+            projected, bias, v_state, k_state, places, row, chunk, piece, tokens, n, channel, L, N, G, H, False, PIECE
+        )
         to = saved_to + (piece + 1) * (4 * D)
         tl.store(to, v_state, mask=in_head)
         tl.store(to + D, k_state, mask=in_head)
 
 
 @triton.jit
+def _save_segmented_states(
+    projected, gate_bias, chunk_starts, saved_to, row, begin, end, tokens, n, channel,
+    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The states of one head before every piece of the blocks from `begin` to `end`.
+
+    Where the first token is inside a chunk, the recurrence starts with the chunk's tokens in the block before.
+    """
+    D: tl.constexpr = N * H
+    in_head = channel < H
+    bias = tl.load(gate_bias + n * H + channel, mask=in_head, other=0.0)
+    v_state = tl.zeros_like(bias)
+    k_state = tl.zeros_like(bias)
+    first_token = begin * L
+    chunk_start = tl.load(chunk_starts + row * tokens + first_token)
+    first_piece = begin * PIECES
+    piece_before = first_piece
+    if (chunk_start >= 0) & (chunk_start < first_token):
+        piece_before = first_piece - PIECES + (chunk_start - (first_token - L)) // PIECE
+    for index in range(piece_before, end * PIECES - 1):
+        to = saved_to + (index - first_piece) * (4 * D)
+        tl.store(to, v_state, mask=in_head & (index >= first_piece))
+        tl.store(to + D, k_state, mask=in_head & (index >= first_piece))
+        least = tl.where(index < first_piece, chunk_start, 0)  # other chunks of the block before are left out
+        places = _piece_places(chunk_starts, row, index // PIECES, index % PIECES, tokens, least, tokens, L, PIECE)
+        v_state, k_state = _states_after(
+            projected, bias, v_state, k_state, places, row, index // PIECES, index % PIECES, tokens, n, channel,
+            L, N, G, H, True, PIECE,
+        )  # fmt: skip
+    to = saved_to + ((end - begin) * PIECES - 1) * (4 * D)
+    tl.store(to, v_state, mask=in_head)
+    tl.store(to + D, k_state, mask=in_head)
+
+
+@triton.jit
+def _states_after(
+    projected, bias, v_state, k_state, places, row, chunk, piece, tokens, n, channel,
+    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SEGMENTED: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """The states of one head after a piece."""
+    D: tl.constexpr = N * H
+    in_head = channel < H
+    for j in tl.static_range(PIECE):
+        step = piece * PIECE + j
+        use, _write, starts = _flags(places, chunk, piece, j, tokens, L, SEGMENTED, PIECE)
+        at = projected + (row * tokens + chunk * L + step) * (3 * D + 2 * G * H) + channel
+        v = tl.load(at + D + n * H, mask=in_head & use, other=0.0).to(tl.float32)
+        gate = tl.load(at + 2 * D + n * H, mask=in_head & use, other=0.0).to(tl.float32)
+        k = tl.load(at + 3 * D + (G + n % G) * H, mask=in_head & use, other=0.0).to(tl.float32)
+        f, w = gates(gate + bias, use, SEGMENTED)
+        if SEGMENTED:
+            v_state = tl.where(starts, 0.0, v_state)
+            k_state = tl.where(starts, 0.0, k_state)
+        v_state = f * v_state + w * v
+        k_state = f * k_state + w * k
+    return v_state, k_state
+
+
+@triton.jit
+def _save_gradients_of_later(
+    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
+    d_summary_keys, d_summary_values, saved_to, row, end, tokens, g, n, channel,
+    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """DV and DK of one head after the last token before block `end`.
+
+    They are zero unless that block's first token is inside a chunk. Its tokens in the block are walked back then.
+    """
+    D: tl.constexpr = N * H
+    WIDTH: tl.constexpr = 3 * D + 2 * G * H
+    in_head = channel < H
+    bias = tl.load(gate_bias + n * H + channel, mask=in_head, other=0.0)
+    d_v_state = tl.zeros_like(bias)
+    d_k_state = tl.zeros_like(bias)
+    begin = end * L
+    chunk_start = tl.load(chunk_starts + row * tokens + begin, mask=begin < tokens, other=-1)
+    if (chunk_start >= 0) & (chunk_start < begin):
+        most = tl.cdiv(chunk_start + L - begin, PIECE)
+        for back in range(most):
+            piece = most - 1 - back
+            places = _piece_places(chunk_starts, row, end, piece, tokens, 0, chunk_start, L, PIECE)
+            d_v_end, d_k_end = _piece_summary_gradients(
+                d_summary_keys, d_summary_values, cosines, sines, positions, places, row, end, piece, tokens,
+                n, channel, L, D, H, ROPE, PIECE,
+            )  # fmt: skip
+            at = row * tokens + begin + piece * PIECE
+            ahead = ()
+            for j in tl.static_range(PIECE):
+                use, _write, _starts = _flags(places, end, piece, j, tokens, L, True, PIECE)
+                mask = in_head & use
+                token = at + j
+                scores_at = (row * N + n) * tokens + begin + piece * PIECE + j
+                gate = tl.load(projected + token * WIDTH + 2 * D + n * H + channel, mask=mask, other=0.0)
+                q = tl.load(projected + token * WIDTH + 3 * D + g * H + channel, mask=mask, other=0.0)
+                do = tl.load(d_heads + token * D + n * H + channel, mask=mask, other=0.0)
+                ds = tl.load(d_current_scores + scores_at, mask=use, other=0.0)
+                p = tl.load(current_weights + scores_at, mask=use, other=0.0)
+                ahead = ahead + ((gate, q, do, ds, p, use),)  # noqa: RUF005
+            for j in tl.static_range(PIECE - 1, -1, -1):
+                gate, q, do, ds, p, use = ahead[j]
+                f, _w = gates(gate.to(tl.float32) + bias, use, True)
+                ends = places[2] == j
+                d_v_state = f * (d_v_state + p * do.to(tl.float32) + tl.where(ends, d_v_end, 0.0))
+                d_k_state = f * (d_k_state + ds * q.to(tl.float32) + tl.where(ends, d_k_end, 0.0))
+    tl.store(saved_to + 2 * D, d_v_state, mask=in_head)
+    tl.store(saved_to + 3 * D, d_k_state, mask=in_head)
+
+
+@triton.jit
 def _piece_backward(
     projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
     d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
-    row, chunk, piece, is_first, tokens, g, channel,
+    row, chunk, piece, is_first, has_before, tokens, g, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SEGMENTED: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -130,25 +262,29 @@ def _piece_backward(
     begin = row * tokens + chunk * L + piece * PIECE
     shared_to = d_projected + begin * WIDTH + 3 * D + g * H + channel
     dtype = d_projected.dtype.element_ty
+    places = 0, 0, 0, 0
+    if SEGMENTED:
+        places = _piece_places(chunk_starts, row, chunk, piece, tokens, 0, tokens, L, PIECE)
     dq = (zero,) * PIECE
     dk = (zero,) * PIECE
     for n in range(g, N, G):
         dq, dk = _head_backward(
-            projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
-            d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
-            row, chunk, piece, is_first, tokens, g, n, channel, L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
+            projected, gate_bias, cosines, sines, positions, current_weights, d_current_scores, d_heads,
+            d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk, places,
+            row, chunk, piece, is_first, has_before, tokens, g, n, channel, L, N, G, H, ROPE, SEGMENTED, PIECE, PIECES,
         )  # fmt: skip
     for j in tl.static_range(PIECE):
-        _use, write, _starts, position = _flags(
-            positions, chunk_starts, row, chunk, piece * PIECE + j, tokens, L, SEGMENTED
-        )
+        use, write, _starts = _flags(places, chunk, piece, j, tokens, L, SEGMENTED, PIECE)
+        position = chunk * L + (piece * PIECE + j)
+        if SEGMENTED:
+            position = tl.load(positions + begin + j, mask=use, other=0)
         rotated = _rotate_back(
             d_rotated_queries + ((begin + j) * G + g) * H,
             cosines,
             sines,
             position // L,
             channel,
-            in_head & write,
+            in_head & use,
             H,
             ROPE,
         )
@@ -158,9 +294,9 @@ def _piece_backward(
 
 @triton.jit
 def _head_backward(
-    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
-    d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
-    row, chunk, piece, is_first, tokens, g, n, channel,
+    projected, gate_bias, cosines, sines, positions, current_weights, d_current_scores, d_heads,
+    d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk, places,
+    row, chunk, piece, is_first, has_before, tokens, g, n, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SEGMENTED: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +305,6 @@ def _head_backward(
     WIDTH: tl.constexpr = 3 * D + 2 * G * H
     IDENTITY: tl.constexpr = SEGMENTED or L % PIECE != 0  # some steps must leave the state as it is
     in_head = channel < H
-    slots = tl.cdiv(tokens, L)
     begin = row * tokens + chunk * L + piece * PIECE
     head_from = projected + begin * WIDTH + n * H + channel
     shared_from = projected + begin * WIDTH + 3 * D + g * H + channel
@@ -184,19 +319,17 @@ def _head_backward(
     )  # fmt: skip
     ahead = ()
     for j in tl.static_range(PIECE):
-        use, write, starts, position = _flags(
-            positions, chunk_starts, row, chunk, piece * PIECE + j, tokens, L, SEGMENTED
-        )
+        use, write, starts = _flags(places, chunk, piece, j, tokens, L, SEGMENTED, PIECE)
         mask = in_head & use
         v = tl.load(head_from + (j * WIDTH + D), mask=mask, other=0.0)
         gate = tl.load(head_from + (j * WIDTH + 2 * D), mask=mask, other=0.0)
         do = tl.load(d_heads_from + j * D, mask=mask, other=0.0)
-        ahead = ahead + ((v, gate, do, use, write, starts, position),)  # noqa: RUF005
+        ahead = ahead + ((v, gate, do, use, write, starts),)  # noqa: RUF005
 
     kept = ()
     new_dq = ()
     for j in tl.static_range(PIECE):
-        v, gate, do, use, write, starts, position = ahead[j]
+        v, gate, do, use, write, starts = ahead[j]
         v = v.to(tl.float32)
         k = tl.load(shared_from + (j * WIDTH + G * H), mask=in_head & use, other=0.0).to(tl.float32)
         f, w = gates(gate.to(tl.float32) + bias, use, IDENTITY)
@@ -213,8 +346,13 @@ def _head_backward(
 
     bias_sum = tl.zeros_like(bias)
     new_dk = ()
+    if SEGMENTED:
+        d_v_end, d_k_end = _piece_summary_gradients(
+            d_summary_keys, d_summary_values, cosines, sines, positions, places, row, chunk, piece, tokens,
+            n, channel, L, D, H, ROPE, PIECE,
+        )  # fmt: skip
     for back in tl.static_range(PIECE):
-        v, gate, do, use, write, starts, position = ahead[PIECE - 1 - back]
+        v, gate, do, use, write, starts = ahead[PIECE - 1 - back]
         w, v_step, k_step = kept[PIECE - 1 - back]
         q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
         ds = tl.load(d_current_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
@@ -222,13 +360,9 @@ def _head_backward(
         d_v_state += p * do.to(tl.float32)
         d_k_state += ds * q.to(tl.float32)
         if SEGMENTED:
-            ends = use & (position % L == L - 1)
-            slot = row * slots + (chunk * L + piece * PIECE + PIECE - 1 - back) // L
-            d_v_end, d_k_end = _summary_gradients(
-                d_summary_keys, d_summary_values, cosines, sines, slot, position // L, ends, n, channel, D, H, ROPE
-            )
-            d_v_state += d_v_end
-            d_k_state += d_k_end
+            ends = places[2] == PIECE - 1 - back
+            d_v_state += tl.where(ends, d_v_end, 0.0)
+            d_k_state += tl.where(ends, d_k_end, 0.0)
         dv = w * d_v_state
         d_key = w * d_k_state
         dg = dv * v_step + d_key * k_step
@@ -242,10 +376,12 @@ def _head_backward(
         if SEGMENTED:
             d_v_state = tl.where(starts, 0.0, d_v_state)
             d_k_state = tl.where(starts, 0.0, d_k_state)
-    if PIECES > 1:
+    if not SEGMENTED:
+        has_before = piece > 0
+    if SEGMENTED or PIECES > 1:
         after = saved + n * H + (piece - 1) * (4 * D) + 2 * D
-        tl.store(after, d_v_state, mask=in_head & (piece > 0))
-        tl.store(after + D, d_k_state, mask=in_head & (piece > 0))
+        tl.store(after, d_v_state, mask=in_head & has_before)
+        tl.store(after + D, d_k_state, mask=in_head & has_before)
     so_far = tl.load(bias_to + n * H, mask=in_head & ~is_first, other=0.0)
     tl.store(bias_to + n * H, so_far + bias_sum, mask=in_head)
     return new_dq, new_dk
@@ -269,7 +405,13 @@ def _states_around(
         d_v_state, d_k_state = _summary_gradients(
             d_summary_keys, d_summary_values, cosines, sines, slot, chunk, ends, n, channel, D, H, ROPE
         )
-    if PIECES > 1:
+    if SEGMENTED:
+        at = saved + piece * (4 * D)
+        v_state = tl.load(at, mask=channel < H, other=0.0)
+        k_state = tl.load(at + D, mask=channel < H, other=0.0)
+        d_v_state = tl.load(at + 2 * D, mask=channel < H, other=0.0)
+        d_k_state = tl.load(at + 3 * D, mask=channel < H, other=0.0)
+    elif PIECES > 1:
         at = saved + piece * (4 * D)
         before = (channel < H) & (piece > 0)
         after = (channel < H) & (piece < PIECES - 1)
@@ -281,18 +423,49 @@ def _states_around(
 
 
 @triton.jit
-def _flags(positions, chunk_starts, row, chunk, step, tokens, L: tl.constexpr, SEGMENTED: tl.constexpr):
-    """Of a token: whether it is of this chunk, is written by this program, starts a chunk; its position."""
-    token = chunk * L + step
+def _piece_places(chunk_starts, row, chunk, piece, tokens, least, most, L: tl.constexpr, PIECE: tl.constexpr):
+    """Of the PIECE tokens of a block of L: bits of those in use, of those that start a chunk, the offset of the one
+    that completes one (PIECE if none does: there is at most one), how many are of the block and in the row.
+
+    In use are tokens whose chunk started at `least`, `most` or between.
+    """
+    j = tl.arange(0, 32)
+    begin = chunk * L + piece * PIECE
+    count = tl.minimum(tl.minimum(PIECE, L - piece * PIECE), tokens - begin)
+    chunk_start = tl.load(chunk_starts + row * tokens + begin + j, mask=j < count, other=-1)
+    use = (chunk_start >= least) & (chunk_start <= most)
+    since = begin + j - chunk_start
+    uses = tl.sum(tl.where(use, 1 << j, 0))
+    starts = tl.sum(tl.where(use & (since == 0), 1 << j, 0))
+    end = tl.min(tl.where(use & (since == L - 1), j, PIECE))
+    return uses, starts, end, count
+
+
+@triton.jit
+def _flags(places, chunk, piece, j, tokens, L: tl.constexpr, SEGMENTED: tl.constexpr, PIECE: tl.constexpr):
+    """Of a token: whether it takes part, is written by this program, starts a chunk."""
     if SEGMENTED:
-        in_row = (token < tokens) & (step < 2 * L)
-        position = tl.load(positions + row * tokens + token, mask=in_row, other=0)
-        chunk_start = tl.load(chunk_starts + row * tokens + token, mask=in_row, other=-1)
-        use = (chunk_start >= chunk * L) & (chunk_start < chunk * L + L)
-        write = use | (in_row & (step < L) & (chunk_start < 0))
-        return use, write, chunk_start == token, position
+        uses, starts, _end, count = places
+        return (uses & (1 << j)) != 0, j < count, (starts & (1 << j)) != 0
+    step = piece * PIECE + j
+    token = chunk * L + step
     use = (token < tokens) & (step < L)
-    return use, use, step == 0, token
+    return use, use, step == 0
+
+
+@triton.jit
+def _piece_summary_gradients(
+    d_summary_keys, d_summary_values, cosines, sines, positions, places, row, chunk, piece, tokens, n, channel,
+    L: tl.constexpr, D: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Those of the chunk that a token of the piece completes, if one does."""
+    end = places[2]
+    ends = end < PIECE
+    position = tl.load(positions + row * tokens + chunk * L + piece * PIECE + end, mask=ends, other=0)
+    slot = row * tl.cdiv(tokens, L) + chunk
+    return _summary_gradients(
+        d_summary_keys, d_summary_values, cosines, sines, slot, position // L, ends, n, channel, D, H, ROPE
+    )
 
 
 @triton.jit
@@ -323,22 +496,22 @@ def _rotate_back(at, cosines, sines, angle, channel, mask, H: tl.constexpr, ROPE
 def backward_launch(shape: RatShape) -> Launch:
     """`rat_recurrence_backward` for these sizes; the inputs are those of the kernel in their order."""
     channels = min(64, next_power_of_2(shape.head_dim))
-    steps = 2 * shape.chunk_size if shape.segmented else shape.chunk_size
-    pieces = cdiv(steps, PIECE_TOKENS)
-    chunks = min(8, cdiv(128, shape.chunk_size), shape.num_chunks)
+    pieces = cdiv(shape.chunk_size, PIECE_TOKENS)
+    chunks = min(8, cdiv(PROGRAM_TOKENS, shape.chunk_size), shape.num_chunks)
+    is_saved = shape.segmented or pieces > 1
     return Launch(
         kernel=rat_recurrence_backward,
         grid=(cdiv(shape.head_dim, channels) * shape.num_groups * cdiv(shape.num_chunks, chunks), shape.batch),
         integers=(shape.tokens,),
         outputs=(
             ((shape.batch, cdiv(shape.num_chunks, chunks), shape.width), "float32"),
-            ((shape.batch, shape.num_chunks, pieces, 4, shape.width) if pieces > 1 else (1,), "float32"),
+            ((shape.batch, shape.num_chunks, pieces, 4, shape.width) if is_saved else (1,), "float32"),
         ),
         constants=(
             *size_constants(shape),
             ("CHUNKS", chunks),
             ("CHANNELS", channels),
-            ("PIECE", cdiv(steps, pieces)),
+            ("PIECE", cdiv(shape.chunk_size, pieces)),
             ("PIECES", pieces),
         ),
         num_warps=1,

@@ -8,12 +8,13 @@ import dataclasses
 import json
 import math
 import sys
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from pallas_kernels.rat import triton, triton_decode
+from pallas_kernels.rat import triton, triton_decode, triton_recurrence_backward
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
@@ -31,6 +32,7 @@ class Case:
     shape: RatShape
     lengths: tuple[tuple[int, ...], ...] = ()  # of each row's documents; negative is padding
     gate_shift: float = 0.0
+    program_tokens: int = triton_recurrence_backward.PROGRAM_TOKENS  # of the backward recurrence
 
     @property
     def segment_ids(self) -> np.ndarray:
@@ -143,7 +145,8 @@ def errors(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, float]:
     exact = projected.double().requires_grad_(), gate_bias.double().requires_grad_()
     wanted = reference(case, *exact)
     wanted_gradients = torch.autograd.grad(wanted, exact, d_out.double())
-    got = twin(case, projected.to(device), gate_bias.to(device), d_out.to(device))
+    with mock.patch.object(triton_recurrence_backward, "PROGRAM_TOKENS", case.program_tokens):
+        got = twin(case, projected.to(device), gate_bias.to(device), d_out.to(device))
     widths = [p.width] * 3 + [p.num_groups * p.head_dim] * 2
     pairs = {"out": (got[0], wanted), "d_bias": (got[2], wanted_gradients[1])}
     for name, a, b in zip("zvgqk", got[1].split(widths, -1), wanted_gradients[0].split(widths, -1), strict=True):
@@ -236,8 +239,14 @@ CASES = {
     "one_chunk": Case(shape_of(1, 20, 2, 1, 16, 20)),
     "gates_open": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=8.0),
     "gates_shut": Case(shape_of(1, 18, 2, 1, 16, 4), gate_shift=-8.0),
-    "documents": Case(shape_of(2, 20, 2, 1, 16, 3, segmented=True), ((7, 2, 10, 1), (-2, 8, -3, 5, -2))),
-    "long_chunk_documents": Case(shape_of(1, 32, 2, 1, 16, 9, segmented=True), ((20, -2, 10),)),  # in two pieces
+    "documents": Case(
+        shape_of(2, 20, 2, 1, 16, 3, segmented=True), ((7, 2, 10, 1), (-2, 8, -3, 5, -2)), program_tokens=3
+    ),
+    # Chunks in two pieces, some over the programs' borders; documents shorter than a chunk; padding around.
+    "long_chunk_documents": Case(
+        shape_of(1, 45, 2, 1, 16, 17, segmented=True), ((-2, 24, -1, 17, 1),), program_tokens=17
+    ),
+    "documents_over_programs": Case(shape_of(1, 17, 2, 2, 4, 3, segmented=True), ((1, 7, -1, 2, 6),), program_tokens=6),
 }
 
 

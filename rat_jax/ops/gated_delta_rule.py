@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from rat_jax.mesh import rows_per_device
 from rat_jax.ops import context, cut, dispatch
+from rat_jax.ops.remat import save_named
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Bool, Float, Float32, Int
 
@@ -162,8 +163,9 @@ def _all_chunks(rows: _Chunks, state: Float32[Array, "B N Hk Hv"], chunk_size: i
         x = jnp.moveaxis(x.reshape(batch, groups, chunks, size, *x.shape[2:]), 0, 2)
         return x if x.ndim == 4 else jnp.moveaxis(x, 3, 4)
 
-    cut_rows = jax.tree.map(cut, rows)
-    state, out = jax.lax.scan(jax.checkpoint(_group, prevent_cse=False), state, cut_rows)
+    group = jax.checkpoint(_group, prevent_cse=False)
+    state, out = jax.lax.scan(lambda state, rows: group(save_named(state), rows), state, jax.tree.map(cut, rows))
+    out = save_named(out)
     out = jnp.moveaxis(out, (2, 4), (0, 3)).reshape(batch, -1, heads, value_dim)[:, :tokens]
     return GatedDeltaRuleOutput(out, state)
 

@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -44,11 +44,6 @@ class Result:
     def parameters(self) -> int:
         """Of the model."""
         return self.models[0]["parameters"]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The median of the seeds."""
-        return float(np.median([model["tokens_per_second"] for model in self.models]))
 
     def losses(self, length: int) -> np.ndarray:
         """Mean losses, one for each seed."""
@@ -81,6 +76,7 @@ class Results:
 
     by_kind: Mapping[str, Result]
     failures: Mapping[str, str]  # by model, what it said
+    speeds: Mapping[str, float]  # tokens a second in training, of the kinds that were timed
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -145,19 +141,14 @@ class Results:
 
 
 def read_results(folder: pathlib.Path) -> Results:
-    """The results of a folder that `run_studies.py` wrote.
+    """The results of a folder that `run_studies.py` wrote, and `run_speeds.py`.
 
     Raises:
       RatJaxError: if there is none, a file is no result, or they are of several validation splits.
     """
     found: dict[str, list[Mapping[str, Any]]] = {}
     failures = {}
-    for file in sorted((folder / "results").glob("*.json")):
-        try:
-            values = json.loads(file.read_text())
-            kind = values["kind"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RatJaxError(f"{file} is no result of a study: {error!r}") from None
+    for kind, values in _read(folder / "results"):
         if "failed" in values:
             failures[f"{kind}-{values['seed']}"] = values["failed"]
         else:
@@ -168,4 +159,14 @@ def read_results(folder: pathlib.Path) -> Results:
     if len(splits) > 1:
         raise RatJaxError(f"the results of {folder} are of {len(splits)} validation splits, which do not compare")
     kinds: Sequence[str] = [kind for kind in KINDS if kind in found]
-    return Results({kind: Result(kind, tuple(found[kind])) for kind in kinds}, failures)
+    speeds = {kind: values["tokens_per_second"] for kind, values in _read(folder / "speeds")}
+    return Results({kind: Result(kind, tuple(found[kind])) for kind in kinds}, failures, speeds)
+
+
+def _read(folder: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for file in sorted(folder.glob("*.json")):
+        try:
+            values = json.loads(file.read_text())
+            yield values["kind"], values
+        except (ValueError, KeyError, TypeError) as error:
+            raise RatJaxError(f"{file} is no result of a study: {error!r}") from None

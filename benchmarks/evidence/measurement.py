@@ -1,7 +1,6 @@
 """What is recorded of a trained model."""
 
 import pathlib
-import statistics
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from rat_jax.checkpoints import load_model
 from rat_jax.config import config_to_dict
 from rat_jax.data.corpus import Corpus
 from rat_jax.report.costs import num_parameters
-from rat_jax.report.run import Run, read_runs
+from rat_jax.report.run import read_runs
 
 LENGTHS = (1, 2, 4, 8)  # times the training length
 _BATCH_TOKENS = 65_536
@@ -29,7 +28,10 @@ def measure(workdir: pathlib.Path) -> dict[str, Any]:
     loaded = load_model(workdir)
     corpus = Corpus.open(loaded.config.data.path)
     num_tokens = corpus.splits["validation"].num_tokens
-    values = _progress(read_runs([workdir])[0]) | {
+    run = read_runs([workdir])[0]
+    values = {
+        "training_tokens": run.num_tokens,
+        "validation_losses": run.figures("validation_loss"),
         "config": config_to_dict(loaded.config),
         "parameters": num_parameters(loaded.config.model),
         "device": jax.devices()[0].device_kind,
@@ -49,13 +51,3 @@ def measure(workdir: pathlib.Path) -> dict[str, Any]:
             "document_losses": [round(x, 3) for x in sums.tolist()],
         }
     return values
-
-
-def _progress(run: Run) -> dict[str, Any]:
-    """The training as the log has it; its speed is the median of all records but the first, in which it is compiled."""
-    speeds = [speed for _, speed in run.figures("tokens_per_sec")][1:]
-    return {
-        "training_tokens": run.num_tokens,
-        "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "validation_losses": run.figures("validation_loss"),
-    }

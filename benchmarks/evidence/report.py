@@ -36,7 +36,8 @@ def text(results: Results) -> str:
     deviation = results.seed_deviation
     if deviation is not None:
         parts.append(f"Pooled standard deviation of seeds: {deviation:.4f} nats.")
-    parts.append(f"{_models(results)}; {_minutes(results):.0f} minutes of one card for training and measuring.")
+    minutes = f"{_minutes(results):.0f} minutes of training and measuring, summed over models"
+    parts.append(f"{_models(results)}; {minutes}, which may have shared a card.")
     return "\n\n".join(parts)
 
 

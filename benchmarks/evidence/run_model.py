@@ -3,7 +3,8 @@
   python -m benchmarks.evidence.run_model rat_swa --seed 1 --out runs/evidence
 
 Writes OUT/results/KIND-SEED.json; the run itself lies in OUT/runs/KIND-SEED, and is deleted then unless --keep is
-given. A run that was stopped goes on. One that failed leaves {"failed": why} as its result.
+given. A run that was stopped goes on, and its seconds are those of all its sittings. One that failed leaves
+{"failed": why} as its result.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rat_jax import program
 from rat_jax.compilation_cache import use_cache
 from rat_jax.config import config_from_dict
 from rat_jax.errors import RunStopped
-from rat_jax.files import write_json
+from rat_jax.files import write_json, write_text
 from rat_jax.paths import local_path
 from rat_jax.training import train
 
@@ -50,8 +51,10 @@ def _run(flags: argparse.Namespace) -> int:
     config.seed = flags.seed
     config.data.path = str(local_path(flags.corpus, "--corpus"))
     workdir, file = out / "runs" / model.name, result_file(out, model)
+    sittings = out / "runs" / f"{model.name}.seconds"
     use_cache(None)
     file.parent.mkdir(parents=True, exist_ok=True)
+    before = float(sittings.read_text()) if sittings.exists() else 0.0
     values = {"kind": model.kind, "seed": model.seed}
     try:
         if not train(config_from_dict(config), workdir).finished:
@@ -59,7 +62,11 @@ def _run(flags: argparse.Namespace) -> int:
         values |= measure(workdir)
     except (RunStopped, jax.errors.JaxRuntimeError) as error:  # a finding, as a loss is
         values["failed"] = str(error).splitlines()[0]
-    write_json(file, values | {"seconds": round(time.monotonic() - started, 1)})
+    finally:
+        secs = round(before + time.monotonic() - started, 1)
+        write_text(sittings, str(secs))
+    write_json(file, values | {"seconds": secs})
+    sittings.unlink()
     if not flags.keep:
         shutil.rmtree(workdir)
     print(f"{model.name}: {values['failed']}" if "failed" in values else f"{model.name}: written to {file}")

@@ -1,13 +1,14 @@
 """Trains and measures the models of the studies, one after the other, and goes on where it was stopped.
 
   python -m benchmarks.evidence.run_studies --out runs/evidence
-  python -m benchmarks.evidence.run_studies --out runs/evidence --gpus 4 --minutes 9
+  python -m benchmarks.evidence.run_studies --out runs/evidence --gpus 4 --models_per_gpu 2 --minutes 9
   python -m benchmarks.evidence.run_studies --out runs/evidence-small --corpus data/evidence-small/corpus --small
 
 Models that have a result in OUT/results are left out; OUT/runs/NAME.txt has what each said. With --gpus models are
-trained side by side, each on a card of its own. With --minutes none is begun that would not end in time, judged by the
-longest so far. Exit codes: 0 all have a result; 1 one of them failed, or ended without a result; 75 the minutes are
-over, or a signal came: the same command goes on.
+trained side by side on so many cards, one on each, or as many as --models_per_gpu says: one compiles while another
+trains. With --minutes none is begun that would not end in time, judged by the longest so far. Exit codes: 0 all have a
+result; 1 one of them failed, or ended without a result; 75 the minutes are over, or a signal came: the same command
+goes on.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from rat_jax.program import FlagError
 
 
 class Sitting:
-    """What is still to be done, shared by one thread a card."""
+    """What is still to be done, shared by the threads of all cards."""
 
     def __init__(self, waiting: Sequence[Model], out: pathlib.Path, flags: Sequence[str], minutes: float | None):
         self._waiting: queue.SimpleQueue[Model] = queue.SimpleQueue()
@@ -69,7 +70,9 @@ class Sitting:
 
     def _run(self, model: Model, card: int | None) -> None:
         command = [sys.executable, "-m", "benchmarks.evidence.run_model", model.kind, f"--seed={model.seed}"]
-        environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)})
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # a card may have several models
+        if card is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(card)
         started = time.monotonic()
         with (self._out / "runs" / f"{model.name}.txt").open("w") as said:
             process = subprocess.Popen([*command, *self._flags], stdout=said, stderr=said, env=environment)
@@ -95,8 +98,7 @@ def _outcome(out: pathlib.Path, model: Model, code: int) -> str:
     if "failed" in values:
         return f"failed: {values['failed']}"
     length, found = next(iter(values["lengths"].items()))
-    speed = values["tokens_per_second"]
-    return f"loss {found['loss']:.4f} at {length} tokens" + (f", {speed:,.0f} tokens/s" if speed else "")
+    return f"loss {found['loss']:.4f} at {length} tokens"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -106,14 +108,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="of each kind (default 2)")
     parser.add_argument("--corpus", default=CORPUS, help=f"(default {CORPUS})")
     parser.add_argument("--out", required=True, help="folder of runs and results")
-    parser.add_argument("--gpus", type=int, help="cards to train on, one model on each; left out: what jax finds")
+    parser.add_argument("--gpus", type=int, help="cards to train on; left out: what jax finds")
+    parser.add_argument("--models_per_gpu", type=int, default=1, help="at a time (default 1)")
     parser.add_argument("--minutes", type=float, help="after which no model is to run; left out: no end")
     parser.add_argument("--small", action="store_true", help="models that a CPU trains in seconds")
     return parser.parse_args(arguments)
 
 
 def _run_all(flags: argparse.Namespace) -> int:
-    for name in ("seeds", "gpus", "minutes"):
+    for name in ("seeds", "gpus", "models_per_gpu", "minutes"):
         value = getattr(flags, name)
         if value is not None and value <= 0:
             raise FlagError(f"--{name} must be above 0, got {value}")
@@ -126,7 +129,7 @@ def _run_all(flags: argparse.Namespace) -> int:
     print(f"{len(wanted)} models, {len(wanted) - len(waiting)} of them measured before", flush=True)
     of_model = [f"--corpus={corpus}", f"--out={out}", *(["--small"] if flags.small else [])]
     sitting = Sitting(waiting, out, of_model, flags.minutes)
-    cards = [None] if flags.gpus is None else list(range(flags.gpus))
+    cards = ([None] if flags.gpus is None else list(range(flags.gpus))) * flags.models_per_gpu
     with concurrent.futures.ThreadPoolExecutor(len(cards)) as threads:
         try:
             for done in [threads.submit(sitting.work, card) for card in cards]:

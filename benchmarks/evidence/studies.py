@@ -106,11 +106,11 @@ class Model(NamedTuple):
 
 
 def models(studies: tuple[str, ...] = tuple(STUDIES), num_seeds: int = 2) -> list[Model]:
-    """What is trained, in this order: the first study with all seeds, then the others, a seed of all kinds at a time.
+    """What is trained, in this order: the first study with all seeds, then the others; a seed of all kinds at a time.
 
-    A kind of several studies is trained once.
+    A kind of several studies is trained once, and its second seed has the first one's compiled programs.
     """
     first, *others = studies
-    found = [Model(kind, seed) for kind in STUDIES[first].kinds for seed in range(num_seeds)]
+    found = [Model(kind, seed) for seed in range(num_seeds) for kind in STUDIES[first].kinds]
     found += [Model(kind, seed) for seed in range(num_seeds) for study in others for kind in STUDIES[study].kinds]
     return list(dict.fromkeys(found))

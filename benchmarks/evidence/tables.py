@@ -30,7 +30,8 @@ def loss_table(results: Results, kinds: Sequence[str]) -> str:
                 _range(results.difference_interval(kind, BASELINE, length)),
             ]
             row.append(results.verdict(kind, BASELINE) or "")
-        rows.append([*row, f"{result.tokens_per_second:,.0f}"])
+        speed = results.speeds.get(kind)
+        rows.append([*row, "" if speed is None else f"{speed:,.0f}"])
     return _markdown(header, rows, right=range(1, len(header)))
 
 

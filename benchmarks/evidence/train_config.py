@@ -32,7 +32,7 @@ def get_config(kind: str = "rat_swa") -> config_dict.ConfigDict:
     config.model.pattern = KINDS[name].pattern
     config.model.mlp_width = KINDS[name].mlp_width
     config.model.dtype = "bfloat16"
-    config.model.remat = "none"
+    config.model.remat = "dots"  # less to store, which is quicker
     config.model.local_attention.window = 512  # tokens: a quarter of a sequence, as in the paper
     config.model.rnn.max_timescale = 2048
     for mixer, settings in KINDS[name].mixers.items():

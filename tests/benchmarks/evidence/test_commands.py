@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.evidence import gather, report, run_model, run_studies
+from benchmarks.evidence import gather, report, run_model, run_speeds, run_studies
 from benchmarks.evidence.token_losses import token_losses
 from rat_jax.checkpoints.model_workdir import save_model
 from rat_jax.checkpoints.store import load_model
@@ -54,7 +54,15 @@ def test_models_are_trained_measured_and_reported(corpus, tmp_path, capsys):
     assert run_studies.main(command) == 0
     assert "1 models, 1 of them measured before" in capsys.readouterr().out
     assert report.main([str(tmp_path)]) == 0
-    assert "| attention | 0.05 M | 1 | " in capsys.readouterr().out
+    assert "| attention | 0.05 M | 1 | " in (untimed := capsys.readouterr().out)
+    command = ["--out", str(tmp_path), "--small", "--steps=2", "--kinds", "attention"]
+    assert run_speeds.main(command) == 0
+    speed = json.loads((tmp_path / "speeds" / "attention.json").read_text())["tokens_per_second"]
+    assert f"attention: {4 * 64 / speed * 1e3:.1f} ms a step, {speed:,.0f} tokens/s" in capsys.readouterr().out
+    assert run_speeds.main(command) == 0
+    assert capsys.readouterr().out == ""  # it is not done again
+    assert report.main([str(tmp_path)]) == 0
+    assert f" | {speed:,.0f} |" in capsys.readouterr().out and f" | {speed:,.0f} |" not in untimed
     for name in report.PICTURES:
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -99,6 +107,25 @@ def test_a_model_that_fails_is_a_result(corpus, tmp_path, monkeypatch, capsys):
     assert "rat-3: the loss is not finite" in capsys.readouterr().out
 
 
+def test_seconds_are_those_of_all_sittings(corpus, tmp_path, monkeypatch):
+    class Stopped:
+        finished = False
+
+    clock = iter([0.0, 5.0, 100.0, 107.0])
+    monkeypatch.setattr(run_model.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        run_model, "train", lambda config, workdir: workdir.mkdir(parents=True, exist_ok=True) or Stopped
+    )
+    flags = ["rat", "--out", str(tmp_path), "--corpus", str(corpus), "--small"]
+    assert run_model.main(flags) == 75
+    assert not (tmp_path / "results" / "rat-0.json").exists()
+    monkeypatch.setattr(Stopped, "finished", True)
+    monkeypatch.setattr(run_model, "measure", lambda workdir: {})
+    assert run_model.main(flags) == 0
+    assert json.loads((tmp_path / "results" / "rat-0.json").read_text())["seconds"] == 12.0
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 class TestSittings:
     """What starts models, with a stand-in for them."""
 
@@ -119,7 +146,7 @@ class TestSittings:
                     return 1
                 (tmp_path / "out" / "results").mkdir(exist_ok=True)
                 lengths = {"64": {"loss": 3.0}}
-                values = {"kind": kind, "seed": seed, "lengths": lengths, "tokens_per_second": 10.0}
+                values = {"kind": kind, "seed": seed, "lengths": lengths}
                 (tmp_path / "out" / "results" / f"{kind}-{seed}.json").write_text(json.dumps(values))
                 return 0
 
@@ -138,7 +165,7 @@ class TestSittings:
 
     def test_one_that_ends_without_a_result_does_not_stop_the_others(self, started, capsys):
         assert run_studies.main([*self.flags, "--kinds", "rnn", "rat"]) == 1
-        assert [(kind, seed) for kind, seed, _ in started] == [("rnn", 0), ("rnn", 1), ("rat", 0), ("rat", 1)]
+        assert [(kind, seed) for kind, seed, _ in started] == [("rnn", 0), ("rat", 0), ("rnn", 1), ("rat", 1)]
         said = capsys.readouterr()
         assert "rnn-0: no result, exit code 1: see " in said.out
         assert "error: without a result or failed: rnn-0, rnn-1" in said.err
@@ -147,6 +174,19 @@ class TestSittings:
         run_studies.main([*self.flags, "--gpus=2", "--studies=chunks"])
         assert {card for _, _, card in started} <= {"0", "1"}
         assert len({(kind, seed) for kind, seed, _ in started}) == len(started) == 16
+
+    def test_a_card_may_have_several_models(self, started, monkeypatch):
+        together = threading.Barrier(4)
+        end = run_studies.subprocess.Popen.wait
+
+        def wait(process):
+            together.wait(timeout=60)  # until four are under way
+            return end(process)
+
+        monkeypatch.setattr(run_studies.subprocess.Popen, "wait", wait)
+        command = ["--gpus=2", "--models_per_gpu=2", "--kinds", "rat", "rat_4", "--studies=chunks"]
+        assert run_studies.main([*self.flags, *command]) == 0
+        assert sorted(card for _, _, card in started) == ["0", "0", "1", "1"]
 
     def test_a_signal_begins_no_further_model_and_ends_those_under_way(self, started, monkeypatch, capsys):
         told = []
@@ -175,6 +215,7 @@ class TestSittings:
         [
             (["--seeds=0"], "--seeds must be above 0, got 0"),
             (["--minutes=-1"], "--minutes must be above 0"),
+            (["--models_per_gpu=0"], "--models_per_gpu must be above 0"),
             (["--corpus=nowhere"], "there is no corpus "),
             (["--kinds", "lstm"], "invalid choice: 'lstm'"),
         ],

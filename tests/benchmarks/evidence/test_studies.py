@@ -53,7 +53,7 @@ def test_order():
     """The first study comes first, with all seeds; a kind of several studies is trained once."""
     found = models()
     kinds = STUDIES["mixers"].kinds
-    assert found[: 2 * len(kinds)] == [Model(kind, seed) for kind in kinds for seed in range(2)]
+    assert found[: 2 * len(kinds)] == [Model(kind, seed) for seed in range(2) for kind in kinds]
     assert len(found) == len(set(found)) == 2 * len(KINDS)
     rest = found[2 * len(kinds) :]
     assert [model.seed for model in rest] == sorted(model.seed for model in rest)

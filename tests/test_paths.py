@@ -92,6 +92,7 @@ PATH_FLAGS = {
     "benchmarks/evidence/gather.py": {"--out": "--small --out URL"},
     "benchmarks/evidence/report.py": {"folder": "URL", "--pictures": "TMP --pictures URL"},
     "benchmarks/evidence/run_model.py": {"--corpus": "rat --out TMP/x --corpus URL", "--out": "rat --out URL"},
+    "benchmarks/evidence/run_speeds.py": {"--out": "--out URL"},
     "benchmarks/evidence/run_studies.py": {"--corpus": "--out TMP/x --corpus URL", "--out": "--out URL"},
     "benchmarks/guard_costs.py": {"--config": "--config URL"},
     "benchmarks/layer_latency.py": {"--out": "--out URL"},

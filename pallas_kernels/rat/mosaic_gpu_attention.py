@@ -6,6 +6,9 @@ With scores in powers of two, s_tc = q_t . K_c / (sqrt(H) ln 2), current score s
 
 The online softmax starts from the current pair (m = s_t, sum 1), so that a token without earlier chunks needs no
 case of its own; its value joins at the end, when it is read together with z.
+
+Where there is neither current pair nor gate this is softmax attention (`pallas_kernels.attention.mosaic_gpu`): slots
+are tokens, the softmax starts from a score far below all, and a token that sees nothing reads 0.
 """
 
 import dataclasses
@@ -20,10 +23,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import LOG2_E, ROWS
-from pallas_kernels.rat.mosaic_gpu_mask import load_seen, tiles_of, token_sees_slot
+from pallas_kernels.rat.mosaic_gpu_mask import key_head, load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
 from pallas_kernels.rat.seen_slots import SeenSlots, places, slot_tiles
 from pallas_kernels.rat.shape import RatShape
+
+SEES_NOTHING = -1e30  # log-sum-exp; above it are all of scores that are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +49,12 @@ class Blocks:
 
 
 def rat_attention_forward_mosaic(
-    projected,  # [B, T, 3 N + 2 G, H], of which z, the first N, is read
+    projected,  # [B, T, 3 N + 2 G, H], of which z, the first N, is read; a placeholder if BARE, as the next two
     running_values,  # [B, T, N, H]
     current_scores,  # [B, N, T] float32
     queries,  # [B, T, G, H], scaled
-    keys,  # [B, C, N, H]
-    values,  # [B, C, N, H]
+    keys,  # [B, C, N, H]; or fewer heads, which neighbouring heads share
+    values,  # as keys
     first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
     end_slots,  # [B, T] int32
     bounds,  # [B, T / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.slot_tiles`
@@ -71,6 +76,7 @@ def rat_attention_forward_mosaic(
     shape: RatShape,
     order: launch.Order,
     blocks: Blocks,
+    bare: bool,
 ):
     """One program computes COMPUTE_GROUPS * ROWS tokens for the heads of a group, which share the query."""
     L, BK = shape.chunk_size, blocks.keys
@@ -101,11 +107,15 @@ def rat_attention_forward_mosaic(
             return lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
 
         def load_head(j):
+            if bare:
+                return
             n, mine = g + j * shape.num_groups, buffer_of(j)
             plgpu.copy_gmem_to_smem(running_values.at[row, at, n], own_value_tiles.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(projected.at[row, at, n], gate_tiles.at[mine], head_loaded.at[mine])
 
         def load_own(j):
+            if bare:
+                return launch.row_zeros(ROWS) + SEES_NOTHING
             n = g + jnp.minimum(j, shape.heads_per_group - 1) * shape.num_groups
             return launch.load_rows(current_scores.at[row, n, at], 1, optimized=False)
 
@@ -167,15 +177,18 @@ def rat_attention_forward_mosaic(
             if blocks.heads > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
                 pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
-            plgpu.barrier_wait(head_loaded.at[mine])
             own_value, gate = own_value_tiles.at[mine], gate_tiles.at[mine]
             inverse = 1.0 / total
-            share = jnp.exp2(own - largest) * inverse
             y = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-            y += own_value[...].astype(jnp.float32) * lax.broadcast_in_dim(share, acc.shape, [0])
-            # A square of rsqrt is a quotient in two instructions.
-            root = lax.rsqrt(1.0 + jnp.exp2(gate[...].astype(jnp.float32) * -LOG2_E))
-            gate[...] = (y * (root * root)).astype(q.dtype)
+            if bare:
+                gate[...] = y.astype(q.dtype)
+            else:
+                plgpu.barrier_wait(head_loaded.at[mine])
+                share = jnp.exp2(own - largest) * inverse
+                y += own_value[...].astype(jnp.float32) * lax.broadcast_in_dim(share, acc.shape, [0])
+                # A square of rsqrt is a quotient in two instructions.
+                root = lax.rsqrt(1.0 + jnp.exp2(gate[...].astype(jnp.float32) * -LOG2_E))
+                gate[...] = (y * (root * root)).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(gate, out.at[row, at, n])
             lse.at[row, n, at][...] = largest + jnp.log(total) * LOG2_E
@@ -197,7 +210,7 @@ def rat_attention_forward_mosaic(
         def place(step):
             n = g + lax.div(step, tiles) * shape.num_groups
             at = pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK)
-            return lax.rem(step, blocks.stages), (row, at, n)
+            return lax.rem(step, blocks.stages), (row, at, key_head(shape, keys, n))
 
         def fill_keys(step):
             stage, at = place(step)
@@ -223,13 +236,19 @@ def blocks_of(slots: int) -> Blocks:
 
 
 def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None, seen=None):
-    """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles."""
-    dtype = jnp.dtype(shape.dtype)
+    """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles.
+
+    Of attention to slots alone, without gate and current pair, if `projected` and the next two are None.
+    """
+    dtype, bare = jnp.dtype(shape.dtype), projected is None
     blocks = blocks or blocks_of(keys.shape[1])
+    if bare:
+        projected = running_values = jnp.zeros((1, 1, 1, 1), dtype)
+        current_scores = jnp.zeros((1, 1, 1), jnp.float32)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
-        functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks),
+        functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks, bare=bare),
         name=rat_attention_forward_mosaic.__name__,
         programs=order.programs,
         out_type=(

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import ROWS
-from pallas_kernels.rat.mosaic_gpu_mask import Seen, load_seen, tiles_of, token_sees_slot
+from pallas_kernels.rat.mosaic_gpu_mask import Seen, key_head, load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
 from pallas_kernels.rat.seen_slots import SeenSlots, places, slot_tiles, token_tiles
 from pallas_kernels.rat.shape import RatShape
@@ -38,8 +38,8 @@ def rat_summaries_backward_mosaic(
     delta,  # [B, N, T] float32
     lse,  # [B, N, T] float32
     queries,  # [B, T, G, H]
-    keys,  # [B, C, N, H]
-    values,  # [B, C, N, H]
+    keys,  # [B, C, N, H]; or fewer heads, which neighbouring heads share
+    values,  # as keys
     first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
     end_slots,  # [B, T] int32
     bounds,  # [B, C / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.token_tiles`
@@ -81,8 +81,9 @@ def rat_summaries_backward_mosaic(
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
         slot = first_slot + group * ROWS
         k, v = key_tiles.at[group], value_tiles.at[group]
-        plgpu.copy_gmem_to_smem(keys.at[row, pl.ds(slot, ROWS), n], k, loaded.at[group])
-        plgpu.copy_gmem_to_smem(values.at[row, pl.ds(slot, ROWS), n], v, loaded.at[group])
+        mine = (row, pl.ds(slot, ROWS), key_head(shape, keys, n))
+        plgpu.copy_gmem_to_smem(keys.at[mine], k, loaded.at[group])
+        plgpu.copy_gmem_to_smem(values.at[mine], v, loaded.at[group])
         plgpu.barrier_wait(loaded.at[group])
 
         def add_tile(step, carry, masked):
@@ -187,8 +188,8 @@ def rat_queries_backward_mosaic(
     delta,  # [B, N, T] float32
     lse,  # [B, N, T] float32
     queries,  # [B, T, G, H]
-    keys,  # [B, C, N, H]
-    values,  # [B, C, N, H]
+    keys,  # [B, C, N, H]; or fewer heads, which neighbouring heads share
+    values,  # as keys
     first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
     end_slots,  # [B, T] int32
     bounds,  # [B, T / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.slot_tiles`
@@ -286,9 +287,9 @@ def rat_queries_backward_mosaic(
         def fill(step):
             stage = lax.rem(step, KEY_STAGES)
             n = g + lax.div(step, tiles) * shape.num_groups
-            at = pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK)
-            plgpu.copy_gmem_to_smem(keys.at[row, at, n], key_ring.at[stage], filled.at[stage])
-            plgpu.copy_gmem_to_smem(values.at[row, at, n], value_ring.at[stage], filled.at[stage])
+            at = row, pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK), key_head(shape, keys, n)
+            plgpu.copy_gmem_to_smem(keys.at[at], key_ring.at[stage], filled.at[stage])
+            plgpu.copy_gmem_to_smem(values.at[at], value_ring.at[stage], filled.at[stage])
 
         launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
 

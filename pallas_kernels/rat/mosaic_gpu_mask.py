@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -22,6 +23,11 @@ class Seen(NamedTuple):
 def load_seen(first_slots: Any, end_slots: Any, row: jax.Array, at: pl.Slice) -> Seen:
     """Of the tokens that are the rows of accumulators, from `seen_slots.SeenSlots` in global memory."""
     return Seen(*(launch.load_rows(slots.at[row, at], 1, optimized=False) for slots in (first_slots, end_slots)))
+
+
+def key_head(shape: RatShape, keys: Any, n: jax.Array) -> jax.Array:
+    """Which of the heads of keys [B, C, K, H] head n reads: its own, or the one that it shares with its neighbours."""
+    return lax.div(n, jnp.int32(shape.num_heads // keys.shape[2]))
 
 
 class Tiles(NamedTuple):

@@ -11,7 +11,7 @@ from rat_jax.shapes import Array, Float, Int
 
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
-AttentionImplementation = Literal["xla", "cudnn", "pallas_tpu"]
+AttentionImplementation = Literal["xla", "cudnn", "mosaic_gpu", "pallas_tpu"]
 _FASTEST_FIRST = ("cudnn", "pallas_tpu")
 
 
@@ -45,7 +45,7 @@ def attention(
         order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
         and "xla" elsewhere: "cudnn" on CUDA, of whole rows and 16-bit numbers, and "pallas_tpu" on TPU, JAX's splash
-        attention, of documents and padding too.
+        attention, of documents and padding too. "mosaic_gpu", Hopper GPUs' for documents and padding, runs by name.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -102,6 +102,8 @@ def attention(
     )
 
     def unsupported_reason(name: str) -> str | None:
+        if name == "mosaic_gpu" and context.num_parts() > 1:
+            return 'rows must not be cut along the context axis; the nearest is "cudnn", of whole rows'
         return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, shape)
 
     chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)

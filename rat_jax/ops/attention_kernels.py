@@ -31,6 +31,10 @@ class Attend(dispatch.Kernel):
                 from pallas_kernels.attention import tpu_splash  # imports Pallas, which takes a while
 
                 return tpu_splash.forward(query, key, value, _documents(info), **self._options()), None
+            case "mosaic_gpu":
+                from pallas_kernels.attention import mosaic_gpu
+
+                return mosaic_gpu.forward(self.shape, query, key, value, _documents(info), **self._options()), None
             case _:
                 out, log_sum_exp = cudnn_fmha.forward(query, key, value, **self._options())
                 return (out, log_sum_exp.transpose(0, 2, 1)), None
@@ -50,6 +54,11 @@ class Attend(dispatch.Kernel):
                 from pallas_kernels.attention import tpu_splash
 
                 return tpu_splash.backward(*arrays, _documents(info), out, log_sum_exp, d_out, **self._options())
+            case "mosaic_gpu":
+                from pallas_kernels.attention import mosaic_gpu
+
+                kept = _documents(info), out, log_sum_exp, d_out
+                return mosaic_gpu.backward(self.shape, *arrays, *kept, **self._options())
             case _:
                 return cudnn_fmha.backward(*arrays, out, log_sum_exp.transpose(0, 2, 1), d_out, **self._options())
 

@@ -132,6 +132,17 @@ def test_what_cudnn_does_not_take_lowers_to_plain_xla(traced_for_a_gpu):
     assert lowered_for_cuda(gradient, inputs(head_dim=12, dtype=jnp.bfloat16)) == [False, False]
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_documents_by_name_lower_to_mosaic_gpu(window, traced_for_a_gpu):
+    packed = from_segments(jnp.array([[0] * 4 + [1] * 26 + [2] * 7] * 2))[0]
+    arguments = inputs(head_dim=64, dtype=jnp.bfloat16)
+    options = {"window": window, "aligned": True, "implementation": "mosaic_gpu"}
+    gradient = jax.jit(jax.grad(lambda x: loss(x, packed, **options)))
+    text = gradient.trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("rat_attention_forward_mosaic", "rat_queries_backward_mosaic", "rat_summaries_backward_mosaic"):
+        assert kernel in text
+
+
 def test_plain_xla_is_chosen_without_a_gpu():
     assert lowered_for_cuda(jax.grad(loss), inputs(dtype=jnp.bfloat16)) == [False, False]
 

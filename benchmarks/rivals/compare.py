@@ -1,0 +1,138 @@
+"""Times layers and models of other libraries beside ours, on one device and in one run.
+
+  python -m benchmarks.rivals.compare --release checkouts/RAT --out runs/rivals.json
+
+`benchmarks/rivals.md` says how the libraries are installed, what is compared and what each gave. Every library runs in
+a process of its own, one after the other, so that none holds memory of the device while another is timed. A library
+that is not installed, does not run or takes longer than --timeout_s has rows that say so, and the exit code is 1.
+
+Train is forward and backward with the gradients of parameters and input, prefill the forward pass alone: medians, +-
+the slowest minus the fastest repeat; `x ours` is the rival's time a token over ours. A batch that does not fit the
+memory is halved until it does; `rows` says what was timed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.rivals.table import layer_table, model_table, with_missing
+from benchmarks.rivals.task import LAYERS, MODELS, MODULES, OURS, RELEASE, Row, Task, rows_in
+from rat_jax import program
+from rat_jax.files import write_json
+from rat_jax.paths import local_path
+from rat_jax.program import FlagError
+
+ROOT = Path(__file__).parents[2]
+PROCESS_S = 20  # that a process has to end once it is asked to
+ALL_MODELS = tuple(dict.fromkeys(model for models in MODELS.values() for model in models))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = program.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = [rival for rival in MODULES if rival != OURS]
+    parser.add_argument("--rivals", nargs="*", choices=others, default=others, help="ours are always timed")
+    parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS, metavar="LAYER", help=", ".join(LAYERS))
+    parser.add_argument(
+        "--models", nargs="*", choices=ALL_MODELS, default=ALL_MODELS, metavar="MODEL", help=", ".join(ALL_MODELS)
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 131_072], help="T")
+    parser.add_argument("--tokens", type=int, default=262_144, help="of every row of the layers")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--release", default=None, help="checkout of github.com/CLAIRE-Labo/RAT")
+    parser.add_argument("--timeout_s", type=float, default=900, help="for each library")
+    parser.add_argument("--small", action="store_true", help="sizes that a CPU takes seconds for")
+    parser.add_argument("--out", default=None, help="JSON file for the rows")
+    return parser.parse_args(arguments)
+
+
+def task_of(flags: argparse.Namespace) -> Task:
+    """What the flags ask for.
+
+    Raises:
+      FlagError: where sizes do not fit each other.
+      PathError: if --release is no local path.
+    """
+    sizes = (64, 8, 128, (32, 64)) if flags.small else (flags.width, flags.heads, flags.tokens, tuple(flags.lengths))
+    width, heads, tokens, lengths = sizes
+    if heads < 8 or heads % 8 or width % heads:
+        raise FlagError(f"--heads must be a multiple of 8 that divides --width {width}, got {heads}")
+    if not 16 <= min(lengths) <= max(lengths) <= tokens or any(length % 16 for length in lengths):
+        raise FlagError(f"--lengths must be multiples of 16 between 16 and --tokens {tokens}, got {list(lengths)}")
+    if flags.repeats < 3:
+        raise FlagError(f"--repeats must be 3 or more, got {flags.repeats}")
+    release = None if flags.release is None else str(local_path(flags.release, "--release"))
+    return Task(
+        width, heads, tokens, lengths, tuple(flags.layers), tuple(flags.models), flags.repeats, flags.small, release
+    )
+
+
+def run(rival: str, task: Task, timeout_s: float) -> tuple[list[Row], str]:
+    """The rows that a library's process has printed, and why there may be fewer than were asked for."""
+    if rival == RELEASE and task.release is None:
+        return [], "--release names no checkout of it"
+    command = [sys.executable, "-m", MODULES[rival], json.dumps(task.offered(rival)._asdict())]
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=said, start_new_session=True)
+        try:
+            process.wait(timeout_s)
+            why = f"its process ended with exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            why = f"not measured within --timeout_s {timeout_s:g}"
+        finally:
+            _end(process)
+        said.seek(0), printed.seek(0)
+        last = [line.strip() for line in said.read().splitlines() if line.strip()][-1:]
+        rows = list(rows_in(printed.read()))
+    return rows, f"{why}: {last[0][:150]}" if last and process.returncode else why
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and those that it has started: compilers keep some."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(PROCESS_S)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main() -> int:
+    """Prints both tables; 1 if a row is missing."""
+    flags = parse()
+    task, start = task_of(flags), time.perf_counter()
+    out = None if flags.out is None else local_path(flags.out, "--out")
+    rows: list[Row] = []
+    why: dict[str, str] = {}
+    for rival in (OURS, *flags.rivals):
+        asked = task.offered(rival)
+        if asked.layers or asked.models:
+            found, why[rival] = run(rival, task, flags.timeout_s)
+            rows += found
+            print(f"{rival}: {time.perf_counter() - start:.0f} s after the start", file=sys.stderr, flush=True)
+    card = next((row["card"] for row in rows if "card" in row), "no description of the device")
+    rows = with_missing(task, (row for row in rows if "rival" in row), why)
+    print(f"{card}\nW {task.width}, {task.heads} heads, bf16, {task.tokens} tokens, {task.repeats} repeats")
+    if task.layers:
+        print(f"\n{layer_table(rows)}")
+    if task.models:
+        print(f"\n{model_table(rows)}")
+    if out is not None:
+        write_json(out, {"card": card, "task": task._asdict(), "rows": rows})
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(program.exit_code(main))

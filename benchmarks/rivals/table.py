@@ -1,0 +1,80 @@
+"""Tables of what the processes found."""
+
+from collections.abc import Iterable
+
+from benchmarks.rivals.task import MODULES, OURS, Row, Task
+
+_PASSES = ("train", "prefill")
+
+
+def key(row: Row) -> tuple[str, str, int]:
+    """What a row is of: the rival, the layer or model, and T of a layer."""
+    return row["rival"], row.get("layer", row.get("model")), row["tokens"] if "layer" in row else 0
+
+
+def with_missing(task: Task, rows: Iterable[Row], why: dict[str, str]) -> list[Row]:
+    """All rows of a task in order of the tables; where a process has printed none, one with the reason.
+
+    Args:
+      task: with the layers and models that were asked for.
+      rows: that were printed.
+      why: the rivals that were run, with what is to be said of a row that did not come.
+    """
+    found = {key(row): row for row in rows}
+    wanted: list[Row] = []
+    for tokens in task.lengths:
+        for layer in task.layers:
+            asked = [{"rival": rival, "layer": layer, "tokens": tokens} for rival in MODULES if rival in why]
+            wanted += [row for row in asked if layer in task.offered(row["rival"]).layers]
+    for rival in why:
+        wanted += [{"rival": rival, "model": model} for model in task.offered(rival).models]
+    return [found.get(key(row), row | {"error": why[row["rival"]]}) for row in wanted]
+
+
+def times_ours(row: Row, ours: Row | None, name: str) -> str:
+    """A rival's milliseconds a token over ours: above 1 ours is faster; nothing where ours has no time."""
+    if ours is None or "error" in ours or row["rival"] == OURS:
+        return ""
+    return f"{row[f'{name}_ms'] / row['rows'] / (ours[f'{name}_ms'] / ours['rows']):.2f}"
+
+
+def layer_table(rows: list[Row]) -> str:
+    """Train and prefill of every layer."""
+    lines = [
+        f"{'T':>7} {'layer':<21} {'rival':<7} {'version':<8} {'rows':>4} {'train ms':>9} {'+-':>6} {'x ours':>6} "
+        f"{'prefill':>9} {'+-':>6} {'x ours':>6} {'GB':>6}  what"
+    ]
+    found = {key(row): row for row in rows}
+    for row in rows:
+        if "layer" not in row:
+            continue
+        start = f"{row['tokens']:>7} {row['layer']:<21} {row['rival']:<7} {row.get('version', ''):<8}"
+        if "error" in row:
+            lines.append(f"{start} {row['error']}")
+            continue
+        ours = found.get((OURS, row["layer"], row["tokens"]))
+        parts = [
+            f"{row[f'{name}_ms']:>9.2f} {row[f'{name}_spread_ms']:>6.2f} {times_ours(row, ours, name):>6}"
+            for name in _PASSES
+        ]
+        lines.append(f"{start} {row['rows']:>4} {' '.join(parts)} {row['train_gb']:>6.1f}  {row['how']}")
+    return "\n".join(lines)
+
+
+def model_table(rows: list[Row]) -> str:
+    """Training steps of every model."""
+    lines = [
+        f"{'model':<17} {'rival':<7} {'version':<8} {'T':>5} {'rows':>4} {'M':>7} {'ms a step':>9} {'tokens/s':>9}  how"
+    ]
+    for row in rows:
+        if "model" not in row:
+            continue
+        start = f"{row['model']:<17} {row['rival']:<7} {row.get('version', ''):<8}"
+        if "error" in row:
+            lines.append(f"{start} {row['error']}")
+            continue
+        lines.append(
+            f"{start} {row['tokens']:>5} {row['sequences']:>4} {row['parameters'] / 1e6:>7.1f} {row['step_ms']:>9.1f} "
+            f"{row['tokens_per_s']:>9.0f}  {row['how']}"
+        )
+    return "\n".join(lines)

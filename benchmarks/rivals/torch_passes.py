@@ -1,0 +1,55 @@
+"""Train and prefill of layers under PyTorch."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.rivals.task import Row, Task, reason, say, with_fewer
+from benchmarks.timing import time_calls
+
+
+class Layer(NamedTuple):
+    """`apply(x)` for x [B, T, W], the tensors whose gradients are wanted besides x's, and in words what it is."""
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    params: Sequence[torch.Tensor]
+    how: str
+    dtype: torch.dtype = torch.bfloat16  # of x
+
+
+def say_rows(task: Task, make: Callable[[str, int, int], Layer], about: Row) -> None:
+    """Prints the row of every layer at every length; arguments as in `jax_passes.say_rows`."""
+    for tokens in task.lengths:
+        for name in task.layers:
+            measure = functools.partial(_row, task, make, name, tokens)
+            say(about | with_fewer(max(1, task.tokens // tokens), measure))
+
+
+def _row(task: Task, make: Callable, name: str, tokens: int, rows: int) -> Row:
+    row: Row = {"layer": name, "tokens": tokens, "rows": rows}
+    try:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            layer = make(name, rows, tokens)
+            x = torch.randn(rows, tokens, task.width, dtype=layer.dtype).requires_grad_()
+            d_out = torch.randn_like(x)
+        row["how"] = layer.how
+
+        def train():
+            return torch.autograd.grad(layer.apply(x), [x, *layer.params], d_out)
+
+        def prefill():
+            with torch.no_grad():
+                return layer.apply(x)
+
+        for pass_name, call in (("train", train), ("prefill", prefill)):
+            torch.cuda.reset_peak_memory_stats()
+            times = time_calls(call, lambda _: torch.cuda.synchronize(), task.repeats)
+            row |= {f"{pass_name}_ms": times.ms, f"{pass_name}_spread_ms": times.spread_ms}
+            row[f"{pass_name}_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    except Exception as error:  # another library's layer may raise any
+        row = row | {"error": reason(error)}
+    torch.cuda.empty_cache()
+    return row

@@ -1,0 +1,160 @@
+"""The comparison with other libraries: what it prints where they are, are not, are slow or break off."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from benchmarks.rivals import compare
+from benchmarks.rivals.table import layer_table, model_table, times_ours, with_missing
+from benchmarks.rivals.task import (
+    FLA,
+    JLA,
+    LAYERS,
+    MODELS,
+    MODULES,
+    NO_ROOM,
+    OFFERS,
+    OURS,
+    RELEASE,
+    Task,
+    reason,
+    rows_in,
+    with_fewer,
+)
+from rat_jax.program import FlagError, exit_code
+
+TASK = Task(64, 8, 128, (32, 64), ("rat", "rnn"), ("rat_1b",), 3, True, None)
+TIMES = {"train_ms": 6.0, "train_spread_ms": 0.5, "prefill_ms": 2.0, "prefill_spread_ms": 0.1, "train_gb": 1.5}
+
+
+def row(rival, layer, tokens, **changes):
+    return {"rival": rival, "version": "1.2", "layer": layer, "tokens": tokens, "rows": 4, "how": "x"} | TIMES | changes
+
+
+def test_what_is_offered_exists():
+    assert set(OFFERS) == set(MODELS) == set(MODULES)
+    assert set(OFFERS[OURS]) == {layer for layers in OFFERS.values() for layer in layers} == set(LAYERS)
+    assert TASK.offered(JLA).layers == TASK.offered(JLA).models == ()
+    assert TASK.offered(FLA).layers == ("rnn",)
+
+
+def test_lines_that_are_no_rows_or_are_cut_short_are_left_out():
+    assert list(rows_in('warning\n{"a": 1}\n\n{"b": 2}\n{"c": ')) == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.parametrize("text", ["RESOURCE_EXHAUSTED: 8 GB", "CUDA out of memory. Tried"])
+def test_a_batch_without_room_is_halved_until_there_is(text):
+    tried = []
+
+    def measure(count):
+        tried.append(count)
+        return {"rows": count, "error": reason(RuntimeError(text))} if count > 2 else {"rows": count}
+
+    assert with_fewer(8, measure) == {"rows": 2}
+    assert tried == [8, 4, 2]
+    assert with_fewer(1, lambda count: {"error": NO_ROOM}) == {"error": NO_ROOM}
+    assert reason(ValueError("two\nlines")) == "ValueError: two lines"
+
+
+def test_every_row_that_did_not_come_says_why():
+    found = [row(OURS, "rnn", 32), {"rival": OURS, "model": "rat_1b", "tokens": 64, "sequences": 2}]
+    rows = with_missing(TASK, found, {OURS: "ended", FLA: "not installed", RELEASE: "no checkout"})
+    said = [(row["rival"], row.get("layer", row.get("model")), row["tokens"], row.get("error")) for row in rows[:-1]]
+    assert said == [
+        (OURS, "rat", 32, "ended"),
+        (RELEASE, "rat", 32, "no checkout"),
+        (OURS, "rnn", 32, None),
+        (FLA, "rnn", 32, "not installed"),
+        (OURS, "rat", 64, "ended"),
+        (RELEASE, "rat", 64, "no checkout"),
+        (OURS, "rnn", 64, "ended"),
+        (FLA, "rnn", 64, "not installed"),
+    ]
+    assert rows[-1] == found[1]
+
+
+def test_the_tables():
+    rows = [
+        row(OURS, "rnn", 32),
+        row(FLA, "rnn", 32, train_ms=9.0, rows=2),
+        {"rival": FLA, "layer": "rnn", "tokens": 64, "error": NO_ROOM},
+    ]
+    assert times_ours(rows[1], rows[0], "train") == "3.00"  # in half of the rows
+    assert times_ours(rows[1], rows[2], "train") == times_ours(rows[0], rows[0], "train") == ""
+    _, ours, rival, missing = layer_table(rows).splitlines()
+    assert ours.split()[:6] == ["32", "rnn", "ours", "1.2", "4", "6.00"]
+    assert rival.split()[4:11] == ["2", "9.00", "0.50", "3.00", "2.00", "0.10", "2.00"]
+    assert missing.split(maxsplit=3) == ["64", "rnn", "fla", NO_ROOM]
+    model = {"rival": JLA, "version": "0.1.0", "model": "transformer-1p3b", "tokens": 4096, "sequences": 8, "how": "x"}
+    model |= {"step_ms": 500.0, "tokens_per_s": 65_536.0, "parameters": 1_300_000_000}
+    _, line, missing = model_table([model, {"rival": OURS, "model": "rat_1b", "error": "ended"}]).splitlines()
+    assert line.split()[3:] == ["4096", "8", "1300.0", "500.0", "65536", "x"]
+    assert missing.split() == ["rat_1b", "ours", "ended"]
+
+
+def modules(monkeypatch, folder, **sources):
+    """Lets processes of these rivals run other modules."""
+    for rival, source in sources.items():
+        (folder / f"{rival}_module.py").write_text(source)
+        monkeypatch.setitem(compare.MODULES, rival, f"{rival}_module")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_path):
+    line = json.dumps(row(FLA, "rnn", 32))
+    slow = f"import subprocess, sys, time\nprint({line!r}, flush=True)\n"
+    slow += "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+    slow += "time.sleep(60)"
+    modules(monkeypatch, tmp_path, fla=f"print({line!r}, flush=True)\nimport no_such_package", jla=slow)
+    rows, why = compare.run(FLA, TASK, 60)
+    assert rows == [row(FLA, "rnn", 32)]
+    assert why == "its process ended with exit code 1: ModuleNotFoundError: No module named 'no_such_package'"
+    start = time.monotonic()
+    rows, why = compare.run(JLA, TASK, 2)
+    assert rows == [row(FLA, "rnn", 32)]
+    assert why == "not measured within --timeout_s 2"
+    assert time.monotonic() - start < 15
+    assert compare.run(RELEASE, TASK, 1) == ([], "--release names no checkout of it")
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    return exit_code(compare.main)
+
+
+def test_ours_beside_a_library_that_is_not_installed(monkeypatch, tmp_path, capfd):
+    (tmp_path / "fla.py").write_text("raise ModuleNotFoundError(\"No module named 'fla'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # before one that is installed
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    out = tmp_path / "rows.json"
+    small = ("--small", "--layers", "rnn", "--models", "--out", str(out))
+    assert call(monkeypatch, *small, "--rivals", "fla") == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["rival"], row["tokens"], row["rows"]) for row in rows if "error" not in row] == [
+        (OURS, 32, 4),
+        (OURS, 64, 2),
+    ]
+    assert all(row["train_ms"] > 0 and row["prefill_ms"] > 0 for row in rows if row["rival"] == OURS)
+    missing = [row for row in rows if row["rival"] == FLA]
+    assert [row["tokens"] for row in missing] == [32, 64]
+    assert all("No module named 'fla'" in row["error"] for row in missing)
+    printed = capfd.readouterr().out
+    assert printed.startswith("cpu, ") and printed.count("No module named 'fla'") == 2
+    assert "rat_jax.mixers: rnn" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--heads", "12"), "--heads"),
+        (("--lengths", "100"), "--lengths"),
+        (("--lengths", "4096", "--tokens", "1024"), "--tokens"),
+        (("--repeats", "2"), "--repeats"),
+        (("--rivals", "mamba"), "--rivals"),
+    ],
+)
+def test_flags_that_do_not_fit(arguments, message):
+    with pytest.raises(FlagError, match=message):
+        compare.task_of(compare.parse(arguments))

@@ -62,7 +62,7 @@ def task_of(flags: argparse.Namespace) -> Task:
       FlagError: where sizes do not fit each other.
       PathError: if --release is no local path.
     """
-    sizes = (64, 8, 128, (32, 64)) if flags.small else (flags.width, flags.heads, flags.tokens, tuple(flags.lengths))
+    sizes = (64, 8, 128, (64,)) if flags.small else (flags.width, flags.heads, flags.tokens, tuple(flags.lengths))
     width, heads, tokens, lengths = sizes
     if heads < 8 or heads % 8 or width % heads:
         raise FlagError(f"--heads must be a multiple of 8 that divides --width {width}, got {heads}")

@@ -62,8 +62,8 @@ def _start(name: str, batch: int, tokens: int, make: Callable, x: jax.Array, poo
         layer = make(name, batch, tokens)
         row["how"] = layer.how
         lowered = {
+            "prefill": jax.jit(layer.apply).lower(layer.params, x),  # first: it stands where train cannot run
             "train": jax.jit(functools.partial(train, layer.apply)).lower(layer.params, x, x),
-            "prefill": jax.jit(layer.apply).lower(layer.params, x),
         }
     except Exception as error:  # another library's layer may raise any
         return row | {"error": reason(error)}, None, {}

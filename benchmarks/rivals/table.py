@@ -32,14 +32,14 @@ def with_missing(task: Task, rows: Iterable[Row], why: dict[str, str]) -> list[R
 
 
 def times_ours(row: Row, ours: Row | None, name: str) -> str:
-    """A rival's milliseconds a token over ours: above 1 ours is faster; nothing where ours has no time."""
-    if ours is None or "error" in ours or row["rival"] == OURS:
+    """A rival's milliseconds a token over ours: above 1 ours is faster; nothing where there is no time of ours."""
+    if ours is None or f"{name}_ms" not in ours or row["rival"] == OURS:
         return ""
     return f"{row[f'{name}_ms'] / row['rows'] / (ours[f'{name}_ms'] / ours['rows']):.2f}"
 
 
 def layer_table(rows: list[Row]) -> str:
-    """Train and prefill of every layer."""
+    """Train and prefill of every layer; a pass that did not run has "-", and the row says why."""
     lines = [
         f"{'T':>7} {'layer':<21} {'rival':<7} {'version':<8} {'rows':>4} {'train ms':>9} {'+-':>6} {'x ours':>6} "
         f"{'prefill':>9} {'+-':>6} {'x ours':>6} {'GB':>6}  what"
@@ -49,15 +49,19 @@ def layer_table(rows: list[Row]) -> str:
         if "layer" not in row:
             continue
         start = f"{row['tokens']:>7} {row['layer']:<21} {row['rival']:<7} {row.get('version', ''):<8}"
-        if "error" in row:
+        if not any(f"{name}_ms" in row for name in _PASSES):
             lines.append(f"{start} {row['error']}")
             continue
         ours = found.get((OURS, row["layer"], row["tokens"]))
         parts = [
             f"{row[f'{name}_ms']:>9.2f} {row[f'{name}_spread_ms']:>6.2f} {times_ours(row, ours, name):>6}"
+            if f"{name}_ms" in row
+            else f"{'-':>9} {'':>6} {'':>6}"
             for name in _PASSES
         ]
-        lines.append(f"{start} {row['rows']:>4} {' '.join(parts)} {row['train_gb']:>6.1f}  {row['how']}")
+        memory = f"{row['train_gb']:>6.1f}" if "train_gb" in row else f"{'':>6}"
+        what = "; ".join(row[name] for name in ("how", "error") if name in row)
+        lines.append(f"{start} {row['rows']:>4} {' '.join(parts)} {memory}  {what}")
     return "\n".join(lines)
 
 

@@ -30,26 +30,31 @@ def say_rows(task: Task, make: Callable[[str, int, int], Layer], about: Row) -> 
 def _row(task: Task, make: Callable, name: str, tokens: int, rows: int) -> Row:
     row: Row = {"layer": name, "tokens": tokens, "rows": rows}
     try:
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            layer = make(name, rows, tokens)
-            x = torch.randn(rows, tokens, task.width, dtype=layer.dtype).requires_grad_()
-            d_out = torch.randn_like(x)
-        row["how"] = layer.how
-
-        def train():
-            return torch.autograd.grad(layer.apply(x), [x, *layer.params], d_out)
-
-        def prefill():
-            with torch.no_grad():
-                return layer.apply(x)
-
-        for pass_name, call in (("train", train), ("prefill", prefill)):
-            torch.cuda.reset_peak_memory_stats()
-            times = time_calls(call, lambda _: torch.cuda.synchronize(), task.repeats)
-            row |= {f"{pass_name}_ms": times.ms, f"{pass_name}_spread_ms": times.spread_ms}
-            row[f"{pass_name}_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        _measure(row, task, make)
     except Exception as error:  # another library's layer may raise any
-        row = row | {"error": reason(error)}
+        row["error"] = reason(error)
     torch.cuda.empty_cache()
     return row
+
+
+def _measure(row: Row, task: Task, make: Callable) -> None:
+    """Fills a row; prefill first, which stands where train cannot run."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        layer = make(row["layer"], row["rows"], row["tokens"])
+        x = torch.randn(row["rows"], row["tokens"], task.width, dtype=layer.dtype).requires_grad_()
+        d_out = torch.randn_like(x)
+    row["how"] = layer.how
+
+    def train():
+        return torch.autograd.grad(layer.apply(x), [x, *layer.params], d_out)
+
+    def prefill():
+        with torch.no_grad():
+            return layer.apply(x)
+
+    for name, call in (("prefill", prefill), ("train", train)):
+        torch.cuda.reset_peak_memory_stats()
+        times = time_calls(call, lambda _: torch.cuda.synchronize(), task.repeats)
+        row |= {f"{name}_ms": times.ms, f"{name}_spread_ms": times.spread_ms}
+        row[f"{name}_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -7,6 +7,7 @@ the layer under torch.compile. Norm and residual are parts of its layer.
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,9 @@ def make_layer(task: Task, name: str, rows: int, tokens: int) -> Layer:
 
 
 def version(folder: str) -> str:
-    """The commit of the checkout; empty where git knows none."""
+    """The commit of the checkout; empty for a copy without one."""
+    if not (Path(folder) / ".git").exists():  # git would answer for a folder around it
+        return ""
     done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip()
 

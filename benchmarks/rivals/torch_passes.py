@@ -9,6 +9,8 @@ import torch
 from benchmarks.rivals.task import Row, Task, reason, say, with_fewer
 from benchmarks.timing import time_calls
 
+DEVICE = "cuda"
+
 
 class Layer(NamedTuple):
     """`apply(x)` for x [B, T, W], the tensors whose gradients are wanted besides x's, and in words what it is."""
@@ -40,7 +42,7 @@ def _row(task: Task, make: Callable, name: str, tokens: int, rows: int) -> Row:
 def _measure(row: Row, task: Task, make: Callable) -> None:
     """Fills a row; prefill first, which stands where train cannot run."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         layer = make(row["layer"], row["rows"], row["tokens"])
         x = torch.randn(row["rows"], row["tokens"], task.width, dtype=layer.dtype).requires_grad_()
         d_out = torch.randn_like(x)

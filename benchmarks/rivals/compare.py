@@ -4,7 +4,7 @@
 
 `benchmarks/rivals.md` says how the libraries are installed, what is compared and what each gave. Every library runs in
 a process of its own, one after the other, so that none holds memory of the device while another is timed. A library
-that is not installed, does not run or takes longer than --timeout_s has rows that say so, and the exit code is 1.
+that is not installed, does not run or takes longer than it may has rows that say so, and the exit code is 1.
 
 Train is forward and backward with the gradients of parameters and input, prefill the forward pass alone: medians, +-
 the slowest minus the fastest repeat; `x ours` is the rival's time a token over ours. A batch that does not fit the
@@ -13,6 +13,7 @@ memory is halved until it does; `rows` says what was timed.
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--release", default=None, help="checkout of github.com/CLAIRE-Labo/RAT")
     parser.add_argument("--timeout_s", type=float, default=900, help="for each library")
+    parser.add_argument("--within_s", type=float, default=math.inf, help="for all of them, one after the other")
     parser.add_argument("--small", action="store_true", help="sizes that a CPU takes seconds for")
     parser.add_argument("--out", default=None, help="JSON file for the rows")
     return parser.parse_args(arguments)
@@ -87,7 +89,7 @@ def run(rival: str, task: Task, timeout_s: float) -> tuple[list[Row], str]:
             process.wait(timeout_s)
             why = f"its process ended with exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            why = f"not measured within --timeout_s {timeout_s:g}"
+            why = f"not measured within {timeout_s:.0f} s"
         finally:
             _end(process)
         said.seek(0), printed.seek(0)
@@ -119,7 +121,8 @@ def main() -> int:
     for rival in (OURS, *flags.rivals):
         asked = task.offered(rival)
         if asked.layers or asked.models:
-            found, why[rival] = run(rival, task, flags.timeout_s)
+            left = flags.within_s - (time.perf_counter() - start)
+            found, why[rival] = run(rival, task, max(0.0, min(flags.timeout_s, left)))
             rows += found
             print(f"{rival}: {time.perf_counter() - start:.0f} s after the start", file=sys.stderr, flush=True)
     card = next((row["card"] for row in rows if "card" in row), "no description of the device")

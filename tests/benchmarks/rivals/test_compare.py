@@ -117,7 +117,7 @@ def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_pa
     start = time.monotonic()
     rows, why = compare.run(JLA, TASK, 2)
     assert rows == [row(FLA, "rnn", 32)]
-    assert why == "not measured within --timeout_s 2"
+    assert why == "not measured within 2 s"
     assert time.monotonic() - start < 15
     assert compare.run(RELEASE, TASK, 1) == ([], "--release names no checkout of it")
 
@@ -143,6 +143,16 @@ def test_ours_beside_a_library_that_is_not_installed(monkeypatch, tmp_path, capf
     printed = capfd.readouterr().out
     assert printed.startswith("cpu, ") and "No module named 'fla'" in printed
     assert "rat_jax.mixers: rnn" in printed
+
+
+def test_the_last_get_no_time_that_the_first_have_used(monkeypatch, tmp_path, capsys):
+    slow = "import time\ntime.sleep(60)"
+    modules(monkeypatch, tmp_path, ours=slow, fla=slow)
+    times = ("--timeout_s", "60", "--within_s", "1")
+    assert call(monkeypatch, "--small", "--layers", "rnn", "--models", "--rivals", "fla", *times) == 1
+    ours, rival = capsys.readouterr().out.splitlines()[-2:]
+    assert "ours" in ours and "not measured within 1 s" in ours
+    assert "fla" in rival and "not measured within 0 s" in rival
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ EPSILON = 1e-6
 VECTORS = ("A_log", "dt_bias")  # stay float32
 
 
-class TritonAttention(torch.nn.Module):
-    """The package's layer has flash-attn's kernels alone; this is the same layer on the package's own kernel."""
+class OwnAttention(torch.nn.Module):
+    """The package's layer has flash-attn's kernels alone; this is the same layer on the package's own."""
 
     def __init__(self, width: int, heads: int, keys_seen: int | None):
         super().__init__()
@@ -44,7 +44,7 @@ def mixer(task: Task, name: str) -> tuple[torch.nn.Module, str]:
     if name in ("attention", "local_attention"):
         keys_seen = task.keys_seen if name == "local_attention" else None
         if importlib.util.find_spec("flash_attn") is None:
-            return TritonAttention(width, heads, keys_seen), "fla.ops.attn.parallel_attn, as there is no flash-attn"
+            return OwnAttention(width, heads, keys_seen), f"fla.ops.attn.parallel_attn, no flash-attn, {_kernels()}"
         layer = Attention(hidden_size=width, num_heads=heads, window_size=keys_seen, layer_idx=0)
         return layer, f"fla.layers.Attention, flash-attn {metadata.version('flash-attn')}"
     common = {"hidden_size": width, "layer_idx": 0, "norm_eps": EPSILON}
@@ -54,7 +54,20 @@ def mixer(task: Task, name: str) -> tuple[torch.nn.Module, str]:
         "gated_deltanet": {"num_heads": 3 * heads // 8, "head_dim": 2 * head_dim, "expand_v": 2},
         "gated_deltanet_square": {"num_heads": heads, "head_dim": head_dim, "expand_v": 1},
     }[name]
-    return GatedDeltaNet(**shape, **common), "fla.layers.GatedDeltaNet"
+    return GatedDeltaNet(**shape, **common), f"fla.layers.GatedDeltaNet, {_kernels()}"
+
+
+def _kernels() -> str:
+    """Which packages the package has kernels from: it chooses among them by itself."""
+    names = [name for name in ("triton", "tilelang", "flash_qla") if importlib.util.find_spec(name) is not None]
+    return ", ".join(map(_with_version, names))
+
+
+def _with_version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:  # it came under another name
+        return name
 
 
 def make_layer(task: Task, name: str, rows: int, tokens: int) -> Layer:

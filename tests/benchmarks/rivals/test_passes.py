@@ -40,6 +40,7 @@ def test_jax(capsys):
     check(list(rows_in(capsys.readouterr().out)), "no backward pass")
 
 
+@pytest.mark.slow
 def test_torch(capsys, monkeypatch):
     torch = pytest.importorskip("torch")
     torch_passes = pytest.importorskip("benchmarks.rivals.torch_passes")

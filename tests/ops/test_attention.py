@@ -143,6 +143,14 @@ def test_packed_documents_by_name_lower_to_mosaic_gpu(window, traced_for_a_gpu):
         assert kernel in text
 
 
+def test_mosaic_gpu_refuses_parts_of_rows(traced_for_a_gpu, monkeypatch):
+    monkeypatch.setattr("rat_jax.ops.context.num_parts", lambda: 2)
+    with pytest.raises(
+        ValueError, match="'mosaic_gpu' cannot run this call: rows must not be cut along"
+    ):
+        attend(*inputs(head_dim=64, dtype=jnp.bfloat16), aligned=True, implementation="mosaic_gpu")
+
+
 def test_plain_xla_is_chosen_without_a_gpu():
     assert lowered_for_cuda(jax.grad(loss), inputs(dtype=jnp.bfloat16)) == [False, False]
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from benchmarks.card import share_memory
 from benchmarks.evidence.run_model import result_file
 from benchmarks.evidence.studies import KINDS, STUDIES, Model, models
 from benchmarks.evidence.train_config import CORPUS
@@ -70,9 +71,7 @@ class Sitting:
 
     def _run(self, model: Model, card: int | None) -> None:
         command = [sys.executable, "-m", "benchmarks.evidence.run_model", model.kind, f"--seed={model.seed}"]
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # a card may have several models
-        if card is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(card)
+        environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)})
         started = time.monotonic()
         with (self._out / "runs" / f"{model.name}.txt").open("w") as said:
             process = subprocess.Popen([*command, *self._flags], stdout=said, stderr=said, env=environment)
@@ -144,6 +143,7 @@ def _run_all(flags: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains and measures all; returns the exit code."""
+    share_memory()  # a card may have several models; their processes read it
     return program.exit_code(lambda: _run_all(_parse(arguments)))
 
 

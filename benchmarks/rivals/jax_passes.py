@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import card
-from benchmarks.rivals.task import NO_ROOM, Row, Task, reason, say
+from benchmarks.rivals.task import NO_ROOM, Row, Task, reason, say, with_fewer
 
 COMPILERS = 4  # at a time
+SEQUENCES, SMALL_SEQUENCES = 8, 2  # of a model's step
 
 
 class Layer(NamedTuple):
@@ -45,6 +46,19 @@ def say_rows(task: Task, make: Callable[[str, int, int], Layer], about: Row) -> 
                 if row["layer"] not in waiting:
                     say(about | row)
             batch //= 2
+
+
+def say_models(task: Task, measure: Callable[[Task, str, int], Row], about: Row) -> None:
+    """Prints the row of every model.
+
+    Args:
+      task: the models.
+      measure: the row of the task's model of a name for so many sequences.
+      about: as of `say_rows`.
+    """
+    for name in task.models:
+        sequences = SMALL_SEQUENCES if task.small else SEQUENCES
+        say(about | with_fewer(sequences, functools.partial(measure, task, name)))
 
 
 def _rows(task: Task, names: tuple[str, ...], batch: int, tokens: int, make: Callable) -> list[Row]:

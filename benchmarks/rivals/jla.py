@@ -20,11 +20,10 @@ from jla.training.step import LossConfig, build_train_step, lm_loss
 from benchmarks import card
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
-from benchmarks.rivals.task import JLA, Row, Task, reason, say, task_of_process, with_fewer
+from benchmarks.rivals.task import JLA, Row, Task, reason, task_of_process
 from benchmarks.timing import time_once
 
 STD, EPSILON = 0.02, 1e-6
-SEQUENCES = 8  # of a model's step
 # Of what the package has for one card without FP8: no recomputing but in its own backward passes, and the gradient of
 # the logits made in the forward pass.
 AS_TRAINED = {"remat": "none", "lean_vjp": True}
@@ -159,8 +158,7 @@ def main() -> None:
     card.share_memory()
     about = {"rival": JLA, "version": __version__}
     jax_passes.say_rows(task, functools.partial(make_layer, task), about)
-    for name in task.models:
-        say(about | with_fewer(2 if task.small else SEQUENCES, functools.partial(model_row, task, name)))
+    jax_passes.say_models(task, model_row, about)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ import jax
 from benchmarks import card, layers, model_throughput
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
-from benchmarks.rivals.task import OURS, Row, Task, reason, say, task_of_process, with_fewer
+from benchmarks.rivals.task import OURS, Row, Task, reason, say, task_of_process
 from rat_jax import __version__
 from rat_jax.ops import linear_attention
 
-SEQUENCES = 8  # of a model's step
 # The fastest settings of docs/performance.md at 8 sequences of 4096 tokens.
 AS_TRAINED = {"remat": "dots", "scan_unroll": 24}
 SMALL = {"width": 64, "num_layers": 2, "num_heads": 4, "mlp_width": 128, "vocab_size": 256, "seq_len": 64}
@@ -65,8 +64,7 @@ def main() -> None:
     say({"card": card.describe()})
     about = {"rival": OURS, "version": __version__}
     jax_passes.say_rows(task, functools.partial(make_layer, task), about)
-    for name in task.models:
-        say(about | with_fewer(2 if task.small else SEQUENCES, functools.partial(model_row, task, name)))
+    jax_passes.say_models(task, model_row, about)
 
 
 if __name__ == "__main__":

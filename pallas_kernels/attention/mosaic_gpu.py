@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.mosaic_gpu_tiling import slots_of
 from pallas_kernels.attention.shape import AttentionShape
-from pallas_kernels.launch.sizes import LOG2_E
+from pallas_kernels.launch.sizes import LOG2_E, SEES_NOTHING
 from pallas_kernels.rat import mosaic_gpu_attention, mosaic_gpu_attention_backward
-from pallas_kernels.rat.mosaic_gpu_attention import SEES_NOTHING
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
-from pallas_kernels.rat.seen_slots import SeenSlots
+from pallas_kernels.rat.seen_slots import SeenSlots, document_begins
 
 
 def forward(
@@ -93,9 +92,7 @@ def _seen(query: jax.Array, documents: jax.Array | None, window: int | None) -> 
     token = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     if documents is None:
         documents = jnp.ones(query.shape[:2], jnp.int32)
-    is_token = documents != 0
-    begins = is_token & (documents != jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1])
-    first = jax.lax.cummax(jnp.where(begins, token, 0), axis=1)
+    is_token, first = documents != 0, document_begins(documents)
     if window is not None:
         first = jnp.maximum(first, token - window)
     end = jax.lax.cummax(jnp.where(is_token, token + 1, 0), axis=1)

@@ -14,11 +14,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from pallas_kernels.attention import tpu_tiling
-from pallas_kernels.launch.sizes import cdiv
+from pallas_kernels.launch.sizes import SEES_NOTHING, cdiv
 
 FORWARD_KERNELS = ("splash_mha_fwd",)
 BACKWARD_KERNELS = ("splash_mha_dq", "splash_mha_dkv")
-_SEES_NOTHING = -1e30  # log-sum-exp; above it are all of scores that are seen
 
 
 def forward(
@@ -55,8 +54,8 @@ def forward(
     out, log_sum_exp = (_tokens_first(x, query.shape[1]) for x in (out, log_sum_exp))
     if documents is None:
         return out, log_sum_exp
-    sees = (documents != 0)[..., None] & (log_sum_exp > _SEES_NOTHING)
-    return jnp.where(sees[..., None], out, 0), jnp.where(sees, log_sum_exp, _SEES_NOTHING)
+    sees = (documents != 0)[..., None] & (log_sum_exp > SEES_NOTHING)
+    return jnp.where(sees[..., None], out, 0), jnp.where(sees, log_sum_exp, SEES_NOTHING)
 
 
 def backward(
@@ -82,7 +81,7 @@ def backward(
     """
     call = _Call.of(query, key, window, key_documents is not None)
     if documents is not None:  # exp(score - log_sum_exp) is then 0 for what padding sees
-        log_sum_exp = jnp.where((documents != 0)[..., None], log_sum_exp, -_SEES_NOTHING)
+        log_sum_exp = jnp.where((documents != 0)[..., None], log_sum_exp, -SEES_NOTHING)
     kernel = call.kernel(interpret)
 
     def gradients(query, key, value, out, log_sum_exp, d_out, segments):

@@ -1,8 +1,9 @@
-"""Arithmetic and hardware sizes that tilings use; imports no back end."""
+"""Numbers, arithmetic and hardware sizes that kernels and tilings share; imports no back end."""
 
 import math
 
 LOG2_E = math.log2(math.e)
+SEES_NOTHING = -1e30  # log-sum-exp; above it are all of scores that are seen
 ROWS = 64  # of the matrix instruction of a warpgroup on Hopper
 LANES = 128  # channels of a vector register on TPU
 SUBLANES = 8  # rows of a block on TPU come in multiples of this

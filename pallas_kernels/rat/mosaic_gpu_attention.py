@@ -22,13 +22,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
-from pallas_kernels.launch.sizes import LOG2_E, ROWS
+from pallas_kernels.launch.sizes import LOG2_E, ROWS, SEES_NOTHING
 from pallas_kernels.rat.mosaic_gpu_mask import key_head, load_seen, tiles_of, token_sees_slot
 from pallas_kernels.rat.mosaic_gpu_tiling import pad_seen, pad_summaries, pad_tokens, padded
 from pallas_kernels.rat.seen_slots import SeenSlots, places, slot_tiles
 from pallas_kernels.rat.shape import RatShape
-
-SEES_NOTHING = -1e30  # log-sum-exp; above it are all of scores that are seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,10 +27,8 @@ def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) ->
 
     A row's first document may begin before that token.
     """
-    L, token = shape.chunk_size, jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
-    is_token = segment_ids != 0
-    begins = is_token & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
-    begin = jax.lax.cummax(jnp.where(begins, token, 0), axis=1)  # of the token's document, in the row
+    L = shape.chunk_size
+    is_token, begin = segment_ids != 0, document_begins(segment_ids)
     position = jnp.take_along_axis(positions, begin, axis=1)  # there
     document_first = (begin + L - 1 - position % L) // L  # where its first chunk ends
     end = document_first + positions // L - position // L
@@ -49,6 +47,13 @@ def continued_slots(
     end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
     first = jnp.where(is_token, jnp.minimum(first_slots, end), end)
     return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), None)
+
+
+def document_begins(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] int32: array index of the first token of each token's document; of padding, of an earlier one's."""
+    token = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    begins = (segment_ids != 0) & (segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1])
+    return jax.lax.cummax(jnp.where(begins, token, 0), axis=1)
 
 
 def completing_tokens(shape: RatShape, is_token: jax.Array, positions: jax.Array) -> jax.Array:

@@ -145,9 +145,7 @@ def test_packed_documents_by_name_lower_to_mosaic_gpu(window, traced_for_a_gpu):
 
 def test_mosaic_gpu_refuses_parts_of_rows(traced_for_a_gpu, monkeypatch):
     monkeypatch.setattr("rat_jax.ops.context.num_parts", lambda: 2)
-    with pytest.raises(
-        ValueError, match="'mosaic_gpu' cannot run this call: rows must not be cut along"
-    ):
+    with pytest.raises(ValueError, match="'mosaic_gpu' cannot run this call: rows must not be cut along"):
         attend(*inputs(head_dim=64, dtype=jnp.bfloat16), aligned=True, implementation="mosaic_gpu")
 
 

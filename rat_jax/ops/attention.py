@@ -12,7 +12,7 @@ from rat_jax.shapes import Array, Float, Int
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
 AttentionImplementation = Literal["xla", "cudnn", "mosaic_gpu", "pallas_tpu"]
-_FASTEST_FIRST = ("cudnn", "pallas_tpu")
+_FASTEST_FIRST = ("cudnn", "mosaic_gpu", "pallas_tpu")
 
 
 def attention(
@@ -44,8 +44,8 @@ def attention(
       aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
         order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
-        and "xla" elsewhere: "cudnn" on CUDA, of whole rows and 16-bit numbers, and "pallas_tpu" on TPU, JAX's splash
-        attention, of documents and padding too. "mosaic_gpu", Hopper GPUs' for documents and padding, runs by name.
+        and "xla" elsewhere: of 16-bit numbers "cudnn" on CUDA for whole rows and "mosaic_gpu" on Hopper GPUs for
+        documents and padding; on TPU "pallas_tpu", JAX's splash attention, for both.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.

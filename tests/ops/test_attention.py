@@ -132,15 +132,23 @@ def test_what_cudnn_does_not_take_lowers_to_plain_xla(traced_for_a_gpu):
     assert lowered_for_cuda(gradient, inputs(head_dim=12, dtype=jnp.bfloat16)) == [False, False]
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_packed_documents_by_name_lower_to_mosaic_gpu(window, traced_for_a_gpu):
+MOSAIC_CALLS = ("rat_attention_forward_mosaic", "rat_queries_backward_mosaic", "rat_summaries_backward_mosaic")
+
+
+@pytest.mark.parametrize(
+    ("window", "implementation", "capability", "runs"),
+    [(None, "mosaic_gpu", None, True), (5, None, (9, 0), True), (5, None, (8, 0), False), (5, None, (10, 0), False)],
+)
+def test_packed_documents_lower_to_mosaic_gpu_for_hopper(
+    window, implementation, capability, runs, traced_for_a_gpu, monkeypatch
+):
+    monkeypatch.setattr("rat_jax.ops.platform.expected_capability", lambda: capability)
     packed = from_segments(jnp.array([[0] * 4 + [1] * 26 + [2] * 7] * 2))[0]
     arguments = inputs(head_dim=64, dtype=jnp.bfloat16)
-    options = {"window": window, "aligned": True, "implementation": "mosaic_gpu"}
+    options = {"window": window, "aligned": True, "implementation": implementation}
     gradient = jax.jit(jax.grad(lambda x: loss(x, packed, **options)))
     text = gradient.trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("rat_attention_forward_mosaic", "rat_queries_backward_mosaic", "rat_summaries_backward_mosaic"):
-        assert kernel in text
+    assert [kernel in text for kernel in MOSAIC_CALLS] == [runs] * 3
 
 
 def test_mosaic_gpu_refuses_parts_of_rows(traced_for_a_gpu, monkeypatch):

@@ -59,12 +59,12 @@ def rat_attention_forward_mosaic(
     out,  # [B, T, N, H]
     lse,  # [B, N, T] float32
     query_tiles,
-    own_value_tiles,
-    gate_tiles,
+    own_value_tiles,  # None if BARE
+    gate_tiles,  # in which a head's result is stored; of one head if BARE, else of blocks.heads
     key_ring,
     value_ring,
     queries_loaded,
-    head_loaded,
+    head_loaded,  # None if BARE
     keys_filled,
     values_filled,
     keys_consumed,
@@ -102,7 +102,7 @@ def rat_attention_forward_mosaic(
         seen = load_seen(first_slots, end_slots, row, at) if shape.segmented else None
 
         def buffer_of(j):
-            return lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
+            return group if bare else lax.rem(j, blocks.heads) * COMPUTE_GROUPS + group
 
         def load_head(j):
             if bare:
@@ -175,7 +175,7 @@ def rat_attention_forward_mosaic(
             if blocks.heads > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
                 pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
-            own_value, gate = own_value_tiles.at[mine], gate_tiles.at[mine]
+            gate = gate_tiles.at[mine]
             inverse = 1.0 / total
             y = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
             if bare:
@@ -183,7 +183,7 @@ def rat_attention_forward_mosaic(
             else:
                 plgpu.barrier_wait(head_loaded.at[mine])
                 share = jnp.exp2(own - largest) * inverse
-                y += own_value[...].astype(jnp.float32) * lax.broadcast_in_dim(share, acc.shape, [0])
+                y += own_value_tiles.at[mine][...].astype(jnp.float32) * lax.broadcast_in_dim(share, acc.shape, [0])
                 # A square of rsqrt is a quotient in two instructions.
                 root = lax.rsqrt(1.0 + jnp.exp2(gate[...].astype(jnp.float32) * -LOG2_E))
                 gate[...] = (y * (root * root)).astype(q.dtype)
@@ -244,7 +244,8 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
         projected = running_values = jnp.zeros((1, 1, 1, 1), dtype)
         current_scores = jnp.zeros((1, 1, 1), jnp.float32)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
-    rows, ring = (blocks.heads * COMPUTE_GROUPS, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
+    buffers = COMPUTE_GROUPS if bare else blocks.heads * COMPUTE_GROUPS
+    rows, ring = (buffers, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
         functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks, bare=bare),
         name=rat_attention_forward_mosaic.__name__,
@@ -255,12 +256,12 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
         ),
         scratch_types=(
             launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
-            launch.tiled(rows, dtype),
+            None if bare else launch.tiled(rows, dtype),
             launch.tiled(rows, dtype),
             launch.tiled(ring, dtype),
             launch.tiled(ring, dtype),
             plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=2, num_barriers=blocks.heads * COMPUTE_GROUPS),
+            None if bare else plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
             plgpu.Barrier(num_barriers=blocks.stages),
             plgpu.Barrier(num_barriers=blocks.stages),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=blocks.stages),

@@ -39,10 +39,13 @@ SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 PRODUCT_DTYPES = (ml_dtypes.bfloat16, np.float16)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Until the test is over kernels are emulated, in an order of which the seed decides."""
+def install(monkeypatch: pytest.MonkeyPatch, seed: int, *, all_used: bool = False) -> None:
+    """Until the test is over kernels are emulated, in an order of which the seed decides.
+
+    If `all_used`, shared memory that a call reserves and none of its programs reads or writes is a fault.
+    """
     draws = random.Random(seed)
-    host = {"plgpu": {"kernel": lambda body, **options: _kernel(draws, body, **options)}}
+    host = {"plgpu": {"kernel": lambda body, **options: _kernel(draws, all_used, body, **options)}}
     real = {"plgpu": plgpu, "pl": pl, "lax": lax, "jnp": jnp}
     for name, module in list(sys.modules.items()):
         if MODULES.fullmatch(name):
@@ -67,6 +70,7 @@ class _Names:
 
 def _kernel(
     draws: random.Random,
+    all_used: bool,
     body: Callable[..., None],
     *,
     out_type: Any,
@@ -92,25 +96,32 @@ def _kernel(
             memory.append(named(len(memory), Global, np.full(x.shape, _undefined(x.dtype), x.dtype), result=True))
         programs = list(range(*grid))
         draws.shuffle(programs)
+        reserved, touched = set(), set()  # shared memory, by name
         for program in programs:
             scratch = [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)]
             used = sum(s.array.nbytes for s in scratch if isinstance(s, Shared))
             if used > SHARED_MEMORY:
                 raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
-            arguments = [s if isinstance(s, Barriers) else Ref.of(s) for s in (*memory, *scratch)]
+            arguments = [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)]
             axes = [{grid_names[0]: program, thread_name: group} for group in range(num_threads)]
             Machine(draws, axes).run(lambda arguments=arguments: body(*arguments))
             for barriers in scratch:
                 if isinstance(barriers, Barriers):
                     for barrier in barriers.barriers:
                         barrier.check_end()
+            reserved |= {s.name for s in scratch if isinstance(s, Shared)}
+            touched |= {s.name for s in scratch if isinstance(s, Shared) and s.is_used}
+        if all_used and reserved != touched:
+            raise Fault(f"{kernel_name} has memory that it does not use: {', '.join(sorted(reserved - touched))}")
         values = tuple(jnp.asarray(x.array) for x in memory[len(arrays) :])
         return values if isinstance(out_type, tuple) else values[0]
 
     return run
 
 
-def _scratch(name: str, kind: Any) -> Shared | Barriers:
+def _scratch(name: str, kind: Any) -> Shared | Barriers | None:
+    if kind is None:  # the kernel gets None
+        return None
     if isinstance(kind, plgpu.Barrier):
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals) for i in range(math.prod(kind.num_barriers))])
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]

@@ -78,6 +78,11 @@ class Shared:
         self.uncommitted[ref.index()] = 1 + group.index
         group.uncommitted.add(self)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether anything of it has been read or written."""
+        return bool(self._accesses)
+
     def commit(self, group: Warpgroup) -> None:
         self.uncommitted[self.uncommitted == 1 + group.index] = 0
 

@@ -66,7 +66,7 @@ def check_values(case: Case, run) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_emulated_values_are_those_of_float64(name, monkeypatch):
-    mosaic_emulator.install(monkeypatch, seed=0)
+    mosaic_emulator.install(monkeypatch, seed=0, all_used=True)
     check_values(make_case(**CASES[name], dtype=jnp.bfloat16), forward_and_backward.__wrapped__)
 
 

@@ -57,6 +57,14 @@ def build(cls: type[T], values: Any, name: str) -> T:
     return cls(**values)
 
 
+def build_known(cls: type[T], values: Any, name: str) -> T:
+    """`build` of the fields that a class has; `values` may hold more."""
+    fields = [field.name for field in dataclasses.fields(cls)]
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key in fields}
+    return build(cls, values, name)
+
+
 def require(condition: bool, name: str, message: str) -> None:
     """Raises a `DataError` that says that `name` is damaged unless the condition holds."""
     if not condition:

@@ -1,33 +1,59 @@
 """Losses beyond the training length as a table and as a picture, of one run or of several."""
 
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rat_jax.data import DataError
+from rat_jax.data.json_object import build, build_known, require
 from rat_jax.data.pipeline import describe_coverage
+from rat_jax.errors import shown
 from rat_jax.evaluation.errors import EvaluationError
 from rat_jax.evaluation.position_sums import Bucket
 from rat_jax.evaluation.results import LENGTHS_PREFIX
-from rat_jax.files import read_object
+from rat_jax.files import ContentError, read_object
 from rat_jax.pictures import write_picture
 
 Results = dict[str, Any]  # of `rat_jax.evaluation.results.lengths_as_json`
+_AGAIN = "python eval.py --workdir={} --length_generalization=8"
+_LARGEST = 2**53  # of whole numbers: what is beyond it was not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figures:
+    """What of the results is shown."""
+
+    run: str
+    step: int
+    trained_length: int
+    context_length: int
+    positions: str
+    split_fraction: float
+    cache_bytes: Mapping[str, Any]
+    loss_within: float | None
+    loss_by_octave: list[Any]
+    loss_by_position: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CacheBytes:
+    trained_length: int
+    context_length: int
 
 
 def find_results(path: pathlib.Path) -> Results:
     """What `eval.py --length_generalization` wrote: a file, or that of a workdir's last step and longest context.
 
     Raises:
-      EvaluationError: if there is none or there are several; the message names them.
-      FileError, ContentError: if a file cannot be read, or holds something else.
+      EvaluationError: if there is none or there are several, or if figures are missing; the message names the files.
+      FileError: if a file cannot be read.
     """
     if not path.is_dir():
         return _read(path)
     found = [(_read(file), file) for file in sorted(path.glob(f"{LENGTHS_PREFIX}-*.json"))]
     if not found:
-        raise EvaluationError(
-            f"{path} has no {LENGTHS_PREFIX}-*.json: run `python eval.py --workdir={path} --length_generalization=8`"
-        )
+        raise EvaluationError(f"{path} has no {LENGTHS_PREFIX}-*.json: run `{_AGAIN.format(path)}`")
 
     def order(results: Results) -> tuple[int, int]:
         return results["step"], results["context_length"]
@@ -42,11 +68,33 @@ def find_results(path: pathlib.Path) -> Results:
 def _read(file: pathlib.Path) -> Results:
     try:
         results = read_object(file)
+        if "loss_by_octave" not in results:
+            raise EvaluationError(f"{file} holds no loss_by_octave: name what eval.py --length_generalization wrote")
+        _check(results, str(file))
     except FileNotFoundError:
         raise EvaluationError(f"there is neither a workdir nor a file {file}") from None
-    if "loss_by_octave" not in results:
-        raise EvaluationError(f"{file} holds no loss_by_octave: name what eval.py --length_generalization wrote")
+    except (ContentError, DataError) as error:
+        raise EvaluationError(f"{error}; delete it and measure again: {_AGAIN.format(file.parent)}") from None
     return results
+
+
+def _check(results: Results, name: str) -> None:
+    figures = build_known(_Figures, results, name)
+    sizes = build(_CacheBytes, figures.cache_bytes, f"{name}, cache_bytes,")
+    for what, count, least in (
+        ("step", figures.step, 0),
+        ("trained_length", figures.trained_length, 1),
+        ("context_length", figures.context_length, 1),
+        ("cache_bytes", min(dataclasses.astuple(sizes)), 0),
+        ("cache_bytes", max(dataclasses.astuple(sizes)), 0),
+    ):
+        require(least <= count < _LARGEST, name, f"{what} is {shown(count)}")
+    for field in ("loss_by_octave", "loss_by_position"):
+        for values in getattr(figures, field):
+            bucket = build(Bucket, values, f"{name}, {field},")
+            require(
+                0 <= bucket.first <= bucket.last < _LARGEST, name, f"{field} has no such positions: {shown(bucket)}"
+            )
 
 
 def table(results: Results) -> str:

@@ -16,10 +16,10 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from rat_jax.data import DataError
-from rat_jax.data.json_object import build, require
+from rat_jax.data.json_object import build, build_known, require
 from rat_jax.files import ContentError, read_object, system_errors
 from rat_jax.report.measurements import (
     Bucket,
@@ -34,8 +34,6 @@ from rat_jax.report.measurements import (
 HARNESS, RULER, ANSWERS = "Tasks of the lm-evaluation-harness", "RULER", "Answers to prompts"
 _OTHER_FILES = ("run.json", "owner.json")
 _LARGEST = 2**53  # of counts and losses: beyond it are no figures, but damage
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ def read_measurements(folder: pathlib.Path) -> Measurements:
 
 def _losses(values: dict[str, Any], name: str) -> Iterator[MeasuredLoss]:
     for evaluation in _list(values, "evaluations", name):
-        figures = _build_known(LossFigures, evaluation, name)
+        figures = build_known(LossFigures, evaluation, name)
         bits = figures.bits_per_byte
         require(bits is None or 1 / _LARGEST < bits < _LARGEST, name, f"bits_per_byte is {bits}")
         require(0 <= figures.loss < _LARGEST, name, f"loss is {figures.loss}")
@@ -89,7 +87,7 @@ def _losses(values: dict[str, Any], name: str) -> Iterator[MeasuredLoss]:
 
 def _lengths(values: dict[str, Any], name: str) -> Iterator[MeasuredLoss]:
     if "loss_beyond" in values:
-        figures = _build_known(LengthFigures, values, name)
+        figures = build_known(LengthFigures, values, name)
         require(1 <= figures.trained_length < _LARGEST, name, f"trained_length is {figures.trained_length}")
         for loss in (figures.loss_within, figures.loss_beyond):
             require(loss is None or 0 <= loss < _LARGEST, name, f"a loss is {loss}")
@@ -102,7 +100,7 @@ def _measured_loss(values: dict[str, Any], figures: LossFigures | LengthFigures,
         number = getattr(figures, field)
         require(1 <= number < _LARGEST, name, f"{field} is {number}")
     require(0 < figures.split_fraction <= 1, name, f"split_fraction is {figures.split_fraction}")
-    buckets = tuple(_build_known(Bucket, bucket, name) for bucket in figures.loss_by_position)
+    buckets = tuple(build_known(Bucket, bucket, name) for bucket in figures.loss_by_position)
     for bucket in buckets:
         require(
             0 <= bucket.first <= bucket.last < _LARGEST, name, f"positions {bucket.first} .. {bucket.last} are none"
@@ -193,7 +191,7 @@ def _ruler_scores(results: list[Any], name: str, remarks: list[str]) -> list[Sco
     """Scores in percent, by task and then by context length."""
     found: dict[str, list[tuple[int, Score]]] = {}
     for result in results:
-        task = _build_known(_RulerTask, result, f"{name}, a result")
+        task = build_known(_RulerTask, result, f"{name}, a result")
         label = f"{task.task}, {task.context_length:,} tokens"
         if task.error is not None:
             remarks.append(f"{label} failed: {task.error}")
@@ -234,11 +232,3 @@ def _list(values: dict[str, Any], key: str, name: str) -> list[Any]:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # which no NaN is, and no huge int
-
-
-def _build_known(cls: type[T], values: Any, name: str) -> T:
-    """`build` of the fields that a class has; files may hold more."""
-    fields = [field.name for field in dataclasses.fields(cls)]
-    if isinstance(values, dict):
-        values = {key: value for key, value in values.items() if key in fields}
-    return build(cls, values, name)

@@ -327,6 +327,45 @@ def test_results_are_found_in_a_workdir(tmp_path):
         length_report.find_results(tmp_path / "missing")
 
 
+SHOWN = ("run", "step", "trained_length", "context_length", "positions", "split_fraction", "cache_bytes", "loss_within")
+
+
+@pytest.mark.parametrize("name", [*SHOWN, "loss_by_octave", "loss_by_position"])
+def test_results_without_a_figure_are_named(tmp_path, name):
+    """Whatever the table and the picture show, by itself and in the buckets."""
+    file = tmp_path / "length_generalization-3-corpus-128-0.json"
+    complete = fake_results(fake(32, 128, [3.0, 2.5, 2.25, 2.5]))
+
+    def refused(values) -> str:
+        file.write_text(json.dumps(values))
+        with pytest.raises(EvaluationError) as caught:
+            length_report.find_results(tmp_path)
+        return str(caught.value)
+
+    again = f"; delete it and measure again: python eval.py --workdir={tmp_path} --length_generalization=8"
+    without = {key: value for key, value in complete.items() if key != name}
+    if name != "loss_by_octave":  # which tells such files from others
+        assert refused(without) == f"{file} is damaged: it has no {name}{again}"
+    for value in (True, [[1]], {"x": 1}, 10**400):
+        assert refused(complete | {name: value}).endswith(again)
+    for key in complete[name] if name == "cache_bytes" else ():
+        for value in (None, -1, 10**400):
+            assert "cache_bytes" in refused(complete | {name: complete[name] | {key: value}})
+    if name.startswith("loss_by"):
+        for key in complete[name][0]:
+            part = {name: [{field: value for field, value in complete[name][0].items() if field != key}]}
+            assert refused(complete | part) == f"{file}, {name}, is damaged: it has no {key}{again}"
+        assert f"{name} has no such positions" in refused(complete | {name: [complete[name][0] | {"first": 99}]})
+
+
+@pytest.mark.parametrize("content", [b"", b'{"loss_by_octave": [', b"[1]", b"\xff"])
+def test_results_that_are_cut_short_are_named(tmp_path, content):
+    file = tmp_path / "length_generalization-3-corpus-128-0.json"
+    file.write_bytes(content)
+    with pytest.raises(EvaluationError, match=r"0\.json is damaged: .*; delete it and measure again: python eval\.py"):
+        length_report.find_results(tmp_path)
+
+
 def test_each_measurement_has_its_own_file(loaded, corpus, tmp_path):
     values = [results.lengths_as_json(loaded, corpus, fake(16, length, [3.0] * 2)) for length in (16, 32)]
     assert values[0]["run"] == "run" and values[0]["mixers"] == {"rnn": {"max_timescale": 16}}

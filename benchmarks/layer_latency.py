@@ -38,6 +38,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import caches, card, layers, timing
+from benchmarks.rivals.task import rows_in
 from rat_jax import program
 from rat_jax.paths import local_path
 
@@ -98,7 +99,7 @@ def torch_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         command += dict.fromkeys(str(tokens) for tokens, _ in wanted)
         command += [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
         done = subprocess.run(command, capture_output=True, text=True)
-        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        rows = [row for row in rows_in(done.stdout) if "layer" in row]
         why = (done.stderr.strip().splitlines() or ["the process of the PyTorch layers ended early"])[-1][:150]
     found = {(row["tokens"], row["layer"]) for row in rows}
     missing = [(tokens, f"torch:{kind}") for tokens, kind in wanted if (tokens, f"torch:{kind}") not in found]

@@ -12,15 +12,15 @@ with replacement 2,000 times (percentile bootstrap); in a difference both kinds 
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.evidence.studies import KINDS
+from benchmarks.evidence.result_files import Failure, ModelResult, read_result, read_speed, result_file
+from benchmarks.evidence.studies import KINDS, Model
 from rat_jax.errors import RatJaxError
 
 _DRAWS, _PERCENTILES = 2000, (2.5, 97.5)
@@ -33,21 +33,21 @@ class Result:
     """The models of one kind, one for each seed."""
 
     kind: str
-    models: tuple[Mapping[str, Any], ...]  # as `measurement.measure` gives them
+    models: tuple[ModelResult, ...]
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of sequences that losses are known of."""
-        return sorted(map(int, self.models[0]["lengths"]))
+        return sorted(self.models[0].lengths)
 
     @property
     def parameters(self) -> int:
         """Of the model."""
-        return self.models[0]["parameters"]
+        return self.models[0].parameters
 
     def losses(self, length: int) -> np.ndarray:
         """Mean losses, one for each seed."""
-        return np.array([model["lengths"][str(length)]["loss"] for model in self.models])
+        return np.array([model.lengths[length].loss for model in self.models])
 
     def loss(self, length: int) -> float:
         """The mean over seeds, in nats a token."""
@@ -55,18 +55,17 @@ class Result:
 
     def by_document(self, length: int) -> np.ndarray:
         """Sums of losses of each document, the mean over seeds."""
-        return np.mean([model["lengths"][str(length)]["document_losses"] for model in self.models], axis=0)
+        return np.mean([model.lengths[length].document_losses for model in self.models], axis=0)
 
     def by_octave(self, length: int) -> list[tuple[int, float]]:
         """First positions and mean losses, the mean over seeds."""
-        octaves = [model["lengths"][str(length)]["loss_by_octave"] for model in self.models]
+        octaves = [model.lengths[length].loss_by_octave for model in self.models]
         return [(int(rows[0][0]), float(np.mean([loss for _, loss in rows]))) for rows in zip(*octaves, strict=True)]
 
     def curve(self) -> list[tuple[float, float]]:
         """Tokens and validation losses while training, the mean over seeds."""
-        curves = [model["validation_losses"] for model in self.models]
-        steps = self.models[0]["config"]["training"]["num_steps"]
-        tokens = self.models[0]["training_tokens"] / steps
+        curves = [model.validation_losses for model in self.models]
+        tokens = self.models[0].training_tokens / self.models[0].num_steps
         return [(rows[0][0] * tokens, float(np.mean([loss for _, loss in rows]))) for rows in zip(*curves, strict=True)]
 
 
@@ -81,12 +80,12 @@ class Results:
     @functools.cached_property
     def targets(self) -> np.ndarray:
         """Targets of each document."""
-        return np.array(next(iter(self.by_kind.values())).models[0]["document_targets"])
+        return np.array(next(iter(self.by_kind.values())).models[0].document_targets)
 
     @property
     def length(self) -> int:
         """Tokens of a sequence of the training."""
-        return next(iter(self.by_kind.values())).models[0]["config"]["data"]["seq_len"]
+        return next(iter(self.by_kind.values())).models[0].seq_len
 
     @functools.cached_property
     def seed_deviation(self) -> float | None:
@@ -144,29 +143,47 @@ def read_results(folder: pathlib.Path) -> Results:
     """The results of a folder that `run_studies.py` wrote, and `run_speeds.py`.
 
     Raises:
-      RatJaxError: if there is none, a file is no result, or they are of several validation splits.
+      RatJaxError: if there is none, a file is damaged or lacks a figure, or they do not compare.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[str, list[ModelResult]] = {}
     failures = {}
-    for kind, values in _read(folder / "results"):
-        if "failed" in values:
-            failures[f"{kind}-{values['seed']}"] = values["failed"]
+    for result in map(read_result, sorted((folder / "results").glob("*.json"))):
+        if isinstance(result, Failure):
+            failures[Model(result.kind, result.seed).name] = result.failed
         else:
-            found.setdefault(kind, []).append(values)
+            found.setdefault(result.kind, []).append(result)
     if not found:
         raise RatJaxError(f"{folder} has no results: python -m benchmarks.evidence.run_studies --out {folder}")
-    splits = {tuple(model["document_targets"]) for models in found.values() for model in models}
-    if len(splits) > 1:
-        raise RatJaxError(f"the results of {folder} are of {len(splits)} validation splits, which do not compare")
+    _check_alike(folder, [model for models in found.values() for model in models], _OF_ALL)
+    for models in found.values():
+        _check_alike(folder, models, _OF_A_KIND)
     kinds: Sequence[str] = [kind for kind in KINDS if kind in found]
-    speeds = {kind: values["tokens_per_second"] for kind, values in _read(folder / "speeds")}
+    speeds = {
+        speed.kind: speed.tokens_per_second for speed in map(read_speed, sorted((folder / "speeds").glob("*.json")))
+    }
     return Results({kind: Result(kind, tuple(found[kind])) for kind in kinds}, failures, speeds)
 
 
-def _read(folder: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for file in sorted(folder.glob("*.json")):
-        try:
-            values = json.loads(file.read_text())
-            yield values["kind"], values
-        except (ValueError, KeyError, TypeError) as error:
-            raise RatJaxError(f"{file} is no result of a study: {error!r}") from None
+# What must be the same in results that are compared, or of which there is a mean.
+_OF_ALL: dict[str, Callable[[ModelResult], Any]] = {
+    "validation splits": lambda model: model.document_targets,
+    "training lengths": lambda model: model.seq_len,
+    "lengths of sequences": lambda model: sorted(model.lengths),
+}
+_OF_A_KIND: dict[str, Callable[[ModelResult], Any]] = {
+    "octaves of positions": lambda model: {
+        tokens: [first for first, _ in losses.loss_by_octave] for tokens, losses in model.lengths.items()
+    },
+    "steps of validations": lambda model: [step for step, _ in model.validation_losses],
+}
+
+
+def _check_alike(
+    folder: pathlib.Path, models: Sequence[ModelResult], wanted: Mapping[str, Callable[[ModelResult], Any]]
+) -> None:
+    first, *others = models
+    for what, of in wanted.items():
+        for other in others:
+            if of(other) != of(first):
+                names = " and ".join(str(result_file(folder, Model(x.kind, x.seed))) for x in (first, other))
+                raise RatJaxError(f"{names} are of different {what}, which do not compare: keep one of them elsewhere")

@@ -9,11 +9,26 @@ from benchmarks.evidence.token_losses import token_losses
 from rat_jax.checkpoints import load_model
 from rat_jax.config import config_to_dict
 from rat_jax.data.corpus import Corpus
+from rat_jax.errors import RatJaxError
 from rat_jax.report.costs import num_parameters
 from rat_jax.report.run import read_runs
 
 LENGTHS = (1, 2, 4, 8)  # times the training length
 _BATCH_TOKENS = 65_536
+
+
+def check_split(corpus: str, seq_len: int) -> None:
+    """Refuses a corpus whose validation split does not hold one sequence of the training length: `measure` has none.
+
+    Raises:
+      RatJaxError: with the number of its tokens, or if there is no such corpus.
+    """
+    num_tokens = Corpus.open(corpus).splits["validation"].num_tokens
+    if num_tokens <= seq_len:
+        raise RatJaxError(
+            f"the validation split of {corpus} has {num_tokens} tokens, a model is measured on more than {seq_len}: "
+            "prepare it with a larger --validation_fraction"
+        )
 
 
 def measure(workdir: pathlib.Path) -> dict[str, Any]:

@@ -43,13 +43,13 @@ def text(results: Results) -> str:
 
 def _models(results: Results) -> str:
     models = [model for result in results.by_kind.values() for model in result.models]
-    devices = ", ".join(sorted({model["device"] for model in models}))
-    versions = ", ".join(sorted({model["jax"] for model in models}))
+    devices = ", ".join(sorted({model.device for model in models}))
+    versions = ", ".join(sorted({model.jax for model in models}))
     return f"{len(models)} models of {len(results.by_kind)} kinds, {devices}, jax {versions}"
 
 
 def _minutes(results: Results) -> float:
-    return sum(model["seconds"] for result in results.by_kind.values() for model in result.models) / 60
+    return sum(model.seconds for result in results.by_kind.values() for model in result.models) / 60
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

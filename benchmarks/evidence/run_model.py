@@ -8,6 +8,7 @@ given. A run that was stopped goes on, and its seconds are those of all its sitt
 """
 
 import argparse
+import math
 import pathlib
 import shutil
 import sys
@@ -16,21 +17,17 @@ from collections.abc import Sequence
 
 import jax
 
-from benchmarks.evidence.measurement import measure
+from benchmarks.evidence.measurement import check_split, measure
+from benchmarks.evidence.result_files import result_file
 from benchmarks.evidence.studies import KINDS, Model
 from benchmarks.evidence.train_config import CORPUS, SMALL, get_config
 from rat_jax import program
 from rat_jax.compilation_cache import use_cache
 from rat_jax.config import config_from_dict
-from rat_jax.errors import RunStopped
+from rat_jax.errors import RatJaxError, RunStopped
 from rat_jax.files import write_json, write_text
 from rat_jax.paths import local_path
 from rat_jax.training import train
-
-
-def result_file(out: pathlib.Path, model: Model) -> pathlib.Path:
-    """Where a model's result is written."""
-    return out / "results" / f"{model.name}.json"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +51,8 @@ def _run(flags: argparse.Namespace) -> int:
     sittings = out / "runs" / f"{model.name}.seconds"
     use_cache(None)
     file.parent.mkdir(parents=True, exist_ok=True)
-    before = float(sittings.read_text()) if sittings.exists() else 0.0
+    before = _seconds(sittings) if sittings.exists() else 0.0
+    check_split(config.data.path, config.data.seq_len)
     values = {"kind": model.kind, "seed": model.seed}
     try:
         if not train(config_from_dict(config), workdir).finished:
@@ -71,6 +69,20 @@ def _run(flags: argparse.Namespace) -> int:
         shutil.rmtree(workdir)
     print(f"{model.name}: {values['failed']}" if "failed" in values else f"{model.name}: written to {file}")
     return program.FAILED if "failed" in values else 0
+
+
+def _seconds(file: pathlib.Path) -> float:
+    """Of the sittings before."""
+    try:
+        secs = float(file.read_text())
+    except ValueError:  # no UTF-8, too
+        secs = math.nan
+    if not math.isfinite(secs):
+        raise RatJaxError(
+            f"{file} is damaged: it holds no seconds; delete it and give the command again, which does not count those "
+            "before"
+        )
+    return secs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks import card
+from benchmarks.evidence.result_files import read_speed, speed_file
 from benchmarks.evidence.studies import KINDS, STUDIES
 from benchmarks.evidence.train_config import SMALL, get_config
 from benchmarks.model_throughput import measure_training
@@ -36,12 +37,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _run(flags: argparse.Namespace) -> None:
     if flags.steps <= 0:
         raise FlagError(f"--steps must be above 0, got {flags.steps}")
-    folder = local_path(flags.out, "--out") / "speeds"
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind in flags.kinds:
-        file = folder / f"{kind}.json"
-        if file.exists():
-            continue
+    out = local_path(flags.out, "--out")
+    there = [kind for kind in flags.kinds if speed_file(out, kind).exists()]
+    for kind in there:
+        read_speed(speed_file(out, kind))  # one that is damaged is said to be before the others are timed
+    for kind in dict.fromkeys(kind for kind in flags.kinds if kind not in there):
+        file = speed_file(out, kind)
+        file.parent.mkdir(parents=True, exist_ok=True)
         config = config_from_dict(get_config(f"{kind}{SMALL if flags.small else ''}"))
         secs, _, memory_gb, _ = measure_training(config, flags.steps, None)
         speed = config.data.global_batch_size * config.data.seq_len / secs

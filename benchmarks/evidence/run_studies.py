@@ -13,7 +13,6 @@ goes on.
 
 import argparse
 import concurrent.futures
-import json
 import math
 import os
 import pathlib
@@ -25,7 +24,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.card import share_memory
-from benchmarks.evidence.run_model import result_file
+from benchmarks.evidence.result_files import Failure, read_result, result_file
 from benchmarks.evidence.studies import KINDS, STUDIES, Model, models
 from benchmarks.evidence.train_config import CORPUS
 from rat_jax import program
@@ -82,9 +81,13 @@ class Sitting:
         with self._lock:
             self._running.remove(process)
             self._longest_secs = max(self._longest_secs, secs)
+            try:
+                outcome = _outcome(self._out, model, code)
+            except RatJaxError as error:  # the others go on
+                outcome, code = str(error), program.FAILED
             if code not in (0, program.INTERRUPTED):
                 self.failed.append(model.name)
-            print(f"{model.name}: {_outcome(self._out, model, code)}, {secs:.0f} s", flush=True)
+            print(f"{model.name}: {outcome}, {secs:.0f} s", flush=True)
 
 
 def _outcome(out: pathlib.Path, model: Model, code: int) -> str:
@@ -93,11 +96,19 @@ def _outcome(out: pathlib.Path, model: Model, code: int) -> str:
         return "interrupted"
     if not file.exists():
         return f"no result, exit code {code}: see {out / 'runs' / model.name}.txt"
-    values = json.loads(file.read_text())
-    if "failed" in values:
-        return f"failed: {values['failed']}"
-    length, found = next(iter(values["lengths"].items()))
-    return f"loss {found['loss']:.4f} at {length} tokens"
+    result = read_result(file)
+    if isinstance(result, Failure):
+        return f"failed: {result.failed}"
+    return f"loss {result.lengths[result.seq_len].loss:.4f} at {result.seq_len} tokens"
+
+
+def _is_measured(out: pathlib.Path, model: Model) -> bool:
+    """Whether there is a result; one that is damaged is none, and is left to the user, who learns of it now."""
+    file = result_file(out, model)
+    if file.exists():
+        read_result(file)
+        return True
+    return False
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -124,7 +135,7 @@ def _run_all(flags: argparse.Namespace) -> int:
         raise RatJaxError(f"there is no corpus {corpus}: docs/evidence.md says how it is made")
     (out / "runs").mkdir(parents=True, exist_ok=True)
     wanted = [model for model in models(tuple(flags.studies), flags.seeds) if model.kind in (flags.kinds or KINDS)]
-    waiting = [model for model in wanted if not result_file(out, model).exists()]
+    waiting = [model for model in wanted if not _is_measured(out, model)]
     print(f"{len(wanted)} models, {len(wanted) - len(waiting)} of them measured before", flush=True)
     of_model = [f"--corpus={corpus}", f"--out={out}", *(["--small"] if flags.small else [])]
     sitting = Sitting(waiting, out, of_model, flags.minutes)

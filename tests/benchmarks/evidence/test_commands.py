@@ -19,6 +19,7 @@ from rat_jax.data.corpus import Corpus
 from rat_jax.evaluation import perplexity
 from rat_jax.model import LanguageModel
 from rat_jax.sharding import make_mesh
+from tests.benchmarks.evidence.example_results import result, write
 from tests.tiny_run import make_corpus, tiny_config
 
 
@@ -107,6 +108,33 @@ def test_a_model_that_fails_is_a_result(corpus, tmp_path, monkeypatch, capsys):
     assert "rat-3: the loss is not finite" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"12.0 s", b"nan", b"\xff"])
+def test_damaged_seconds_are_named_before_the_training(corpus, tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setattr(run_model, "train", lambda config, workdir: pytest.fail("trained"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "rat-0.seconds").write_bytes(content)
+    assert run_model.main(["rat", "--out", str(tmp_path), "--corpus", str(corpus), "--small"]) == 2
+    assert "rat-0.seconds is damaged: it holds no seconds; delete it" in capsys.readouterr().err
+
+
+def test_a_split_that_no_model_can_be_measured_on_is_refused_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_model, "train", lambda config, workdir: pytest.fail("trained"))
+    (tmp_path / "text.txt").write_text("a few words " * 40)
+    flags = ["--source", str(tmp_path / "text.txt"), "--tokenizer=bytes", "--validation_fraction=0.1"]
+    assert prepare.main([*flags, "--out", str(tmp_path / "corpus"), "--num_workers=0"]) == 0
+    flags = ["rat", "--out", str(tmp_path / "out"), "--corpus", str(tmp_path / "corpus"), "--small"]
+    assert run_model.main(flags) == 2
+    assert "tokens, a model is measured on more than 64: prepare it with a larger" in capsys.readouterr().err
+
+
+def test_a_damaged_speed_is_told_before_any_kind_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_speeds, "measure_training", lambda *arguments: pytest.fail("timed"))
+    (tmp_path / "speeds").mkdir()
+    (tmp_path / "speeds" / "rat.json").write_text('{"kind": "rat"}')
+    assert run_speeds.main(["--out", str(tmp_path), "--small", "--kinds", "attention", "rat"]) == 2
+    assert "rat.json is damaged: it has no tokens_per_second; delete it and give" in capsys.readouterr().err
+
+
 def test_seconds_are_those_of_all_sittings(corpus, tmp_path, monkeypatch):
     class Stopped:
         finished = False
@@ -144,10 +172,7 @@ class TestSittings:
                 kind, seed = process.kind, process.seed
                 if kind == "rnn":
                     return 1
-                (tmp_path / "out" / "results").mkdir(exist_ok=True)
-                lengths = {"64": {"loss": 3.0}}
-                values = {"kind": kind, "seed": seed, "lengths": lengths}
-                (tmp_path / "out" / "results" / f"{kind}-{seed}.json").write_text(json.dumps(values))
+                write(tmp_path / "out", result(kind, seed, 3.0))
                 return 0
 
         self.clock = 0.0
@@ -169,6 +194,28 @@ class TestSittings:
         said = capsys.readouterr()
         assert "rnn-0: no result, exit code 1: see " in said.out
         assert "error: without a result or failed: rnn-0, rnn-1" in said.err
+
+    def test_one_with_a_damaged_result_does_not_stop_the_others(self, started, tmp_path, monkeypatch, capsys):
+        end = run_studies.subprocess.Popen.wait
+
+        def wait(process):
+            code = end(process)
+            if process.kind == "rat":
+                (tmp_path / "out" / "results" / "rat-0.json").write_text("{")
+            return code
+
+        monkeypatch.setattr(run_studies.subprocess.Popen, "wait", wait)
+        assert run_studies.main([*self.flags, "--seeds=1", "--kinds", "rat", "rat_4"]) == 1
+        assert [kind for kind, _, _ in started] == ["rat", "rat_4"]
+        said = capsys.readouterr()
+        assert "rat_4-0: loss 3.0000 at 16 tokens" in said.out and "rat-0.json is damaged: " in said.out
+        assert "error: without a result or failed: rat-0" in said.err
+
+    def test_a_damaged_result_is_told_before_any_model_is_begun(self, started, tmp_path, capsys):
+        write(tmp_path / "out", {"kind": "rat", "seed": 1})
+        assert run_studies.main([*self.flags, "--kinds", "rnn", "rat"]) == 2
+        assert "rat-1.json is damaged: it has no " in capsys.readouterr().err
+        assert started == []
 
     def test_each_card_has_a_model(self, started):
         run_studies.main([*self.flags, "--gpus=2", "--studies=chunks"])

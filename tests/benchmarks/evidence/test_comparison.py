@@ -1,6 +1,5 @@
 """What results are said to show: errors of seeds and of text, verdicts, tables and pictures."""
 
-import json
 import math
 
 import numpy as np
@@ -10,41 +9,7 @@ from benchmarks.evidence import pictures, report, tables
 from benchmarks.evidence.comparison import read_results
 from benchmarks.evidence.studies import KINDS
 from rat_jax.errors import RatJaxError
-
-TARGETS = [10, 30, 20, 40]
-
-
-def result(kind, seed, loss, *, growth=0.0, spread=0.1):
-    """As `run_model.py` writes it: four documents, whose losses a token differ by `spread` from one to the next."""
-
-    def of_length(loss):
-        losses = [loss + spread * (i - 1.7) for i in range(4)]  # 1.7: the mean over targets
-        means = {"loss": loss, "loss_by_octave": [[0, loss + 1], [16, loss], [32, loss - 0.1]]}
-        return means | {"document_losses": [x * count for x, count in zip(losses, TARGETS, strict=True)]}
-
-    return {
-        "kind": kind,
-        "seed": seed,
-        "parameters": 33_500_000,
-        "seconds": 60.0,
-        "device": "a card",
-        "jax": "0.11.2",
-        "training_tokens": 800,
-        "document_targets": TARGETS,
-        "validation_losses": [[step, loss + 8 / step] for step in (1, 2, 4, 8)],
-        "config": {"data": {"seq_len": 16}, "training": {"num_steps": 8}},
-        "lengths": {str(16 * times): of_length(loss + growth * (times - 1)) for times in (1, 2, 4, 8)},
-    }
-
-
-def write(folder, *results, speeds=None):
-    for name in ("results", "speeds"):
-        (folder / name).mkdir(exist_ok=True)
-    for values in results:
-        (folder / "results" / f"{values['kind']}-{values['seed']}.json").write_text(json.dumps(values))
-    for kind, speed in (speeds or {}).items():
-        (folder / "speeds" / f"{kind}.json").write_text(json.dumps({"kind": kind, "tokens_per_second": speed}))
-    return folder
+from tests.benchmarks.evidence.example_results import TARGETS, result, write
 
 
 @pytest.fixture
@@ -131,8 +96,21 @@ def test_what_does_not_compare_is_refused(folder, tmp_path):
     with pytest.raises(RatJaxError, match="has no results: python -m benchmarks"):
         read_results(tmp_path / "empty")
     write(folder, result("rat_8", 0, 3.0) | {"document_targets": [1, 2, 3, 4]})
-    with pytest.raises(RatJaxError, match="are of 2 validation splits"):
+    with pytest.raises(RatJaxError, match=r"attention-0\.json and .*rat_8-0\.json are of different validation splits"):
         read_results(folder)
-    (folder / "results" / "broken-0.json").write_text("[1")
-    with pytest.raises(RatJaxError, match=r"broken-0\.json is no result of a study"):
-        read_results(folder)
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "what"),
+    [
+        ("rnn", lambda values: values["config"]["data"].update(seq_len=32), "training lengths"),
+        ("rnn", lambda values: values["lengths"].pop("64"), "lengths of sequences"),
+        ("rat", lambda values: values["lengths"]["64"]["loss_by_octave"].pop(), "octaves of positions"),
+        ("rat", lambda values: values["validation_losses"].pop(), "steps of validations"),
+    ],
+)
+def test_results_of_which_there_is_no_mean_are_named(tmp_path, of, change, what):
+    other = result(of, 1, 3.1)
+    change(other)
+    with pytest.raises(RatJaxError, match=rf"rat-0\.json and .*{of}-1\.json are of different {what}, .* elsewhere"):
+        read_results(write(tmp_path, result("rat", 0, 3.0), other))

@@ -18,16 +18,18 @@ class Kind:
     pattern: tuple[str, ...]
     mlp_width: int = 1536  # such that all kinds have as many parameters, within 2 %
     mixers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # settings by mixer
+    qk_norm: bool = False  # queries and keys of attention, windows and RAttention are normalised
 
 
-def _rattention(window: int) -> Kind:
+def _rattention(window: int, qk_norm: bool = False) -> Kind:
     """As in the paper, attention over all tokens has no positions, and windows have."""
-    return Kind(_HYBRID, mixers={"attention": _NO_POSITIONS, "rattention": {"window": window}})
+    return Kind(_HYBRID, mixers={"attention": _NO_POSITIONS, "rattention": {"window": window}}, qk_norm=qk_norm)
 
 
-def _windows(window: int) -> Kind:
+def _windows(window: int, qk_norm: bool = False) -> Kind:
     """`_rattention` without its linear branch."""
-    return Kind(_WINDOWS, mixers={"attention": _NO_POSITIONS, "local_attention": {"window": window}})
+    mixers = {"attention": _NO_POSITIONS, "local_attention": {"window": window}}
+    return Kind(_WINDOWS, mixers=mixers, qk_norm=qk_norm)
 
 
 def _rat(chunk_size: int) -> Kind:
@@ -54,6 +56,9 @@ KINDS: dict[str, Kind] = {
     "rat_nope": Kind(("rat",), 1408, _WITHOUT_ROPE),
     "rat_swa_nope": Kind(_RAT_SWA, 1472, _WITHOUT_ROPE),
     "rat_swa_global_nope": Kind(_RAT_SWA, 1472, _GLOBAL_WITHOUT_ROPE),
+    "attention_qk_norm": Kind(("attention",), qk_norm=True),
+    **{f"rattention_{window}_qk_norm": _rattention(window, qk_norm=True) for window in (16, 256)},
+    **{f"windows_{window}_qk_norm": _windows(window, qk_norm=True) for window in (16, 256)},
 }
 
 
@@ -82,6 +87,13 @@ STUDIES: dict[str, Study] = {
     "chunks": Study(
         "What do longer chunks cost RAT?",
         ("rat_4", "rat_8", "rat", "rat_32", "rat_64", "rat_128", "attention", "rnn"),
+    ),
+    "normalised": Study(
+        "And with normalised queries and keys, as RAttention's paper has them?",
+        (
+            *("rattention_16_qk_norm", "rattention_256_qk_norm", "windows_16_qk_norm", "windows_256_qk_norm"),
+            *("attention_qk_norm", "rattention_16", "rattention", "windows_16", "windows_256", "attention"),
+        ),
     ),
     "positions": Study(
         "Which models need no position encoding, and which keep their loss beyond their training length?",

@@ -9,6 +9,10 @@ from benchmarks.evidence.studies import STUDIES
 # parameters), beside the kinds of ours that they are of.
 PUBLISHED_LENGTHS = {"rat_swa": (2.58, 3.07, 3.59), "rat_swa_nope": (2.60, 2.59, 2.66)}
 BASELINE = "attention"
+_FLAT = (  # to 4 times the training length, by the papers
+    *("attention_nope", "attention_swa_nope", "attention_swa_global_nope"),
+    *("rat_nope", "rat_swa_nope", "rat_swa_global_nope", "rattention"),
+)
 
 
 def loss_table(results: Results, kinds: Sequence[str]) -> str:
@@ -72,6 +76,20 @@ def claims_table(results: Results) -> str:
         ("windows of 256 alone are worse than attention", "windows_256", "attention", ("higher",)),
         ("RAttention (16) is no worse than attention", "rattention_16", "attention", ("lower", "tie")),
         ("windows of 16 alone are worse than RAttention (16)", "windows_16", "rattention_16", ("higher",)),
+        *(
+            claim
+            for window in (256, 16)
+            for claim in (
+                (
+                    f"RAttention ({window}) is no worse than attention, both with normalised queries and keys",
+                    *(f"rattention_{window}_qk_norm", "attention_qk_norm", ("lower", "tie")),
+                ),
+                (
+                    f"windows of {window} alone are worse than RAttention ({window}), both with them",
+                    *(f"windows_{window}_qk_norm", f"rattention_{window}_qk_norm", ("higher",)),
+                ),
+            )
+        ),
     ]
     rows = []
     for claim, kind, other, agreeing in claims:
@@ -81,7 +99,7 @@ def claims_table(results: Results) -> str:
             shown = "not known" if verdict is None else "yes" if verdict in agreeing else "no"
             interval = _range(results.difference_interval(kind, other, length))
             rows.append([claim, f"{difference:+.4f}", interval, verdict or "", shown])
-    for kind in ("attention_nope", "attention_swa_nope", "rat_nope", "rat_swa_nope", "rattention"):
+    for kind in _FLAT:
         if kind in results.by_kind and len(results.by_kind[kind].lengths) > 2:
             length = results.by_kind[kind].lengths[2]
             growth = results.by_kind[kind].loss(length) - results.by_kind[kind].loss(results.length)

@@ -31,6 +31,7 @@ def get_config(kind: str = "rat_swa") -> config_dict.ConfigDict:
     config.model.num_heads = 6
     config.model.pattern = KINDS[name].pattern
     config.model.mlp_width = KINDS[name].mlp_width
+    config.model.qk_norm = KINDS[name].qk_norm
     config.model.dtype = "bfloat16"
     config.model.remat = "dots"  # less to store, which is quicker
     config.model.local_attention.window = 512  # tokens: a quarter of a sequence, as in the paper

@@ -20,12 +20,12 @@ def test_parameters_are_those_of_attention(kind):
 
 
 def test_all_kinds_are_trained_alike():
-    """Nothing but the model differs, and of a model its pattern, its mixers' settings and the width of its MLP."""
+    """Nothing but the model differs: its pattern, its mixers' settings, their norms and the width of its MLP."""
 
     def shared(kind):
         values = config_to_dict(config(kind))
         model = values.pop("model")
-        own = {"pattern", "mlp_width", *model["pattern"]}
+        own = {"pattern", "mlp_width", "qk_norm", *model["pattern"]}
         return values, {name: value for name, value in model.items() if name not in own}
 
     values, model = shared("attention")
@@ -47,6 +47,7 @@ def test_settings_of_kinds():
     nope, partly = (config(kind).model.mixers for kind in ("rat_swa_nope", "rat_swa_global_nope"))
     assert [settings.rope for settings in nope.values()] == [False, False]
     assert (partly["rat"].rope, partly["local_attention"].rope) == (False, True)
+    assert all(config(kind).model.qk_norm == kind.endswith("_qk_norm") for kind in KINDS)
 
 
 def test_order():

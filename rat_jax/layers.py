@@ -93,8 +93,8 @@ class PerHeadRmsNorm(nnx.Module):
     The scale is a vector of all heads' channels, because vectors stay float32 where matrices may be cast.
     """
 
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    def __init__(self, width: int, epsilon: float, initial_scale: float = 1.0):
+        self.scale = nnx.Param(jnp.full((width,), initial_scale, jnp.float32))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*axes N H"]) -> Float32[Array, "*axes N H"]:

@@ -21,9 +21,10 @@ class Kind:
     qk_norm: bool = False  # queries and keys of attention, windows and RAttention are normalised
 
 
-def _rattention(window: int, qk_norm: bool = False) -> Kind:
+def _rattention(window: int, qk_norm: bool = False, **settings: Any) -> Kind:
     """As in the paper, attention over all tokens has no positions, and windows have."""
-    return Kind(_HYBRID, mixers={"attention": _NO_POSITIONS, "rattention": {"window": window}}, qk_norm=qk_norm)
+    mixers = {"attention": _NO_POSITIONS, "rattention": {"window": window, **settings}}
+    return Kind(_HYBRID, mixers=mixers, qk_norm=qk_norm)
 
 
 def _windows(window: int, qk_norm: bool = False) -> Kind:
@@ -59,6 +60,11 @@ KINDS: dict[str, Kind] = {
     "attention_qk_norm": Kind(("attention",), qk_norm=True),
     **{f"rattention_{window}_qk_norm": _rattention(window, qk_norm=True) for window in (16, 256)},
     **{f"windows_{window}_qk_norm": _windows(window, qk_norm=True) for window in (16, 256)},
+    **{f"rattention_{window}_quiet": _rattention(window, branch_scale=0.1) for window in (16, 256)},
+    **{
+        f"rattention_{window}_quiet_qk_norm": _rattention(window, qk_norm=True, branch_scale=0.1)
+        for window in (16, 256)
+    },
 }
 
 
@@ -89,10 +95,11 @@ STUDIES: dict[str, Study] = {
         ("rat_4", "rat_8", "rat", "rat_32", "rat_64", "rat_128", "attention", "rnn"),
     ),
     "normalised": Study(
-        "And with normalised queries and keys, as RAttention's paper has them?",
+        "What do normalised queries and keys, as in RAttention's paper, and branches that start at a tenth change?",
         (
             *("rattention_16_qk_norm", "rattention_256_qk_norm", "windows_16_qk_norm", "windows_256_qk_norm"),
-            *("attention_qk_norm", "rattention_16", "rattention", "windows_16", "windows_256", "attention"),
+            *("attention_qk_norm", "rattention_16_quiet", "rattention_256_quiet", "rattention_16_quiet_qk_norm"),
+            *("rattention_256_quiet_qk_norm", "rattention_16", "rattention", "windows_16", "windows_256", "attention"),
         ),
     ),
     "positions": Study(

@@ -1,6 +1,7 @@
 """RAttention: a sliding window, and residual linear attention over all that has left it (arXiv 2506.15545)."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -36,12 +37,14 @@ class RattentionConfig(MixerConfig):
     feature_map: Literal["softmax", "relu"] = "softmax"  # of the linear branch: [m(x), m(-x)] over a head's channels
     meta_tokens: int = 0  # learned pairs of key and value that the linear state starts from (the paper's option: 128)
     learned_scales: bool = False  # multiply the linear branch's queries and keys by learned vectors before the features
+    branch_scale: float = 1.0  # that both branches' norms start from; the release's 1 drowns an embedding of std 0.02
 
     def __post_init__(self):
         super().__post_init__()
         require(self.window >= 0, f"window must be 0 or more, got {self.window}")
         require(self.rope_base > 1, f"rope_base must be above 1, got {self.rope_base}")
         require(self.meta_tokens >= 0, f"meta_tokens must be 0 or more, got {self.meta_tokens}")
+        require(0 < self.branch_scale < math.inf, f"branch_scale must be above 0, got {self.branch_scale}")
 
     def check(self, shape: ModelShape) -> None:
         require_even_heads(self.rope, shape)
@@ -69,8 +72,9 @@ class Rattention(Mixer):
     `residual_linear_attention` of the same q, k and v before the rotation. Each branch is normalised head by head.
 
     Options: `meta_tokens` M > 0 lets the linear branch's state start from sum_m phi(k_m)^T v_m over M learned pairs;
-    `learned_scales` multiplies its queries and keys by learned vectors. `implementation` is that of the linear branch
-    where there is no cache.
+    `learned_scales` multiplies its queries and keys by learned vectors. `branch_scale` is what the norms' scales start
+    from: each branch adds so much RMS to every channel, whatever it read, which W_o passes on about sqrt(D) / 50 times;
+    below 1 small models learn sooner. `implementation` is that of the linear branch where there is no cache.
     """
 
     Config = RattentionConfig
@@ -101,6 +105,7 @@ class Rattention(Mixer):
         feature_map: Literal["softmax", "relu"] = RattentionConfig.feature_map,
         meta_tokens: int = RattentionConfig.meta_tokens,
         learned_scales: bool = RattentionConfig.learned_scales,
+        branch_scale: float = RattentionConfig.branch_scale,
         dtype: jax.typing.DTypeLike = jnp.float32,
         implementation: LinearImplementation | None = None,
         rngs: nnx.Rngs,
@@ -113,14 +118,15 @@ class Rattention(Mixer):
         self.shape = shape = ModelShape(
             width=width, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, dtype=jnp.dtype(dtype).name
         )
-        self.config = RattentionConfig(window, rope, rope_base, feature_map, meta_tokens, learned_scales)
+        self.config = RattentionConfig(window, rope, rope_base, feature_map, meta_tokens, learned_scales, branch_scale)
         self.config.check(shape)
         self.implementation = implementation
         kv_width = shape.kv_heads * shape.head_dim
         self.in_proj = projection(width, width + 2 * kv_width, jnp.dtype(dtype), rngs)
         self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
-        self.local_norm = PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON)
-        self.linear_norm = PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON)
+        self.local_norm, self.linear_norm = (
+            PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON, branch_scale) for _ in range(2)
+        )
         if qk_norm:
             self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
         if learned_scales:

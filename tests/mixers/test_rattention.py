@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rat_jax.errors import ConfigError
 from rat_jax.mixers import Rattention
 from tests import reference
 from tests.small import small_model_config
@@ -74,6 +75,14 @@ def test_equals_the_loops(options, changes):
     mix = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
     want = expected(mixer, x)
     np.testing.assert_allclose(mix(params, jnp.float32(x)), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_branches_start_from_their_scale():
+    mixer = Rattention(WIDTH, HEADS, branch_scale=0.1, rngs=nnx.Rngs(0))
+    for norm in (mixer.local_norm, mixer.linear_norm):
+        np.testing.assert_array_equal(norm.scale[...], np.full(WIDTH, 0.1, np.float32))
+    with pytest.raises(ConfigError, match="branch_scale must be above 0, got 0"):
+        Rattention(WIDTH, HEADS, branch_scale=0.0, rngs=nnx.Rngs(0))
 
 
 def test_cache_holds_the_window_and_a_state_whatever_the_length():

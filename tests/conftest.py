@@ -17,6 +17,8 @@ ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 # The suite compiles thousands of small programs and runs each for milliseconds: its time is that of compiling them.
 # `make test-optimized` sets DEFAULT_COMPILATION and runs a part of them compiled as users' programs are.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# XLA cuts a program in 32 parts that threads compile, each with costs of its own: workers share the cores already.
+QUICK_COMPILATION += " --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know this flag
     QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 if ON_CPU and "DEFAULT_COMPILATION" not in os.environ:

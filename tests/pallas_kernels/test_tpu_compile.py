@@ -71,11 +71,11 @@ def test_other_chips(topology):
 
 
 SHAPES = [
-    dict(tokens=1),
     dict(tokens=1001, head_dim=126, width=504, rope_base=None, chunk=15, groups=1),
     dict(tokens=3000, width=512, chunk=1000, packed=True),
 ]
 MORE_SHAPES = [
+    dict(tokens=1),
     dict(tokens=1000, head_dim=126, width=504, rope_base=None),
     dict(tokens=1001, width=512, chunk=15, groups=1),
     dict(tokens=131072),
@@ -112,17 +112,21 @@ def test_linear_attention_on_other_chips(topology):
     compile_cases(topology, [dict(tokens=8192)], "linear_attention")
 
 
-def test_linear_attention_shapes():
-    compile_cases(
-        "v4:2x2x1",  # the least VMEM of all
-        [
-            dict(tokens=1, heads=2, key_heads=1, head_dim=32),
-            dict(tokens=1000, key_heads=1, initial=(1, 16), packed=True),
-            dict(tokens=700, heads=4, key_heads=1, head_dim=256, dtype="float32", initial=(1, 4), packed=True),
-            dict(tokens=700, heads=2, key_heads=2, head_dim=200, feature_map="relu", initial=(1, 2)),
-        ],
-        "linear_attention",
-    )
+LINEAR_SHAPES = [
+    dict(tokens=1, heads=2, key_heads=1, head_dim=32),
+    dict(tokens=700, heads=4, key_heads=1, head_dim=256, dtype="float32", initial=(1, 4), packed=True),
+]
+MORE_LINEAR_SHAPES = [
+    dict(tokens=1000, key_heads=1, initial=(1, 16), packed=True),
+    dict(tokens=700, heads=2, key_heads=2, head_dim=200, feature_map="relu", initial=(1, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "shapes", [LINEAR_SHAPES, pytest.param(MORE_LINEAR_SHAPES, marks=pytest.mark.slow)], ids=["few", "more"]
+)
+def test_linear_attention_shapes(shapes):
+    compile_cases("v4:2x2x1", shapes, "linear_attention")  # the least VMEM of all
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def corpus(tmp_path_factory):
     values = json.loads((folder / "gathered.json").read_text())
     assert [package["package"] for package in values["packages"]] == list(gather.SMALL)
     assert all(package["characters"] > 100_000 for package in values["packages"])
-    source = ["--source", str(folder / "documents.jsonl.xz"), "--tokenizer=bpe:512", "--validation_fraction=0.1"]
+    source = ["--source", str(folder / "documents.jsonl.xz"), "--tokenizer=bpe:512", "--validation_fraction=0.02"]
     assert prepare.main([*source, "--out", str(folder / "corpus"), "--num_workers=0"]) == 0
     return folder / "corpus"
 

@@ -11,7 +11,7 @@ from fla.ops.attn import parallel_attn
 from fla.ops.linear_attn import chunk_linear_attn
 
 from benchmarks.rivals import torch_passes
-from benchmarks.rivals.task import FLA, Task, task_of_process
+from benchmarks.rivals.task import FLA, Task, note, task_of_process
 from benchmarks.rivals.torch_passes import Layer
 
 EPSILON = 1e-6
@@ -76,7 +76,7 @@ def make_layer(task: Task, name: str, rows: int, tokens: int) -> Layer:
         shape = rows, tokens, task.heads, task.width // task.heads
         query, key = (torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
         how = "fla.ops.linear_attn.chunk_linear_attn, features under torch.compile"
-        return Layer(functools.partial(attend, query, key, torch.compile(features)), (query, key), how)
+        return Layer(functools.partial(attend, query, key, torch.compile(features, dynamic=False)), (query, key), how)
     layer, how = mixer(task, name)
     norm = RMSNorm(task.width, eps=EPSILON).to(torch.bfloat16)
     vectors = {key: value.detach() for key, value in layer.named_parameters() if key in VECTORS}
@@ -101,6 +101,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, phi, x: torch.Tensor) -> torc
 def main() -> None:
     """Prints every row."""
     task = task_of_process()
+    note("imports done")
     if not torch.cuda.is_available():
         raise SystemExit("its Triton kernels need a GPU, and PyTorch sees none")
     about = {"rival": FLA, "version": metadata.version("flash-linear-attention")}

@@ -7,7 +7,7 @@ import jax
 from benchmarks import card, layers, model_throughput
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
-from benchmarks.rivals.task import OURS, Row, Task, reason, say, task_of_process
+from benchmarks.rivals.task import OURS, Row, Task, note, reason, say, task_of_process
 from rat_jax import __version__
 from rat_jax.ops import linear_attention
 
@@ -60,6 +60,7 @@ def model_row(task: Task, name: str, sequences: int) -> Row:
 def main() -> None:
     """Prints the card and every row."""
     task = task_of_process()
+    note("imports done")
     card.share_memory()
     say({"card": card.describe()})
     about = {"rival": OURS, "version": __version__}

@@ -14,7 +14,8 @@ MODULES = {rival: f"benchmarks.rivals.{rival}" for rival in (OURS, FLA, JLA, REL
 
 # gated_deltanet has the heads that its paper's code publishes: 3/8 N of them, with keys of 2 W / N channels and values
 # of 4 W / N. Those of gated_deltanet_square have W / N channels in both, and there are N.
-LAYERS = ("rat", "attention", "local_attention", "gated_deltanet", "gated_deltanet_square", "linear_attention", "rnn")
+# Those that take the least compiling and tuning come first: a run that is cut short has most rows.
+LAYERS = ("rat", "attention", "local_attention", "rnn", "linear_attention", "gated_deltanet_square", "gated_deltanet")
 OFFERS = {
     OURS: LAYERS,
     FLA: tuple(layer for layer in LAYERS if layer != "rat"),
@@ -24,6 +25,8 @@ OFFERS = {
 # Models by library; "attention_1b" is the shape of configs/attention_1b.py in both.
 MODELS = {OURS: ("attention_1b", "rat_1b"), FLA: (), JLA: ("attention_1b", "transformer-1p3b"), RELEASE: ()}
 KEYS_SEEN = 1024  # by a token in local_attention, itself among them
+PASSES = ("prefill", "train")  # in this order: prefill stands where train cannot run or the time ends
+NOTE = "- "  # begins the lines on the standard error that say what a process is at
 NO_ROOM = "does not fit the memory of this device"
 Row = dict[str, Any]
 
@@ -61,8 +64,13 @@ def task_of_process() -> Task:
 
 
 def say(row: Row) -> None:
-    """Prints a row."""
+    """Prints a row; one that is said again holds more."""
     print(json.dumps(row), flush=True)
+
+
+def note(text: str) -> None:
+    """Says on the standard error what this process is at."""
+    print(f"{NOTE}{text}", file=sys.stderr, flush=True)
 
 
 def rows_in(text: str) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.rivals.task import Row, Task, reason, say, with_fewer
+from benchmarks.rivals.task import PASSES, Row, Task, note, reason, say, with_fewer
 from benchmarks.timing import time_calls
 
 DEVICE = "cuda"
@@ -22,15 +22,15 @@ class Layer(NamedTuple):
 
 
 def say_rows(task: Task, make: Callable[[str, int, int], Layer], about: Row) -> None:
-    """Prints the row of every layer at every length; arguments as in `jax_passes.say_rows`."""
+    """Prints the row of every layer at every length, first with prefill alone; arguments: `jax_passes.say_rows`."""
     for tokens in task.lengths:
         for name in task.layers:
-            measure = functools.partial(_row, task, make, name, tokens)
-            say(about | with_fewer(max(1, task.tokens // tokens), measure))
+            measure = functools.partial(_row, task, make, name, tokens, about)
+            say(with_fewer(max(1, task.tokens // tokens), measure))
 
 
-def _row(task: Task, make: Callable, name: str, tokens: int, rows: int) -> Row:
-    row: Row = {"layer": name, "tokens": tokens, "rows": rows}
+def _row(task: Task, make: Callable, name: str, tokens: int, about: Row, rows: int) -> Row:
+    row: Row = about | {"layer": name, "tokens": tokens, "rows": rows}
     try:
         _measure(row, task, make)
     except Exception as error:  # another library's layer may raise any
@@ -40,7 +40,7 @@ def _row(task: Task, make: Callable, name: str, tokens: int, rows: int) -> Row:
 
 
 def _measure(row: Row, task: Task, make: Callable) -> None:
-    """Fills a row; prefill first, which stands where train cannot run."""
+    """Fills a row."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         layer = make(row["layer"], row["rows"], row["tokens"])
@@ -55,8 +55,12 @@ def _measure(row: Row, task: Task, make: Callable) -> None:
         with torch.no_grad():
             return layer.apply(x)
 
-    for name, call in (("prefill", prefill), ("train", train)):
+    calls = {"prefill": prefill, "train": train}
+    for name in PASSES:
+        note(f"{row['layer']}, T {row['tokens']}, {row['rows']} rows: {name}")
         torch.cuda.reset_peak_memory_stats()
-        times = time_calls(call, lambda _: torch.cuda.synchronize(), task.repeats)
+        times = time_calls(calls[name], lambda _: torch.cuda.synchronize(), task.repeats)
         row |= {f"{name}_ms": times.ms, f"{name}_spread_ms": times.spread_ms}
         row[f"{name}_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if name != PASSES[-1]:
+            say(row)

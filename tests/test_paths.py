@@ -98,7 +98,7 @@ PATH_FLAGS = {
     "benchmarks/layer_latency.py": {"--out": "--out URL"},
     "benchmarks/model_throughput.py": {"--config": "--config URL", "--profile": "--config x --profile URL"},
     "benchmarks/recall.py": {"workdirs": "URL", "--out": "RUN --out URL"},
-    "benchmarks/rivals/compare.py": {"--out": "--out URL", "--release": "--release URL"},
+    "benchmarks/rivals/compare.py": {"--ours": "--ours URL", "--out": "--out URL", "--release": "--release URL"},
     "benchmarks/scoring.py": {"--config": "--config URL"},
     "docs/draw_length_generalization.py": {"runs": "URL", "--out": "TMP/x.json --out URL"},
 }

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from benchmarks.rivals.task import MODULES, OURS, Row, Task
+from benchmarks.rivals.task import MODULES, OURS, PASSES, Row, Task
 
-_PASSES = ("train", "prefill")
+_COLUMNS = PASSES[::-1]
 
 
 def key(row: Row) -> tuple[str, str, int]:
@@ -13,7 +13,7 @@ def key(row: Row) -> tuple[str, str, int]:
 
 
 def with_missing(task: Task, rows: Iterable[Row], why: dict[str, str]) -> list[Row]:
-    """All rows of a task in order of the tables; where a process has printed none, one with the reason.
+    """All rows of a task in order of the tables; where a process has printed none or not all of one, with the reason.
 
     Args:
       task: with the layers and models that were asked for.
@@ -28,7 +28,16 @@ def with_missing(task: Task, rows: Iterable[Row], why: dict[str, str]) -> list[R
             wanted += [row for row in asked if layer in task.offered(row["rival"]).layers]
     for rival in why:
         wanted += [{"rival": rival, "model": model} for model in task.offered(rival).models]
-    return [found.get(key(row), row | {"error": why[row["rival"]]}) for row in wanted]
+    reasons = [why[row["rival"]] for row in wanted]
+    return [_whole(found.get(key(row), row), reason) for row, reason in zip(wanted, reasons, strict=True)]
+
+
+def _whole(row: Row, why: str) -> Row:
+    """A row that says why it has no times, or not all of them."""
+    missing = [name for name in PASSES if f"{name}_ms" not in row]
+    if "error" in row or not missing or ("model" in row and "tokens" in row):  # a model's is printed when it is done
+        return row
+    return row | {"error": f"{missing[0]} {why}" if len(missing) < len(PASSES) else why}
 
 
 def times_ours(row: Row, ours: Row | None, name: str) -> str:
@@ -49,7 +58,7 @@ def layer_table(rows: list[Row]) -> str:
         if "layer" not in row:
             continue
         start = f"{row['tokens']:>7} {row['layer']:<21} {row['rival']:<7} {row.get('version', ''):<8}"
-        if not any(f"{name}_ms" in row for name in _PASSES):
+        if not any(f"{name}_ms" in row for name in _COLUMNS):
             lines.append(f"{start} {row['error']}")
             continue
         ours = found.get((OURS, row["layer"], row["tokens"]))
@@ -57,7 +66,7 @@ def layer_table(rows: list[Row]) -> str:
             f"{row[f'{name}_ms']:>9.2f} {row[f'{name}_spread_ms']:>6.2f} {times_ours(row, ours, name):>6}"
             if f"{name}_ms" in row
             else f"{'-':>9} {'':>6} {'':>6}"
-            for name in _PASSES
+            for name in _COLUMNS
         ]
         memory = f"{row['train_gb']:>6.1f}" if "train_gb" in row else f"{'':>6}"
         what = "; ".join(row[name] for name in ("how", "error") if name in row)

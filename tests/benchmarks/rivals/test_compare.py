@@ -1,6 +1,7 @@
 """The comparison with other libraries: what it prints where they are, are not, are slow or break off."""
 
 import json
+import re
 import sys
 import time
 
@@ -75,6 +76,15 @@ def test_every_row_that_did_not_come_says_why():
     assert rows[-1] == found[1]
 
 
+def test_a_row_that_lacks_train_says_why():
+    whole = row(OURS, "rnn", 32)
+    part = {name: value for name, value in row(FLA, "rnn", 32).items() if not name.startswith("train")}
+    failed = part | {"error": "ValueError: no"}
+    task = TASK._replace(lengths=(32,), layers=("rnn",), models=())
+    assert with_missing(task, [whole, part], {OURS: "a", FLA: "b"}) == [whole, part | {"error": "train b"}]
+    assert with_missing(task, [whole, part, failed], {OURS: "a", FLA: "b"}) == [whole, failed]
+
+
 def test_the_tables():
     rows = [
         row(OURS, "rnn", 32),
@@ -105,9 +115,10 @@ def modules(monkeypatch, folder, **sources):
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_path):
+def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_path, capfd):
     line = json.dumps(row(FLA, "rnn", 32))
     slow = f"import subprocess, sys, time\nprint({line!r}, flush=True)\n"
+    slow += "print('- rnn, T 32: train', 'a warning', sep='\\n', file=sys.stderr, flush=True)\n"
     slow += "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
     slow += "time.sleep(60)"
     modules(monkeypatch, tmp_path, fla=f"print({line!r}, flush=True)\nimport no_such_package", jla=slow)
@@ -115,10 +126,14 @@ def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_pa
     assert rows == [row(FLA, "rnn", 32)]
     assert why == "its process ended with exit code 1: ModuleNotFoundError: No module named 'no_such_package'"
     start = time.monotonic()
+    capfd.readouterr()
     rows, why = compare.run(JLA, TASK, 2)
     assert rows == [row(FLA, "rnn", 32)]
-    assert why == "not measured within 2 s"
+    assert re.fullmatch("not measured within 2 s: since [0-2] s at rnn, T 32: train", why)
     assert time.monotonic() - start < 15
+    heard = capfd.readouterr().err.splitlines()
+    for text in ("- rnn, T 32: train", "a warning", line):
+        assert any(re.fullmatch(rf"jla [0-2]\.\d s: {re.escape(text)}", said) for said in heard)
     assert compare.run(RELEASE, TASK, 1) == ([], "--release names no checkout of it")
 
 
@@ -153,6 +168,78 @@ def test_the_last_get_no_time_that_the_first_have_used(monkeypatch, tmp_path, ca
     ours, rival = capsys.readouterr().out.splitlines()[-2:]
     assert "ours" in ours and "not measured within 1 s" in ours
     assert "fla" in rival and "not measured within 0 s" in rival
+
+
+CARD = "a card, a day"
+# Stands for the process of ours: it describes the device, and has a row of each layer that it is asked for.
+DESCRIBES = f"""import json, sys
+print(json.dumps({{"card": {CARD!r}}}))
+for layer in json.loads(sys.argv[1])["layers"]:
+    print(json.dumps({row(OURS, "", 64, how="anew")!r} | {{"layer": layer}}))
+"""
+
+
+@pytest.fixture
+def earlier_file(monkeypatch, tmp_path):
+    """Writes rows as --out does, with the processes of ours and of a rival replaced."""
+    modules(monkeypatch, tmp_path, ours=DESCRIBES, fla=f"print({json.dumps(row(FLA, 'rnn', 64))!r})")
+
+    def write(rows, card=CARD, **sizes):
+        task = compare.task_of(compare.parse(["--small"]))._replace(**sizes)
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps({"card": card, "task": task._asdict(), "rows": rows}))
+        return str(path)
+
+    return write
+
+
+def test_ours_of_an_earlier_file_are_not_timed_again(monkeypatch, tmp_path, capsys, earlier_file):
+    before = row(OURS, "rnn", 64, how="before", train_ms=3.0)
+    files = earlier_file([before, row(FLA, "rnn", 64, how="before")]), earlier_file([row(OURS, "attention", 64)])
+    out = tmp_path / "out.json"
+    flags = ("--small", "--models", "--rivals", "fla", "--out", str(out), "--ours", *files)
+    assert call(monkeypatch, *flags, "--layers", "rnn") == 0
+    assert json.loads(out.read_text())["rows"] == [before, row(FLA, "rnn", 64)]
+    printed = capsys.readouterr()
+    assert printed.out.startswith(CARD) and " 2.00 " in printed.out and "anew" not in printed.err
+    # A file has one of these layers with an error, and none has the other: both are timed, after the rival.
+    files = earlier_file([before, row(OURS, "attention", 64) | {"error": NO_ROOM}]), *files[:1]
+    flags = *flags[:-2], *files
+    assert call(monkeypatch, *flags, "--layers", "rnn", "attention", "local_attention") == 1
+    found = {(row["rival"], row["layer"]): row for row in json.loads(out.read_text())["rows"]}
+    assert [found[OURS, name]["how"] for name in ("rnn", "attention", "local_attention")] == ["before", "anew", "anew"]
+    said = capsys.readouterr().err
+    assert said.index("fla: ") < said.index("anew")
+    assert "exit code 0" in found[FLA, "attention"]["error"]
+
+
+def test_ours_of_another_device_or_of_other_sizes_are_refused(monkeypatch, capsys, tmp_path, earlier_file):
+    rows = [row(OURS, "rnn", 64)]
+    (tmp_path / "no_rows.json").write_text('{"card": "x"}')
+    for file, message in [
+        (earlier_file(rows, card="a card, yesterday"), "measured on 'a card, yesterday'; this is 'a card, a day'"),
+        (earlier_file(rows, width=128), "width 128, not 64"),
+        (earlier_file(rows, lengths=(32,)), "keys_seen 8, not 16"),
+        (str(tmp_path / "no_rows.json"), "no file that --out has written"),
+        (str(tmp_path / "absent.json"), "absent.json, which does not exist"),
+    ]:
+        assert call(monkeypatch, "--small", "--layers", "rnn", "--models", "--rivals", "fla", "--ours", file) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and "fla 0" not in printed.err and not printed.out
+    modules(monkeypatch, tmp_path, ours="raise SystemExit('no jax')")
+    assert call(monkeypatch, "--small", "--layers", "rnn", "--models", "--ours", earlier_file(rows)) == 2
+    assert "description of this device" in (said := capsys.readouterr().err) and "no jax" in said
+
+
+def test_rows_are_in_the_file_before_the_last_process_ends(monkeypatch, tmp_path):
+    out = tmp_path / "out.json"
+    seen = f"print(open({str(out)!r}).read().replace(chr(10), ''), file=__import__('sys').stderr)\nraise SystemExit(3)"
+    modules(monkeypatch, tmp_path, ours=f"print({json.dumps(row(OURS, 'rnn', 64))!r})", fla=seen)
+    flags = ("--small", "--layers", "rnn", "--models", "--rivals", "fla", "--out", str(out))
+    assert call(monkeypatch, *flags) == 1
+    ours, rival = json.loads(out.read_text())["rows"]
+    assert ours == row(OURS, "rnn", 64)
+    assert '"no description of the device"' in rival["error"]  # of the file as the second process has seen it
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def say_rows(task: Task, make: Callable[[str, int, int], Layer], about: Row) -> 
       about: what is in every row: rival and version.
     """
     asked = collections.deque((tokens, max(1, task.tokens // tokens), task.layers) for tokens in task.lengths)
-    while asked:
+    while asked and task.layers:  # without any, no inputs are made either
         tokens, batch, names = asked.popleft()
         without_room = _say_batch(task, make, about, tokens, batch, names)
         if without_room:

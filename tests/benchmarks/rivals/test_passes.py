@@ -121,6 +121,14 @@ def test_a_layer_that_fits_in_no_batch_says_so(capsys):
     assert (row["rows"], row["error"]) == (1, NO_ROOM)
 
 
+def test_without_layers_no_inputs_are_made(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("inputs are made")
+
+    monkeypatch.setattr(jax.random, "normal", refuse)
+    jax_passes.say_rows(TASK._replace(layers=()), make, ABOUT)
+
+
 def test_a_copy_of_the_release_has_no_version(tmp_path):
     pytest.importorskip("torch")
     assert pytest.importorskip("benchmarks.rivals.release").version(str(tmp_path)) == ""

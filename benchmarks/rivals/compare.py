@@ -139,16 +139,17 @@ def run(rival: str, task: Task, timeout_s: float) -> tuple[list[Row], str]:
     for reader in readers:
         reader.start()
     try:
-        process.wait(timeout_s)
-        why = f"its process ended with exit code {process.returncode}"
-        last = "said" if process.returncode else ""
+        code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        why, last = f"not measured within {timeout_s:.0f} s", "at"
+        code = None
     finally:
         _end(process)
     for reader in readers:  # they end with the last process that may still print
         reader.join(PROCESS_S)
-    last = getattr(heard, last) if last else ""
+    if code is None:
+        why, last = f"not measured within {timeout_s:.0f} s", heard.at
+    else:
+        why, last = f"its process ended with exit code {code}", heard.said if code else ""
     return list(rows_in("".join(heard.printed))), f"{why}: {last[:150]}" if last else why
 
 

@@ -82,8 +82,10 @@ def _position_losses_of_parts(hidden: Array, embedding: Array, targets: Array, w
 
 
 def _position_losses(hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+    operand = embedding.astype(hidden.dtype)
+
     def block_losses(block):
-        return _logits_and_losses(embedding, *block)[-1].sum(axis=0)
+        return _logits_and_losses(operand, *block)[-1].sum(axis=0)
 
     losses = jax.lax.map(block_losses, _blocks(hidden, targets, weights, embedding.shape[0]))
     return losses.reshape(-1)[: hidden.shape[1]]
@@ -96,10 +98,10 @@ def token_scores(
 
     The arguments, and how logits are made, are those of `next_token_loss`; a derivative of this would keep all logits.
     """
-    embedding = replicate(embedding)
+    operand = replicate(embedding).astype(hidden.dtype)
 
     def block_scores(block):
-        logits, _, losses = _logits_and_losses(embedding, *block)
+        logits, _, losses = _logits_and_losses(operand, *block)
         return -losses, jnp.argmax(logits, axis=-1) == block[1]
 
     blocks = _blocks(hidden, targets, jnp.ones(targets.shape, jnp.float32), embedding.shape[0])
@@ -112,14 +114,16 @@ def _sum_loss(hidden: Array, embedding: Array, targets: Array, weights: Array) -
 
 
 def _sum_loss_fwd(hidden, embedding, targets, weights):
+    operand = embedding.astype(hidden.dtype)  # here: XLA would cast it again for each block
+
     def add_block(carry, block):
         total, d_embedding = carry
         hidden_BTD, targets_BT, weights_BT = block
-        logits, log_sum_exp, losses = _logits_and_losses(embedding, *block)
+        logits, log_sum_exp, losses = _logits_and_losses(operand, *block)
         is_target = cut.own_ids(targets_BT, logits.shape[-1])[..., None] == jnp.arange(logits.shape[-1])[None, None]
         d_logits = (jnp.exp(logits - log_sum_exp[..., None]) - is_target) * weights_BT[..., None]
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("btv,vd->btd", d_logits, embedding.astype(hidden.dtype))
+        d_hidden = jnp.einsum("btv,vd->btd", d_logits, operand)
         d_embedding += jnp.einsum("btv,btd->vd", d_logits, hidden_BTD, preferred_element_type=jnp.float32)
         return (total + losses.sum(), d_embedding), d_hidden
 
@@ -139,9 +143,12 @@ def _sum_loss_bwd(gradients, d_total):
 _sum_loss.defvjp(_sum_loss_fwd, _sum_loss_bwd)
 
 
-def _logits_and_losses(embedding: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Logits of one block [B, T, V], of the ids whose embedding this is, their log-sum-exps and the weighted losses."""
-    logits = jnp.einsum("btd,vd->btv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _logits_and_losses(operand: Array, hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Logits of one block [B, T, V], their log-sum-exps and the weighted losses.
+
+    `operand` is the embedding of these V ids, in hidden's dtype.
+    """
+    logits = jnp.einsum("btd,vd->btv", hidden, operand, preferred_element_type=jnp.float32)
     log_sum_exp = jax.nn.logsumexp(logits, axis=-1)
     own = cut.own_ids(targets, logits.shape[-1])
     of_target = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]

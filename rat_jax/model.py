@@ -98,12 +98,8 @@ class LanguageModel(nnx.Module):
         repeat, place = divmod(index, len(self.config.pattern))
         name = block_name(place, self.config.kinds[place])
         graphdef, state = nnx.split(self.blocks[name])
-        flat = []
-        for path, param in nnx.to_flat_state(state):
-            spec = parameter_spec(".".join(("blocks", name, *path)))
-            value = param[...][repeat]
-            flat.append((path, param.replace(value.astype(self.config.dtype) if spec.matmul else value)))
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        one = jax.tree.map(lambda stack: stack[repeat], state)
+        return nnx.merge(graphdef, cast_operands(one, self.config.dtype, ("blocks", name)))
 
     def scan_layers(self, run: Callable[[ResidualBlock, Carry], Carry], carry: Carry) -> Carry:
         """`run(block, carry)` of each layer's block in turn; its values are kept or computed again as `remat` says.
@@ -124,6 +120,16 @@ class LanguageModel(nnx.Module):
             return carry, None
 
         return jax.lax.scan(run_pattern, carry, states, unroll=min(self.config.scan_unroll, self.config.num_repeats))[0]
+
+
+def cast_operands(params: nnx.State, dtype: jax.typing.DTypeLike, inside: tuple[str, ...] = ()) -> nnx.State:
+    """Parameters with the operands of the blocks' matrix products in `dtype`; `inside` is where in a model they are."""
+    flat = []
+    for path, param in nnx.to_flat_state(params):
+        name = (*inside, *path)
+        is_operand = name[0] == "blocks" and parameter_spec(".".join(name)).matmul
+        flat.append((path, param.replace(param[...].astype(dtype)) if is_operand else param))
+    return nnx.from_flat_state(flat)
 
 
 def block_name(index: int, kind: str) -> str:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 
 from rat_jax.layers import projection
 from rat_jax.ops import platform
+from tests.equations import equations
 
 
 @pytest.mark.parametrize(("name", "num_rows"), [("cpu", 1), ("gpu", 2), ("tpu", 1)])
@@ -19,16 +19,9 @@ def test_a_single_row_is_taken_twice_where_a_gpu_is_expected(name, num_rows, mon
     want = np.asarray(x[0, 0]) @ np.asarray(layer.kernel[...])
     monkeypatch.setattr(platform, "expected_platform", lambda: name)
     run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x)).trace(params, x)
-    shapes = {equation.invars[0].aval.shape for equation in _products(run.jaxpr.jaxpr)}
+    products = [equation for equation in equations(run.jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
+    shapes = {equation.invars[0].aval.shape for equation in products}
     assert shapes == {(1, num_rows, 8)}
     got = run.lower().compile()(params, x)
     assert got.shape == (1, 1, 6)
     np.testing.assert_allclose(got[0, 0], want, rtol=1e-5, atol=1e-6)
-
-
-def _products(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from _products(inner)

@@ -15,7 +15,7 @@ from rat_jax.config import Config, OptimizerConfig
 from rat_jax.data.pipeline import Batch
 from rat_jax.loss import LossSums, next_token_loss
 from rat_jax.mesh import constrain_tokens
-from rat_jax.model import LanguageModel
+from rat_jax.model import LanguageModel, cast_operands
 from rat_jax.shapes import Array, Bool, Float32, Int
 from rat_jax.sharding import batch_sharding, constrain, shardings
 from rat_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -76,7 +76,11 @@ def train_step(
     def part_loss(params, part):
         return _loss_sums(graphdef, params, part).loss / divisor
 
-    loss, grads = _accumulate(jax.value_and_grad(part_loss), state.params, batch, optimizer.accumulation_steps)
+    # Cast once, not in each layer of each pass and part; gradients are then what products give, in the same dtype.
+    params = cast_operands(state.params, nnx.merge(graphdef, state.params).config.dtype)
+    loss, grads = _accumulate(jax.value_and_grad(part_loss), params, batch, optimizer.accumulation_steps)
+    # Without the barrier XLA puts layers' gradients together once for each of the three arrays that an update writes.
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), jax.lax.optimization_barrier(grads))
     grad_norm = optax.tree.norm(grads)
     with jax.named_scope("optimizer"):
         is_good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= max_loss)
@@ -172,5 +176,5 @@ def _accumulate(value_and_grad: Any, params: nnx.State, batch: Batch, num_parts:
         loss, grads = jax.tree.map(jnp.add, sums, value_and_grad(params, part))
         return (loss, constrain(grads)), None
 
-    zeros = (jnp.float32(0), constrain(jax.tree.map(jnp.zeros_like, params)))
+    zeros = (jnp.float32(0), constrain(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)))
     return jax.lax.scan(add_part, zeros, jax.tree.map(cut, batch))[0]

@@ -1,6 +1,10 @@
 """The training step as a function."""
 
+import collections
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +14,7 @@ from rat_jax.data.pipeline import TrainData
 from rat_jax.sharding import global_batch, make_mesh
 from rat_jax.training import train
 from rat_jax.training.step import batch_loss, initial_state, train_step
+from tests.equations import equations
 from tests.tiny_run import tiny_config
 
 
@@ -43,6 +48,44 @@ class TestTrainStep:
             jax.tree.leaves(parts.opt_state["adam"].mu), jax.tree.leaves(whole.opt_state["adam"].mu), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("num_parts", [1, 2])
+    def test_matrices_are_cast_once(self, corpus, batch, num_parts):
+        """Not in each layer, pass and part of a batch; what the optimizer holds stays in float32."""
+        config = tiny_config(
+            corpus, model__dtype="bfloat16", model__remat="dots", optimizer__accumulation_steps=num_parts
+        )
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            graphdef = abstract_model(config.model)[0]
+            state = initial_state(config, mesh)
+            matrices = [x.shape for x in jax.tree.leaves(state.params["blocks"]) if x.ndim == 3]
+            casts = collections.Counter()
+            arguments = state, global_batch(batch, mesh)
+            step = functools.partial(train_step, graphdef, config.optimizer, 6)
+            for equation in equations(jax.make_jaxpr(step)(*arguments).jaxpr):
+                if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
+                    casts[equation.invars[0].aval.shape] += 1
+            assert {shape: casts[shape] for shape in matrices} == collections.Counter(matrices)
+            assert not any(casts[shape[1:]] for shape in matrices)
+            after = step(*arguments)[0]
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(after.params))
+
+    def test_casting_once_changes_no_gradient(self, corpus, batch):
+        config = tiny_config(corpus, model__dtype="bfloat16", optimizer__clip_norm=1e9)
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            graphdef = abstract_model(config.model)[0]
+            state = initial_state(config, mesh)
+            whole = global_batch(batch, mesh)
+            total = batch.loss_weights.sum()
+            expected = jax.jit(jax.grad(lambda params: batch_loss(graphdef, params, whole).loss / total))(state.params)
+            step = train_step(graphdef, config.optimizer, 6, state, whole)[0]
+        found = step.opt_state["adam"].mu  # of the first step: 1 - beta1 of the gradient
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == jnp.float32
+            b = (1 - config.optimizer.beta1) * np.asarray(b)
+            assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
 
     def test_loss_is_the_mean_over_targets(self, config, corpus, batch):
         _, metrics = self.run(corpus, batch, 1)

@@ -8,7 +8,7 @@ class ParameterSpec:
     """Logical axes of a parameter of one layer; `rat_jax.sharding.MESH_AXES` maps them to the axes of a mesh."""
 
     axes: tuple[str | None, ...]  # None: an axis that is never cut
-    matmul: bool = False  # an operand of matrix products: decoding keeps it in the compute dtype, others in float32
+    matmul: bool = False  # an operand of matrix products: cast to the compute dtype once a step, or for all of decoding
 
 
 MATRIX_IN = ParameterSpec(("width", "projected"), matmul=True)  # [D, any], of a projection out of the residual stream

@@ -168,6 +168,8 @@ def read_results(folder: pathlib.Path) -> Results:
 _OF_ALL: dict[str, Callable[[ModelResult], Any]] = {
     "validation splits": lambda model: model.document_targets,
     "training lengths": lambda model: model.seq_len,
+    "training steps": lambda model: model.num_steps,
+    "training tokens": lambda model: model.training_tokens,
     "lengths of sequences": lambda model: sorted(model.lengths),
 }
 _OF_A_KIND: dict[str, Callable[[ModelResult], Any]] = {

@@ -94,8 +94,8 @@ STUDIES: dict[str, Study] = {
         "What do longer chunks cost RAT?",
         ("rat_4", "rat_8", "rat", "rat_32", "rat_64", "rat_128", "attention", "rnn"),
     ),
-    "normalised": Study(
-        "What do normalised queries and keys, as in RAttention's paper, and branches that start at a tenth change?",
+    "norms": Study(
+        "What do normalised queries and keys, as in RAttention's paper, and branch norms that start at 0.1 change?",
         (
             *("rattention_16_qk_norm", "rattention_256_qk_norm", "windows_16_qk_norm", "windows_256_qk_norm"),
             *("attention_qk_norm", "rattention_16_quiet", "rattention_256_quiet", "rattention_16_quiet_qk_norm"),

@@ -1,7 +1,7 @@
 """Rows of ours from files of earlier comparisons, which need not be timed again."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.rivals.table import key
 from benchmarks.rivals.task import OURS, Row, Task
@@ -29,16 +29,21 @@ def read(path: Path, task: Task) -> Earlier:
     except FileNotFoundError:
         raise FlagError(f"--ours names {path}, which does not exist") from None
     try:
-        then = Task(**values["task"])
+        then = _sizes(Task(**values["task"]))
         rows = [row for row in values["rows"] if row["rival"] == OURS and "error" not in row]
         earlier, _ = Earlier(path, values["card"], rows), [key(row) for row in rows]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise FlagError(f"--ours names {path}, which is no file that --out has written") from None
-    for name in ("width", "heads", "tokens", "small", "keys_seen"):
-        if getattr(then, name) != getattr(task, name):
-            sizes = f"{name} {getattr(then, name)}, not {getattr(task, name)}"
+    for name, size in _sizes(task).items():
+        if then[name] != size:
+            sizes = f"{name} {then[name]}, not {size}"
             raise FlagError(f"--ours names {path}, whose rows have {sizes}; give the flags that it was made with")
     return earlier
+
+
+def _sizes(task: Task) -> dict[str, Any]:
+    """What must be the same in tasks whose rows stand in one table."""
+    return {name: getattr(task, name) for name in ("width", "heads", "tokens", "repeats", "small", "keys_seen")}
 
 
 def check_card(earlier: Earlier, card: str) -> None:

@@ -26,7 +26,7 @@ OFFERS = {
 MODELS = {OURS: ("attention_1b", "rat_1b"), FLA: (), JLA: ("attention_1b", "transformer-1p3b"), RELEASE: ()}
 KEYS_SEEN = 1024  # by a token in local_attention, itself among them
 PASSES = ("prefill", "train")  # in this order: prefill stands where train cannot run or the time ends
-NOTE = "- "  # begins the lines on the standard error that say what a process is at
+NOTE = "@ "  # begins the lines on the standard error that say what a process is at
 NO_ROOM = "does not fit the memory of this device"
 Row = dict[str, Any]
 

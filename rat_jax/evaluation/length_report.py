@@ -50,8 +50,9 @@ def find_results(path: pathlib.Path) -> Results:
       FileError: if a file cannot be read.
     """
     if not path.is_dir():
-        return _read(path)
-    found = [(_read(file), file) for file in sorted(path.glob(f"{LENGTHS_PREFIX}-*.json"))]
+        return _read(path, "name what eval.py --length_generalization wrote")
+    again = f"delete it and measure again: {_AGAIN.format(path)}"
+    found = [(_read(file, again), file) for file in sorted(path.glob(f"{LENGTHS_PREFIX}-*.json"))]
     if not found:
         raise EvaluationError(f"{path} has no {LENGTHS_PREFIX}-*.json: run `{_AGAIN.format(path)}`")
 
@@ -65,7 +66,7 @@ def find_results(path: pathlib.Path) -> Results:
     return chosen[0][0]
 
 
-def _read(file: pathlib.Path) -> Results:
+def _read(file: pathlib.Path, advice: str) -> Results:
     try:
         results = read_object(file)
         if "loss_by_octave" not in results:
@@ -74,7 +75,7 @@ def _read(file: pathlib.Path) -> Results:
     except FileNotFoundError:
         raise EvaluationError(f"there is neither a workdir nor a file {file}") from None
     except (ContentError, DataError) as error:
-        raise EvaluationError(f"{error}; delete it and measure again: {_AGAIN.format(file.parent)}") from None
+        raise EvaluationError(f"{error}; {advice}") from None
     return results
 
 

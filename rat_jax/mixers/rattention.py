@@ -37,7 +37,9 @@ class RattentionConfig(MixerConfig):
     feature_map: Literal["softmax", "relu"] = "softmax"  # of the linear branch: [m(x), m(-x)] over a head's channels
     meta_tokens: int = 0  # learned pairs of key and value that the linear state starts from (the paper's option: 128)
     learned_scales: bool = False  # multiply the linear branch's queries and keys by learned vectors before the features
-    branch_scale: float = 1.0  # that both branches' norms start from; the release's 1 drowns an embedding of std 0.02
+    branch_scale: float = (
+        1.0  # that both branches' norms start from; beside weights of std 0.02 models learn slowly by 1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,8 +75,8 @@ class Rattention(Mixer):
 
     Options: `meta_tokens` M > 0 lets the linear branch's state start from sum_m phi(k_m)^T v_m over M learned pairs;
     `learned_scales` multiplies its queries and keys by learned vectors. `branch_scale` is what the norms' scales start
-    from: each branch adds so much RMS to every channel, whatever it read, which W_o passes on about sqrt(D) / 50 times;
-    below 1 small models learn sooner. `implementation` is that of the linear branch where there is no cache.
+    from: a branch that has read anything adds so much RMS to each head, of which W_o passes on sqrt(D) / 50; below 1
+    small models learn sooner (docs/evidence.md). `implementation` is that of the linear branch where there is no cache.
     """
 
     Config = RattentionConfig

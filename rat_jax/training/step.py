@@ -77,7 +77,7 @@ def train_step(
         return _loss_sums(graphdef, params, part).loss / divisor
 
     # Cast once, not in each layer of each pass and part; gradients are then what products give, in the same dtype.
-    params = cast_operands(state.params, nnx.merge(graphdef, state.params).config.dtype)
+    params = cast_operands(state.params, _compute_dtype(graphdef, state.params))
     loss, grads = _accumulate(jax.value_and_grad(part_loss), params, batch, optimizer.accumulation_steps)
     # Without the barrier XLA puts layers' gradients together once for each of the three arrays that an update writes.
     grads = jax.tree.map(lambda x: x.astype(jnp.float32), jax.lax.optimization_barrier(grads))
@@ -145,6 +145,10 @@ def _make_state(config: Config, params: nnx.State | None) -> TrainState:
         params = nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(config.seed)))
     opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
     return TrainState(jnp.int32(0), constrain(params), constrain(opt_state))
+
+
+def _compute_dtype(graphdef: nnx.GraphDef, params: nnx.State) -> str:
+    return nnx.merge(graphdef, params).config.dtype
 
 
 def _kept_if(is_good: Bool[Array, ""], new: Any, old: Any) -> Any:

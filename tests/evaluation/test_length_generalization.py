@@ -364,6 +364,10 @@ def test_results_that_are_cut_short_are_named(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(EvaluationError, match=r"0\.json is damaged: .*; delete it and measure again: python eval\.py"):
         length_report.find_results(tmp_path)
+    with pytest.raises(
+        EvaluationError, match=r"0\.json is damaged: .*; name what eval\.py --length_generalization wrote"
+    ):
+        length_report.find_results(file)  # which may be anybody's: no word of deleting it
 
 
 def test_each_measurement_has_its_own_file(loaded, corpus, tmp_path):

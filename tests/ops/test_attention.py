@@ -151,6 +151,12 @@ def test_packed_documents_lower_to_mosaic_gpu_for_hopper(
     assert [kernel in text for kernel in MOSAIC_CALLS] == [runs] * 3
 
 
+def test_whole_rows_lower_to_cudnn_on_hopper_too(traced_for_a_gpu, monkeypatch):
+    monkeypatch.setattr("rat_jax.ops.platform.expected_capability", lambda: (9, 0))
+    arguments = inputs(head_dim=64, dtype=jnp.bfloat16)
+    assert lowered_for_cuda(jax.grad(loss), arguments) == [True, True]
+
+
 def test_mosaic_gpu_refuses_parts_of_rows(traced_for_a_gpu, monkeypatch):
     monkeypatch.setattr("rat_jax.ops.context.num_parts", lambda: 2)
     with pytest.raises(ValueError, match="'mosaic_gpu' cannot run this call: rows must not be cut along"):

@@ -51,7 +51,7 @@ class TestTrainStep:
 
     @pytest.mark.parametrize("num_parts", [1, 2])
     def test_matrices_are_cast_once(self, corpus, batch, num_parts):
-        """Not in each layer, pass and part of a batch; what the optimizer holds stays in float32."""
+        """Not in each layer, pass and part of a batch; sums over parts and what the optimizer holds are float32."""
         config = tiny_config(
             corpus, model__dtype="bfloat16", model__remat="dots", optimizer__accumulation_steps=num_parts
         )
@@ -60,19 +60,26 @@ class TestTrainStep:
             graphdef = abstract_model(config.model)[0]
             state = initial_state(config, mesh)
             matrices = [x.shape for x in jax.tree.leaves(state.params["blocks"]) if x.ndim == 3]
-            casts = collections.Counter()
+            casts, sums = collections.Counter(), []
             arguments = state, global_batch(batch, mesh)
             step = functools.partial(train_step, graphdef, config.optimizer, 6)
             for equation in equations(jax.make_jaxpr(step)(*arguments).jaxpr):
+                if equation.primitive.name == "scan":
+                    sums += [
+                        x.aval for x in equation.outvars[: equation.params["num_carry"]] if x.aval.shape in matrices
+                    ]
                 if equation.primitive.name == "convert_element_type" and equation.params["new_dtype"] == jnp.bfloat16:
                     casts[equation.invars[0].aval.shape] += 1
             assert {shape: casts[shape] for shape in matrices} == collections.Counter(matrices)
             assert not any(casts[shape[1:]] for shape in matrices)
+            assert len(sums) == (len(matrices) if num_parts > 1 else 0)
+            assert all(x.dtype == jnp.float32 for x in sums)
             after = step(*arguments)[0]
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(after.params))
 
-    def test_casting_once_changes_no_gradient(self, corpus, batch):
-        config = tiny_config(corpus, model__dtype="bfloat16", optimizer__clip_norm=1e9)
+    @pytest.mark.parametrize("pattern", [("rat", "local_attention"), ("rattention", "gated_deltanet")])
+    def test_casting_once_changes_no_gradient(self, corpus, batch, pattern):
+        config = tiny_config(corpus, model__dtype="bfloat16", model__pattern=pattern, optimizer__clip_norm=1e9)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             graphdef = abstract_model(config.model)[0]

@@ -104,6 +104,8 @@ def test_what_does_not_compare_is_refused(folder, tmp_path):
     ("of", "change", "what"),
     [
         ("rnn", lambda values: values["config"]["data"].update(seq_len=32), "training lengths"),
+        ("rnn", lambda values: values["config"]["training"].update(num_steps=80), "training steps"),
+        ("rnn", lambda values: values.update(training_tokens=1), "training tokens"),
         ("rnn", lambda values: values["lengths"].pop("64"), "lengths of sequences"),
         ("rat", lambda values: values["lengths"]["64"]["loss_by_octave"].pop(), "octaves of positions"),
         ("rat", lambda values: values["validation_losses"].pop(), "steps of validations"),

@@ -118,7 +118,7 @@ def modules(monkeypatch, folder, **sources):
 def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_path, capfd):
     line = json.dumps(row(FLA, "rnn", 32))
     slow = f"import subprocess, sys, time\nprint({line!r}, flush=True)\n"
-    slow += "print('- rnn, T 32: train', 'a warning', sep='\\n', file=sys.stderr, flush=True)\n"
+    slow += "print('@ rnn, T 32: train', 'a warning', sep='\\n', file=sys.stderr, flush=True)\n"
     slow += "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
     slow += "time.sleep(60)"
     modules(monkeypatch, tmp_path, fla=f"print({line!r}, flush=True)\nimport no_such_package", jla=slow)
@@ -132,7 +132,7 @@ def test_a_process_that_breaks_off_or_is_slow_keeps_its_rows(monkeypatch, tmp_pa
     assert re.fullmatch("not measured within 2 s: since [0-2] s at rnn, T 32: train", why)
     assert time.monotonic() - start < 15
     heard = capfd.readouterr().err.splitlines()
-    for text in ("- rnn, T 32: train", "a warning", line):
+    for text in ("@ rnn, T 32: train", "a warning", line):
         assert any(re.fullmatch(rf"jla [0-2]\.\d s: {re.escape(text)}", said) for said in heard)
     assert compare.run(RELEASE, TASK, 1) == ([], "--release names no checkout of it")
 
@@ -220,6 +220,8 @@ def test_ours_of_another_device_or_of_other_sizes_are_refused(monkeypatch, capsy
         (earlier_file(rows, card="a card, yesterday"), "measured on 'a card, yesterday'; this is 'a card, a day'"),
         (earlier_file(rows, width=128), "width 128, not 64"),
         (earlier_file(rows, lengths=(32,)), "keys_seen 8, not 16"),
+        (earlier_file(rows, repeats=50), "repeats 50, not 3"),
+        (earlier_file(rows, lengths=()), "no file that --out has written"),
         (str(tmp_path / "no_rows.json"), "no file that --out has written"),
         (str(tmp_path / "absent.json"), "absent.json, which does not exist"),
     ]:

@@ -44,8 +44,8 @@ def test_jax(capsys):
     captured = capsys.readouterr()
     check(list(rows_in(captured.out)), "no backward pass")
     notes = captured.err.splitlines()
-    assert notes[0] == "- small, T 16, 4 rows: prefill" and "- large, T 16, 1 rows: train" in notes
-    assert any(line.startswith("- small, T 16, 4 rows: train compiled in ") for line in notes)
+    assert notes[0] == "@ small, T 16, 4 rows: prefill" and "@ large, T 16, 1 rows: train" in notes
+    assert any(line.startswith("@ small, T 16, 4 rows: train compiled in ") for line in notes)
 
 
 def test_prefill_comes_though_train_is_never_done(capsys, monkeypatch):

@@ -37,9 +37,7 @@ class RattentionConfig(MixerConfig):
     feature_map: Literal["softmax", "relu"] = "softmax"  # of the linear branch: [m(x), m(-x)] over a head's channels
     meta_tokens: int = 0  # learned pairs of key and value that the linear state starts from (the paper's option: 128)
     learned_scales: bool = False  # multiply the linear branch's queries and keys by learned vectors before the features
-    branch_scale: float = (
-        1.0  # that both branches' norms start from; beside weights of std 0.02 models learn slowly by 1
-    )
+    branch_scale: float = 1.0  # that both branches' norms start from; models of small weights learn slowly by 1
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,11 +8,9 @@ from typing import Any
 
 from benchmarks.evidence.studies import KINDS, Model
 from rat_jax.data import DataError
-from rat_jax.data.json_object import build_known, require
+from rat_jax.data.json_object import LARGEST, build_known, require
 from rat_jax.errors import RatJaxError, shown
 from rat_jax.files import ContentError, read_object
-
-_LARGEST = 2**53  # of whole numbers: what is beyond it was not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +110,9 @@ def _model_result(values: dict[str, Any], name: str) -> ModelResult:
     of_config["num_steps"] = _at(values, "config.training.num_steps", name)
     result = build_known(ModelResult, values | of_config, name)
     for field in ("parameters", "training_tokens", "seq_len", "num_steps"):
-        require(0 < getattr(result, field) < _LARGEST, name, f"{field} is {shown(getattr(result, field))}")
+        require(0 < getattr(result, field) < LARGEST, name, f"{field} is {shown(getattr(result, field))}")
     require(result.seconds >= 0, name, f"seconds is {result.seconds}")
-    require(all(0 <= count < _LARGEST for count in result.document_targets), name, "document_targets are no counts")
+    require(all(0 <= count < LARGEST for count in result.document_targets), name, "document_targets are no counts")
     require(sum(result.document_targets) > 0, name, "document_targets are none")
     require(all(len(row) == 2 for row in result.validation_losses), name, "validation_losses are not two a row")
     lengths = {

@@ -14,6 +14,7 @@ from rat_jax.errors import shown
 from rat_jax.fields import describe, fits
 
 T = TypeVar("T")
+LARGEST = 2**53  # of figures in files: what is beyond it was neither counted nor measured, but is damage
 
 
 def read_bytes(path: pathlib.Path) -> bytes:

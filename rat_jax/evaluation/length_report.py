@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rat_jax.data import DataError
-from rat_jax.data.json_object import build, build_known, require
+from rat_jax.data.json_object import LARGEST, build, build_known, require
 from rat_jax.data.pipeline import describe_coverage
 from rat_jax.errors import shown
 from rat_jax.evaluation.errors import EvaluationError
@@ -17,7 +17,6 @@ from rat_jax.pictures import write_picture
 
 Results = dict[str, Any]  # of `rat_jax.evaluation.results.lengths_as_json`
 _AGAIN = "python eval.py --workdir={} --length_generalization=8"
-_LARGEST = 2**53  # of whole numbers: what is beyond it was not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +88,11 @@ def _check(results: Results, name: str) -> None:
         ("cache_bytes", min(dataclasses.astuple(sizes)), 0),
         ("cache_bytes", max(dataclasses.astuple(sizes)), 0),
     ):
-        require(least <= count < _LARGEST, name, f"{what} is {shown(count)}")
+        require(least <= count < LARGEST, name, f"{what} is {shown(count)}")
     for field in ("loss_by_octave", "loss_by_position"):
         for values in getattr(figures, field):
             bucket = build(Bucket, values, f"{name}, {field},")
-            require(
-                0 <= bucket.first <= bucket.last < _LARGEST, name, f"{field} has no such positions: {shown(bucket)}"
-            )
+            require(0 <= bucket.first <= bucket.last < LARGEST, name, f"{field} has no such positions: {shown(bucket)}")
 
 
 def table(results: Results) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rat_jax.data import DataError
-from rat_jax.data.json_object import build, build_known, require
+from rat_jax.data.json_object import LARGEST, build, build_known, require
 from rat_jax.files import ContentError, read_object, system_errors
 from rat_jax.report.measurements import (
     Bucket,
@@ -33,7 +33,6 @@ from rat_jax.report.measurements import (
 
 HARNESS, RULER, ANSWERS = "Tasks of the lm-evaluation-harness", "RULER", "Answers to prompts"
 _OTHER_FILES = ("run.json", "owner.json")
-_LARGEST = 2**53  # of counts and losses: beyond it are no figures, but damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +79,17 @@ def _losses(values: dict[str, Any], name: str) -> Iterator[MeasuredLoss]:
     for evaluation in _list(values, "evaluations", name):
         figures = build_known(LossFigures, evaluation, name)
         bits = figures.bits_per_byte
-        require(bits is None or 1 / _LARGEST < bits < _LARGEST, name, f"bits_per_byte is {bits}")
-        require(0 <= figures.loss < _LARGEST, name, f"loss is {figures.loss}")
+        require(bits is None or 1 / LARGEST < bits < LARGEST, name, f"bits_per_byte is {bits}")
+        require(0 <= figures.loss < LARGEST, name, f"loss is {figures.loss}")
         yield _measured_loss(values, figures, name)
 
 
 def _lengths(values: dict[str, Any], name: str) -> Iterator[MeasuredLoss]:
     if "loss_beyond" in values:
         figures = build_known(LengthFigures, values, name)
-        require(1 <= figures.trained_length < _LARGEST, name, f"trained_length is {figures.trained_length}")
+        require(1 <= figures.trained_length < LARGEST, name, f"trained_length is {figures.trained_length}")
         for loss in (figures.loss_within, figures.loss_beyond):
-            require(loss is None or 0 <= loss < _LARGEST, name, f"a loss is {loss}")
+            require(loss is None or 0 <= loss < LARGEST, name, f"a loss is {loss}")
         yield _measured_loss(values, figures, name)
 
 
@@ -98,14 +97,12 @@ def _measured_loss(values: dict[str, Any], figures: LossFigures | LengthFigures,
     """Checks what both kinds of figures have in common."""
     for field in ("context_length", "num_targets"):
         number = getattr(figures, field)
-        require(1 <= number < _LARGEST, name, f"{field} is {number}")
+        require(1 <= number < LARGEST, name, f"{field} is {number}")
     require(0 < figures.split_fraction <= 1, name, f"split_fraction is {figures.split_fraction}")
     buckets = tuple(build_known(Bucket, bucket, name) for bucket in figures.loss_by_position)
     for bucket in buckets:
-        require(
-            0 <= bucket.first <= bucket.last < _LARGEST, name, f"positions {bucket.first} .. {bucket.last} are none"
-        )
-        require(abs(bucket.loss or 0) < _LARGEST, name, f"loss at position {bucket.first} is {bucket.loss}")
+        require(0 <= bucket.first <= bucket.last < LARGEST, name, f"positions {bucket.first} .. {bucket.last} are none")
+        require(abs(bucket.loss or 0) < LARGEST, name, f"loss at position {bucket.first} is {bucket.loss}")
     data = [values.get("data_path"), values.get("data_hash")]
     require(all(isinstance(text, str) for text in data), name, "data_path and data_hash must be texts")
     return MeasuredLoss(_step(values, name), *data, figures, buckets)
@@ -213,7 +210,7 @@ def _answer_scores(values: dict[str, Any], file: str, name: str) -> list[Score]:
 
 def _step(values: dict[str, Any], name: str) -> int:
     step = values.get("step")
-    require(type(step) is int and 0 <= step < _LARGEST, name, "step must be a whole number")
+    require(type(step) is int and 0 <= step < LARGEST, name, "step must be a whole number")
     return step
 
 

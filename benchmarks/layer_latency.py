@@ -38,7 +38,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import caches, card, layers, timing
-from benchmarks.rivals.task import rows_in
+from benchmarks.printed_rows import rows_in
 from rat_jax import program
 from rat_jax.paths import local_path
 

@@ -14,7 +14,6 @@ device, so that both stand in one table:
 import argparse
 import fcntl
 import functools
-import json
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.printed_rows import Row, say
 from benchmarks.timing import time_calls
 
 EPSILON = 1e-6
@@ -209,7 +209,7 @@ def measure(kind: str, tokens: int, turn: Turn, flags: argparse.Namespace) -> di
     def wait(_):
         torch.cuda.synchronize()
 
-    row: dict[str, Any] = {"tokens": tokens, "layer": f"torch:{kind}"}
+    row: Row = {"tokens": tokens, "layer": f"torch:{kind}"}
     for name, call in (("train", train), ("prefill", prefill)):
         torch.cuda.reset_peak_memory_stats()
         times = time_calls(call, wait, flags.repeats)
@@ -251,12 +251,12 @@ def main() -> None:
 
 def print_row(kind: str, tokens: int, turn_file: str, flags: argparse.Namespace) -> None:
     """Prints the row of one layer at one length, or why there is none, as JSON."""
-    row: dict[str, Any] = {"tokens": tokens, "layer": f"torch:{kind}"}
+    row: Row = {"tokens": tokens, "layer": f"torch:{kind}"}
     try:
         row |= measure(kind, tokens, Turn(turn_file), flags)
     except RuntimeError as error:  # out of memory, too: the table says so
         row["error"] = str(error).replace("\n", " ")[:150]
-    print(json.dumps(row), flush=True)
+    say(row)
 
 
 if __name__ == "__main__":

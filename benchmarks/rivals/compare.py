@@ -26,9 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.printed_rows import Row, rows_in
 from benchmarks.rivals import earlier
 from benchmarks.rivals.table import layer_table, model_table, with_missing
-from benchmarks.rivals.task import LAYERS, MODELS, MODULES, NOTE, OURS, RELEASE, Row, Task, rows_in
+from benchmarks.rivals.task import LAYERS, MODELS, MODULES, NOTE, OURS, RELEASE, Task
 from rat_jax import program
 from rat_jax.files import write_json
 from rat_jax.paths import local_path

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.printed_rows import Row
 from benchmarks.rivals.table import key
-from benchmarks.rivals.task import OURS, Row, Task
+from benchmarks.rivals.task import OURS, Task
 from rat_jax.files import read_object
 from rat_jax.program import FlagError
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import card
-from benchmarks.rivals.task import NO_ROOM, PASSES, Row, Task, note, reason, say, with_fewer
+from benchmarks.printed_rows import Row, say
+from benchmarks.rivals.task import NO_ROOM, PASSES, Task, note, reason, with_fewer
 
 COMPILERS = 4  # at a time
 SEQUENCES, SMALL_SEQUENCES = 8, 2  # of a model's step

@@ -18,9 +18,10 @@ from jla.training.optimizers import create_optimizer
 from jla.training.step import LossConfig, build_train_step, lm_loss
 
 from benchmarks import card
+from benchmarks.printed_rows import Row
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
-from benchmarks.rivals.task import JLA, Row, Task, note, reason, task_of_process
+from benchmarks.rivals.task import JLA, Task, note, reason, task_of_process
 from benchmarks.timing import time_once
 
 STD, EPSILON = 0.02, 1e-6

@@ -5,9 +5,10 @@ import functools
 import jax
 
 from benchmarks import card, layers, model_throughput
+from benchmarks.printed_rows import Row, say
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
-from benchmarks.rivals.task import OURS, Row, Task, note, reason, say, task_of_process
+from benchmarks.rivals.task import OURS, Task, note, reason, task_of_process
 from rat_jax import __version__
 from rat_jax.ops import linear_attention
 

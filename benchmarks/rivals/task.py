@@ -1,13 +1,15 @@
-"""What a process is to measure, and the lines in which it says what it found.
+"""What a process is to measure, and what it says meanwhile.
 
-Every library runs in a process of its own, which gets a `Task` as JSON and prints one JSON object a line. Nothing here
-needs a library.
+Every library runs in a process of its own, which gets a `Task` as JSON and prints its rows (`benchmarks.printed_rows`);
+a row that is said again holds more. Nothing here needs a library.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.printed_rows import Row
 
 OURS, FLA, JLA, RELEASE = "ours", "fla", "jla", "release"
 MODULES = {rival: f"benchmarks.rivals.{rival}" for rival in (OURS, FLA, JLA, RELEASE)}
@@ -28,7 +30,6 @@ KEYS_SEEN = 1024  # by a token in local_attention, itself among them
 PASSES = ("prefill", "train")  # in this order: prefill stands where train cannot run or the time ends
 NOTE = "@ "  # begins the lines on the standard error that say what a process is at
 NO_ROOM = "does not fit the memory of this device"
-Row = dict[str, Any]
 
 
 class Task(NamedTuple):
@@ -63,24 +64,9 @@ def task_of_process() -> Task:
     return task._replace(**{name: tuple(getattr(task, name)) for name in ("lengths", "layers", "models")})
 
 
-def say(row: Row) -> None:
-    """Prints a row; one that is said again holds more."""
-    print(json.dumps(row), flush=True)
-
-
 def note(text: str) -> None:
     """Says on the standard error what this process is at."""
     print(f"{NOTE}{text}", file=sys.stderr, flush=True)
-
-
-def rows_in(text: str) -> Iterator[Row]:
-    """The rows among what a process printed, which may have been cut short."""
-    for line in text.splitlines():
-        if line.startswith("{"):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line under way when the process was ended
 
 
 def reason(error: BaseException) -> str:

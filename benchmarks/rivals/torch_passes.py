@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.rivals.task import PASSES, Row, Task, note, reason, say, with_fewer
+from benchmarks.printed_rows import Row, say
+from benchmarks.rivals.task import PASSES, Task, note, reason, with_fewer
 from benchmarks.timing import time_calls
 
 DEVICE = "cuda"

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from benchmarks.printed_rows import rows_in
 from benchmarks.rivals import compare
 from benchmarks.rivals.table import layer_table, model_table, times_ours, with_missing
 from benchmarks.rivals.task import (
@@ -21,7 +22,6 @@ from benchmarks.rivals.task import (
     RELEASE,
     Task,
     reason,
-    rows_in,
     with_fewer,
 )
 from rat_jax.program import FlagError, exit_code

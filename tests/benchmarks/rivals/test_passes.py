@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.printed_rows import rows_in
 from benchmarks.rivals import jax_passes
-from benchmarks.rivals.task import NO_ROOM, Task, rows_in
+from benchmarks.rivals.task import NO_ROOM, Task
 
 TASK = Task(8, 8, 64, (16,), ("small", "large", "absent", "forward_only"), (), 3, True, None)
 ABOUT = {"rival": "x", "version": "1"}

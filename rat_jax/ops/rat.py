@@ -11,10 +11,9 @@ from rat_jax.segments import SegmentInfo, as_segments, require_positions
 from rat_jax.shapes import Array, Float, Float32, Int
 
 RatImplementation = Literal["xla", "triton", "mosaic_gpu", "cudnn", "pallas_tpu"]
-# Mosaic GPU's attention was the fastest at every length measured on Hopper; cuDNN's, faster than Triton's there from
-# 4096 summaries on, was not measured on other cards.
+# Mosaic GPU's attention was the fastest at every length measured on Hopper, of whole rows and of packed documents;
+# cuDNN's, faster than Triton's there from 4096 summaries on, was not measured on other cards.
 _FASTEST_FIRST = ("mosaic_gpu", "triton", "pallas_tpu")
-_FASTEST_PACKED = ("triton", "pallas_tpu")  # Mosaic GPU's attention over packed documents was timed at one length
 
 
 def rat_mix(
@@ -123,8 +122,7 @@ def rat_mix(
     )
     if channels != shape.projected_width:
         raise ValueError(f"projected must have 3 D + 2 G H = {shape.projected_width} channels, got {channels}")
-    order = _FASTEST_PACKED if shape.segmented else _FASTEST_FIRST
-    chosen = dispatch.choose(implementation, order, batch, lambda name: select.unsupported_reason(name, shape))
+    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, lambda name: select.unsupported_reason(name, shape))
     if chosen == "xla":
         return rat_xla.mix(shape, projected, gate_bias, segments, state)
     return rat_kernels.mix(chosen, implementation is None, shape, projected, gate_bias, segments, state)

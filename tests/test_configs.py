@@ -334,7 +334,6 @@ OPTIONS = {
     "model.gated_deltanet.expand_v": "tests/mixers/test_gated_deltanet.py",
     "model.rat.num_groups": "tests/test_twin.py",
     "model.rat.rope_base": "tests/ops/test_rat.py",
-    "model.rattention.branch_scale": "tests/mixers/test_rattention.py",
     "model.rattention.feature_map": "tests/mixers/test_rattention.py",
     "model.rattention.meta_tokens": "tests/mixers/test_rattention.py",
     "model.rattention.rope_base": "tests/mixers/test_rattention.py",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from flax import nnx
 from rat_jax.blocks import Mlp, ResidualBlock
 from rat_jax.config import ModelConfig
 from rat_jax.decoder import Decoder, DecoderModule, ModelCache, tied_logits
+from rat_jax.layer_loop import Carry, run_layers
 from rat_jax.layers import INITIAL_STD, RmsNorm
 from rat_jax.memory import tree_bytes
 from rat_jax.mixers import MIXERS
@@ -20,14 +20,12 @@ from rat_jax.parameters import VECTOR, ParameterSpec
 from rat_jax.segments import as_segments, check_tokens
 from rat_jax.shapes import Array, Float, Float32, Int
 
-Carry = TypeVar("Carry")  # a tree of arrays
-
 
 class LanguageModel(nnx.Module):
     """Decoder-only language model whose layers repeat `config.pattern`.
 
     The layers of one element of the pattern are one `ResidualBlock` whose parameters have a leading axis over the
-    repetitions; `lax.scan` runs over it, so that the time to compile does not grow with depth. Parameters are float32.
+    repetitions; a loop runs over it, so that the time to compile does not grow with depth. Parameters are float32.
     The module is a container: split it once (`nnx.split`), use plain JAX transforms, merge inside.
     """
 
@@ -117,9 +115,9 @@ class LanguageModel(nnx.Module):
                     lambda state, carry, graphdef=graphdef: run(nnx.merge(graphdef, state), carry), self.config
                 )
                 carry = run_one(state, carry)
-            return carry, None
+            return carry
 
-        return jax.lax.scan(run_pattern, carry, states, unroll=min(self.config.scan_unroll, self.config.num_repeats))[0]
+        return run_layers(run_pattern, carry, states, self.config.scan_unroll)
 
 
 def cast_operands(params: nnx.State, dtype: jax.typing.DTypeLike, inside: tuple[str, ...] = ()) -> nnx.State:

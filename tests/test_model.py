@@ -212,7 +212,7 @@ def test_compiled_size_does_not_grow_with_depth():
         lowered = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens)).lower(params, random_tokens(1))
         return lowered.as_text().count("\n")
 
-    assert operations(2) == operations(8)
+    assert operations(4) == operations(8)
 
 
 def test_layers_alike_are_traced_once():

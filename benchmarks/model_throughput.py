@@ -6,10 +6,11 @@
   python benchmarks/model_throughput.py --config configs/rat_1b.py --decode
 
 Training steps are those of `train.py` on random tokens: loss, gradients, clipping, AdamW, float32 parameters. One row
-for each batch size (sequences of all devices) and number of documents; a batch that does not fit says so. `docs` is how
-many documents a sequence holds on average, in places drawn at random, as with `config.data.segment_documents`; 0 is one
-sequence without segments. MFU is that of `rat_jax.flops`. `--profile` traces one more step of each row and says what
-its time goes to; the program then runs without CUDA graphs, whose kernels cannot be told apart.
+for each batch size (sequences of all devices) and number of documents; a batch that does not fit says so. A step is
+asked for before the one before it has ended, as `train.py` does. `docs` is how many documents a sequence holds on
+average, in places drawn at random, as with `config.data.segment_documents`; 0 is one sequence without segments. MFU is
+that of `rat_jax.flops`. `--profile` traces one more step of each row and says what its time goes to; the program then
+runs without CUDA graphs, whose kernels cannot be told apart.
 
 Decoding takes greedy steps of random weights with caches of random numbers, spread over the positions
 `--decode_first` .. `--decode_last`. `bound` is the time to read cache and weights at the measured copy bandwidth, and
@@ -33,7 +34,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import card, decode_steps, step_profile
-from benchmarks.timing import time_once
+from benchmarks.timing import time_steps
 from rat_jax import program
 from rat_jax.config import Config, config_from_dict
 from rat_jax.config_file import load_config_file
@@ -94,10 +95,7 @@ def measure_training(
         batch = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh)), random_batch(config, documents))
         static = (graphdef, config.optimizer, config.training.num_steps)
         compiled = train_step.lower(*static, state, batch).compile()
-        times = []
-        for _ in range(steps + 2):
-            seconds, (state, _) = time_once(compiled, (state, batch), jax.block_until_ready)
-            times.append(seconds)
+        times, state = time_steps(lambda state: compiled(state, batch), state, steps + 2, jax.block_until_ready)
         profile = ""
         if trace_folder is not None:
             profile = step_profile.report(step_profile.trace(compiled, (state, batch), trace_folder))

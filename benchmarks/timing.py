@@ -1,5 +1,6 @@
 """Times of work that a device does after the host has asked for it."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -45,3 +46,27 @@ def time_once(call: Callable[..., Any], arguments: tuple[Any, ...], wait: Callab
     start = time.perf_counter()
     result = wait(call(*arguments))
     return time.perf_counter() - start, result
+
+
+def time_steps(
+    step: Callable[[Any], tuple[Any, Any]], carried: Any, steps: int, wait: Callable[[Any], Any]
+) -> tuple[list[float], Any]:
+    """Seconds from the end of a step to that of the next, and what the last one carries on.
+
+    Each step is asked for before the one before it has ended, as in a training loop: the host's part of it is hidden.
+
+    Args:
+      step: takes what is carried and returns it anew, and what is there once the step has ended.
+      carried: by the first step.
+      steps: how many seconds are wanted; one step more is made.
+      wait: returns once what a step gave is there.
+    """
+    ends, given = [], None
+    for index in range(steps + 1):
+        before, (carried, given) = given, step(carried)
+        if index > 0:
+            wait(before)
+            ends.append(time.perf_counter())
+    wait(given)
+    ends.append(time.perf_counter())
+    return [later - earlier for earlier, later in itertools.pairwise(ends)], carried

@@ -22,7 +22,7 @@ from benchmarks.printed_rows import Row
 from benchmarks.rivals import jax_passes
 from benchmarks.rivals.jax_passes import Layer
 from benchmarks.rivals.task import JLA, Task, note, reason, task_of_process
-from benchmarks.timing import time_once
+from benchmarks.timing import time_steps
 
 STD, EPSILON = 0.02, 1e-6
 # Of what the package has for one card without FP8: no recomputing but in its own backward passes, and the gradient of
@@ -140,11 +140,15 @@ def model_row(task: Task, name: str, sequences: int) -> Row:
         batch = {"input_ids": ids, "labels": jnp.roll(ids, -1, axis=-1)}
         loss = LossConfig(impl="auto", grad_in_forward=True)
         step, key = build_train_step(optimizer, lm_loss(loss)), jax.random.key(2)
-        times = []
-        for _ in range(task.repeats + 4):
-            seconds, (model, state, metrics, key) = time_once(step, (model, state, batch, key), jax.block_until_ready)
-            times.append(seconds)
-        if not metrics["step_applied"]:
+        applied = []
+
+        def one(carried):
+            model, state, metrics, key = step(carried[0], carried[1], batch, carried[2])
+            applied.append(metrics["step_applied"])
+            return (model, state, key), metrics
+
+        times, _ = time_steps(one, (model, state, key), task.repeats + 4, jax.block_until_ready)
+        if not all(applied):
             return row | {"error": "its steps left out their update: loss or gradient was no finite number"}
     except Exception as error:  # another library's step may raise any
         return row | {"error": reason(error)}

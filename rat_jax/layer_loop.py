@@ -7,25 +7,27 @@ import jax
 import jax.numpy as jnp
 
 Carry = TypeVar("Carry")  # a tree of arrays
-RunLayer = Callable[[Carry, Any], Carry]
+RunLayer = Callable[[Carry, Any, Any], Carry]
 
 
-def run_layers(run: RunLayer, carry: Carry, stacks: Any, unroll: int) -> Carry:
-    """`carry` after carry = run(carry, layer) of each layer in turn.
+def run_layers(run: RunLayer, carry: Carry, stacks: Any, shared: Any, unroll: int) -> Carry:
+    """`carry` after carry = run(carry, layer, shared) of each layer in turn.
 
     Args:
-      run: returns arrays of the shapes and dtypes of those it is given.
+      run: returns arrays of the shapes and dtypes of those it is given. It reads no other arrays that are traced.
       carry: what the first layer is given.
       stacks: a tree of arrays with a leading axis over layers; a layer is the tree without that axis.
+      shared: a tree of arrays that every layer reads and that have no gradients.
       unroll: layers of one pass of the loop; all of them, or more, are no loop.
     """
     num_layers = jax.tree.leaves(stacks)[0].shape[0]
+    shared = jax.lax.stop_gradient(shared)
     if unroll < num_layers:
-        return jax.lax.scan(lambda carry, layer: (run(carry, layer), None), carry, stacks, unroll=unroll)[0]
-    return _without_loop(run, carry, stacks, num_layers)
+        return jax.lax.scan(lambda carry, layer: (run(carry, layer, shared), None), carry, stacks, unroll=unroll)[0]
+    return _without_loop(run, carry, stacks, shared, num_layers)
 
 
-def _without_loop(run: RunLayer, carry: Carry, stacks: Any, num_layers: int) -> Carry:
+def _without_loop(run: RunLayer, carry: Carry, stacks: Any, shared: Any, num_layers: int) -> Carry:
     """Every layer's gradients are copied into their stacks as soon as they are there.
 
     Left to the compiler they would be put together at the end, by a kernel that reads from as many arrays as there are
@@ -33,15 +35,15 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, num_layers: int) -> 
     """
 
     @jax.custom_vjp
-    def run_all(carry, stacks):
+    def run_all(carry, stacks, shared):
         for index in range(num_layers):
-            carry = run(carry, _layer(stacks, index))
+            carry = run(carry, _layer(stacks, index), shared)
         return carry
 
-    def forward(carry, stacks):
+    def forward(carry, stacks, shared):
         pulls = []
         for index in range(num_layers):
-            carry, pull = jax.vjp(run, carry, _layer(stacks, index))
+            carry, pull = jax.vjp(lambda carry, layer: run(carry, layer, shared), carry, _layer(stacks, index))
             pulls.append(pull)
         return carry, pulls
 
@@ -58,10 +60,10 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, num_layers: int) -> 
             )
             # Else the compiler puts all layers' gradients off to the end, and keeps what they are computed from.
             d_carry, d_stacks = jax.lax.optimization_barrier((d_carry, d_stacks))
-        return d_carry, d_stacks
+        return d_carry, d_stacks, None
 
     run_all.defvjp(forward, backward)
-    return run_all(carry, stacks)
+    return run_all(carry, stacks, shared)
 
 
 def _layer(stacks: Any, index: int) -> Any:

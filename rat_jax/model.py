@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,8 @@ class LanguageModel(nnx.Module):
         """The final norm's output for each token, from which `logits` predicts the next."""
         check_tokens(tokens)
         segments = as_segments(segment_ids, tokens.shape)
-        return self.final_norm(self.scan_layers(lambda block, x: block(x, segments)[0], self.embed(tokens)))
+        hidden = self.scan_layers(lambda block, x, segments: block(x, segments)[0], self.embed(tokens), segments)
+        return self.final_norm(hidden)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """hidden E^T with the embedding E; products in the compute dtype, sums in float32."""
@@ -99,25 +101,26 @@ class LanguageModel(nnx.Module):
         one = jax.tree.map(lambda stack: stack[repeat], state)
         return nnx.merge(graphdef, cast_operands(one, self.config.dtype, ("blocks", name)))
 
-    def scan_layers(self, run: Callable[[ResidualBlock, Carry], Carry], carry: Carry) -> Carry:
-        """`run(block, carry)` of each layer's block in turn; its values are kept or computed again as `remat` says.
+    def scan_layers(self, run: Callable[[ResidualBlock, Carry, Any], Carry], carry: Carry, shared: Any) -> Carry:
+        """`run(block, carry, shared)` of each layer's block in turn; values are kept or computed again as `remat` says.
 
         Args:
-          run: returns arrays of the shapes and dtypes of those it is given.
+          run: returns arrays of the shapes and dtypes of those it is given. It reads no other arrays that are traced.
           carry: what the first layer is given.
+          shared: what every layer reads, a tree of arrays without gradients.
         """
         parts = [nnx.split(block) for _, block in sorted(self.blocks.items())]
         graphdefs, states = [part[0] for part in parts], [part[1] for part in parts]
 
-        def run_pattern(carry, states):
+        def run_pattern(carry, states, shared):
             for graphdef, state in zip(graphdefs, states, strict=True):
                 run_one = _remat(
-                    lambda state, carry, graphdef=graphdef: run(nnx.merge(graphdef, state), carry), self.config
+                    lambda state, carry, graphdef=graphdef: run(nnx.merge(graphdef, state), carry, shared), self.config
                 )
                 carry = run_one(state, carry)
             return carry
 
-        return run_layers(run_pattern, carry, states, self.config.scan_unroll)
+        return run_layers(run_pattern, carry, states, shared, self.config.scan_unroll)
 
 
 def cast_operands(params: nnx.State, dtype: jax.typing.DTypeLike, inside: tuple[str, ...] = ()) -> nnx.State:

@@ -10,12 +10,13 @@ from rat_jax.layer_loop import run_layers
 LAYERS = 5
 
 
-def run(carry, layer):
-    return jnp.tanh(carry @ layer["kernel"].astype(carry.dtype) + layer["bias"][None])
+def run(carry, layer, keep):
+    return jnp.tanh(carry @ layer["kernel"] + layer["bias"][None]) * keep
 
 
 def loss(stacks, x, unroll):
-    return jnp.sum(run_layers(run, x, stacks, unroll) ** 2)
+    keep = (x > -0.5).astype(jnp.int32)  # of the program's arguments: a layer reads what is being traced
+    return jnp.sum(run_layers(run, x, stacks, keep, unroll) ** 2)
 
 
 @pytest.fixture
@@ -28,11 +29,14 @@ def arrays():
 @pytest.mark.parametrize("unroll", [1, 2, 4, LAYERS, LAYERS + 1])
 def test_values_and_gradients_are_those_of_layers_in_turn(arrays, unroll):
     def in_turn(stacks, x):
+        keep = (x > -0.5).astype(jnp.int32)
         for index in range(LAYERS):
-            x = run(x, jax.tree.map(lambda stack, index=index: stack[index], stacks))
+            x = run(x, jax.tree.map(lambda stack, index=index: stack[index], stacks), keep)
         return jnp.sum(x**2)
 
-    got = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)(*arrays, unroll)
+    # A program inside the one that is differentiated, as a validation loss is.
+    inner = jax.jit(loss, static_argnums=2)
+    got = jax.jit(jax.value_and_grad(lambda stacks, x: inner(stacks, x, unroll), (0, 1)))(*arrays)
     wanted = jax.jit(jax.value_and_grad(in_turn, (0, 1)))(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
 
@@ -47,10 +51,8 @@ def test_without_a_loop_gradients_are_put_into_their_stacks_layer_by_layer(array
 
 
 def test_a_layer_that_is_computed_again_gives_the_same_gradients(arrays):
-    def again(carry, layer):
-        return jax.checkpoint(run)(carry, layer)
-
     stacks, x = arrays
-    got = jax.grad(lambda stacks: jnp.sum(run_layers(again, x, stacks, LAYERS) ** 2))(stacks)
-    wanted = jax.grad(loss)(stacks, x, 1)
+    again = jax.checkpoint(run)
+    got = jax.grad(lambda stacks: jnp.sum(run_layers(again, x, stacks, jnp.int32(1), LAYERS) ** 2))(stacks)
+    wanted = jax.grad(lambda stacks: jnp.sum(run_layers(run, x, stacks, jnp.int32(1), 1) ** 2))(stacks)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)

@@ -225,20 +225,22 @@ def _read_contexts(
     num_rows, length = batch.tokens.shape
     num_options, option_length = batch.read.shape[1:]
     is_token = jnp.arange(length, dtype=jnp.int32)[None] < batch.num_tokens[:, None]
-    beginning_chunks, stream = _chunks(jnp.ones_like(batch.beginning), StreamState.empty(num_first))
+    first_chunks, stream = _chunks(jnp.ones_like(batch.beginning), StreamState.empty(num_first))
     chunks, stream = _chunks(is_token.astype(jnp.int32), _repeated(stream, num_rows // num_first))
     option_chunks, _ = _chunks(jnp.ones_like(read), _repeated(stream, num_options))
 
-    def run(block: ResidualBlock, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        beginning, context, options = carry
+    def run(
+        block: ResidualBlock, carry: tuple[Array, Array, Array], segments: tuple[list, list, list]
+    ) -> tuple[Array, Array, Array]:
+        (beginning, context, options), (first_chunks, chunks, option_chunks) = carry, segments
         memory = block.mixer.init_memory(num_first, num_common + length + option_length)
-        beginning, memory = _read_chunks(block, beginning, beginning_chunks, memory)
+        beginning, memory = _read_chunks(block, beginning, first_chunks, memory)
         context, memory = _read_chunks(block, context, chunks, _repeated(memory, num_rows // num_first))
         options, _ = _read_chunks(block, options, option_chunks, _repeated(memory, num_options))
         return constrain_rows((beginning, context, options))
 
     embedded = constrain_rows(tuple(model.embed(tokens) for tokens in (batch.beginning, batch.tokens, read)))
-    _, context, options = model.scan_layers(run, embedded)
+    _, context, options = model.scan_layers(run, embedded, (first_chunks, chunks, option_chunks))
     return model.final_norm(context), model.final_norm(options)
 
 

@@ -96,7 +96,7 @@ def _seen(query: jax.Array, documents: jax.Array | None, window: int | None) -> 
     if window is not None:
         first = jnp.maximum(first, token - window)
     end = jax.lax.cummax(jnp.where(is_token, token + 1, 0), axis=1)
-    return SeenSlots(jnp.where(is_token, first, end), end, None)
+    return SeenSlots(jnp.where(is_token, first, end), end)
 
 
 def _in_powers_of_two(query: jax.Array, scale: float) -> jax.Array:

@@ -297,7 +297,7 @@ def forward(
       running_values: [B, T, N, H].
       current_scores: [B, N, T] float32, in powers of two.
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
-      summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
+      summary_keys: [B, C, N, H]; of packed documents numbers, also in slots that no chunk completes.
       summary_values: [B, C, N, H].
       seen: of packed documents; summaries may be those of a cache then, in C slots of it.
     """

@@ -343,7 +343,7 @@ def backward(
       delta: [B, N, T] float32, the sum over channels of that gradient times the heads.
       lse: [B, N, T] float32, as `attention.forward` returns it.
       rotated_queries: [B, T, G, H], scaled so that products with keys are scores in powers of two.
-      summary_keys: [B, C, N, H]; slots that no chunk completes are not read.
+      summary_keys: [B, C, N, H]; of packed documents numbers, also in slots that no chunk completes.
       summary_values: [B, C, N, H].
       current_scores: [B, N, T], in powers of two.
       seen: of packed documents.

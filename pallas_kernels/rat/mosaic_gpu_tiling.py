@@ -44,20 +44,18 @@ def pad_tokens(shape: RatShape, x: jax.Array, axis: int) -> jax.Array:
 
 
 def pad_summaries(shape: RatShape, summaries: jax.Array, seen: SeenSlots | None) -> jax.Array:
-    """Zeros take the place of summaries that no chunk completes, and follow them up to a whole tile."""
+    """Zeros follow the summaries up to a whole tile, and take the place of the last one where its chunk is in part."""
     if seen is None:
         summaries, slots = summaries[:, : shape.tokens // shape.chunk_size], padded(shape).num_chunks
     else:
         slots = summaries.shape[1]
-        if seen.complete is not None:
-            summaries = jnp.where(seen.complete[:, :, None, None], summaries, 0)
     return _pad(summaries, 1, cdiv(slots, TILE) * TILE)
 
 
 def pad_seen(shape: RatShape, seen: SeenSlots | None) -> SeenSlots | None:
     """Tokens that see nothing follow the last one, up to a whole tile."""
-    if seen is None:
-        return None
+    if seen is None or shape.tokens == padded(shape).tokens:
+        return seen
     more = ((0, 0), (0, padded(shape).tokens - shape.tokens))
     end = jnp.pad(seen.end, more, mode="edge")
     first = jnp.where(jnp.arange(end.shape[1]) < shape.tokens, jnp.pad(seen.first, more), end)

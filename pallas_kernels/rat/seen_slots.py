@@ -15,11 +15,10 @@ from pallas_kernels.rat.triton_tiling import NEVER
 
 
 class SeenSlots(NamedTuple):
-    """Of a call of packed documents."""
+    """Of a call of packed documents. Slots that no token sees hold numbers, too."""
 
     first: Any  # [B, T] int32
     end: Any  # [B, T] int32; equal to `first` where a token sees none, as padding does
-    complete: Any | None  # [B, C] bool: slots that a chunk completes; others hold anything. None: all hold numbers
 
 
 def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) -> SeenSlots:
@@ -34,8 +33,7 @@ def seen_slots(shape: RatShape, segment_ids: jax.Array, positions: jax.Array) ->
     end = document_first + positions // L - position // L
     end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
     first = jnp.where(is_token, document_first, end)
-    complete = completing_tokens(shape, is_token, positions) < NEVER
-    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), complete)
+    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32))
 
 
 def continued_slots(
@@ -46,7 +44,7 @@ def continued_slots(
     end = jnp.minimum(first_slots + positions // shape.chunk_size, capacity)
     end = jax.lax.cummax(jnp.where(is_token, end, 0), axis=1)
     first = jnp.where(is_token, jnp.minimum(first_slots, end), end)
-    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32), None)
+    return SeenSlots(first.astype(jnp.int32), end.astype(jnp.int32))
 
 
 def document_begins(segment_ids: jax.Array) -> jax.Array:
@@ -85,13 +83,15 @@ def token_tiles(seen: SeenSlots, slots: int, num_blocks: int, tokens: int) -> ja
     first_slot = jnp.arange(num_blocks, dtype=jnp.int32) * slots
     last_slot = first_slot + slots - 1
 
-    def first_beyond(bounds: jax.Array, slot: jax.Array) -> jax.Array:
-        """The first token of each row whose bound is beyond a slot."""
-        return jax.vmap(lambda row: jnp.searchsorted(row, slot, side="right"))(bounds).astype(jnp.int32)
+    def tiles_before(bounds: jax.Array, slot: jax.Array, place: int) -> jax.Array:
+        """How many tiles have a bound up to a slot at this place: those before the first token beyond it, counted up if
+        the place is the tile's first token, down if its last. Comparing all is one small program, searching is a loop.
+        """
+        return jnp.sum(bounds[:, None, place::tokens] <= slot[None, :, None], axis=-1, dtype=jnp.int32)
 
-    any_from, any_to = first_beyond(seen.end, first_slot), first_beyond(seen.first, last_slot)
-    all_from, all_to = first_beyond(seen.end, last_slot), first_beyond(seen.first, first_slot)
-    return _bounds(any_from // tokens, -(-all_from // tokens), all_to // tokens, -(-any_to // tokens))
+    any_from, any_to = tiles_before(seen.end, first_slot, tokens - 1), tiles_before(seen.first, last_slot, 0)
+    all_from, all_to = tiles_before(seen.end, last_slot, 0), tiles_before(seen.first, first_slot, tokens - 1)
+    return _bounds(any_from, all_from, all_to, any_to)
 
 
 def _bounds(any_from: jax.Array, all_from: jax.Array, all_to: jax.Array, any_to: jax.Array) -> jax.Array:

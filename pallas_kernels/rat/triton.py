@@ -26,7 +26,7 @@ from pallas_kernels.rat import (
     triton_recurrence_backward,
 )
 from pallas_kernels.rat.beyond import Beyond
-from pallas_kernels.rat.seen_slots import SeenSlots, continued_slots, seen_slots
+from pallas_kernels.rat.seen_slots import SeenSlots
 from pallas_kernels.rat.select import GpuImplementation, attention_passes
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.state import State
@@ -41,9 +41,10 @@ class Residuals(NamedTuple):
     lse: jax.Array  # [B, N, T] float32, log2 of the softmax's sum
     current_scores: jax.Array  # [B, N, T] float32, in powers of two
     rotated_queries: jax.Array  # [B, T, G, H], scaled
-    summary_keys: jax.Array  # [B, C, N, H], rotated; C = ceil(T / L), a slot without a complete chunk is undefined
+    summary_keys: jax.Array  # [B, C, N, H], rotated; C = ceil(T / L), of packed documents 0 without a complete chunk
     summary_values: jax.Array  # [B, C, N, H]
     running_values: jax.Array | None  # [B, T, N, H], where the backward pass reads them
+    documents: Documents | None  # of packed documents, so that no layer of a model works them out again
 
 
 def rat_forward(
@@ -78,8 +79,6 @@ def rat_backward(
     gate_bias: jax.Array,
     d_out: jax.Array,
     *,
-    segment_ids: jax.Array | None = None,
-    positions: jax.Array | None = None,
     implementation: GpuImplementation = "triton",
     beyond: Beyond | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -88,8 +87,8 @@ def rat_backward(
     Of a part of a row `residuals` have the output and log-sum-exp of all parts, and `beyond` what else it needs, with
     gradients of rotated keys.
     """
-    documents = documents_of(shape, segment_ids, positions)
     d_out, bias = d_out.astype(projected.dtype), gate_bias.astype(jnp.float32)
+    documents = residuals.documents if shape.segmented else documents_of(shape, None, None)
     arrays = residuals, projected, bias, d_out, _angles(shape), documents
     d_projected, d_bias = backward(launcher.run, shape, *arrays, implementation, beyond)
     return d_projected, jnp.sum(d_bias, axis=(0, 1))
@@ -135,7 +134,7 @@ def extend(
     """The kernels of `rat_extend` through `run`, on JAX arrays."""
     state_keys, state_values, summary_keys, summary_values = state
     chunk_size, capacity = shape.chunk_size, summary_keys.shape[1]
-    documents, slots = continued_documents(shape, segment_ids, positions, first_slots, held)
+    documents, slots, slot_tokens = continued_documents(shape, segment_ids, positions, first_slots, held)
     count = capacity + shape.num_chunks + 1  # rows that outgrow the cache turn no further
     places = jnp.minimum(positions // chunk_size, count - 1) * chunk_size + positions % chunk_size
     is_token = segment_ids != 0
@@ -145,8 +144,9 @@ def extend(
         projected,
         gate_bias.astype(jnp.float32),
         *rotation(jnp.arange(count), shape.head_dim, shape.rope_base),
-        places.astype(jnp.int32),
-        documents.chunk_starts,
+        jnp.where(documents.positions < 0, -1, places).astype(jnp.int32),
+        documents.runs,
+        slot_tokens,
         state_keys,
         state_values,
         last,
@@ -158,8 +158,7 @@ def extend(
     if implementation == "triton":
         out, _ = run(triton_attention.forward_launch(shape, capacity), *arrays, *documents.of_slots)
     else:
-        seen = continued_slots(shape, segment_ids, positions, first_slots, capacity)
-        out, _ = attention_passes(implementation)[0](shape, *arrays, seen=seen)
+        out, _ = attention_passes(implementation)[0](shape, *arrays, **_seen(documents))
     any_token = (last >= 0)[:, None, None]
     return out, State(
         jnp.where(any_token, last_keys, state_keys),
@@ -182,15 +181,16 @@ def forward(
     state = (documents.positions,) * 3  # placeholders
     values, current_scores, queries, keys, summaries, *_ = run(
         triton_recurrence.forward_launch(shape),
-        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, *state,
+        projected, gate_bias, *tables, documents.positions, documents.runs, documents.slot_tokens, *state,
     )  # fmt: skip
     arrays = (projected, values, current_scores, queries, keys, summaries)
     if implementation == "triton":
         out, lse = run(triton_attention.forward_launch(shape), *arrays, *documents.of_slots)
     else:
-        out, lse = attention_passes(implementation)[0](shape, *arrays, **_seen(shape, documents))
+        out, lse = attention_passes(implementation)[0](shape, *arrays, **_seen(documents))
     kept_values = values if implementation == "cudnn" else None
-    return out, Residuals(out, lse, current_scores, queries, keys, summaries, kept_values)
+    kept_documents = documents.of_backward(implementation) if shape.segmented else None
+    return out, Residuals(out, lse, current_scores, queries, keys, summaries, kept_values, kept_documents)
 
 
 def backward(
@@ -220,7 +220,7 @@ def backward(
     else:
         more = () if r.running_values is None else (r.running_values,)
         d_queries, d_current_scores, current_weights, d_keys, d_values = attention_passes(implementation)[1](
-            shape, *shared, r.current_scores, *more, **_seen(shape, documents)
+            shape, *shared, r.current_scores, *more, **_seen(documents)
         )
     if beyond is not None:
         d_keys, d_values = d_keys + beyond.d_summary_keys, d_values + beyond.d_summary_values
@@ -228,15 +228,15 @@ def backward(
             d_current_scores = d_current_scores - beyond.d_scores / math.sqrt(shape.head_dim)
     d_bias, _, d_projected = run(
         triton_recurrence_backward.backward_launch(shape),
-        projected, gate_bias, *tables, documents.positions, documents.chunk_starts, current_weights, d_current_scores,
-        d_heads, d_queries, d_keys, d_values, d_projected,
+        projected, gate_bias, *tables, documents.positions, documents.runs, current_weights, d_current_scores, d_heads,
+        d_queries, d_keys, d_values, d_projected,
     )  # fmt: skip
     return d_projected, d_bias
 
 
-def _seen(shape: RatShape, documents: Documents) -> dict[str, SeenSlots]:
+def _seen(documents: Documents) -> dict[str, SeenSlots]:
     """What other back ends than Triton read of packed documents."""
-    return {"seen": seen_slots(shape, documents.segment_ids, documents.positions)} if shape.segmented else {}
+    return {} if documents.seen is None else {"seen": documents.seen}
 
 
 def _angles(shape: RatShape) -> tuple[jax.Array, jax.Array]:

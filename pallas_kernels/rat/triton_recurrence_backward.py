@@ -9,8 +9,8 @@ The difference v~_t - v_t is computed as f_t (v~_{t-1} - v_t), which loses nothi
 reaches the states: p_t do_t on v~_t and ds_t q_t / sqrt(H) on k~_t from the current pair, and at a chunk's last token
 the gradients of its summary. Queries and keys are shared by the heads of a group, so a program sums over these.
 
-A program goes through chunks of whole rows (`triton_recurrence_chunks`) or through blocks of packed documents
-(`triton_recurrence_documents`), in pieces (`triton_recurrence_piece`), of which the last comes first.
+A program goes through the chunks that start in some blocks of L tokens (`triton_recurrence_chunks`), in pieces
+(`triton_recurrence_piece`), of which the last comes first.
 """
 
 import triton
@@ -21,7 +21,6 @@ from pallas_kernels.launch.triton import Launch
 from pallas_kernels.rat.shape import RatShape
 from pallas_kernels.rat.triton_recurrence import size_constants
 from pallas_kernels.rat.triton_recurrence_chunks import chunks_backward
-from pallas_kernels.rat.triton_recurrence_documents import blocks_backward
 from pallas_kernels.rat.triton_tiling import PIECE_TOKENS
 
 PROGRAM_TOKENS = 128  # of a program, about
@@ -33,8 +32,8 @@ def rat_recurrence_backward(
     gate_bias,  # [D] float32
     cosines,  # [C, H / 2] float32
     sines,
-    positions,  # [B, T] int32; read only if SEGMENTED
-    chunk_starts,  # [B, T] int32; read only if SEGMENTED
+    positions,  # [B, T] int32, -1 outside of chunks; read only if SEGMENTED
+    runs,  # [B, T] int32, of `triton_chunk_runs.chunk_runs`; read only if SEGMENTED
     current_weights,  # [B, N, T] float32: p
     d_current_scores,  # [B, N, T] float32: ds, times 1 / sqrt(H)
     d_heads,  # [B, T, N, H]
@@ -44,7 +43,7 @@ def rat_recurrence_backward(
     d_projected,  # [B, T, 3 D + 2 G H]: dv, dg, dq, dk are written, dz is there already
     tokens,  # T
     d_bias,  # [B, programs of a row, D] float32: partial sums
-    saved,  # [B, C, PIECES, 4, D] float32: v~, k~ before a piece, DV, DK after it; used if SEGMENTED or PIECES above 1
+    saved,  # [B, C, PIECES, 4, D] float32: v~, k~ before a piece, DV, DK after it; used if PIECES is above 1
     d_projected_alias,
     L: tl.constexpr,
     N: tl.constexpr,
@@ -52,36 +51,28 @@ def rat_recurrence_backward(
     H: tl.constexpr,
     ROPE: tl.constexpr,
     SEGMENTED: tl.constexpr,
-    CHUNKS: tl.constexpr,  # chunks of a program, one after the other; blocks of L tokens if SEGMENTED
+    CHUNKS: tl.constexpr,  # blocks of L tokens, whose chunks a program takes one after the other
     CHANNELS: tl.constexpr,  # channels of a program
     PIECE: tl.constexpr,  # tokens whose states are held in registers
     PIECES: tl.constexpr,
 ):
-    """One program: CHUNKS chunks, CHANNELS channels of a group, its heads one after the other, usually one warp.
+    """One program: the chunks of CHUNKS blocks, CHANNELS channels of a group, its heads one after the other.
 
-    A token's tile is a vector of channels, so that nothing is exchanged between threads; the sums over heads stay in
-    registers for a piece of a chunk. If SEGMENTED, blocks of L tokens are taken in place of chunks, last first.
+    A token's tile is a vector of channels, so that nothing is exchanged between threads, usually of one warp; the sums
+    over heads stay in registers for a piece of a chunk.
     """
     D: tl.constexpr = N * H
     BLOCKS: tl.constexpr = (H + CHANNELS - 1) // CHANNELS
     g = tl.program_id(0) // BLOCKS % G
     block = tl.program_id(0) // (BLOCKS * G)
     row = tl.program_id(1).to(tl.int64)
-    slots = tl.cdiv(tokens, L)
     channel = tl.program_id(0) % BLOCKS * CHANNELS + tl.arange(0, CHANNELS)
-    bias_to = d_bias + (row * tl.cdiv(slots, CHUNKS) + block) * D + channel
-    if SEGMENTED:
-        blocks_backward(
-            projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
-            d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
-            row, block, slots, tokens, g, channel, L, N, G, H, ROPE, CHUNKS, PIECE, PIECES,
-        )  # fmt: skip
-    else:
-        chunks_backward(
-            projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores,
-            d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
-            row, block, slots, tokens, g, channel, L, N, G, H, ROPE, CHUNKS, PIECE, PIECES,
-        )  # fmt: skip
+    bias_to = d_bias + (row * tl.cdiv(tl.cdiv(tokens, L), CHUNKS) + block) * D + channel
+    chunks_backward(
+        projected, gate_bias, cosines, sines, positions, runs, current_weights, d_current_scores, d_heads,
+        d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
+        row, block, tokens, g, channel, L, N, G, H, ROPE, SEGMENTED, CHUNKS, PIECE, PIECES,
+    )  # fmt: skip
 
 
 def backward_launch(shape: RatShape) -> Launch:
@@ -89,14 +80,13 @@ def backward_launch(shape: RatShape) -> Launch:
     channels = min(64, next_power_of_2(shape.head_dim))
     pieces = cdiv(shape.chunk_size, PIECE_TOKENS)
     chunks = min(8, cdiv(PROGRAM_TOKENS, shape.chunk_size), shape.num_chunks)
-    is_saved = shape.segmented or pieces > 1
     return Launch(
         kernel=rat_recurrence_backward,
         grid=(cdiv(shape.head_dim, channels) * shape.num_groups * cdiv(shape.num_chunks, chunks), shape.batch),
         integers=(shape.tokens,),
         outputs=(
             ((shape.batch, cdiv(shape.num_chunks, chunks), shape.width), "float32"),
-            ((shape.batch, shape.num_chunks, pieces, 4, shape.width) if is_saved else (1,), "float32"),
+            ((shape.batch, shape.num_chunks, pieces, 4, shape.width) if pieces > 1 else (1,), "float32"),
         ),
         constants=(
             *size_constants(shape),

@@ -1,4 +1,4 @@
-"""The backward recurrence through the chunks of whole rows, whose chunk c is tokens c L to c L + L - 1.
+"""The backward recurrence through the chunks of a program, of whole rows or of packed documents.
 
 Chunks have nothing to do with each other. One that is longer than a piece is run forward first, and the states before
 each of its pieces are kept.
@@ -7,55 +7,86 @@ each of its pieces are kept.
 import triton
 import triton.language as tl
 
-from pallas_kernels.rat.triton_recurrence_piece import piece_backward, states_after
+from pallas_kernels.rat.triton_chunk_runs import first_of_block
+from pallas_kernels.rat.triton_recurrence import gates
+from pallas_kernels.rat.triton_recurrence_piece import piece_backward
 
 
 @triton.jit
 def chunks_backward(
-    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights, d_current_scores, d_heads,
+    projected, gate_bias, cosines, sines, positions, runs, current_weights, d_current_scores, d_heads,
     d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
-    row, block, slots, tokens, g, channel,
-    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, CHUNKS: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr,
+    row, block, tokens, g, channel,
+    L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr, SEGMENTED: tl.constexpr,
+    CHUNKS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """CHUNKS chunks of a row, one after the other."""
+    """The chunks that start in CHUNKS blocks of L tokens of a row, one after the other."""
     D: tl.constexpr = N * H
-    for i in range(CHUNKS):
-        chunk = block * CHUNKS + i
-        if chunk < slots:
-            saved_from = saved + (row * slots + chunk) * (PIECES * 4 * D) + channel
-            if PIECES > 1:
-                for n in range(g, N, G):
-                    _save_states(
-                        projected, gate_bias, saved_from + n * H, row, chunk, tokens, n, channel,
-                        L, N, G, H, PIECE, PIECES,
-                    )  # fmt: skip
-                tl.debug_barrier()
-            for back in range(PIECES):
-                piece_backward(
-                    projected, gate_bias, cosines, sines, positions, chunk_starts, current_weights,
-                    d_current_scores, d_heads, d_rotated_queries, d_summary_keys, d_summary_values, d_projected,
-                    saved_from, bias_to, row, chunk, PIECES - 1 - back, (i == 0) & (back == 0),
-                    False, tokens, g, channel, L, N, G, H, ROPE, False, PIECE, PIECES,
+    slots = tl.cdiv(tokens, L)
+    if SEGMENTED:
+        begin = first_of_block(runs, row, block * CHUNKS, tokens, L)
+        end = first_of_block(runs, row, block * CHUNKS + CHUNKS, tokens, L)
+        if begin == end:
+            for n in range(g, N, G):
+                tl.store(bias_to + n * H, tl.zeros_like(channel.to(tl.float32)), mask=channel < H)
+    else:
+        begin = block * (CHUNKS * L)
+        end = tl.minimum(begin + CHUNKS * L, tokens)
+    start = begin
+    while start < end:
+        chunk = start // L
+        if SEGMENTED:
+            written = tl.load(runs + row * tokens + start)
+            position = tl.load(positions + row * tokens + start)
+            used = tl.where(position < 0, 0, written)
+            angle = position // L
+            slot = row * slots + (start + L - 1) // L
+        else:
+            written = tl.minimum(L, tokens - start)
+            used = written
+            angle = chunk
+            slot = row * slots + chunk
+        saved_from = saved + (row * slots + chunk) * (PIECES * 4 * D) + channel
+        if PIECES > 1:
+            for n in range(g, N, G):
+                _save_states(
+                    projected, gate_bias, saved_from + n * H, row, start, used, tokens, n, channel,
+                    L, N, G, H, PIECE, PIECES,
                 )  # fmt: skip
+            tl.debug_barrier()
+        for back in range(PIECES):
+            piece_backward(
+                projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
+                d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved_from, bias_to,
+                row, start, slot, angle, used, written, PIECES - 1 - back, (start == begin) & (back == 0),
+                tokens, g, channel, L, N, G, H, ROPE, PIECE, PIECES,
+            )  # fmt: skip
+        start += written
 
 
 @triton.jit
 def _save_states(
-    projected, gate_bias, saved_to, row, chunk, tokens, n, channel,
+    projected, gate_bias, saved_to, row, start, used, tokens, n, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Runs the recurrence of one head and stores the states before every piece of the chunk but the first."""
     D: tl.constexpr = N * H
+    WIDTH: tl.constexpr = 3 * D + 2 * G * H
     in_head = channel < H
     bias = tl.load(gate_bias + n * H + channel, mask=in_head, other=0.0)
     v_state = tl.zeros_like(bias)
     k_state = tl.zeros_like(bias)
     for piece in range(PIECES - 1):
-        places = 0, 0, 0, 0
-        v_state, k_state = states_after(
-            projected, bias, v_state, k_state, places, row, chunk, piece, tokens, n, channel, L, N, G, H, False, PIECE
-        )
+        for j in tl.static_range(PIECE):
+            step = piece * PIECE + j
+            mask = in_head & (step < used)
+            at = projected + (row * tokens + start + step) * WIDTH + channel
+            v = tl.load(at + D + n * H, mask=mask, other=0.0).to(tl.float32)
+            gate = tl.load(at + 2 * D + n * H, mask=mask, other=0.0).to(tl.float32)
+            k = tl.load(at + 3 * D + (G + n % G) * H, mask=mask, other=0.0).to(tl.float32)
+            f, w = gates(gate + bias, True, False)
+            v_state = f * v_state + w * v
+            k_state = f * k_state + w * k
         to = saved_to + (piece + 1) * (4 * D)
         tl.store(to, v_state, mask=in_head)
         tl.store(to + D, k_state, mask=in_head)

@@ -50,7 +50,7 @@ class Mix(dispatch.Kernel):
             case gpu:
                 from pallas_kernels.rat import triton
 
-                return triton.rat_backward(*arrays, **_documents(segments), implementation=gpu)
+                return triton.rat_backward(*arrays, implementation=gpu)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,7 @@ class MixPart(dispatch.Kernel):
                 sums = {"lse": kept.log_sum_exp / math.log(2), "summary_keys": kept.pairs.key}
                 residuals = kept.others._replace(out=out, summary_values=kept.pairs.value, **sums)
                 options = {"beyond": Beyond(d_key, d_value, d_scores), "implementation": gpu}
-                return triton.rat_backward(part.shape, residuals, *arrays, **part.documents, **options)
+                return triton.rat_backward(part.shape, residuals, *arrays, **options)
 
 
 class _Pairs(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
@@ -16,6 +17,7 @@ from pallas_kernels.rat import (
     triton,
     triton_attention,
     triton_attention_backward,
+    triton_chunk_runs,
     triton_decode,
     triton_recurrence,
     triton_recurrence_backward,
@@ -70,8 +72,30 @@ def test_reading_in_parts_is_the_forward_pass(interpreted, name):
     assert interpreted(name)["out"] < LIMITS["float32"]
 
 
+def test_runs_are_chunks_and_the_padding_up_to_the_next_border():
+    for seed, L in enumerate((1, 3, 4, 16)):
+        generator = np.random.default_rng(seed)
+        tokens = 50
+        wanted, chunk_starts = np.zeros((2, tokens), np.int32), np.full((2, tokens), -1, np.int32)
+        for row in range(2):
+            starts, place = [], 0
+            while place < tokens:
+                is_padding, length = generator.random() < 0.3, int(generator.integers(1, 30))
+                for t in range(place, min(place + length, tokens)):
+                    if not is_padding:
+                        chunk_starts[row, t] = t - (t - place) % L
+                    if t == place or (t % L == 0 if is_padding else (t - place) % L == 0):
+                        starts.append(t)
+                place = min(place + length, tokens)
+            # Padding after padding is one stretch of it.
+            starts = [t for t in starts if chunk_starts[row, t] >= 0 or t % L == 0 or chunk_starts[row, t - 1] >= 0]
+            for t in range(tokens):
+                wanted[row, t] = min([start for start in starts if start > t], default=tokens) - t
+        np.testing.assert_array_equal(triton_chunk_runs.chunk_runs(jnp.asarray(chunk_starts), L), wanted)
+
+
 LAUNCHES = {
-    triton_recurrence.forward_launch: "d f f f i i f f i",
+    triton_recurrence.forward_launch: "d f f f i i i f f i",
     triton_attention.forward_launch: "d d f d d d i i i i i",
     triton_attention_backward.output_launch: "d d d",
     triton_attention_backward.queries_launch: "d f f d d d i i i i i f",

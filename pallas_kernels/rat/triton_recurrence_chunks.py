@@ -26,9 +26,8 @@ def chunks_backward(
     if SEGMENTED:
         begin = first_of_block(runs, row, block * CHUNKS, tokens, L)
         end = first_of_block(runs, row, block * CHUNKS + CHUNKS, tokens, L)
-        if begin == end:
-            for n in range(g, N, G):
-                tl.store(bias_to + n * H, tl.zeros_like(channel.to(tl.float32)), mask=channel < H)
+        for n in range(g, N, G):  # there may be no chunk
+            tl.store(bias_to + n * H, tl.zeros_like(channel.to(tl.float32)), mask=channel < H)
     else:
         begin = block * (CHUNKS * L)
         end = tl.minimum(begin + CHUNKS * L, tokens)
@@ -36,16 +35,22 @@ def chunks_backward(
     while start < end:
         chunk = start // L
         if SEGMENTED:
-            written = tl.load(runs + row * tokens + start)
+            length = tl.load(runs + row * tokens + start)
             position = tl.load(positions + row * tokens + start)
-            used = tl.where(position < 0, 0, written)
+            used = tl.where(position < 0, 0, length)
+            pieces = tl.where(position < 0, 0, PIECES)
             angle = position // L
             slot = row * slots + (start + L - 1) // L
+            is_first = False
+            if position < 0:
+                _clear(d_projected, row * tokens + start, length, g, channel, N, G, H)
         else:
-            written = tl.minimum(L, tokens - start)
-            used = written
+            length = tl.minimum(L, tokens - start)
+            used = length
+            pieces = PIECES
             angle = chunk
             slot = row * slots + chunk
+            is_first = start == begin
         saved_from = saved + (row * slots + chunk) * (PIECES * 4 * D) + channel
         if PIECES > 1:
             for n in range(g, N, G):
@@ -54,14 +59,28 @@ def chunks_backward(
                     L, N, G, H, PIECE, PIECES,
                 )  # fmt: skip
             tl.debug_barrier()
-        for back in range(PIECES):
+        for back in range(pieces):
             piece_backward(
                 projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
                 d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved_from, bias_to,
-                row, start, slot, angle, used, written, PIECES - 1 - back, (start == begin) & (back == 0),
+                row, start, slot, angle, used, PIECES - 1 - back, is_first & (back == 0),
                 tokens, g, channel, L, N, G, H, ROPE, PIECE, PIECES,
             )  # fmt: skip
-        start += written
+        start += length
+
+
+@triton.jit
+def _clear(to, first, count, g, channel, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr):
+    """Zeros in the gradients of padding, from a token on."""
+    WIDTH: tl.constexpr = 3 * N * H + 2 * G * H
+    zero = tl.zeros_like(channel.to(tl.float32)).to(to.dtype.element_ty)
+    for j in range(count):
+        at = to + (first + j) * WIDTH + channel
+        for n in range(g, N, G):
+            tl.store(at + (N + n) * H, zero, mask=channel < H)
+            tl.store(at + (2 * N + n) * H, zero, mask=channel < H)
+        tl.store(at + (3 * N + g) * H, zero, mask=channel < H)
+        tl.store(at + (3 * N + G + g) * H, zero, mask=channel < H)
 
 
 @triton.jit

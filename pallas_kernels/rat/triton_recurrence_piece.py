@@ -10,7 +10,7 @@ from pallas_kernels.rat.triton_recurrence import gates
 def piece_backward(
     projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
     d_rotated_queries, d_summary_keys, d_summary_values, d_projected, saved, bias_to,
-    row, start, slot, angle, used, written, piece, is_first, tokens, g, channel,
+    row, start, slot, angle, used, piece, is_first, tokens, g, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -31,11 +31,11 @@ def piece_backward(
         dq, dk = _head_backward(
             projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
             d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
-            row, start, slot, angle, used, written, piece, is_first, tokens, g, n, channel,
+            row, start, slot, angle, used, piece, is_first, tokens, g, n, channel,
             L, N, G, H, ROPE, PIECE, PIECES,
         )  # fmt: skip
     for j in tl.static_range(PIECE):
-        write = in_head & (piece * PIECE + j < written)
+        write = in_head & (piece * PIECE + j < used)
         tl.store(shared_to + j * WIDTH, dq[j].to(dtype), mask=write)
         tl.store(shared_to + (j * WIDTH + G * H), dk[j].to(dtype), mask=write)
 
@@ -44,7 +44,7 @@ def piece_backward(
 def _head_backward(
     projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
     d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
-    row, start, slot, angle, used, written, piece, is_first, tokens, g, n, channel,
+    row, start, slot, angle, used, piece, is_first, tokens, g, n, channel,
     L: tl.constexpr, N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, ROPE: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _head_backward(
         bias_sum += dg
         new_dk = (dk[PIECE - 1 - back] + d_key,) + new_dk  # noqa: RUF005
         to = head_to + (PIECE - 1 - back) * WIDTH
-        write = in_head & (piece * PIECE + (PIECE - 1 - back) < written)
+        write = in_head & (piece * PIECE + (PIECE - 1 - back) < used)
         tl.store(to + D, dv.to(dtype), mask=write)
         tl.store(to + 2 * D, dg.to(dtype), mask=write)
         d_v_state -= dv

@@ -1,7 +1,7 @@
 """What the Mosaic GPU kernels share: the warpgroups of a program, its place in the call, tiles, the filling loop.
 
 Two warpgroups compute, each for ROWS rows of the matrix products; a third one only copies. The registers that it gives
-up let the others hold their accumulators.
+up let the others hold their accumulators. A kernel may ask for fewer warpgroups.
 """
 
 import dataclasses
@@ -42,7 +42,15 @@ class Order:
         return lax.div(rest, pairs), lax.div(pair, self.heads), lax.rem(pair, self.heads)
 
 
-def kernel(body: Callable[..., None], *, name: str, programs: int, out_type: Any, scratch_types: Any):
+def kernel(
+    body: Callable[..., None],
+    *,
+    name: str,
+    programs: int,
+    out_type: Any,
+    scratch_types: Any,
+    groups: int = COMPUTE_GROUPS + 1,
+):
     """The kernel as a function of arrays; lowered text shows its `name`."""
     return plgpu.kernel(
         body,
@@ -50,7 +58,7 @@ def kernel(body: Callable[..., None], *, name: str, programs: int, out_type: Any
         scratch_types=scratch_types,
         grid=(programs,),
         grid_names=("program",),
-        num_threads=COMPUTE_GROUPS + 1,
+        num_threads=groups,
         thread_name="group",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -82,16 +90,27 @@ def row_iota(rows: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
-def load_rows(ref: Any, axis: int, *, optimized: bool = True) -> jax.Array:
+def load_rows(ref: Any, axis: int, *, layout: Any = plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
     """A vector to be broadcast along an axis of an accumulator; from global memory, not `optimized`."""
     index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=optimized)
+    return plgpu.load(ref, *index, layout=layout.reduce(axis), optimized=optimized)
 
 
 def load_matrix(ref: Any) -> jax.Array:
     """A matrix in global memory, laid out like an accumulator."""
     index = () if jax.__version_info__ >= (0, 12) else ((),)
     return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def load_transposed(ref: Any) -> jax.Array:
+    """The transpose of a matrix in shared memory, laid out as `transposed` has it."""
+    index = () if jax.__version_info__ >= (0, 12) else ((),)
+    return plgpu.load(ref.transpose((1, 0)), *index, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """A value laid out like an accumulator, but that a thread holds pairs along the first axis, not the second."""
+    return plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
 def ceil_div(a: jax.Array, b: int) -> jax.Array:

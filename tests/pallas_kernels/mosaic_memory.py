@@ -130,7 +130,8 @@ class Ref:
         return _At(self._part)
 
     def _part(self, index: Any) -> "Ref":
-        parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not Ellipsis]
+        several = isinstance(index, tuple) and not isinstance(index, Slice)
+        parts = [part for part in (index if several else (index,)) if part is not Ellipsis]
         if len(parts) > len(self.shape):
             raise fault(f"{self.memory.name} of shape {self.shape} has {len(parts)} indices")
         spans = []
@@ -139,6 +140,8 @@ class Ref:
                 spans.append(Span(start, size, dropped))
                 continue
             part = parts.pop(0)
+            if part == slice(None):
+                part = Slice(0, size)
             if isinstance(part, Slice):
                 spans.append(Span(start + int(part.start), part.size))
                 continue
@@ -196,6 +199,18 @@ class Transposed:
     """A tile whose axes a product takes in the other order."""
 
     ref: Ref
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        self._check(index)
+        return self.ref[...].T
+
+    def __setitem__(self, index: Any, value: np.ndarray) -> None:
+        self._check(index)
+        self.ref[...] = value.T
+
+    def _check(self, index: Any) -> None:
+        if index not in (..., ()):
+            raise fault(f"transposed tiles are read and written as a whole, not at {index}")
 
 
 class Barrier:

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rat_jax.layers import RmsNorm
 from rat_jax.mixers import Attention, LocalAttention
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.segments import SegmentInfo
@@ -21,9 +22,13 @@ class CudnnAttention(Attention):
     """Rows of one unpadded document, all at the same position."""
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: AttentionCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: AttentionCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments)
+        query, key, value = self._heads(x, segments, norm)
         if memory is None:
             out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         else:
@@ -38,9 +43,13 @@ class CudnnLocalAttention(LocalAttention):
     """The same within a window; the cache is a ring in which the order of keys does not matter."""
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: AttentionCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: AttentionCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments)
+        query, key, value = self._heads(x, segments, norm)
         window = self.config.window
         if memory is None:
             out = jax.nn.dot_product_attention(

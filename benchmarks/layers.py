@@ -40,7 +40,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Rows that are one document each."""
-        return x + self.mixer.mix(self.norm(x), whole_rows(*x.shape[:2]))[0]
+        return x + self.mixer.mix(x, whole_rows(*x.shape[:2]), norm=self.norm)[0]
 
     def step(
         self, x: Float[Array, "B 1 D"], position: Int[Array, ""], memory: MixerCache
@@ -48,7 +48,7 @@ class Layer(nnx.Module):
         """One token a row, all at the same position."""
         positions = jnp.full(x.shape[:2], position, jnp.int32)
         segments = SegmentInfo(jnp.ones_like(positions), positions, positions, contiguous=False)
-        mixed, memory = self.mixer.mix(self.norm(x), segments, memory)
+        mixed, memory = self.mixer.mix(x, segments, memory, self.norm)
         return x + mixed, memory
 
 

@@ -1,8 +1,6 @@
 """Layers without a memory of other tokens: projections, norms and their initial values."""
 
 import itertools
-import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from rat_jax.mesh import TENSOR_AXIS, num_parts
-from rat_jax.ops import platform
+from rat_jax.ops.normed_product import normed_product
+from rat_jax.ops.normed_product_xla import gelu, multiply_rows, rms_norm
 from rat_jax.shapes import Array, Float, Float32
 
 NORM_EPSILON = 1e-6  # of the release
@@ -26,27 +25,59 @@ def projection(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=nnx.initializers.normal(INITIAL_STD),
-        dot_general=_multiply_rows,
+        dot_general=multiply_rows,
         rngs=rngs,
     )
 
 
-def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes) -> list:
-    """x W as arrays [B, T, size], one a size; where the mesh in use cuts heads, each is cut among its devices."""
+class RmsNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the channels (arXiv 1910.07467), in float32, returned in x's dtype."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+        """Normalises every vector of D channels."""
+        return rms_norm(x, self.scale[...], NORM_EPSILON)
+
+
+def project(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:
+    """x W, of normed tokens where there is a norm, which decoding may run in the same launch."""
+    return linear(x) if norm is None else _normed_product(linear, x, norm, with_gelu=False)
+
+
+def project_gelu(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:
+    """gelu(x W), as `project`; where the mesh in use cuts heads, columns of W are cut among its devices."""
+    if num_parts(TENSOR_AXIS) == 1 and norm is not None:
+        return _normed_product(linear, x, norm, with_gelu=True)
+    return gelu(*project_parts(linear, x, linear.out_features, norm=norm))
+
+
+def _normed_product(linear: nnx.Linear, x: Array, norm: RmsNorm, *, with_gelu: bool) -> Array:
+    options = {"epsilon": NORM_EPSILON, "gelu": with_gelu, "dtype": linear.dtype}
+    return normed_product(x, norm.scale[...], linear.kernel[...], **options)
+
+
+def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, norm: RmsNorm | None = None) -> list:
+    """As `project`, as arrays [B, T, size]; where the mesh in use cuts heads, each is cut among its devices."""
     if num_parts(TENSOR_AXIS) == 1:
-        return jnp.split(linear(x), list(itertools.accumulate(sizes))[:-1], axis=-1)
+        return jnp.split(project(linear, x, norm), list(itertools.accumulate(sizes))[:-1], axis=-1)
+    x = x if norm is None else norm(x)
     parts = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
     return [_product(x, _cut_columns(part)) for part in parts]
 
 
-def project_interleaved(linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple, whole: int) -> Float[Array, "B T _"]:
-    """x W; where heads are cut, device after device its share of each part of `cut` channels, and the last `whole`.
+def project_interleaved(
+    linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple, whole: int, norm: RmsNorm | None = None
+) -> Float[Array, "B T _"]:
+    """As `project`; where heads are cut, each device's share of each part of `cut` channels, and the last `whole`.
 
-    The matrix is reordered, not the products.
+    Devices follow one another. The matrix is reordered, not the products.
     """
     count = num_parts(TENSOR_AXIS)
     if count == 1:
-        return linear(x)
+        return project(linear, x, norm)
+    x = x if norm is None else norm(x)
     *parts, shared = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(cut)), axis=1)
     rows = [part.reshape(part.shape[0], count, -1) for part in parts]
     rows.append(jnp.broadcast_to(shared[:, None], (shared.shape[0], count, whole)))
@@ -59,32 +90,7 @@ def _cut_columns(matrix: Float[Array, "D c"]) -> Float[Array, "D c"]:
 
 
 def _product(rows: Float[Array, "B T D"], matrix: Float[Array, "D c"]) -> Float[Array, "B T c"]:
-    return _multiply_rows(rows.astype(matrix.dtype), matrix, (((rows.ndim - 1,), (0,)), ((), ())))
-
-
-def _multiply_rows(rows: Array, matrix: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """`jax.lax.dot_general` of [..., D] and a matrix.
-
-    A single row is taken twice where a GPU is expected: XLA makes element-wise products and a sum of one row times some
-    matrices, which takes three times as long as the product of two.
-    """
-    if math.prod(rows.shape[:-1]) != 1 or platform.expected_platform() in ("cpu", "tpu"):
-        return jax.lax.dot_general(rows, matrix, dimension_numbers, **options)
-    twice = jnp.concatenate([rows, rows], axis=-2)
-    return jax.lax.dot_general(twice, matrix, dimension_numbers, **options)[..., :1, :]
-
-
-class RmsNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * scale over the channels (arXiv 1910.07467), in float32, returned in x's dtype."""
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-
-    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
-        """Normalises every vector of D channels."""
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-        return (x32 * inverse * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return multiply_rows(rows.astype(matrix.dtype), matrix)
 
 
 class PerHeadRmsNorm(nnx.Module):

@@ -61,6 +61,7 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.layers",
         "rat_jax.mesh",
         "rat_jax.mixers",
+        "rat_jax.ops",
         "rat_jax.parameters",
         "rat_jax.segments",
         "rat_jax.shapes",

@@ -77,11 +77,11 @@ class HeadProjections(Mixer):
             self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
 
     def _heads(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, norm: RmsNorm | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values."""
         kv_width = self.shape.kv_heads * self.shape.head_dim
-        parts = project_parts(self.in_proj, x, kv_width, self.shape.width, kv_width)
+        parts = project_parts(self.in_proj, x, kv_width, self.shape.width, kv_width, norm=norm)
         value, query, key = (part.reshape(*part.shape[:2], -1, self.shape.head_dim) for part in parts)
         if self.shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -119,9 +119,13 @@ class Attention(HeadProjections):
         super().__init__(shape, AttentionConfig(rope, rope_base), rngs)
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: AttentionCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: AttentionCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments)
+        query, key, value = self._heads(x, segments, norm)
         info = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
         key_info, aligned = info, memory is None
         if memory is not None:

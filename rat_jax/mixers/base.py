@@ -11,6 +11,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.fields import check_types
+from rat_jax.layers import RmsNorm
 from rat_jax.memory import tree_bytes
 from rat_jax.parameters import ParameterSpec
 from rat_jax.segments import PADDING, SegmentInfo, StreamState, as_segments, check_shape, from_segments
@@ -198,9 +199,16 @@ class Mixer(nnx.Module):
             )
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: MixerCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
-        """What `__call__` (memory None) and `extend` share: the mixed tokens, and the memory after them if any."""
+        """What `__call__` (memory None) and `extend` share: the mixed tokens, and the memory after them if any.
+
+        With a `norm` it is that of normed tokens; norm and projection may then run in one launch.
+        """
         raise NotImplementedError
 
     def init_memory(self, batch_size: int, capacity: int) -> MixerCache:

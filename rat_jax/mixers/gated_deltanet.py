@@ -142,8 +142,13 @@ class GatedDeltaNet(Mixer):
         return cls(shape.width, dtype=shape.dtype, **settings, rngs=rngs)
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: GatedDeltaNetCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: GatedDeltaNetCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
+        x = x if norm is None else norm(x)  # of two projections
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
         *parts, output_gate = project_parts(self.in_proj, x, key_width, key_width, value_width, value_width)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
+from rat_jax.layers import RmsNorm
 from rat_jax.mixers.attention import HeadProjections
 from rat_jax.mixers.base import MixerConfig, ModelShape, ReleaseCell, bytes_of, require_even_heads
 from rat_jax.ops.attention import KeyInfo, attention
@@ -110,9 +111,13 @@ class LocalAttention(HeadProjections):
         super().__init__(shape, LocalAttentionConfig(window, rope, rope_base), rngs)
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: LocalAttentionCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: LocalAttentionCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], LocalAttentionCache | None]:
-        query, key, value = self._heads(x, segments)
+        query, key, value = self._heads(x, segments, norm)
         mixed, memory = attend_in_window(query, key, value, segments, memory, self.config.window)
         return self.out_proj(mixed.reshape(x.shape)), memory
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import chrono_gate_bias, project_interleaved, projection
+from rat_jax.layers import RmsNorm, chrono_gate_bias, project_interleaved, projection
 from rat_jax.mixers.base import (
     Mixer,
     MixerConfig,
@@ -110,11 +110,15 @@ class Rat(Mixer):
         self.gate_bias = nnx.Param(chrono_gate_bias(rngs.params(), width, chunk_size))
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RatState | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: RatState | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], RatState | None]:
         width, grouped = self.shape.width, self.config.num_groups * self.shape.head_dim
         mixed = rat_mix(
-            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=2 * grouped),
+            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=2 * grouped, norm=norm),
             self.gate_bias[...],
             segments,
             num_heads=self.shape.num_heads,

@@ -139,11 +139,15 @@ class Rattention(Mixer):
             )
 
     def mix(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: RattentionCache | None = None
+        self,
+        x: Float[Array, "B T D"],
+        segments: SegmentInfo,
+        memory: RattentionCache | None = None,
+        norm: RmsNorm | None = None,
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
         shape = self.shape
         kv_width = shape.kv_heads * shape.head_dim
-        parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width)
+        parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width, norm=norm)
         query, key, value = (part.reshape(*part.shape[:2], -1, shape.head_dim) for part in parts)
         if shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)

@@ -6,6 +6,7 @@ from rat_jax.ops.dispatch import UnsupportedError
 from rat_jax.ops.gated_delta_rule import GatedDeltaRuleOutput, gated_delta_rule
 from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
+from rat_jax.ops.normed_product import normed_product
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
@@ -27,6 +28,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_recurrence",
     "linear_attention",
+    "normed_product",
     "rat_mix",
     "residual_linear_attention",
     "rnn_mix",

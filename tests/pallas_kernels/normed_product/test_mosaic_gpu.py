@@ -1,7 +1,6 @@
 """Normed products by Mosaic GPU: lowered for CUDA, emulated on any machine, and run on a Hopper GPU."""
 
 import dataclasses
-import functools
 import re
 
 import jax

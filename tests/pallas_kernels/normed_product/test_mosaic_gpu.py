@@ -17,7 +17,7 @@ from tests.pallas_kernels.mosaic_machine import Fault
 
 EPSILON = 1e-2  # large enough to be seen in the values
 LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}  # of the norm
-CASES = {f"{rows}-{'gelu' if gelu else 'plain'}": (rows, gelu) for rows in (1, 2, 5, 11, 16) for gelu in (False, True)}
+CASES = {f"{rows}-{'gelu' if gelu else 'plain'}": (rows, gelu) for rows in (1, 5, 16) for gelu in (False, True)}
 REAL = {  # of a decode step of configs/rat_1b.py
     "in_proj": NormedProductShape(1, 2048, 6656, "bfloat16"),
     "up": NormedProductShape(16, 2048, 8192, "bfloat16", gelu=True),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from flax import nnx
 from rat_jax.errors import require
 from rat_jax.layers import RmsNorm, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_divides
-from rat_jax.ops.gated_delta_rule import gated_delta_rule
+from rat_jax.ops.gated_delta_rule import GatedDeltaRuleImplementation, gated_delta_rule
 from rat_jax.ops.short_convolution import short_convolution
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
@@ -101,6 +102,7 @@ class GatedDeltaNet(Mixer):
         "dt_bias": VECTOR,
         "norm.scale": VECTOR,
     }
+    IMPLEMENTATIONS = typing.get_args(GatedDeltaRuleImplementation)
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class GatedDeltaNet(Mixer):
         expand_v: float = GatedDeltaNetConfig.expand_v,
         conv_size: int = GatedDeltaNetConfig.conv_size,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: GatedDeltaRuleImplementation | None = None,
         rngs: nnx.Rngs,
     ):
         """Makes parameters from `rngs`; the arguments are those of `GatedDeltaNetConfig`, but no heads are one head.
@@ -123,6 +126,7 @@ class GatedDeltaNet(Mixer):
         self.shape = shape = ModelShape(width=width, num_heads=1, dtype=jnp.dtype(dtype).name)
         self.config = config = GatedDeltaNetConfig(num_heads, head_dim, expand_v, conv_size)
         config.check(shape)
+        self.implementation = implementation
         num_heads = config.heads(shape)
         key_width, value_width = num_heads * config.key_dim(shape), num_heads * config.value_dim(shape)
         self.in_proj = projection(width, 2 * key_width + 2 * value_width, jnp.dtype(dtype), rngs)
@@ -164,6 +168,7 @@ class GatedDeltaNet(Mixer):
             jax.nn.sigmoid(write),
             segment_ids=None if segments.contiguous and memory is None else segments,
             initial_state=None if memory is None else memory.state,
+            implementation=self.implementation,
         )
         with jax.named_scope("output_gate"):
             normed = self.norm(mixed.out.astype(jnp.float32)).reshape(*x.shape[:2], -1)

@@ -3,7 +3,8 @@
 from rat_jax.ops.attention import attention
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
 from rat_jax.ops.dispatch import UnsupportedError
-from rat_jax.ops.gated_delta_rule import GatedDeltaRuleOutput, gated_delta_rule
+from rat_jax.ops.gated_delta_rule import gated_delta_rule
+from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
 from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.normed_product import normed_product

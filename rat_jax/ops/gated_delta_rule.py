@@ -1,25 +1,20 @@
 """The gated delta rule: a matrix-valued state that forgets by a gate and rewrites what a key holds."""
 
-from typing import NamedTuple
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from rat_jax.mesh import rows_per_device
-from rat_jax.ops import context, cut, dispatch
-from rat_jax.ops.remat import save_named
+from pallas_kernels.gated_delta_rule import triton_tiling
+from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
+from rat_jax.ops import context, cut, dispatch, gated_delta_rule_kernels, gated_delta_rule_xla
+from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
-from rat_jax.shapes import Array, Bool, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Float32, Int
 
-_GROUP_TOKENS = 8192  # of all rows of a device, whose chunks are prepared side by side: bounds the memory
+GatedDeltaRuleImplementation = Literal["xla", "triton"]
+
+_FASTEST_FIRST = ("triton",)
 _LEAST_LOG_DECAY = -1e3  # exp of it is 0 in float32, and sums of it are finite where those of -inf are not numbers
-
-
-class GatedDeltaRuleOutput(NamedTuple):
-    """What the queries read, and the state after the last token of each row."""
-
-    out: Float[Array, "B T N Hv"]
-    final_state: Float32[Array, "B N Hk Hv"]
 
 
 def gated_delta_rule(
@@ -32,6 +27,7 @@ def gated_delta_rule(
     segment_ids: Int[Array, "B T"] | SegmentInfo | None = None,
     initial_state: Float[Array, "B N Hk Hv"] | None = None,
     chunk_size: int = 64,
+    implementation: GatedDeltaRuleImplementation | None = None,
 ) -> GatedDeltaRuleOutput:
     """S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T and out_t = S_t^T q_t (arXiv 2412.06464, equation 10).
 
@@ -54,18 +50,27 @@ def gated_delta_rule(
         are told by a `SegmentInfo`.
       initial_state: S before the first token, for the documents that began in an earlier call; None is zero.
       chunk_size: tokens of a chunk.
+      implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes the
+        call, and "xla" elsewhere and for one token, which is one update.
 
     Raises:
       ValueError: if shapes do not fit each other, if `chunk_size` is below 1, or if an `initial_state` meets ids that
         leave no document to continue from it; the message names the argument.
+      UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
+    dispatch.check_implementation(implementation, GatedDeltaRuleImplementation)
     _check(query, key, value, log_decay, write_strength, initial_state, chunk_size)
     batch, tokens, heads, key_dim = key.shape
     if cut.is_cut():
         cut.refuse_state("initial_state", initial_state)
         arrays = (query, key, value, log_decay, write_strength, as_segments(segment_ids, (batch, tokens)))
         return GatedDeltaRuleOutput(
-            *cut.run(lambda *parts: tuple(_of_part(*parts, chunk_size)), ("BTN",) * 5 + ("BT",), ("BTN", "BN"), *arrays)
+            *cut.run(
+                lambda *parts: tuple(_of_part(*parts, chunk_size, implementation)),
+                ("BTN",) * 5 + ("BT",),
+                ("BTN", "BN"),
+                *arrays,
+            )
         )
     log_decay, write_strength = (x.astype(jnp.float32) for x in (log_decay, write_strength))
     log_decay = jnp.maximum(log_decay, _LEAST_LOG_DECAY)
@@ -77,11 +82,27 @@ def gated_delta_rule(
         starts = segments.starts()
         log_decay = jnp.where(segments.is_token[..., None], log_decay, 0.0)
         write_strength = jnp.where(segments.is_token[..., None], write_strength, 0.0)
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value.shape[-1]))
-    rows = _Chunks(query.astype(value.dtype), key.astype(value.dtype), value, log_decay, write_strength, starts)
-    run = _one_token if tokens == 1 else _all_chunks
-    return run(rows, initial_state.astype(jnp.float32), chunk_size)
+    if initial_state is not None:
+        initial_state = initial_state.astype(jnp.float32)
+    arrays = (query.astype(value.dtype), key.astype(value.dtype), value, log_decay, write_strength)
+    arrays += (initial_state, starts)
+    shape = GatedDeltaRuleShape(
+        dispatch.rows_of_device(batch),
+        tokens,
+        heads,
+        key_dim,
+        value.shape[-1],
+        chunk_size,
+        value.dtype.name,
+        segmented=starts is not None,
+        continued=initial_state is not None,
+    )
+    order = _FASTEST_FIRST if tokens > 1 else ()
+    chosen = dispatch.choose(implementation, order, batch, lambda _: triton_tiling.unsupported_reason(shape))
+    if chosen == "xla":
+        return gated_delta_rule_xla.rule(*arrays, chunk_size)
+    kernel = gated_delta_rule_kernels.Rule(chosen, shape)
+    return GatedDeltaRuleOutput(*dispatch.run(kernel, implementation is None, *arrays))
 
 
 def _of_part(
@@ -92,12 +113,13 @@ def _of_part(
     write_strength: Array,
     segments: SegmentInfo,
     chunk_size: int,
+    implementation: GatedDeltaRuleImplementation | None,
 ) -> GatedDeltaRuleOutput:
     """Of a part of a row: S_t = P_t S + S'_t, of the state S before it, the sums S' from 0 and the products P from I.
 
     Both come from one call, with the identity as more channels of the state and no values for them.
     """
-    options = {"segment_ids": segments, "chunk_size": chunk_size}
+    options = {"segment_ids": segments, "chunk_size": chunk_size, "implementation": implementation}
     if context.num_parts() == 1:
         return gated_delta_rule(query, key, value, log_decay, write_strength, **options)
     batch, _, heads, key_dim = key.shape
@@ -110,12 +132,12 @@ def _of_part(
     added, kept = jnp.split(own.final_state, [value_dim], axis=-1)
 
     def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
-        return _exact(later[0], earlier[0]), _exact(later[0], earlier[1]) + later[1]
+        return _product(later[0], earlier[0]), _product(later[0], earlier[1]) + later[1]
 
     before = context.combined_before(combine, (kept, added), (identity, nothing))[1]
     out, readers = jnp.split(own.out, [value_dim], axis=-1)
-    carried = _product("btnk,bnkv->btnv", readers, before.astype(value.dtype))
-    final_state = context.of_last_part(_exact(kept, before) + added)
+    carried = jnp.einsum("btnk,bnkv->btnv", readers, before.astype(value.dtype), preferred_element_type=jnp.float32)
+    final_state = context.of_last_part(_product(kept, before) + added)
     return GatedDeltaRuleOutput((out.astype(jnp.float32) + carried).astype(value.dtype), final_state)
 
 
@@ -139,141 +161,5 @@ def _check(query, key, value, log_decay, write_strength, initial_state, chunk_si
         raise ValueError(f"key must hold at least one token, got {key.shape}")
 
 
-class _Chunks(NamedTuple):
-    """Inputs as they come, [B, T, N, ...], or cut, [..., B, N, L, ...] with axes of groups and of chunks in front."""
-
-    query: Array
-    key: Array
-    value: Array
-    log_decay: Array
-    write_strength: Array
-    starts: Bool[Array, "*axes"] | None
-
-
-def _all_chunks(rows: _Chunks, state: Float32[Array, "B N Hk Hv"], chunk_size: int) -> GatedDeltaRuleOutput:
-    """Groups of chunks one after the other; all of a group are prepared side by side, then states run through them."""
-    batch, tokens, heads, value_dim = rows.value.shape
-    size = min(chunk_size, tokens)
-    all_chunks = -(-tokens // size)
-    groups = -(-all_chunks // max(1, _GROUP_TOKENS // (rows_per_device(batch) * size)))
-    chunks = -(-all_chunks // groups)
-
-    def cut(x):  # [B, T, ...] to [groups, chunks, B, ..., L]; keys and write strengths of 0 change no state
-        x = jnp.pad(x, [(0, 0), (0, groups * chunks * size - tokens)] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.moveaxis(x.reshape(batch, groups, chunks, size, *x.shape[2:]), 0, 2)
-        return x if x.ndim == 4 else jnp.moveaxis(x, 3, 4)
-
-    group = jax.checkpoint(_group, prevent_cse=False)
-    state, out = jax.lax.scan(lambda state, rows: group(save_named(state), rows), state, jax.tree.map(cut, rows))
-    out = save_named(out)
-    out = jnp.moveaxis(out, (2, 4), (0, 3)).reshape(batch, -1, heads, value_dim)[:, :tokens]
-    return GatedDeltaRuleOutput(out, state)
-
-
-def _group(state: Float32[Array, "B N Hk Hv"], rows: _Chunks) -> tuple[Array, Float[Array, "C B N L Hv"]]:
-    """The chunks of a group; `state` is that before the first and, returned, that after the last.
-
-    With G the running sum of log decays from the start of a chunk and S the state before it, the corrections
-    u_t = b_t (v_t - a_t S_{t-1}^T k_t) solve u_t + b_t sum_{j < t} exp(G_t - G_j) (k_t k_j) u_j = b_t (v_t - exp(G_t)
-    S^T k_t), queries read exp(G_t) S^T q_t + sum_{j <= t} exp(G_t - G_j) (q_t k_j) u_j, and the chunk leaves
-    exp(G_L) S + sum_j exp(G_L - G_j) k_j u_j^T.
-    """
-    dtype = rows.value.dtype
-    with jax.named_scope("within_chunks"):
-        decay, from_start, to_end = _decays(rows.log_decay, rows.starts)
-        strength = rows.write_strength[..., None]
-        overlaps = strength * decay * _product("cbnlh,cbnmh->cbnlm", rows.key, rows.key)
-        solve = _unit_lower_inverse(jnp.tril(overlaps, -1)).astype(dtype)
-        scores = (decay * _product("cbnlh,cbnmh->cbnlm", rows.query, rows.key)).astype(dtype)
-        added_key = (to_end[..., None] * rows.key).astype(dtype)
-        readers = jnp.concatenate([rows.key, rows.query], axis=-2)
-
-    def chunk(state, inputs):
-        solve, scores, readers, added_key, value, strength, from_start, kept = inputs
-        held, read = jnp.split(_product("bnlk,bnkv->bnlv", readers, state.astype(dtype)), 2, axis=-2)
-        wanted = strength * (value - from_start[..., None] * held)
-        correction = _product("bnlm,bnmv->bnlv", solve, wanted.astype(dtype)).astype(dtype)
-        out = from_start[..., None] * read + _product("bnlm,bnmv->bnlv", scores, correction)
-        state = kept[..., None, None] * state + _product("bnlk,bnlv->bnkv", added_key, correction)
-        return state, out.astype(dtype)
-
-    with jax.named_scope("between_chunks"):
-        kept = from_start[..., -1]
-        inputs = (solve, scores, readers, added_key, rows.value, strength, from_start, kept)
-        return jax.lax.scan(chunk, state, inputs)
-
-
-def _decays(
-    log_decay: Float32[Array, "*axes B N L"], starts: Bool[Array, "*axes B L"] | None
-) -> tuple[Float32[Array, "*axes B N L L"], Float32[Array, "*axes B N L"], Float32[Array, "*axes B N L"]]:
-    """What token l keeps of what token m <= l wrote, what it keeps of the state before the chunk, and what the last
-    token keeps of each; nothing across the start of a document.
-
-    Each is exp of its own sum of log decays: differences of running sums would lose the digits of small decays that
-    follow large ones.
-    """
-    size = log_decay.shape[-1]
-    visible = up_to = jnp.tril(jnp.ones((size, size), bool))
-    after = jnp.tril(jnp.ones((size, size)), -1)
-    indices = (1,) * (log_decay.ndim - 1)
-    # sums[l, m] is over m < i <= l: one product with 0s and 1s.
-    summands = log_decay[..., :, None] * after.reshape(*indices, size, size)
-    lower = up_to.astype(jnp.float32)
-    sums = jnp.einsum("li,...im->...lm", lower, summands, precision="highest")
-    from_start = jnp.einsum("li,...i->...l", lower, log_decay, precision="highest")
-    visible = visible.reshape(*indices, size, size)
-    if starts is not None:
-        documents = jnp.cumsum(starts, axis=-1)[..., None, :]  # 0: the one that the state before the chunk is of
-        visible = visible & (documents[..., :, None] == documents[..., None, :])
-        from_start = jnp.where(documents == 0, from_start, -jnp.inf)
-    decay = jnp.exp(jnp.where(visible, sums, -jnp.inf))
-    return decay, jnp.exp(from_start), decay[..., -1, :]
-
-
-@jax.custom_jvp
-def _unit_lower_inverse(strictly_lower: Float32[Array, "*axes L L"]) -> Float32[Array, "*axes L L"]:
-    """(I + A)^-1 of a strictly lower triangular A.
-
-    Blocks along the diagonal double in size: with both halves X and Z of a block inverted, its lower left quarter is
-    -Z A X. Unlike a series in powers of A, no term exceeds the entries of the inverses by much.
-    """
-    size = strictly_lower.shape[-1]
-    index = jnp.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=strictly_lower.dtype), strictly_lower.shape)
-    half = 1
-    while half < size:
-        row, column = index[:, None] // half, index[None, :] // half
-        quarter = ((row % 2 == 1) & (row == column + 1)).reshape((1,) * (strictly_lower.ndim - 2) + (size, size))
-        quarters = jnp.where(quarter, strictly_lower, 0.0)
-        inverse -= quarters if half == 1 else _exact(_exact(inverse, quarters), inverse)
-        half *= 2
-    return inverse
-
-
-@_unit_lower_inverse.defjvp
-def _unit_lower_inverse_slope(primals, tangents):
-    inverse = _unit_lower_inverse(*primals)
-    return inverse, -_exact(_exact(inverse, tangents[0]), inverse)
-
-
-def _exact(left: Float32[Array, "*axes L L"], right: Float32[Array, "*axes L L"]) -> Float32[Array, "*axes L L"]:
+def _product(left: Float32[Array, "*axes L K"], right: Float32[Array, "*axes K V"]) -> Float32[Array, "*axes L V"]:
     return jnp.matmul(left, right, precision="highest")
-
-
-def _product(equation: str, left: Array, right: Array) -> Float32[Array, "..."]:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-
-
-def _one_token(rows: _Chunks, state: Float32[Array, "B N Hk Hv"], chunk_size: int) -> GatedDeltaRuleOutput:
-    """One update of the state: sums of float32 products, without matrix units."""
-    del chunk_size
-    query, key, value = (x[:, 0].astype(jnp.float32) for x in (rows.query, rows.key, rows.value))
-    kept = jnp.exp(rows.log_decay[:, 0])
-    if rows.starts is not None:
-        kept = jnp.where(rows.starts, 0.0, kept)
-    state = kept[..., None, None] * state
-    held = jnp.sum(state * key[..., None], axis=-2)
-    correction = rows.write_strength[:, 0, :, None] * (value - held)
-    state += key[..., None] * correction[..., None, :]
-    out = jnp.sum(state * query[..., None], axis=-2)
-    return GatedDeltaRuleOutput(out[:, None].astype(rows.value.dtype), state)

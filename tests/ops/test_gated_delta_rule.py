@@ -3,14 +3,13 @@
 import functools
 import itertools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.ops.gated_delta_rule import gated_delta_rule
+from rat_jax.ops import gated_delta_rule, gated_delta_rule_xla
 from rat_jax.ops.remat import saving_named
 from rat_jax.segments import StreamState, from_segments
 from tests import reference
@@ -22,8 +21,7 @@ NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state"
 @pytest.fixture
 def small_groups(monkeypatch):
     """Rows of 2 x 37 tokens take several groups, the last of them with padding."""
-    # By the table of modules: `rat_jax.ops` exports the function under the module's name.
-    monkeypatch.setattr(sys.modules[gated_delta_rule.__module__], "_GROUP_TOKENS", 32)
+    monkeypatch.setattr(gated_delta_rule_xla, "_GROUP_TOKENS", 32)
 
 
 def inputs(tokens=37, *, rows=2, heads=2, key_dim=4, value_dim=6):

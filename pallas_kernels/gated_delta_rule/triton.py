@@ -67,7 +67,7 @@ def gated_delta_rule_backward(
 ) -> tuple[jax.Array, ...]:
     """Gradients of query, key, value, log decay, write strength and the state before the first token.
 
-    `d_out` and `d_final_state` are those of both results of `gated_delta_rule_forward`, which takes the other arguments.
+    `d_out` and `d_final_state` are those of the results of `gated_delta_rule_forward`, which takes the other arguments.
     """
     arrays = query, key, value, log_decay, write_strength, *_or_placeholders(starts, initial_state)
     return backward(launcher.run, Tiling(shape), *arrays, d_out.astype(value.dtype), d_final_state.astype(jnp.float32))

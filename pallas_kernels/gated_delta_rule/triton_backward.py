@@ -48,7 +48,6 @@ def gated_delta_d_states(
     HV: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program goes back through a row with COLUMNS value channels of a head."""
@@ -74,14 +73,14 @@ def gated_delta_d_states(
         kept = tl.load(from_start + at_chunk * CHUNK + CHUNK - 1)
         rounded = d_state.to(dtype)
         store_state(d_states, rounded, at_chunk, column, HK, HV, KEYS, COLUMNS)
-        d_u = last[:, None] * tl.dot(k, rounded, input_precision=PRECISION)
-        d_u = tl.dot(tl.trans(weights), do, d_u, input_precision=PRECISION)
-        d_w = tl.dot(tl.trans(solved), d_u.to(dtype), input_precision=PRECISION)
+        d_u = last[:, None] * tl.dot(k, rounded)
+        d_u = tl.dot(tl.trans(weights), do, d_u)
+        d_w = tl.dot(tl.trans(solved), d_u.to(dtype))
         store_tokens(d_wanted, d_w, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
         d_held = (-(strength * first)[:, None] * d_w).to(dtype)
         read = (first[:, None] * do.to(tl.float32)).to(dtype)
-        d_state = tl.dot(tl.trans(q), read, kept * d_state, input_precision=PRECISION)
-        d_state = tl.dot(tl.trans(k), d_held, d_state, input_precision=PRECISION)
+        d_state = tl.dot(tl.trans(q), read, kept * d_state)
+        d_state = tl.dot(tl.trans(k), d_held, d_state)
     store_state(d_initial, d_state, row * N + n, column, HK, HV, KEYS, COLUMNS)
 
 
@@ -112,7 +111,6 @@ def gated_delta_gradients(
     HV: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     SEGMENTED: tl.constexpr,
@@ -144,17 +142,17 @@ def gated_delta_gradients(
         d_w = load_tokens(d_wanted, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
         state = load_state(states, at_chunk, column, HK, HV, K_COLUMNS, COLUMNS, k_column)
         d_state = load_state(d_states, at_chunk, column, HK, HV, K_COLUMNS, COLUMNS, k_column)
-        of_writes = tl.dot(d_w, tl.trans(state), of_writes, input_precision=PRECISION)
-        of_reads = tl.dot(do, tl.trans(state), of_reads, input_precision=PRECISION)
-        of_adding = tl.dot(u, tl.trans(d_state), of_adding, input_precision=PRECISION)
-        d_scores = tl.dot(do, tl.trans(u), d_scores, input_precision=PRECISION)
-        d_overlaps = tl.dot(d_w, tl.trans(u), d_overlaps, input_precision=PRECISION)
+        of_writes = tl.dot(d_w, tl.trans(state), of_writes)
+        of_reads = tl.dot(do, tl.trans(state), of_reads)
+        of_adding = tl.dot(u, tl.trans(d_state), of_adding)
+        d_scores = tl.dot(do, tl.trans(u), d_scores)
+        d_overlaps = tl.dot(d_w, tl.trans(u), d_overlaps)
         of_keeping += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
-        if part == 0:
-            v = load_tokens(value, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
-            d_b += tl.sum(d_w.to(tl.float32) * v.to(tl.float32), 1)
-            d_v = strength[:, None] * d_w.to(tl.float32)
-            store_tokens(d_value, d_v, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
+        own = tl.where(part == 0, column, HV)  # outside of the array but in the first; a branch would hold up loads
+        v = load_tokens(value, row, chunk, tokens, n, own, N, HV, CHUNK, COLUMNS)
+        d_b += tl.sum(d_w.to(tl.float32) * v.to(tl.float32), 1)
+        d_v = strength[:, None] * d_w.to(tl.float32)
+        store_tokens(d_value, d_v, row, chunk, tokens, n, own, N, HV, CHUNK, COLUMNS)
     k = load_tokens(key, row, chunk, tokens, n, k_column, N, HK, CHUNK, K_COLUMNS)
     q = load_tokens(query, row, chunk, tokens, n, k_column, N, HK, CHUNK, K_COLUMNS)
     first = tl.load(from_start + at_chunk * CHUNK + i)
@@ -167,15 +165,15 @@ def gated_delta_gradients(
     d_q = first[:, None] * of_reads
     decay = decays(log_decay, starts, row, chunk, tokens, n, N, CHUNK, SEGMENTED)
     decayed = (decay * d_scores).to(dtype)
-    d_q = tl.dot(decayed, k, d_q, input_precision=PRECISION)
+    d_q = tl.dot(decayed, k, d_q)
     store_tokens(d_query, d_q, row, chunk, tokens, n, k_column, N, HK, CHUNK, K_COLUMNS)
-    d_k = tl.dot(tl.trans(decayed), q, d_k, input_precision=PRECISION)
+    d_k = tl.dot(tl.trans(decayed), q, d_k)
     d_overlaps = tl.where(i[:, None] > i[None, :], -decay * d_overlaps, 0.0)
     m = strength[:, None] * d_overlaps
-    d_k = tl.dot((m + tl.trans(m)).to(dtype), k, d_k, input_precision=PRECISION)
+    d_k = tl.dot((m + tl.trans(m)).to(dtype), k, d_k)
     store_tokens(d_key, d_k, row, chunk, tokens, n, k_column, N, HK, CHUNK, K_COLUMNS)
     # Of pairs of tokens: of (b k k) where dA meets this program's key channels, and of scores once.
-    pairs = d_overlaps * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    pairs = d_overlaps * tl.dot(k, tl.trans(k))
     d_b += tl.sum(pairs, 1) - first * held
     pairs = strength[:, None] * pairs
     if part == 0:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.gated_delta_rule.triton_tiles import decays, decays_to_ends, load_numbers, load_tokens, square
+from pallas_kernels.gated_delta_rule.triton_tiles import decays, decays_of_ends, load_numbers, load_tokens, square
 from pallas_kernels.gated_delta_rule.triton_tiling import Tiling
 from pallas_kernels.launch.triton import Launch
 
@@ -25,10 +25,9 @@ def gated_delta_chunks(
     HV: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     SEGMENTED: tl.constexpr,
-    SOLVE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program takes one chunk of a head, and COLUMNS key channels at a time."""
     n = tl.program_id(0) % N
@@ -39,9 +38,9 @@ def gated_delta_chunks(
     for column in tl.static_range(0, KEYS, COLUMNS):
         k = load_tokens(key, row, chunk, tokens, n, column, N, HK, CHUNK, COLUMNS)
         q = load_tokens(query, row, chunk, tokens, n, column, N, HK, CHUNK, COLUMNS)
-        overlaps = tl.dot(k, tl.trans(k), overlaps, input_precision=PRECISION)
-        read = tl.dot(q, tl.trans(k), read, input_precision=PRECISION)
-    first, last = decays_to_ends(log_decay, starts, row, chunk, tokens, n, N, CHUNK, SEGMENTED)
+        overlaps = tl.dot(k, tl.trans(k), overlaps)
+        read = tl.dot(q, tl.trans(k), read)
+    first, last = decays_of_ends(log_decay, starts, row, chunk, tokens, n, N, CHUNK, SEGMENTED)
     at_chunk = (row * N + n) * tl.cdiv(tokens, CHUNK) + chunk
     i = tl.arange(0, CHUNK)
     tl.store(from_start + at_chunk * CHUNK + i, first)
@@ -50,7 +49,7 @@ def gated_delta_chunks(
     tl.store(scores + square(at_chunk, CHUNK), (decay * read).to(scores.dtype.element_ty))
     strength = load_numbers(write_strength, row, chunk, tokens, n, N, CHUNK)
     a = tl.where(i[:, None] > i[None, :], strength[:, None] * decay * overlaps, 0.0)
-    tl.store(solve + square(at_chunk, CHUNK), unit_lower_inverse(a, CHUNK, SOLVE_PRECISION).to(solve.dtype.element_ty))
+    tl.store(solve + square(at_chunk, CHUNK), unit_lower_inverse(a, CHUNK, PRECISION).to(solve.dtype.element_ty))
 
 
 @triton.jit
@@ -100,7 +99,7 @@ def chunks_launch(tiling: Tiling) -> Launch:
             *tiling.constants(),
             ("COLUMNS", blocks.columns),
             ("SEGMENTED", shape.segmented),
-            ("SOLVE_PRECISION", tiling.solve_precision),
+            ("PRECISION", tiling.solve_precision),
         ),
         num_warps=blocks.warps,
         num_stages=blocks.stages,

@@ -22,7 +22,6 @@ def gated_delta_outputs(
     HV: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One program takes one chunk of a head, and COLUMNS value channels at a time."""
@@ -36,8 +35,8 @@ def gated_delta_outputs(
     for column in range(0, HV, COLUMNS):
         state = load_state(states, at_chunk, column, HK, HV, KEYS, COLUMNS)
         u = load_tokens(corrections, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
-        carried = first[:, None] * tl.dot(q, state, input_precision=PRECISION)
-        mixed = tl.dot(weights, u, carried, input_precision=PRECISION)
+        carried = first[:, None] * tl.dot(q, state)
+        mixed = tl.dot(weights, u, carried)
         store_tokens(out, mixed, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
 
 

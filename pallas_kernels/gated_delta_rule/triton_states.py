@@ -34,7 +34,6 @@ def gated_delta_states(
     HV: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr,
     CONTINUED: tl.constexpr,
 ):
@@ -60,12 +59,12 @@ def gated_delta_states(
         kept = tl.load(from_start + at_chunk * CHUNK + CHUNK - 1)
         rounded = state.to(dtype)
         store_state(states, rounded, at_chunk, column, HK, HV, KEYS, COLUMNS)
-        held = tl.dot(k, rounded, input_precision=PRECISION)
+        held = tl.dot(k, rounded)
         wanted = strength[:, None] * (v.to(tl.float32) - first[:, None] * held)
-        u = tl.dot(solved, wanted.to(dtype), input_precision=PRECISION)
+        u = tl.dot(solved, wanted.to(dtype))
         store_tokens(corrections, u, row, chunk, tokens, n, column, N, HV, CHUNK, COLUMNS)
         added = (last[:, None] * u).to(dtype)
-        state = tl.dot(tl.trans(k), added, kept * state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(k), added, kept * state)
     store_state(final, state, row * N + n, column, HK, HV, KEYS, COLUMNS)
 
 

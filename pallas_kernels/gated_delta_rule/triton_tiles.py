@@ -67,38 +67,31 @@ def square(at_chunk, L: tl.constexpr):
 
 @triton.jit
 def decays(log_decay, starts, row, chunk, tokens, n, N: tl.constexpr, L: tl.constexpr, SEGMENTED: tl.constexpr):
-    """What a token keeps of what each token up to it wrote, [L, L]: nothing across the start of a document.
-
-    Each is exp of its own sum of log decays: differences of running sums would lose the digits of small decays that
-    follow large ones.
-    """
+    """What a token keeps of what each token up to it wrote, [L, L]: nothing across the start of a document."""
+    sums, begun = _running(log_decay, starts, row, chunk, tokens, n, N, L, SEGMENTED)
     i = tl.arange(0, L)
-    up_to = i[:, None] >= i[None, :]
-    g = load_numbers(log_decay, row, chunk, tokens, n, N, L)
-    sums = tl.cumsum(tl.where(up_to & (i[:, None] != i[None, :]), g[:, None], 0.0), 0)
-    if SEGMENTED:
-        begun = documents(starts, row, chunk, tokens, L)
-        up_to = up_to & (begun[:, None] == begun[None, :])
-    return tl.where(up_to, tl.exp(sums), 0.0)
+    seen = (i[:, None] >= i[None, :]) & (begun[:, None] == begun[None, :])
+    return tl.where(seen, tl.exp((sums[:, None] - sums[None, :]).to(tl.float32)), 0.0)
 
 
 @triton.jit
-def decays_to_ends(log_decay, starts, row, chunk, tokens, n, N: tl.constexpr, L: tl.constexpr, SEGMENTED: tl.constexpr):
+def decays_of_ends(log_decay, starts, row, chunk, tokens, n, N: tl.constexpr, L: tl.constexpr, SEGMENTED: tl.constexpr):
     """What each token keeps of the state before the chunk, and the last one of what each wrote, [L] both."""
-    i = tl.arange(0, L)
-    from_start = tl.exp(tl.cumsum(load_numbers(log_decay, row, chunk, tokens, n, N, L), 0))
-    after = chunk * L + i + 1
-    at = (row * tokens + after) * N + n
-    to_end = tl.exp(tl.cumsum(tl.load(log_decay + at, mask=(after < tokens) & (i + 1 < L), other=0.0), 0, reverse=True))
-    if SEGMENTED:
-        begun = documents(starts, row, chunk, tokens, L)
-        from_start = tl.where(begun == 0, from_start, 0.0)
-        to_end = tl.where(begun == tl.max(begun, 0), to_end, 0.0)
-    return from_start, to_end
+    sums, begun = _running(log_decay, starts, row, chunk, tokens, n, N, L, SEGMENTED)
+    last = tl.sum(tl.where(tl.arange(0, L) == L - 1, sums, 0.0), 0)
+    from_start = tl.where(begun == 0, tl.exp(sums.to(tl.float32)), 0.0)
+    return from_start, tl.where(begun == tl.max(begun, 0), tl.exp((last - sums).to(tl.float32)), 0.0)
 
 
 @triton.jit
-def documents(starts, row, chunk, tokens, L: tl.constexpr):
-    """How many documents have begun in a chunk up to each token, [L]."""
+def _running(log_decay, starts, row, chunk, tokens, n, N: tl.constexpr, L: tl.constexpr, SEGMENTED: tl.constexpr):
+    """Sums of log decays, and how many documents have begun, from the start of a chunk up to each token, [L] both.
+
+    Sums are float64: in float32 their differences lose the digits of small decays that follow large ones.
+    """
+    sums = tl.cumsum(load_numbers(log_decay, row, chunk, tokens, n, N, L).to(tl.float64), 0)
     token = chunk * L + tl.arange(0, L)
-    return tl.cumsum(tl.load(starts + row * tokens + token, mask=token < tokens, other=0), 0)
+    begun = tl.zeros([L], tl.int32)
+    if SEGMENTED:
+        begun = tl.cumsum(tl.load(starts + row * tokens + token, mask=token < tokens, other=0), 0)
+    return sums, begun

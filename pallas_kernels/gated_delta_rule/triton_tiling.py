@@ -4,16 +4,17 @@ import dataclasses
 
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
-from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
+from pallas_kernels.launch.triton import MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
+_DTYPES = ("bfloat16", "float16")  # products of float32 do not fit the registers
 _CHUNK_SIZES = (16, 32, 64)
 _PROGRAMS = 256  # that go through rows in order: wider blocks of values read the keys less often, fewer idle a card
 
 
 def unsupported_reason(shape: GatedDeltaRuleShape) -> str | None:
     """Why the Triton kernels cannot run a call and what comes nearest; None where they can."""
-    if shape.dtype not in DTYPES:
-        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
+    if shape.dtype not in _DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(_DTYPES)}; nearest: bfloat16"
     if shape.chunk_size not in _CHUNK_SIZES:
         return f"chunk_size {shape.chunk_size} is none of {', '.join(map(str, _CHUNK_SIZES))}"
     if shape.key_dim > MAX_HEAD_DIM:
@@ -42,6 +43,7 @@ class Tiling:
     of_outputs: Blocks | None = None
     of_d_states: Blocks | None = None
     of_gradients: Blocks | None = None
+    solve_precision: str = "bf16x3"  # of the products of float32 that join inverses, whose result has 16 bits
 
     @property
     def keys(self) -> int:
@@ -51,7 +53,7 @@ class Tiling:
     @property
     def key_columns(self) -> int:
         """Key channels of a program that computes gradients, a divisor of `keys`."""
-        return min(self.keys, 128 if self.is_short else 64)
+        return min(self.keys, 128)
 
     @property
     def chunks(self) -> int:
@@ -59,48 +61,33 @@ class Tiling:
         return cdiv(self.shape.tokens, self.shape.chunk_size)
 
     @property
-    def is_short(self) -> bool:
-        """Whether numbers have 16 bits."""
-        return self.shape.dtype != "float32"
-
-    @property
     def chunk_blocks(self) -> Blocks:
-        return self.of_chunks or Blocks(self._of_keys(128 if self.is_short else 32), 4, 2)
+        return self.of_chunks or Blocks(min(self.keys, 128), 4, 2)
 
     @property
     def state_blocks(self) -> Blocks:
-        return self.of_states or Blocks(self._in_order(), 4, 2 if self.is_short else 1)
+        return self.of_states or Blocks(self._in_order(), 4, 2)
 
     @property
     def output_blocks(self) -> Blocks:
-        return self.of_outputs or Blocks(self._of_values(64 if self.is_short else 32), 4, 2 if self.is_short else 1)
+        return self.of_outputs or Blocks(self._of_values(64), 4, 2)
 
     @property
     def d_state_blocks(self) -> Blocks:
-        return self.of_d_states or Blocks(self._in_order(), 4, 2 if self.is_short and self.keys <= 128 else 1)
+        return self.of_d_states or Blocks(self._of_values(32), 4 if self.keys <= 128 else 8, 2)
 
     @property
     def gradient_blocks(self) -> Blocks:
-        return self.of_gradients or Blocks(self._of_values(32), 8, 2 if self.is_short else 1)
-
-    @property
-    def solve_precision(self) -> str:
-        """Of the float32 products that merge the inverses of blocks of 16."""
-        return "tf32x3" if self.is_short else "ieee"
+        return self.of_gradients or Blocks(self._of_values(32), 8, 2)
 
     def _in_order(self) -> int:
-        narrow = self._of_values(32)
-        blocks = cdiv(self.shape.value_dim, 2 * narrow)
-        wide = self.is_short and self.keys <= 128 and self.shape.value_dim > narrow
-        return 2 * narrow if wide and self.shape.batch * self.shape.num_heads * blocks >= _PROGRAMS else narrow
-
-    def _of_keys(self, most: int) -> int:
-        return min(self.keys, most)
+        blocks = self.shape.num_heads * cdiv(self.shape.value_dim, 64)
+        return self._of_values(64 if self.keys <= 128 and self.shape.batch * blocks >= _PROGRAMS else 32)
 
     def _of_values(self, most: int) -> int:
         return min(max(16, next_power_of_2(self.shape.value_dim)), most)
 
-    def constants(self) -> tuple[tuple[str, int | bool | str], ...]:
+    def constants(self) -> tuple[tuple[str, int], ...]:
         """The constants that all kernels share."""
         return (
             ("N", self.shape.num_heads),
@@ -108,5 +95,4 @@ class Tiling:
             ("HV", self.shape.value_dim),
             ("CHUNK", self.shape.chunk_size),
             ("KEYS", self.keys),
-            ("PRECISION", "ieee"),
         )

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.ops import gated_delta_rule, gated_delta_rule_xla
+from rat_jax.ops import UnsupportedError, gated_delta_rule, gated_delta_rule_xla, platform
 from rat_jax.ops.remat import saving_named
 from rat_jax.segments import StreamState, from_segments
 from tests import reference
+from tests.jax_triton import require_jax_triton
 
 RECORDED = pathlib.Path(__file__).parent.parent / "testdata" / "gated_delta_net.npz"
 NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state")
@@ -400,3 +401,72 @@ def test_a_policy_that_saves_kernel_results_saves_these(small_groups):
 
     policy = saving_named(jax.checkpoint_policies.nothing_saveable)
     assert products(jax.checkpoint(out, policy=policy)) == products(out) < products(jax.checkpoint(out))
+
+
+def test_the_kernels_are_traced_for_a_gpu_but_of_one_token_and_of_float32(monkeypatch):
+    require_jax_triton()
+    monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
+    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
+    for implementation, tokens, dtype, is_kernel in (
+        ("triton", 40, jnp.bfloat16, True),
+        (None, 40, jnp.bfloat16, True),
+        (None, 1, jnp.bfloat16, False),
+        (None, 40, jnp.float32, False),
+        ("xla", 40, jnp.bfloat16, False),
+    ):
+
+        def loss(arrays, implementation=implementation):
+            results = gated_delta_rule(**arrays, implementation=implementation)
+            return results.out.astype(jnp.float32).sum() + results.final_state.sum()
+
+        arrays = inputs(tokens)
+        arrays["value"] = jnp.asarray(arrays["value"], dtype)
+        traced = jax.jit(jax.grad(loss)).trace(arrays)
+        text = str(traced.jaxpr)
+        assert all((f"gated_delta_{name}" in text) == is_kernel for name in ("states", "outputs", "gradients"))
+        found = [(x.shape, x.dtype) for x in jax.tree.leaves(traced.out_info)]
+        assert found == [(x.shape, x.dtype) for x in jax.tree.leaves(arrays)]
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+def test_kernels_that_cannot_run_are_refused_by_name():
+    arrays = inputs()
+    with pytest.raises(UnsupportedError, match="'triton' cannot run this call: dtype float32 is none of bfloat16"):
+        gated_delta_rule(**arrays, implementation="triton")
+    arrays["value"] = jnp.asarray(arrays["value"], jnp.bfloat16)
+    with pytest.raises(UnsupportedError, match="it runs on NVIDIA GPUs"):
+        gated_delta_rule(**arrays, implementation="triton")
+    with pytest.raises(UnsupportedError, match="must be one of xla, triton, got 'cudnn'"):
+        gated_delta_rule(**arrays, implementation="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sizes", [(48, 96), (128, 128), (256, 512)])
+def test_kernels_err_at_most_twice_as_much_as_plain_xla(sizes, packed):
+    """In bfloat16, measured from plain XLA in float32."""
+    arrays = inputs(300, rows=2, key_dim=sizes[0], value_dim=sizes[1])
+    arrays |= {name: arrays[name].astype(jnp.bfloat16) for name in NAMES[:3]}
+    ids = jnp.asarray([[3] * 100 + [0] * 7 + [1] * 193, [2] * 300]) if packed else None
+    if packed:
+        del arrays["initial_state"]
+    shapes = jax.eval_shape(lambda x: tuple(gated_delta_rule(**x)), arrays)
+    weights = [jax.random.normal(jax.random.key(8), x.shape) for x in shapes]
+    is_token = 1.0 if ids is None else (ids != 0)[..., None, None]
+
+    def results(arrays, implementation):
+        def loss(arrays):
+            results = gated_delta_rule(**arrays, segment_ids=ids, implementation=implementation)
+            read = results.out.astype(jnp.float32) * is_token
+            return jnp.sum(read * weights[0]) + jnp.sum(results.final_state * weights[1]), (read, results.final_state)
+
+        with jax.default_matmul_precision("highest"):
+            gradients, values = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+        return dict(zip(("out", "final_state"), values, strict=True)) | gradients
+
+    exact = results(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays), "xla")
+    found, plain = results(arrays, "triton"), results(arrays, "xla")
+    for name, truth in exact.items():
+        truth = np.asarray(truth, np.float64)
+        error, budget = (np.linalg.norm(np.asarray(x[name], np.float64) - truth) for x in (found, plain))
+        assert error <= 2 * budget + 1e-6 * np.linalg.norm(truth), (name, error / budget)

@@ -12,6 +12,9 @@ exp(G) S^T q + sum_{j <= i} exp(G_i - G_j) (q_i k_j) u_j, and exp(G_L) S + sum_j
     `gated_delta_d_states`   gradients of corrections and of states, in order from the last chunk on
     `gated_delta_gradients`  those of the inputs, side by side
 
+Gates, A and its inverse, decays and the state are float32, with products of 16 bits that are summed in float32; those
+that join inverses of blocks take 16 bits of each float32, and their result is rounded to 8 or 11.
+
 The backward pass runs the first two again: nothing is kept for it but the inputs. States are written in the dtype of
 values, Hk Hv elements a chunk and head in each pass, for as long as the pass takes.
 """

@@ -53,6 +53,11 @@ def test_values_and_gradients_are_those_of_float64(interpreted, name):
     assert all(error < limit for error in found.values()), found  # false for NaN too
 
 
+def test_float16_errs_at_most_twice_as_much_as_plain_xla(interpreted):
+    found, plain = interpreted("float16"), triton_twin.errors_of_xla(CASES["float16"])
+    assert all(found[name] <= 2 * plain[name] for name in plain), (found, plain)
+
+
 def sizes(key_dim=128, value_dim=128, **changes) -> GatedDeltaRuleShape:
     """Of a layer of 2,048 channels."""
     shape = GatedDeltaRuleShape(64, 4096, 16, key_dim, value_dim, 64, "bfloat16", segmented=True, continued=True)

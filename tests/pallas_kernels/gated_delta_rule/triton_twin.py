@@ -5,15 +5,19 @@ Run as a program it is the interpreter test, of the cases in its arguments or al
 """
 
 import dataclasses
+import functools
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from pallas_kernels.gated_delta_rule import triton
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
 from pallas_kernels.gated_delta_rule.triton_tiling import Blocks, Tiling
+from rat_jax.ops import gated_delta_rule_xla
 from tests.pallas_kernels.rat.triton_twin import DTYPES, mend_interpreter, run
 
 NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state")
@@ -111,10 +115,32 @@ def errors(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, float]:
     state = state if case.tiling.shape.continued else torch.zeros((1, 1, 1, 1), device=device)
     arguments = *of_tokens, starts_of(case, device), state
     found = *triton.forward(run, case.tiling, *arguments), *triton.backward(run, case.tiling, *arguments, *d_results)
+    return _relative(found, (*wanted, *gradients))
+
+
+def errors_of_xla(case: Case, seed: int = 0) -> dict[str, float]:
+    """The same of plain XLA."""
+    arrays, d_results = inputs(case, seed)
+    exact = [x.double().requires_grad_() for x in arrays]
+    wanted = reference(case, *exact)
+    gradients = torch.autograd.grad(wanted, exact, [x.double() for x in d_results])
+    arrays, d_results = ([jnp.asarray(x.numpy()) for x in xs] for xs in (arrays, d_results))
+    starts = jnp.asarray(starts_of(case, "cpu").numpy()) == 1 if case.tiling.shape.segmented else None
+
+    @jax.jit
+    def run(*arrays):
+        rule = functools.partial(gated_delta_rule_xla.rule, starts=starts, chunk_size=case.tiling.shape.chunk_size)
+        results, pull_back = jax.vjp(lambda *arrays: tuple(rule(*arrays)), *arrays)
+        return *results, *pull_back(tuple(d_results))
+
+    return _relative([torch.tensor(np.asarray(x)) for x in run(*arrays)], (*wanted, *gradients))
+
+
+def _relative(found, wanted) -> dict[str, float]:
     names = "out", "final_state", *(f"d_{name}" for name in NAMES)
     return {
         name: float((a.double() - b.detach()).norm() / b.detach().norm().clamp_min(1e-30))
-        for name, a, b in zip(names, found, (*wanted, *gradients), strict=True)
+        for name, a, b in zip(names, found, wanted, strict=True)
     }
 
 

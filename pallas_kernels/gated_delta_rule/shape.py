@@ -20,6 +20,7 @@ class GatedDeltaRuleShape:
     dtype: str  # of queries, keys and values, by name
     segmented: bool = False  # tokens may begin documents
     continued: bool = False  # rows continue from a state
+    capability: tuple[int, int] | None = None  # compute capability of the CUDA device; None: unknown, or none
 
     def __post_init__(self):
         sizes = self.batch, self.tokens, self.num_heads, self.key_dim, self.value_dim, self.chunk_size

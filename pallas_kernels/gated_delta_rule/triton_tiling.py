@@ -7,6 +7,7 @@ from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
 _DTYPES = ("bfloat16", "float16")  # products of float32 do not fit the registers
+_HOPPER = 9  # compute capability 9.x, whose matrix instructions read shared memory; those of others fill the registers
 _CHUNK_SIZES = (16, 32, 64)
 _PROGRAMS = 256  # that go through rows in order: wider blocks of values read the keys less often, fewer idle a card
 
@@ -21,6 +22,8 @@ def unsupported_reason(shape: GatedDeltaRuleShape) -> str | None:
         return f"it takes keys of at most {MAX_HEAD_DIM} channels, got {shape.key_dim}; nearest: {MAX_HEAD_DIM}"
     if shape.batch > MAX_GRID_ROWS:
         return f"batch {shape.batch} is above {MAX_GRID_ROWS}, the longest grid axis; split the batch"
+    if shape.capability is not None and shape.capability[0] != _HOPPER:
+        return f"it needs a card of compute capability 9.x, this one has {shape.capability[0]}.{shape.capability[1]}"
     return missing_dependency()
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import triton_tiling
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
-from rat_jax.ops import context, cut, dispatch, gated_delta_rule_kernels, gated_delta_rule_xla
+from rat_jax.ops import context, cut, dispatch, gated_delta_rule_kernels, gated_delta_rule_xla, platform
 from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
 from rat_jax.shapes import Array, Float, Float32, Int
@@ -96,6 +96,7 @@ def gated_delta_rule(
         value.dtype.name,
         segmented=starts is not None,
         continued=initial_state is not None,
+        capability=platform.expected_capability(),
     )
     order = _FASTEST_FIRST if tokens > 1 else ()
     chosen = dispatch.choose(implementation, order, batch, lambda _: triton_tiling.unsupported_reason(shape))

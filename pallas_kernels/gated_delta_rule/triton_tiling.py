@@ -46,6 +46,7 @@ class Tiling:
     of_outputs: Blocks | None = None
     of_d_states: Blocks | None = None
     of_gradients: Blocks | None = None
+    most_key_columns: int = 128  # of a program that computes gradients
     solve_precision: str = "bf16x3"  # of the products of float32 that join inverses, whose result has 16 bits
 
     @property
@@ -56,7 +57,7 @@ class Tiling:
     @property
     def key_columns(self) -> int:
         """Key channels of a program that computes gradients, a divisor of `keys`."""
-        return min(self.keys, 128)
+        return min(self.keys, self.most_key_columns)
 
     @property
     def chunks(self) -> int:

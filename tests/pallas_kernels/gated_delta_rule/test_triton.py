@@ -79,7 +79,7 @@ def test_kernels_compile_for_hopper(make, shape):
     dtypes = tuple({"d": shape.dtype, "f": "float32", "i": "int32"}[letter] for letter in LAUNCHES[make].split())
     found = triton_compile.compile_launch(launch, dtypes, 90)
     assert launch.name in found.text
-    assert found.spilled_bytes <= 256
+    assert found.spilled_bytes <= 192
     assert found.shared_bytes <= 227 * 1024
     assert "wgmma.mma_async" in found.text
 

@@ -65,42 +65,38 @@ def _head_backward(
         d_summary_keys, d_summary_values, cosines, sines, saved + n * H, slot, angle, used, piece, n, channel,
         L, N, H, ROPE, PIECES,
     )  # fmt: skip
-    # All that a head reads of a piece, before stores that no load may pass: what the compiler leaves in their midst
-    # waits for memory token by token.
     ahead = ()
-    reaching = ()
     for j in tl.static_range(PIECE):
         use = piece * PIECE + j < used
         mask = in_head & use
         v = tl.load(head_from + (j * WIDTH + D), mask=mask, other=0.0)
         gate = tl.load(head_from + (j * WIDTH + 2 * D), mask=mask, other=0.0)
         do = tl.load(d_heads_from + j * D, mask=mask, other=0.0)
-        ds = tl.load(d_current_scores + scores_from + j, mask=use, other=0.0)
-        p = tl.load(current_weights + scores_from + j, mask=use, other=0.0)
-        k = tl.load(shared_from + (j * WIDTH + G * H), mask=mask, other=0.0)
-        q = tl.load(shared_from + j * WIDTH, mask=mask, other=0.0)
-        ahead = ahead + ((v, gate, k, ds, use),)  # noqa: RUF005
-        reaching = reaching + ((do, q, ds, p),)  # noqa: RUF005
+        ahead = ahead + ((v, gate, do, use),)  # noqa: RUF005
 
     kept = ()
     new_dq = ()
     for j in tl.static_range(PIECE):
-        v, gate, k, ds, use = ahead[j]
+        v, gate, do, use = ahead[j]
         v = v.to(tl.float32)
-        k = k.to(tl.float32)
+        k = tl.load(shared_from + (j * WIDTH + G * H), mask=in_head & use, other=0.0).to(tl.float32)
         f, w = gates(gate.to(tl.float32) + bias, use, IDENTITY)
         v_step = f * (v_state - v)
         k_step = f * (k_state - k)
         v_state = f * v_state + w * v
         k_state = f * k_state + w * k
+        ds = tl.load(d_current_scores + scores_from + j, mask=use, other=0.0)
         new_dq = new_dq + (dq[j] + ds * k_state,)  # noqa: RUF005
         kept = kept + ((w, v_step, k_step),)  # noqa: RUF005
 
     bias_sum = tl.zeros_like(bias)
     new_dk = ()
     for back in tl.static_range(PIECE):
-        do, q, ds, p = reaching[PIECE - 1 - back]
+        v, gate, do, use = ahead[PIECE - 1 - back]
         w, v_step, k_step = kept[PIECE - 1 - back]
+        q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
+        ds = tl.load(d_current_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
+        p = tl.load(current_weights + scores_from + (PIECE - 1 - back), mask=use, other=0.0)
         d_v_state += p * do.to(tl.float32)
         d_k_state += ds * q.to(tl.float32)
         dv = w * d_v_state

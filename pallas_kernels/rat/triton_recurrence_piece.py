@@ -18,15 +18,12 @@ def piece_backward(
     D: tl.constexpr = N * H
     WIDTH: tl.constexpr = 3 * D + 2 * G * H
     in_head = channel < H
+    zero = tl.zeros_like(channel.to(tl.float32))
     begin = row * tokens + start + piece * PIECE
     shared_to = d_projected + begin * WIDTH + 3 * D + g * H + channel
     dtype = d_projected.dtype.element_ty
-    dq = ()
-    for j in tl.static_range(PIECE):  # all read at once, not one after the other where they are stored
-        mask = in_head & (piece * PIECE + j < used)
-        rotated = d_rotated_queries + ((begin + j) * G + g) * H
-        dq = dq + (_rotate_back(rotated, cosines, sines, angle, channel, mask, H, ROPE),)  # noqa: RUF005
-    dk = (tl.zeros_like(channel.to(tl.float32)),) * PIECE
+    dq = (zero,) * PIECE
+    dk = (zero,) * PIECE
     for n in range(g, N, G):
         dq, dk = _head_backward(
             projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
@@ -35,8 +32,13 @@ def piece_backward(
             L, N, G, H, ROPE, PIECE, PIECES,
         )  # fmt: skip
     for j in tl.static_range(PIECE):
-        write = in_head & (piece * PIECE + j < used)
-        tl.store(shared_to + j * WIDTH, dq[j].to(dtype), mask=write)
+        step = piece * PIECE + j
+        rotated = _rotate_back(
+            d_rotated_queries + ((begin + j) * G + g) * H, cosines, sines, angle, channel, in_head & (step < used),
+            H, ROPE,
+        )  # fmt: skip
+        write = in_head & (step < used)
+        tl.store(shared_to + j * WIDTH, (dq[j] + rotated).to(dtype), mask=write)
         tl.store(shared_to + (j * WIDTH + G * H), dk[j].to(dtype), mask=write)
 
 

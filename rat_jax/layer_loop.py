@@ -33,6 +33,7 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, shared: Any, num_lay
     Left to the compiler they would be put together at the end, by a kernel that reads from as many arrays as there are
     layers and is several times slower than copies.
     """
+    run = jax.jit(run)  # traced and lowered once, kernels in it too, not once for each layer
 
     @jax.custom_vjp
     def run_all(carry, stacks, shared):
@@ -43,14 +44,14 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, shared: Any, num_lay
     def forward(carry, stacks, shared):
         pulls = []
         for index in range(num_layers):
-            carry, pull = jax.vjp(lambda carry, layer: run(carry, layer, shared), carry, _layer(stacks, index))
+            carry, pull = jax.vjp(run, carry, _layer(stacks, index), shared)
             pulls.append(pull)
         return carry, pulls
 
     def backward(pulls, d_carry):
         d_stacks = None
         for index in reversed(range(num_layers)):
-            d_carry, d_layer = pulls[index](d_carry)
+            d_carry, d_layer, _ = pulls[index](d_carry)
             if d_stacks is None:
                 d_stacks = jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), d_layer)
             d_stacks = jax.tree.map(

@@ -93,6 +93,7 @@ def rat_mix(projected, gate_bias, *, num_heads, num_groups, chunk_size, rope_bas
             own = slice(n * head_dim, (n + 1) * head_dim)
             group = slice((n % num_groups) * head_dim, (n % num_groups + 1) * head_dim)
             finished_keys, finished_values = [], []
+            rotated_key = running_value = np.zeros(head_dim)
             for t in range(tokens):
                 chunk = t // chunk_size
                 if t % chunk_size == 0:

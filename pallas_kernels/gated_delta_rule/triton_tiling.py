@@ -70,7 +70,8 @@ class Tiling:
 
     @property
     def state_blocks(self) -> Blocks:
-        return self.of_states or Blocks(self._in_order(), 4, 2)
+        few = self._few_in_order
+        return self.of_states or Blocks(self._of_values(32 if few or self.keys > 128 else 64), 4, 3 if few else 2)
 
     @property
     def output_blocks(self) -> Blocks:
@@ -78,15 +79,18 @@ class Tiling:
 
     @property
     def d_state_blocks(self) -> Blocks:
-        return self.of_d_states or Blocks(self._of_values(32), 4 if self.keys <= 128 else 8, 2)
+        stages = 1 if self.keys > 128 else 3 if self._few_in_order else 2
+        return self.of_d_states or Blocks(self._of_values(32), 4, stages)
 
     @property
     def gradient_blocks(self) -> Blocks:
-        return self.of_gradients or Blocks(self._of_values(32), 8, 2)
+        return self.of_gradients or Blocks(self._of_values(64), 8, 2)
 
-    def _in_order(self) -> int:
-        blocks = self.shape.num_heads * cdiv(self.shape.value_dim, 64)
-        return self._of_values(64 if self.keys <= 128 and self.shape.batch * blocks >= _PROGRAMS else 32)
+    @property
+    def _few_in_order(self) -> bool:
+        """Whether rows and heads are so few that a kernel that goes through them in order waits for memory."""
+        programs = self.shape.batch * self.shape.num_heads * cdiv(self.shape.value_dim, 64)
+        return self.keys <= 128 and programs < _PROGRAMS
 
     def _of_values(self, most: int) -> int:
         return min(max(16, next_power_of_2(self.shape.value_dim)), most)

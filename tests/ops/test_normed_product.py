@@ -9,6 +9,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from pallas_kernels.normed_product import mosaic_gpu, mosaic_gpu_tiling
+from pallas_kernels.normed_product.shape import NormedProductShape
+from rat_jax.decoder import _extend
 from rat_jax.model import LanguageModel
 from rat_jax.ops import UnsupportedError, dispatch, normed_product, platform
 from tests.pallas_kernels import mosaic_emulator

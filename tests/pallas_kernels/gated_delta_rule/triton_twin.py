@@ -124,7 +124,8 @@ def errors_of_xla(case: Case, seed: int = 0) -> dict[str, float]:
     exact = [x.double().requires_grad_() for x in arrays]
     wanted = reference(case, *exact)
     gradients = torch.autograd.grad(wanted, exact, [x.double() for x in d_results])
-    arrays, d_results = ([jnp.asarray(x.numpy()) for x in xs] for xs in (arrays, d_results))
+    # NumPy has no bfloat16 of its own.
+    arrays, d_results = ([jnp.asarray(x.float().numpy(), str(x.dtype)[6:]) for x in xs] for xs in (arrays, d_results))
     starts = jnp.asarray(starts_of(case, "cpu").numpy()) == 1 if case.tiling.shape.segmented else None
 
     @jax.jit
@@ -133,7 +134,7 @@ def errors_of_xla(case: Case, seed: int = 0) -> dict[str, float]:
         results, pull_back = jax.vjp(lambda *arrays: tuple(rule(*arrays)), *arrays)
         return *results, *pull_back(tuple(d_results))
 
-    return _relative([torch.tensor(np.asarray(x)) for x in run(*arrays)], (*wanted, *gradients))
+    return _relative([torch.tensor(np.asarray(x, np.float64)) for x in run(*arrays)], (*wanted, *gradients))
 
 
 def _relative(found, wanted) -> dict[str, float]:

@@ -84,7 +84,7 @@ def random_batch(config: Config, documents: int) -> Batch:
 
 
 def measure_training(
-    config: Config, documents: int, steps: int, trace_folder: str | None
+    config: Config, steps: int, trace_folder: str | None, documents: int = 0
 ) -> tuple[float, int, float, str]:
     """Median seconds of a step, the number of parameters, peak memory in GB, and the profile if one is wanted."""
     mesh = make_mesh(config.mesh)
@@ -110,7 +110,7 @@ def train_table(flags: argparse.Namespace) -> None:
         config = load_config(flags.config, batch_size, **{name: getattr(flags, name) for name in names})
         titles = f"{batch_size:>6} {documents:>5} {config.model.remat:>6}"
         try:
-            seconds, parameters, memory_gb, profile = measure_training(config, documents, flags.steps, flags.profile)
+            seconds, parameters, memory_gb, profile = measure_training(config, flags.steps, flags.profile, documents)
         except jax.errors.JaxRuntimeError as error:  # the next batch size may fit
             print(f"{titles} {card.reason(error)}", flush=True)
             continue

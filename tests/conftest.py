@@ -81,3 +81,11 @@ def as_host(monkeypatch):
             return function()
 
     return call
+
+
+@pytest.fixture
+def hopper():
+    """The GPU at hand, if Mosaic GPU kernels are for it."""
+    capability = jax.devices()[0].compute_capability
+    if capability != "9.0":
+        pytest.skip(f"the kernels are for compute capability 9.0, not {capability}")

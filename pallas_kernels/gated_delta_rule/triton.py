@@ -47,7 +47,7 @@ def gated_delta_rule_forward(
 
     Args:
       shape: sizes for which `triton_tiling.unsupported_reason` has no reason.
-      query: [B, T, N, Hk] bfloat16, float16 or float32; `key` is alike, `value` [B, T, N, Hv] of the same dtype.
+      query: [B, T, N, Hk] bfloat16 or float16; `key` is alike, `value` [B, T, N, Hv] of the same dtype.
       log_decay: [B, T, N] float32, at most 0 and finite; `write_strength` is alike.
       starts: int32 [B, T], 1 at the first token of each document, where `segmented`, else None.
       initial_state: [B, N, Hk, Hv] float32, before the first token, where `continued`, else None.
@@ -80,9 +80,9 @@ def forward(
     run: launcher.Run, tiling: Tiling, query, key, value, log_decay, write_strength, starts, initial
 ) -> tuple[Any, Any]:
     """The forward kernels through `run`, on the arrays of whatever library it runs them with."""
-    solve, scores, *decays = run(chunks_launch(tiling), query, key, log_decay, write_strength, starts)
-    of_states = key, value, write_strength, solve, *decays, initial
-    corrections, states, final_state = run(states_launch(tiling), *of_states)
+    _, scores, decays, (corrections, states, final_state) = _carried(
+        run, tiling, query, key, value, log_decay, write_strength, starts, initial
+    )
     (out,) = run(outputs_launch(tiling), query, corrections, states, scores, decays[0])
     return out, final_state
 
@@ -101,15 +101,21 @@ def backward(
     d_final,
 ) -> tuple[Any, ...]:
     """The backward kernels through `run`; see `gated_delta_rule_backward`."""
-    solve, scores, *decays = run(chunks_launch(tiling), query, key, log_decay, write_strength, starts)
-    of_states = key, value, write_strength, solve, *decays, initial
-    corrections, states, _ = run(states_launch(tiling), *of_states)
+    solve, scores, decays, (corrections, states, _) = _carried(
+        run, tiling, query, key, value, log_decay, write_strength, starts, initial
+    )
     of_d_states = query, key, write_strength, d_out, solve, scores, *decays, d_final
     d_wanted, d_states, d_initial = run(triton_backward.d_states_launch(tiling), *of_d_states)
     of_tokens = query, key, value, log_decay, write_strength, starts, d_out
     of_chunks = scores, *decays, corrections, states, d_wanted, d_states
     d_query, d_key, d_value, *of_gates = run(triton_backward.gradients_launch(tiling), *of_tokens, *of_chunks)
     return d_query, d_key, d_value, *(partial.sum(0) for partial in of_gates), d_initial
+
+
+def _carried(run: launcher.Run, tiling: Tiling, query, key, value, log_decay, write_strength, starts, initial):
+    """What both passes begin with: of chunks the inverses, the scores and both decays, and what goes through rows."""
+    solve, scores, *decays = run(chunks_launch(tiling), query, key, log_decay, write_strength, starts)
+    return solve, scores, decays, run(states_launch(tiling), key, value, write_strength, solve, *decays, initial)
 
 
 def _or_placeholders(starts: jax.Array | None, initial_state: jax.Array | None) -> tuple[jax.Array, jax.Array]:

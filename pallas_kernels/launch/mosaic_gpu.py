@@ -92,20 +92,23 @@ def row_iota(rows: int) -> jax.Array:
 
 def load_rows(ref: Any, axis: int, *, layout: Any = plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:
     """A vector to be broadcast along an axis of an accumulator; from global memory, not `optimized`."""
-    index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
-    return plgpu.load(ref, *index, layout=layout.reduce(axis), optimized=optimized)
+    return _load(ref, layout=layout.reduce(axis), optimized=optimized)
 
 
 def load_matrix(ref: Any) -> jax.Array:
     """A matrix in global memory, laid out like an accumulator."""
-    index = () if jax.__version_info__ >= (0, 12) else ((),)
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, optimized=False)
+    return _load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def load_transposed(ref: Any) -> jax.Array:
     """The transpose of a matrix in shared memory, laid out as `transposed` has it."""
-    index = () if jax.__version_info__ >= (0, 12) else ((),)
-    return plgpu.load(ref.transpose((1, 0)), *index, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+    return _load(ref.transpose((1, 0)), layout=plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def _load(ref: Any, **options: Any) -> jax.Array:
+    """All of an array in memory."""
+    index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
+    return plgpu.load(ref, *index, **options)
 
 
 def transposed(x: jax.Array) -> jax.Array:

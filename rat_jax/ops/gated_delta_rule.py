@@ -8,8 +8,9 @@ from pallas_kernels.gated_delta_rule import triton_tiling
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
 from rat_jax.ops import context, cut, dispatch, gated_delta_rule_kernels, gated_delta_rule_xla, platform
 from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
+from rat_jax.ops.gated_delta_rule_xla import exact
 from rat_jax.segments import SegmentInfo, as_segments, require_continuing
-from rat_jax.shapes import Array, Float, Float32, Int
+from rat_jax.shapes import Array, Float, Int
 
 GatedDeltaRuleImplementation = Literal["xla", "triton"]
 
@@ -133,12 +134,12 @@ def _of_part(
     added, kept = jnp.split(own.final_state, [value_dim], axis=-1)
 
     def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
-        return _product(later[0], earlier[0]), _product(later[0], earlier[1]) + later[1]
+        return exact(later[0], earlier[0]), exact(later[0], earlier[1]) + later[1]
 
     before = context.combined_before(combine, (kept, added), (identity, nothing))[1]
     out, readers = jnp.split(own.out, [value_dim], axis=-1)
     carried = jnp.einsum("btnk,bnkv->btnv", readers, before.astype(value.dtype), preferred_element_type=jnp.float32)
-    final_state = context.of_last_part(_product(kept, before) + added)
+    final_state = context.of_last_part(exact(kept, before) + added)
     return GatedDeltaRuleOutput((out.astype(jnp.float32) + carried).astype(value.dtype), final_state)
 
 
@@ -160,7 +161,3 @@ def _check(query, key, value, log_decay, write_strength, initial_state, chunk_si
             raise ValueError(f"{name} must be {shape} for keys of {key.shape}, got {array.shape}")
     if key.shape[1] < 1:
         raise ValueError(f"key must hold at least one token, got {key.shape}")
-
-
-def _product(left: Float32[Array, "*axes L K"], right: Float32[Array, "*axes K V"]) -> Float32[Array, "*axes L V"]:
-    return jnp.matmul(left, right, precision="highest")

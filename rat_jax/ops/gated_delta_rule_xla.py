@@ -142,7 +142,7 @@ def _unit_lower_inverse(strictly_lower: Float32[Array, "*axes L L"]) -> Float32[
         row, column = index[:, None] // half, index[None, :] // half
         quarter = ((row % 2 == 1) & (row == column + 1)).reshape((1,) * (strictly_lower.ndim - 2) + (size, size))
         quarters = jnp.where(quarter, strictly_lower, 0.0)
-        inverse -= quarters if half == 1 else _exact(_exact(inverse, quarters), inverse)
+        inverse -= quarters if half == 1 else exact(exact(inverse, quarters), inverse)
         half *= 2
     return inverse
 
@@ -150,10 +150,11 @@ def _unit_lower_inverse(strictly_lower: Float32[Array, "*axes L L"]) -> Float32[
 @_unit_lower_inverse.defjvp
 def _unit_lower_inverse_slope(primals, tangents):
     inverse = _unit_lower_inverse(*primals)
-    return inverse, -_exact(_exact(inverse, tangents[0]), inverse)
+    return inverse, -exact(exact(inverse, tangents[0]), inverse)
 
 
-def _exact(left: Float32[Array, "*axes L L"], right: Float32[Array, "*axes L L"]) -> Float32[Array, "*axes L L"]:
+def exact(left: Float32[Array, "*axes L K"], right: Float32[Array, "*axes K V"]) -> Float32[Array, "*axes L V"]:
+    """The product of float32 matrices, of all their digits."""
     return jnp.matmul(left, right, precision="highest")
 
 

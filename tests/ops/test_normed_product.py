@@ -200,10 +200,9 @@ def test_a_decode_step_by_the_kernel_is_that_of_xla(emulated, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("rows", [1, 2, 11, 16])
 def test_a_step_of_real_width_on_a_gpu_is_that_of_xla(rows, monkeypatch):
-    if platform.expected_capability() != (9, 0):
-        pytest.skip(f"the kernel is for compute capability 9.0, not {platform.expected_capability()}")
     decoder = small_model("rat", width=2048, num_heads=16, mlp_width=8192).decoder()
     tokens = jax.random.randint(jax.random.key(1), (rows, 7), 0, decoder.config.vocab_size)
     _, cache = decoder.extend(tokens[:, :6], decoder.init_cache(rows, 16))

@@ -9,8 +9,8 @@ The order of everything that may happen in several is drawn:
 * A product reads its operands in shared memory some time before its accumulator is waited for.
 
 Copies and products that find stores which are not committed, accesses that nothing orders, waits without end and all
-else that `Fault` is raised for end the kernel. Layouts and the number of registers are not emulated, and programs run
-one after the other.
+else that `Fault` is raised for end the kernel. Layouts and the number of registers are not emulated, and programs, or
+clusters of them, run one after the other.
 """
 
 import dataclasses
@@ -82,8 +82,10 @@ def _kernel(
     thread_name: str,
     kernel_name: str,
     compiler_params: Any,
+    cluster: tuple[int] = (1,),
+    cluster_names: tuple[str] = ("cluster",),
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` for a grid of one axis, whose programs run one after the other."""
+    """`plgpu.kernel` for a grid of one axis; its clusters, of one axis too, run one after the other."""
     parameters = [name for name, q in inspect.signature(body).parameters.items() if q.kind == q.POSITIONAL_OR_KEYWORD]
 
     def named(position, make, *arguments, **options):
@@ -99,13 +101,25 @@ def _kernel(
         draws.shuffle(programs)
         reserved, touched = set(), set()  # shared memory, by name
         for program in programs:
-            scratch = [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)]
-            used = sum(s.array.nbytes for s in scratch if isinstance(s, Shared))
+            parts = [
+                [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)]
+                for _ in range(*cluster)
+            ]
+            for peers in zip(*parts, strict=True):
+                _introduce(peers)
+            used = sum(s.array.nbytes for s in parts[0] if isinstance(s, Shared))
             if used > SHARED_MEMORY:
                 raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
-            arguments = [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)]
-            axes = [{grid_names[0]: program, thread_name: group} for group in range(num_threads)]
-            Machine(draws, axes).run(lambda arguments=arguments: body(*arguments))
+            arguments = [
+                [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)] for scratch in parts
+            ]
+            axes = [
+                {grid_names[0]: program, cluster_names[0]: part, thread_name: group}
+                for part in range(*cluster)
+                for group in range(num_threads)
+            ]
+            Machine(draws, axes).run(lambda of=arguments: body(*of[running().axes[cluster_names[0]]]))
+            scratch = [s for part in parts for s in part]
             for barriers in scratch:
                 if isinstance(barriers, Barriers):
                     for barrier in barriers.barriers:
@@ -127,6 +141,16 @@ def _scratch(name: str, kind: Any) -> Shared | Barriers | None:
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals) for i in range(math.prod(kind.num_barriers))])
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]
     return Shared(name, np.full(kind.shape, _undefined(kind.dtype), kind.dtype), *(tilings or [()]))
+
+
+def _introduce(peers: tuple[Shared | Barriers | None, ...]) -> None:
+    """Lets the programs of a cluster know where each of them has memory or barriers of one scratch type."""
+    for peer in peers:
+        if isinstance(peer, Shared):
+            peer.peers = peers
+        if isinstance(peer, Barriers):
+            for i, barrier in enumerate(peer.barriers):
+                barrier.peers = tuple(other.barriers[i] for other in peers)
 
 
 def _undefined(dtype: Any) -> float | int:
@@ -230,6 +254,27 @@ def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barriers) -> None:
     running().machine.loads.append(load)
 
 
+def _async_store_smem(
+    value: np.ndarray, target: Ref, barrier: Barriers, *, cluster_idx: int, cluster_dim: str, optimized: bool = True
+) -> None:
+    """To the memory of another program of the cluster, and an arrival on its barrier."""
+    running().step()
+    if cluster_dim not in running().axes or (value.shape, value.dtype) != (target.shape, target.dtype):
+        raise fault(f"{value.dtype} {value.shape} sent along {cluster_dim} to {target.dtype} {target.shape}")
+    there = dataclasses.replace(target, memory=target.memory.peers[cluster_idx])
+    arrival, sent = barrier.only.peers[cluster_idx], value.copy()
+    store = Operation("load", running())
+    there.memory.access(there, store, writes=True)
+    there.memory.array[there.index()] = _undefined(there.dtype)
+
+    def arrive():
+        there.memory.array[there.index()] = sent
+        arrival.arrive(store.clock)
+
+    store.steps.append(arrive)
+    running().machine.loads.append(store)
+
+
 def _copy_smem_to_gmem(source: Ref, target: Ref) -> None:
     running().step()
     _check_copy(target, source)
@@ -329,12 +374,15 @@ NAMES = {
     "plgpu": {
         "ACC": AccumulatorType,
         "Layout": plgpu.Layout,
+        "async_store_smem": _async_store_smem,
         "barrier_arrive": _barrier_arrive,
         "barrier_wait": lambda barrier: barrier.only.wait(),
         "broadcasted_iota": _iota,
         "commit_smem": _commit_smem,
         "copy_gmem_to_smem": _copy_gmem_to_smem,
         "copy_smem_to_gmem": _copy_smem_to_gmem,
+        "griddepcontrol_launch_dependents": lambda: None,
+        "griddepcontrol_wait": lambda: None,
         "layout_cast": lambda x, layout: x,
         "load": _load,
         "set_max_registers": lambda count, *, action: None,

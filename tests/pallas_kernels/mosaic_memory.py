@@ -60,7 +60,10 @@ class Shared:
     Attributes:
       tile: multiples of which, along the last axes, copies take.
       uncommitted: 1 + the warpgroup whose store an element has that copies and products need not see yet, or 0.
+      peers: the same of every program of the cluster.
     """
+
+    peers: tuple["Shared", ...]
 
     def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
         self.name, self.array, self.tile = name, array, tile
@@ -214,7 +217,13 @@ class Transposed:
 
 
 class Barrier:
-    """Counts arrivals; a warpgroup waits for its first, second, ... phase in turn, known from their parity alone."""
+    """Counts arrivals; a warpgroup waits for its first, second, ... phase in turn, known from their parity alone.
+
+    Attributes:
+      peers: the same barrier of every program of the cluster.
+    """
+
+    peers: tuple["Barrier", ...]
 
     def __init__(self, name: str, arrivals: int):
         self.name, self.arrivals, self.arrived = name, arrivals, 0

@@ -1,0 +1,1 @@
+"""Matrix products of the MLP with its GELU in their epilogues."""

@@ -1,0 +1,275 @@
+"""The MLP's products with its GELU in their epilogues: of u one needs no further pass over memory.
+
+    u = x W_up,  h = gelu(u);       du = (dy W_down^T) gelu'(u),  h = gelu(u).
+
+Sums and GELU are float32. Programs stay, one on each multiprocessor, and compute tile after tile. One warpgroup copies
+operands into a ring of shared memory, ahead of use and beyond the end of a tile, and u after the last operands of a
+tile in the second product; the two others multiply (see `mosaic_gpu_tiling.Tiling`). Programs of a cluster share an
+operand, half of which each copies for both.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.launch import mosaic_gpu as launch
+from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.mlp.mosaic_gpu_gelu import gelu, gelu_and_slope
+from pallas_kernels.mlp.mosaic_gpu_tiling import CHUNK, Tiling, chunk_place, tiles_of, tiling_reason
+from pallas_kernels.mlp.shape import MlpShape
+
+
+def mlp_product_mosaic(
+    left,  # [M, K]
+    right,  # [K, N]; [N, K] if GRADIENT
+    u,  # [M, N]; something else unless GRADIENT
+    first,  # [M, N]: u, or du if GRADIENT
+    h,  # [M, N]
+    left_ring,  # [stages, rows, depth]
+    right_ring,  # [stages, depth, columns]; [stages, columns, depth] if GRADIENT
+    results,  # [groups, 2, CHUNK, CHUNK]
+    filled,
+    consumed,
+    u_filled,  # of each compute group with turns, else of both; None unless GRADIENT
+    turn,  # of each compute group; None without turns and lag
+    *,
+    shape: MlpShape,
+    tiling: Tiling,
+    programs: int,
+    gradient: bool,
+):
+    """One program computes every `programs`-th tile."""
+    steps, stages = shape.width // tiling.depth, tiling.stages
+    u_steps = (1 if tiling.turns else COMPUTE_GROUPS) if gradient else 0
+    tile_steps = steps + u_steps
+    down, beside = tiles_of(shape, tiling)
+    program = lax.axis_index("program")
+    part = lax.axis_index("part") if tiling.parts > 1 else jnp.int32(0)
+    tiles = lax.div(down * beside - program + (programs - 1), programs)
+    group = lax.axis_index("group")
+
+    def place(tile):
+        """The first row and column of a program's tile."""
+        at = program + tile * programs
+        band, rest = lax.div(at, tiling.band * beside), lax.rem(at, tiling.band * beside)
+        row, column = band * tiling.band + lax.rem(rest, tiling.band), lax.div(rest, tiling.band)
+        if tiling.parts > 1 and tiling.shared == "right":
+            row = row * tiling.parts + part
+        elif tiling.parts > 1:
+            column = column * tiling.parts + part
+        return row * tiling.rows, column * tiling.columns
+
+    def chunk_of(stage, i):
+        """Shared memory of a chunk of u."""
+        operand, start = chunk_place(tiling, i)
+        return (left_ring, right_ring)[operand].at[stage, pl.ds(start, CHUNK)]
+
+    def chunks(row, column):
+        """Of a compute group's part of a tile: where it lies in the accumulator, and in the result."""
+        for r in range(0, tiling.group_rows, CHUNK):
+            for c in range(0, tiling.columns, CHUNK):
+                yield (slice(r, r + CHUNK), slice(c, c + CHUNK)), (pl.ds(row + r, CHUNK), pl.ds(column + c, CHUNK))
+
+    @pl.when(group < COMPUTE_GROUPS)
+    def _compute():
+        plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
+        own_rows = pl.ds(group - group if tiling.turns else group * tiling.group_rows, tiling.group_rows)
+
+        def release(step):
+            plgpu.barrier_arrive(consumed.at[lax.rem(step, stages)])
+
+        def multiply_step(acc, step):
+            stage = lax.rem(step, stages)
+            plgpu.barrier_wait(filled.at[stage])
+            b = right_ring.at[stage]
+            plgpu.wgmma(acc, left_ring.at[stage, own_rows], b.transpose((1, 0)) if gradient else b)
+
+        def multiply(acc, base):
+            """Sums up a tile; a stage is left when the products of the one after it have been asked for."""
+            multiply_step(acc, base)
+
+            @pl.loop(1, steps)
+            def _step(k):
+                multiply_step(acc, base + k)
+                plgpu.wgmma_wait(1)
+                release(base + k - 1)
+                if tiling.lag:
+                    pl.when((group == 0) & (base + k == tiling.lag))(lambda: plgpu.barrier_arrive(turn.at[1]))
+
+            if tiling.turns:
+                plgpu.barrier_arrive(turn.at[1 - group])
+            plgpu.wgmma_wait(0)
+            release(base + steps - 1)
+
+        def finish(acc, row, column):
+            """Stores u and h."""
+            for (r, c), at in chunks(row, column):
+                rounded = acc[r, c].astype(first.dtype)
+                activated = gelu(rounded.astype(jnp.float32), tiling.erf_by).astype(h.dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                results.at[group, 0][...] = rounded
+                results.at[group, 1][...] = activated
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(results.at[group, 0], first.at[at])
+                plgpu.copy_smem_to_gmem(results.at[group, 1], h.at[at])
+
+        def finish_gradient(acc, row, column, base):
+            """Stores du, by way of the memory from which u is read, and h."""
+            u_barrier = u_filled.at[group if tiling.turns else 0]
+            plgpu.barrier_wait(u_barrier)
+            stage = lax.rem(base + steps + (0 if tiling.turns else group), stages)
+            for i, ((r, c), at) in enumerate(chunks(row, column)):
+                chunk, result = chunk_of(stage, i), results.at[group, i % 2]
+                activated, slope = gelu_and_slope(launch.load_chunk(chunk).astype(jnp.float32), tiling.erf_by)
+                chunk[...] = (acc[r, c] * slope).astype(first.dtype)
+                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # all but the two of the chunk before
+                result[...] = activated.astype(h.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(chunk, first.at[at])
+                plgpu.copy_smem_to_gmem(result, h.at[at])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i in range(u_steps):
+                release(base + steps + i)
+
+        @pl.when(group == 1)
+        def _second_group_comes_after_the_first():
+            if tiling.turns:
+                plgpu.barrier_arrive(turn.at[0])
+            if tiling.lag:
+                plgpu.barrier_wait(turn.at[1])
+
+        def compute_tile(tile):
+            base = tile * tile_steps
+            row, column = place(tile)
+            row += 0 if tiling.turns else group * tiling.group_rows
+            if tiling.turns:
+                plgpu.barrier_wait(turn.at[group])
+
+            def sums(acc):
+                multiply(acc, base)
+                return acc[...]
+
+            acc = pl.run_scoped(sums, plgpu.ACC((tiling.group_rows, tiling.columns)))
+            finish_gradient(acc, row, column, base) if gradient else finish(acc, row, column)
+
+        if tiling.turns:
+            pl.loop(0, lax.div(tiles - group + 1, 2))(lambda i: compute_tile(2 * i + group))
+        else:
+            pl.loop(0, tiles)(compute_tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(group == MEMORY_GROUP)
+    def _memory():
+        plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
+
+        def await_stage(step):
+            stage = lax.rem(step, stages)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(consumed.at[stage]))
+            return stage
+
+        def axes_of(operand):
+            return {"collective_axes": ("part",)} if tiling.parts > 1 and tiling.shared == operand else {}
+
+        @pl.loop(0, tiles)
+        def _tile(tile):
+            base = tile * tile_steps
+            row, column = place(tile)
+
+            @pl.loop(0, steps)
+            def _fill(k):
+                stage = await_stage(base + k)
+                inner, rows, columns = (
+                    pl.ds(k * tiling.depth, tiling.depth),
+                    pl.ds(row, tiling.rows),
+                    pl.ds(column, tiling.columns),
+                )
+                b = right.at[columns, inner] if gradient else right.at[inner, columns]
+                plgpu.copy_gmem_to_smem(left.at[rows, inner], left_ring.at[stage], filled.at[stage], **axes_of("left"))
+                plgpu.copy_gmem_to_smem(b, right_ring.at[stage], filled.at[stage], **axes_of("right"))
+
+            for owner in range(u_steps):
+                stage = await_stage(base + steps + owner)
+                barrier = u_filled.at[lax.rem(tile, 2) if tiling.turns else 0]
+                for i, (_, at) in enumerate(chunks(row + owner * tiling.group_rows, column)):
+                    plgpu.copy_gmem_to_smem(u.at[at], chunk_of(stage, i), barrier)
+
+        # What other programs of the cluster send to this one's barriers comes before its end.
+        total = tiles * tile_steps
+        pl.loop(jnp.maximum(total - stages, 0), total)(
+            lambda step: plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
+        )
+
+
+def up(
+    shape: MlpShape, x: jax.Array, matrix: jax.Array, *, tiling: Tiling, multiprocessors: int
+) -> tuple[jax.Array, jax.Array]:
+    """u = x W_up and h = gelu(u), computed from the rounded u; both [M, N] in the dtype of x.
+
+    Args:
+      shape: sizes.
+      x: [M, K].
+      matrix: [K, N], W_up.
+      tiling: how the product is cut.
+      multiprocessors: of the card.
+
+    Raises:
+      ValueError: `tiling` does not go with the sizes.
+    """
+    return _launch(shape, x, matrix, x, tiling, multiprocessors, gradient=False)
+
+
+def down_backward(
+    shape: MlpShape, d_out: jax.Array, matrix: jax.Array, u: jax.Array, *, tiling: Tiling, multiprocessors: int
+) -> tuple[jax.Array, jax.Array]:
+    """du = (dy W_down^T) gelu'(u) and h = gelu(u); both [M, N] in the dtype of u.
+
+    Args:
+      shape: sizes.
+      d_out: [M, K], dy.
+      matrix: [N, K], W_down.
+      u: [M, N].
+      tiling: how the product is cut.
+      multiprocessors: of the card.
+
+    Raises:
+      ValueError: `tiling` does not go with the sizes.
+    """
+    return _launch(shape, d_out, matrix, u, tiling, multiprocessors, gradient=True)
+
+
+def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
+    if (reason := tiling_reason(shape, tiling)) is not None:
+        raise ValueError(f"{reason}: {shape}, {tiling}")
+    dtype, stages, parts = jnp.dtype(shape.dtype), tiling.stages, tiling.parts
+    down, beside = tiles_of(shape, tiling)
+    programs = min(multiprocessors // parts, down * beside)
+    consumers = 1 if tiling.turns else COMPUTE_GROUPS
+    cluster = {"collective_axes": ("part",)} if parts > 1 else {}
+    right_tile = (tiling.columns, tiling.depth) if gradient else (tiling.depth, tiling.columns)
+    u_barrier = plgpu.Barrier(
+        num_arrivals=tiling.chunks * (1 if tiling.turns else COMPUTE_GROUPS),
+        num_barriers=COMPUTE_GROUPS if tiling.turns else 1,
+    )
+    result = jax.ShapeDtypeStruct((shape.tokens, shape.hidden), dtype)
+    return launch.kernel(
+        functools.partial(mlp_product_mosaic, shape=shape, tiling=tiling, programs=programs, gradient=gradient),
+        name="mlp_down_backward_mosaic" if gradient else "mlp_up_mosaic",
+        programs=programs,
+        parts=parts,
+        out_type=(result, result),
+        scratch_types=(
+            launch.tiled((stages, tiling.rows, tiling.depth), dtype),
+            launch.tiled((stages, *right_tile), dtype),
+            launch.tiled((COMPUTE_GROUPS, 2, CHUNK, CHUNK), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            (plgpu.ClusterBarrier if parts > 1 else plgpu.Barrier)(
+                num_arrivals=consumers, num_barriers=stages, **cluster
+            ),
+            u_barrier if gradient else None,
+            plgpu.Barrier(num_barriers=COMPUTE_GROUPS) if tiling.turns or tiling.lag else None,
+        ),
+    )(left, right, u)

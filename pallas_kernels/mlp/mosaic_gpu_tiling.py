@@ -1,0 +1,101 @@
+"""How the Mosaic GPU kernels of the MLP cut their products into tiles."""
+
+import dataclasses
+
+from pallas_kernels.mlp.shape import MlpShape
+
+CHUNK = 64  # rows and columns of what an epilogue computes at a time: 128 bytes a row, as shared memory is swizzled
+SHARED_MEMORY = 227 * 1024
+ACCUMULATOR = 128  # registers of a thread, float32 sums: 64 x 256 or 128 x 128 of a warpgroup
+BARRIER_BYTES = 1024  # room for barriers
+ERF_BY = ("exp2", "tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a product is cut.
+
+    Attributes:
+      rows, columns: of the result, of a tile. With `turns` each of the two compute groups has tiles of its own, and
+        one is in its epilogue while the other multiplies; else they have halves of a tile, one above the other.
+      depth: of a step, columns of the left operand.
+      stages: steps in flight.
+      turns: see `rows`.
+      parts: programs of a cluster, 1 or 2.
+      shared: the operand that the programs of a cluster have in common: "right" if their tiles lie one above the
+        other, "left" if side by side.
+      band: tiles, of clusters, one above the other that are computed before those beside them, so that the second
+        level cache holds their operands.
+      lag: steps that the second compute group starts after the first one; then it is so far behind at a tile's end as
+        well, and multiplies while the first one is in its epilogue. Without `turns` alone.
+      erf_by: the machine's function by which GELU is computed.
+    """
+
+    rows: int = 128
+    columns: int = 256
+    depth: int = 64
+    stages: int = 4
+    turns: bool = False
+    parts: int = 2
+    shared: str = "right"
+    band: int = 8
+    lag: int = 0
+    erf_by: str = "exp2"
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a compute group's accumulator."""
+        return self.rows if self.turns else self.rows // 2
+
+    @property
+    def chunks(self) -> int:
+        """Of a compute group's part of a tile."""
+        return self.group_rows * self.columns // CHUNK**2
+
+
+def chunk_place(tiling: Tiling, i: int) -> tuple[int, int]:
+    """The operand (0 left, 1 right) in whose part of a stage chunk i is put that the epilogue reads, and its rows."""
+    left = tiling.rows // CHUNK
+    return (0, i * CHUNK) if i < left else (1, (i - left) * CHUNK)
+
+
+def tiles_of(shape: MlpShape, tiling: Tiling) -> tuple[int, int]:
+    """Tiles of clusters, along rows and columns of the result."""
+    down, beside = (tiling.parts, 1) if tiling.shared == "right" else (1, tiling.parts)
+    return shape.tokens // (tiling.rows * down), shape.hidden // (tiling.columns * beside)
+
+
+def shared_bytes(tiling: Tiling) -> int:
+    stage = (tiling.rows + tiling.columns) * tiling.depth * 2
+    return tiling.stages * stage + 2 * 2 * CHUNK**2 * 2 + BARRIER_BYTES
+
+
+def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
+    """Why the kernels cannot cut a product so; None if they can."""
+    down, beside = (tiling.parts, 1) if tiling.shared == "right" else (1, tiling.parts)
+    accumulator = tiling.group_rows * tiling.columns // 128
+    for wrong, reason in (
+        (shape.dtype not in ("bfloat16", "float16"), f"dtype is bfloat16 or float16, not {shape.dtype}"),
+        (tiling.depth != CHUNK, f"depth is {CHUNK}, not {tiling.depth}"),
+        (tiling.parts not in (1, 2), f"parts is 1 or 2, not {tiling.parts}"),
+        (tiling.shared not in ("left", "right"), f'shared is "left" or "right", not {tiling.shared!r}'),
+        (tiling.erf_by not in ERF_BY, f"erf_by is one of {ERF_BY}, not {tiling.erf_by!r}"),
+        (tiling.group_rows % CHUNK or tiling.columns % CHUNK, f"a compute group's tile is no multiple of {CHUNK}"),
+        (tiling.columns > 256, f"columns is at most 256, not {tiling.columns}"),
+        (accumulator > ACCUMULATOR, f"sums take {accumulator} registers of a thread, at most {ACCUMULATOR}"),
+        (tiling.chunks % 2, "a compute group has an odd number of chunks"),
+        (tiling.chunks > (tiling.rows + tiling.columns) // CHUNK, "a stage is too small for a group's chunks"),
+        (tiling.lag and tiling.turns, "lag is 0 where compute groups take turns"),
+        (not 0 <= tiling.lag < tiling.stages, f"lag is from 0 to {tiling.stages - 1}, not {tiling.lag}"),
+        (tiling.stages < 3, f"stages is at least 3, not {tiling.stages}"),
+        (shared_bytes(tiling) > SHARED_MEMORY, f"{shared_bytes(tiling)} bytes of shared memory, of {SHARED_MEMORY}"),
+        (shape.tokens % (tiling.rows * down), f"tokens is no multiple of {tiling.rows * down}: {shape.tokens}"),
+        (shape.hidden % (tiling.columns * beside), f"hidden is no multiple of {tiling.columns * beside}"),
+        (shape.width % tiling.depth, f"width is no multiple of {tiling.depth}: {shape.width}"),
+        (shape.width // tiling.depth <= tiling.lag, f"width has no more than lag {tiling.lag} steps"),
+    ):
+        if wrong:
+            return reason
+    if (down := tiles_of(shape, tiling)[0]) % tiling.band:
+        return f"band {tiling.band} does not divide {down} tiles"
+    return None

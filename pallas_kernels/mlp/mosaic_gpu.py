@@ -32,8 +32,8 @@ def mlp_product_mosaic(
     left_ring,  # [stages, rows, depth]
     right_ring,  # [stages, depth, columns]; [stages, columns, depth] if GRADIENT
     results,  # [groups, 2, CHUNK, CHUNK]
-    filled,
-    consumed,
+    filled,  # of each stage; with turns of each compute group and stage, since who waits for a barrier waits always
+    consumed,  # as filled
     u_filled,  # of each compute group with turns, else of both; None unless GRADIENT
     turn,  # of each compute group; None without turns and lag
     *,
@@ -51,6 +51,14 @@ def mlp_product_mosaic(
     part = lax.axis_index("part") if tiling.parts > 1 else jnp.int32(0)
     tiles = lax.div(down * beside - program + (programs - 1), programs)
     group = lax.axis_index("group")
+
+    def barrier_of(step, owner):
+        """The barrier of a step's stage, and of its compute group."""
+        stage = lax.rem(step, stages)
+        return stage + owner * stages if tiling.turns else stage
+
+    def owner_of(step):
+        return lax.rem(lax.div(step, tile_steps), COMPUTE_GROUPS)
 
     def place(tile):
         """The first row and column of a program's tile."""
@@ -80,11 +88,11 @@ def mlp_product_mosaic(
         own_rows = pl.ds(group - group if tiling.turns else group * tiling.group_rows, tiling.group_rows)
 
         def release(step):
-            plgpu.barrier_arrive(consumed.at[lax.rem(step, stages)])
+            plgpu.barrier_arrive(consumed.at[barrier_of(step, group)])
 
         def multiply_step(acc, step):
             stage = lax.rem(step, stages)
-            plgpu.barrier_wait(filled.at[stage])
+            plgpu.barrier_wait(filled.at[barrier_of(step, group)])
             b = right_ring.at[stage]
             plgpu.wgmma(acc, left_ring.at[stage, own_rows], b.transpose((1, 0)) if gradient else b)
 
@@ -108,7 +116,7 @@ def mlp_product_mosaic(
         def finish(acc, row, column):
             """Stores u and h."""
             for (r, c), at in chunks(row, column):
-                rounded = acc[r, c].astype(first.dtype)
+                rounded = lax.optimization_barrier(acc[r, c].astype(first.dtype))  # in pairs, which takes half the time
                 activated = gelu(rounded.astype(jnp.float32), tiling.erf_by).astype(h.dtype)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 results.at[group, 0][...] = rounded
@@ -153,7 +161,7 @@ def mlp_product_mosaic(
                 multiply(acc, base)
                 return acc[...]
 
-            acc = pl.run_scoped(sums, plgpu.ACC((tiling.group_rows, tiling.columns)))
+            acc = pl.run_scoped(sums, plgpu.ACC((tiling.group_rows, tiling.columns), jnp.float32))
             finish_gradient(acc, row, column, base) if gradient else finish(acc, row, column)
 
         if tiling.turns:
@@ -166,10 +174,12 @@ def mlp_product_mosaic(
     def _memory():
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
+        def await_consumed(step):
+            plgpu.barrier_wait(consumed.at[barrier_of(step, owner_of(step))])
+
         def await_stage(step):
-            stage = lax.rem(step, stages)
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(consumed.at[stage]))
-            return stage
+            pl.when(step >= stages)(lambda: await_consumed(step - stages))
+            return lax.rem(step, stages)
 
         def axes_of(operand):
             return {"collective_axes": ("part",)} if tiling.parts > 1 and tiling.shared == operand else {}
@@ -181,15 +191,15 @@ def mlp_product_mosaic(
 
             @pl.loop(0, steps)
             def _fill(k):
-                stage = await_stage(base + k)
+                stage, barrier = await_stage(base + k), filled.at[barrier_of(base + k, lax.rem(tile, 2))]
                 inner, rows, columns = (
                     pl.ds(k * tiling.depth, tiling.depth),
                     pl.ds(row, tiling.rows),
                     pl.ds(column, tiling.columns),
                 )
                 b = right.at[columns, inner] if gradient else right.at[inner, columns]
-                plgpu.copy_gmem_to_smem(left.at[rows, inner], left_ring.at[stage], filled.at[stage], **axes_of("left"))
-                plgpu.copy_gmem_to_smem(b, right_ring.at[stage], filled.at[stage], **axes_of("right"))
+                plgpu.copy_gmem_to_smem(left.at[rows, inner], left_ring.at[stage], barrier, **axes_of("left"))
+                plgpu.copy_gmem_to_smem(b, right_ring.at[stage], barrier, **axes_of("right"))
 
             for owner in range(u_steps):
                 stage = await_stage(base + steps + owner)
@@ -199,9 +209,7 @@ def mlp_product_mosaic(
 
         # What other programs of the cluster send to this one's barriers comes before its end.
         total = tiles * tile_steps
-        pl.loop(jnp.maximum(total - stages, 0), total)(
-            lambda step: plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
-        )
+        pl.loop(jnp.maximum(total - stages, 0), total)(await_consumed)
 
 
 def up(
@@ -247,7 +255,7 @@ def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
     dtype, stages, parts = jnp.dtype(shape.dtype), tiling.stages, tiling.parts
     down, beside = tiles_of(shape, tiling)
     programs = min(multiprocessors // parts, down * beside)
-    consumers = 1 if tiling.turns else COMPUTE_GROUPS
+    consumers, barriers = (1, COMPUTE_GROUPS * stages) if tiling.turns else (COMPUTE_GROUPS, stages)
     cluster = {"collective_axes": ("part",)} if parts > 1 else {}
     right_tile = (tiling.columns, tiling.depth) if gradient else (tiling.depth, tiling.columns)
     u_barrier = plgpu.Barrier(
@@ -265,9 +273,9 @@ def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
             launch.tiled((stages, tiling.rows, tiling.depth), dtype),
             launch.tiled((stages, *right_tile), dtype),
             launch.tiled((COMPUTE_GROUPS, 2, CHUNK, CHUNK), dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=barriers),
             (plgpu.ClusterBarrier if parts > 1 else plgpu.Barrier)(
-                num_arrivals=consumers, num_barriers=stages, **cluster
+                num_arrivals=consumers, num_barriers=barriers, **cluster
             ),
             u_barrier if gradient else None,
             plgpu.Barrier(num_barriers=COMPUTE_GROUPS) if tiling.turns or tiling.lag else None,

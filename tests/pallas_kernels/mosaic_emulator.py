@@ -139,6 +139,10 @@ def _scratch(name: str, kind: Any) -> Shared | Barriers | None:
         return None
     if isinstance(kind, plgpu.Barrier):
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals) for i in range(math.prod(kind.num_barriers))])
+    if isinstance(kind, plgpu.ClusterBarrier):  # of a cluster of one axis; its size is known when its peers are
+        return Barriers(
+            [Barrier(f"{name}[{i}]", kind.num_arrivals, of_cluster=True) for i in range(math.prod(kind.num_barriers))]
+        )
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]
     return Shared(name, np.full(kind.shape, _undefined(kind.dtype), kind.dtype), *(tilings or [()]))
 
@@ -239,9 +243,14 @@ def _check_copy(outside: Ref, inside: Ref) -> None:
             raise fault(f"copy from {start} of {length} of {outside.memory.name}, no multiples of {tile}")
 
 
-def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barriers) -> None:
+def _copy_gmem_to_smem(
+    source: Ref, target: Ref, barrier: Barriers, *, collective_axes: tuple[str, ...] | None = None
+) -> None:
     running().step()
     _check_copy(source, target)
+    if collective_axes is not None:
+        _copy_part_to_all(source, target, barrier, *collective_axes)
+        return
     load = Operation("load", running())
     target.memory.access(target, load, writes=True)
     target.memory.array[target.index()] = _undefined(target.dtype)
@@ -252,6 +261,30 @@ def _copy_gmem_to_smem(source: Ref, target: Ref, barrier: Barriers) -> None:
 
     load.steps.append(arrive)
     running().machine.loads.append(load)
+
+
+def _copy_part_to_all(source: Ref, target: Ref, barrier: Barriers, axis: str) -> None:
+    """The part of a copy that this program of the cluster takes over for all of them.
+
+    Each program's barrier has one arrival when all parts are there; the parts come in an order of their own.
+    """
+    peers, mine = target.memory.peers, running().axes[axis]
+    if target.shape[0] % len(peers):
+        raise fault(f"{target.shape} is not copied in {len(peers)} parts")
+    rows = target.shape[0] // len(peers)
+    own = Slice(mine * rows, rows)
+    for there, arrival in zip(peers, barrier.only.peers, strict=True):
+        part = dataclasses.replace(target, memory=there).at[own]
+        load = Operation("load", running())
+        there.access(part, load, writes=True)
+        there.array[part.index()] = _undefined(part.dtype)
+
+        def arrive(part=part, arrival=arrival, load=load):
+            part.memory.array[part.index()] = source.memory.padded(source.at[own])
+            arrival.arrive_in_part(load.clock, len(peers))
+
+        load.steps.append(arrive)
+        running().machine.loads.append(load)
 
 
 def _async_store_smem(
@@ -302,7 +335,8 @@ def _commit_smem() -> None:
 def _barrier_arrive(barrier: Barriers) -> None:
     group = running()
     group.step()
-    barrier.only.arrive(group.clock)
+    for reached in barrier.only.peers if barrier.only.of_cluster else (barrier.only,):
+        reached.arrive(group.clock)
     group.tick()
 
 
@@ -388,6 +422,7 @@ NAMES = {
         "set_max_registers": lambda count, *, action: None,
         "wait_smem_to_gmem": _wait_smem_to_gmem,
         "wgmma": _wgmma,
+        "wgmma_wait": lambda left: running().wait_for_products(left),
         "wgmma_accumulator_load": _accumulator_load,
     },
     "pl": {"ds": Slice, "loop": _loop, "run_scoped": _run_scoped, "run_state": _run_state, "when": _when},
@@ -400,6 +435,7 @@ NAMES = {
         "optimization_barrier": lambda x: x,
         "rem": lambda a, b: int(a) - _div(a, b) * int(b),
         "rsqrt": lambda x: 1 / np.sqrt(x),
+        "tanh": np.tanh,
     },
     "jnp": {
         name: getattr(np, name)

@@ -221,12 +221,14 @@ class Barrier:
 
     Attributes:
       peers: the same barrier of every program of the cluster.
+      of_cluster: an arrival is one on the barriers of all of them, each of which counts those of all programs.
     """
 
     peers: tuple["Barrier", ...]
 
-    def __init__(self, name: str, arrivals: int):
-        self.name, self.arrivals, self.arrived = name, arrivals, 0
+    def __init__(self, name: str, arrivals: int, *, of_cluster: bool = False):
+        self.name, self.arrivals, self.arrived, self.of_cluster = name, arrivals, 0, of_cluster
+        self._parts = 0  # that have come of collective copies
         self._clock = Clock()
         self._phases: list[Clock] = []  # of those that are over
         self._waits: collections.Counter[Warpgroup] = collections.Counter()
@@ -234,9 +236,16 @@ class Barrier:
     def arrive(self, clock: Clock) -> None:
         self._clock.join(clock)
         self.arrived += 1
-        if self.arrived == self.arrivals:
+        if self.arrived == self.arrivals * (len(self.peers) if self.of_cluster else 1):
             self.arrived = 0
             self._phases.append(Clock(self._clock))
+
+    def arrive_in_part(self, clock: Clock, parts: int) -> None:
+        """A part of a copy in so many is there; the last one arrives."""
+        self._clock.join(clock)
+        self._parts = (self._parts + 1) % parts
+        if self._parts == 0:
+            self.arrive(clock)
 
     def wait(self) -> None:
         group = running()

@@ -92,7 +92,10 @@ def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
         (shape.tokens % (tiling.rows * down), f"tokens is no multiple of {tiling.rows * down}: {shape.tokens}"),
         (shape.hidden % (tiling.columns * beside), f"hidden is no multiple of {tiling.columns * beside}"),
         (shape.width % tiling.depth, f"width is no multiple of {tiling.depth}: {shape.width}"),
-        (shape.width // tiling.depth <= tiling.lag, f"width has no more than lag {tiling.lag} steps"),
+        (
+            shape.width // tiling.depth < tiling.stages,
+            f"width has fewer steps than {tiling.stages} stages: {shape.width}",
+        ),
     ):
         if wrong:
             return reason

@@ -25,12 +25,12 @@ TILINGS = {
     "low_turns": Tiling(rows=64, stages=3, turns=True, parts=1),
 }
 SMALL = {  # tokens, width, hidden, of tilings of the same names
-    "alone": (256, 64, 512),
-    "shared_right": (512, 192, 256),
-    "shared_left": (512, 64, 512),
+    "alone": (256, 256, 512),
+    "shared_right": (512, 320, 256),
+    "shared_left": (512, 256, 512),
     "lag": (512, 256, 256),
-    "turns": (512, 128, 384),
-    "low_turns": (192, 128, 256),
+    "turns": (512, 384, 384),
+    "low_turns": (192, 256, 256),
 }
 PRODUCTS = ("up", "down_backward")
 

@@ -71,6 +71,9 @@ def mlp_product_mosaic(
             column = column * tiling.parts + part
         return row * tiling.rows, column * tiling.columns
 
+    def load(chunk):
+        return launch.load_chunk(chunk).astype(jnp.float32)
+
     def chunk_of(stage, i):
         """Shared memory of a chunk of u."""
         operand, start = chunk_place(tiling, i)
@@ -113,35 +116,31 @@ def mlp_product_mosaic(
             plgpu.wgmma_wait(0)
             release(base + steps - 1)
 
-        def finish(acc, row, column):
-            """Stores u and h."""
-            for (r, c), at in chunks(row, column):
-                rounded = lax.optimization_barrier(acc[r, c].astype(first.dtype))  # in pairs, which takes half the time
-                activated = gelu(rounded.astype(jnp.float32), tiling.erf_by).astype(h.dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                results.at[group, 0][...] = rounded
-                results.at[group, 1][...] = activated
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(results.at[group, 0], first.at[at])
-                plgpu.copy_smem_to_gmem(results.at[group, 1], h.at[at])
+        def put(i, value, target):
+            """Stores one of the two results of a chunk while the other one may still be on its way."""
+            result = results.at[group, i]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            result[...] = value.astype(result.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(result, target)
 
-        def finish_gradient(acc, row, column, base):
-            """Stores du, by way of the memory from which u is read, and h."""
-            u_barrier = u_filled.at[group if tiling.turns else 0]
-            plgpu.barrier_wait(u_barrier)
-            stage = lax.rem(base + steps + (0 if tiling.turns else group), stages)
+        def finish(acc, row, column, base):
+            """Stores u, or du, and h."""
+            if gradient:
+                plgpu.barrier_wait(u_filled.at[group if tiling.turns else 0])
             for i, ((r, c), at) in enumerate(chunks(row, column)):
-                chunk, result = chunk_of(stage, i), results.at[group, i % 2]
-                activated, slope = gelu_and_slope(launch.load_chunk(chunk).astype(jnp.float32), tiling.erf_by)
-                chunk[...] = (acc[r, c] * slope).astype(first.dtype)
-                plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # all but the two of the chunk before
-                result[...] = activated.astype(h.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(chunk, first.at[at])
-                plgpu.copy_smem_to_gmem(result, h.at[at])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for i in range(u_steps):
-                release(base + steps + i)
+                if not gradient:
+                    put(0, acc[r, c], first.at[at])
+                    # Read back it is rounded, and a chunk's GELU does not come long before its memory is free.
+                    put(1, gelu(load(results.at[group, 0]), tiling.erf_by), h.at[at])
+                    continue
+                stage = lax.rem(base + steps + (0 if tiling.turns else group), stages)
+                activated, slope = gelu_and_slope(load(chunk_of(stage, i)), tiling.erf_by)
+                if i == tiling.chunks - 1:
+                    for other in range(u_steps):
+                        release(base + steps + other)
+                put(0, acc[r, c] * slope, first.at[at])
+                put(1, activated, h.at[at])
 
         @pl.when(group == 1)
         def _second_group_comes_after_the_first():
@@ -162,7 +161,7 @@ def mlp_product_mosaic(
                 return acc[...]
 
             acc = pl.run_scoped(sums, plgpu.ACC((tiling.group_rows, tiling.columns), jnp.float32))
-            finish_gradient(acc, row, column, base) if gradient else finish(acc, row, column)
+            finish(acc, row, column, base)
 
         if tiling.turns:
             pl.loop(0, lax.div(tiles - group + 1, 2))(lambda i: compute_tile(2 * i + group))

@@ -6,7 +6,7 @@ up let the others hold their accumulators.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,12 +51,15 @@ def kernel(
     scratch_types: Any,
     groups: int = COMPUTE_GROUPS + 1,
     parts: int = 1,
+    cluster: Mapping[str, int] | None = None,
 ):
     """The kernel as a function of arrays; lowered text shows its `name`.
 
-    Where there are several `parts`, so many programs in the place of each are a cluster, with the axis "part".
+    Where there are several `parts`, so many programs in the place of each are a cluster, with the axis "part". By
+    `cluster` it has other axes, of these names and sizes.
     """
-    cluster = {"cluster": (parts,), "cluster_names": ("part",)} if parts > 1 else {}
+    sizes = cluster or ({"part": parts} if parts > 1 else {})
+    cluster = {"cluster": tuple(sizes.values()), "cluster_names": tuple(sizes)} if sizes else {}
     return plgpu.kernel(
         body,
         out_type=out_type,

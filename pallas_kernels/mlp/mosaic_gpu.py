@@ -9,6 +9,7 @@ operand, half of which each copies for both.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.mlp.mosaic_gpu_gelu import gelu, gelu_and_slope
 from pallas_kernels.mlp.mosaic_gpu_tiling import CHUNK, Tiling, chunk_place, tiles_of, tiling_reason
 from pallas_kernels.mlp.shape import MlpShape
+
+DOWN, BESIDE = CLUSTER = ("down", "beside")  # axes of a cluster
 
 
 def mlp_product_mosaic(
@@ -48,7 +51,7 @@ def mlp_product_mosaic(
     tile_steps = steps + u_steps
     down, beside = tiles_of(shape, tiling)
     program = lax.axis_index("program")
-    part = lax.axis_index("part") if tiling.parts > 1 else jnp.int32(0)
+    part_down, part_beside = (lax.axis_index(name) if tiling.parts > 1 else jnp.int32(0) for name in CLUSTER)
     tiles = lax.div(down * beside - program + (programs - 1), programs)
     group = lax.axis_index("group")
 
@@ -65,11 +68,7 @@ def mlp_product_mosaic(
         at = program + tile * programs
         band, rest = lax.div(at, tiling.band * beside), lax.rem(at, tiling.band * beside)
         row, column = band * tiling.band + lax.rem(rest, tiling.band), lax.div(rest, tiling.band)
-        if tiling.parts > 1 and tiling.shared == "right":
-            row = row * tiling.parts + part
-        elif tiling.parts > 1:
-            column = column * tiling.parts + part
-        return row * tiling.rows, column * tiling.columns
+        return (row * tiling.down + part_down) * tiling.rows, (column * tiling.beside + part_beside) * tiling.columns
 
     def load(chunk):
         return launch.load_chunk(chunk).astype(jnp.float32)
@@ -136,10 +135,10 @@ def mlp_product_mosaic(
                     continue
                 stage = lax.rem(base + steps + (0 if tiling.turns else group), stages)
                 activated, slope = gelu_and_slope(load(chunk_of(stage, i)), tiling.erf_by)
-                if i == tiling.chunks - 1:
+                put(0, acc[r, c] * slope, first.at[at])
+                if i == tiling.chunks - 1:  # after `put`, in which all warps meet: one thread arrives for the group
                     for other in range(u_steps):
                         release(base + steps + other)
-                put(0, acc[r, c] * slope, first.at[at])
                 put(1, activated, h.at[at])
 
         @pl.when(group == 1)
@@ -180,8 +179,8 @@ def mlp_product_mosaic(
             pl.when(step >= stages)(lambda: await_consumed(step - stages))
             return lax.rem(step, stages)
 
-        def axes_of(operand):
-            return {"collective_axes": ("part",)} if tiling.parts > 1 and tiling.shared == operand else {}
+        def shared_along(axis):
+            return {"collective_axes": (axis,)} if axis in shared_axes(tiling) else {}
 
         @pl.loop(0, tiles)
         def _tile(tile):
@@ -197,8 +196,8 @@ def mlp_product_mosaic(
                     pl.ds(column, tiling.columns),
                 )
                 b = right.at[columns, inner] if gradient else right.at[inner, columns]
-                plgpu.copy_gmem_to_smem(left.at[rows, inner], left_ring.at[stage], barrier, **axes_of("left"))
-                plgpu.copy_gmem_to_smem(b, right_ring.at[stage], barrier, **axes_of("right"))
+                plgpu.copy_gmem_to_smem(left.at[rows, inner], left_ring.at[stage], barrier, **shared_along(BESIDE))
+                plgpu.copy_gmem_to_smem(b, right_ring.at[stage], barrier, **shared_along(DOWN))
 
             for owner in range(u_steps):
                 stage = await_stage(base + steps + owner)
@@ -209,6 +208,11 @@ def mlp_product_mosaic(
         # What other programs of the cluster send to this one's barriers comes before its end.
         total = tiles * tile_steps
         pl.loop(jnp.maximum(total - stages, 0), total)(await_consumed)
+
+
+def shared_axes(tiling: Tiling) -> tuple[str, ...]:
+    """Axes of a cluster along which programs share an operand: the right one down, the left one beside."""
+    return tuple(axis for axis, size in zip(CLUSTER, (tiling.down, tiling.beside), strict=True) if size > 1)
 
 
 def up(
@@ -252,10 +256,9 @@ def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
     if (reason := tiling_reason(shape, tiling)) is not None:
         raise ValueError(f"{reason}: {shape}, {tiling}")
     dtype, stages, parts = jnp.dtype(shape.dtype), tiling.stages, tiling.parts
-    down, beside = tiles_of(shape, tiling)
-    programs = min(multiprocessors // parts, down * beside)
+    programs = min(multiprocessors // parts, math.prod(tiles_of(shape, tiling)))
     consumers, barriers = (1, COMPUTE_GROUPS * stages) if tiling.turns else (COMPUTE_GROUPS, stages)
-    cluster = {"collective_axes": ("part",)} if parts > 1 else {}
+    cluster = {"collective_axes": shared_axes(tiling)} if parts > 1 else {}
     right_tile = (tiling.columns, tiling.depth) if gradient else (tiling.depth, tiling.columns)
     u_barrier = plgpu.Barrier(
         num_arrivals=tiling.chunks * (1 if tiling.turns else COMPUTE_GROUPS),
@@ -266,7 +269,7 @@ def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
         functools.partial(mlp_product_mosaic, shape=shape, tiling=tiling, programs=programs, gradient=gradient),
         name="mlp_down_backward_mosaic" if gradient else "mlp_up_mosaic",
         programs=programs,
-        parts=parts,
+        cluster=dict(zip(CLUSTER, (tiling.down, tiling.beside), strict=True)) if parts > 1 else {},
         out_type=(result, result),
         scratch_types=(
             launch.tiled((stages, tiling.rows, tiling.depth), dtype),

@@ -21,9 +21,8 @@ class Tiling:
       depth: of a step, columns of the left operand.
       stages: steps in flight.
       turns: see `rows`.
-      parts: programs of a cluster, 1 or 2.
-      shared: the operand that the programs of a cluster have in common: "right" if their tiles lie one above the
-        other, "left" if side by side.
+      down, beside: programs of a cluster, 1 or 2 each, whose tiles lie one above the other and share the right operand,
+        and side by side and share the left one.
       band: tiles, of clusters, one above the other that are computed before those beside them, so that the second
         level cache holds their operands.
       lag: steps that the second compute group starts after the first one; then it is so far behind at a tile's end as
@@ -36,11 +35,16 @@ class Tiling:
     depth: int = 64
     stages: int = 4
     turns: bool = False
-    parts: int = 2
-    shared: str = "right"
+    down: int = 2
+    beside: int = 1
     band: int = 8
     lag: int = 0
     erf_by: str = "exp2"
+
+    @property
+    def parts(self) -> int:
+        """Programs of a cluster."""
+        return self.down * self.beside
 
     @property
     def group_rows(self) -> int:
@@ -61,8 +65,7 @@ def chunk_place(tiling: Tiling, i: int) -> tuple[int, int]:
 
 def tiles_of(shape: MlpShape, tiling: Tiling) -> tuple[int, int]:
     """Tiles of clusters, along rows and columns of the result."""
-    down, beside = (tiling.parts, 1) if tiling.shared == "right" else (1, tiling.parts)
-    return shape.tokens // (tiling.rows * down), shape.hidden // (tiling.columns * beside)
+    return shape.tokens // (tiling.rows * tiling.down), shape.hidden // (tiling.columns * tiling.beside)
 
 
 def shared_bytes(tiling: Tiling) -> int:
@@ -72,13 +75,13 @@ def shared_bytes(tiling: Tiling) -> int:
 
 def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
     """Why the kernels cannot cut a product so; None if they can."""
-    down, beside = (tiling.parts, 1) if tiling.shared == "right" else (1, tiling.parts)
+    rows, columns = tiling.rows * tiling.down, tiling.columns * tiling.beside
     accumulator = tiling.group_rows * tiling.columns // 128
     for wrong, reason in (
         (shape.dtype not in ("bfloat16", "float16"), f"dtype is bfloat16 or float16, not {shape.dtype}"),
         (tiling.depth != CHUNK, f"depth is {CHUNK}, not {tiling.depth}"),
-        (tiling.parts not in (1, 2), f"parts is 1 or 2, not {tiling.parts}"),
-        (tiling.shared not in ("left", "right"), f'shared is "left" or "right", not {tiling.shared!r}'),
+        (tiling.down not in (1, 2), f"down is 1 or 2, not {tiling.down}"),
+        (tiling.beside not in (1, 2), f"beside is 1 or 2, not {tiling.beside}"),
         (tiling.erf_by not in ERF_BY, f"erf_by is one of {ERF_BY}, not {tiling.erf_by!r}"),
         (tiling.group_rows % CHUNK or tiling.columns % CHUNK, f"a compute group's tile is no multiple of {CHUNK}"),
         (tiling.columns > 256, f"columns is at most 256, not {tiling.columns}"),
@@ -89,8 +92,8 @@ def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
         (not 0 <= tiling.lag < tiling.stages, f"lag is from 0 to {tiling.stages - 1}, not {tiling.lag}"),
         (tiling.stages < 3, f"stages is at least 3, not {tiling.stages}"),
         (shared_bytes(tiling) > SHARED_MEMORY, f"{shared_bytes(tiling)} bytes of shared memory, of {SHARED_MEMORY}"),
-        (shape.tokens % (tiling.rows * down), f"tokens is no multiple of {tiling.rows * down}: {shape.tokens}"),
-        (shape.hidden % (tiling.columns * beside), f"hidden is no multiple of {tiling.columns * beside}"),
+        (shape.tokens % rows, f"tokens is no multiple of {rows}: {shape.tokens}"),
+        (shape.hidden % columns, f"hidden is no multiple of {columns}: {shape.hidden}"),
         (shape.width % tiling.depth, f"width is no multiple of {tiling.depth}: {shape.width}"),
         (
             shape.width // tiling.depth < tiling.stages,

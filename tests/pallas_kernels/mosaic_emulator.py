@@ -15,6 +15,7 @@ clusters of them, run one after the other.
 
 import dataclasses
 import inspect
+import itertools
 import math
 import random
 import re
@@ -82,10 +83,11 @@ def _kernel(
     thread_name: str,
     kernel_name: str,
     compiler_params: Any,
-    cluster: tuple[int] = (1,),
-    cluster_names: tuple[str] = ("cluster",),
+    cluster: tuple[int, ...] = (1,),
+    cluster_names: tuple[str, ...] = ("cluster",),
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` for a grid of one axis; its clusters, of one axis too, run one after the other."""
+    """`plgpu.kernel` for a grid of one axis; its clusters run one after the other."""
+    places = list(itertools.product(*map(range, cluster)))  # of programs in their cluster
     parameters = [name for name, q in inspect.signature(body).parameters.items() if q.kind == q.POSITIONAL_OR_KEYWORD]
 
     def named(position, make, *arguments, **options):
@@ -101,24 +103,24 @@ def _kernel(
         draws.shuffle(programs)
         reserved, touched = set(), set()  # shared memory, by name
         for program in programs:
-            parts = [
-                [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)]
-                for _ in range(*cluster)
-            ]
+            parts = [[named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)] for _ in places]
             for peers in zip(*parts, strict=True):
-                _introduce(peers)
+                _introduce(peers, places, cluster_names)
             used = sum(s.array.nbytes for s in parts[0] if isinstance(s, Shared))
             if used > SHARED_MEMORY:
                 raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
-            arguments = [
-                [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)] for scratch in parts
-            ]
+            arguments = {
+                place: [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)]
+                for place, scratch in zip(places, parts, strict=True)
+            }
             axes = [
-                {grid_names[0]: program, cluster_names[0]: part, thread_name: group}
-                for part in range(*cluster)
+                {grid_names[0]: program, thread_name: group} | dict(zip(cluster_names, place, strict=True))
+                for place in places
                 for group in range(num_threads)
             ]
-            Machine(draws, axes).run(lambda of=arguments: body(*of[running().axes[cluster_names[0]]]))
+            Machine(draws, axes).run(
+                lambda of=arguments: body(*of[tuple(running().axes[name] for name in cluster_names)])
+            )
             scratch = [s for part in parts for s in part]
             for barriers in scratch:
                 if isinstance(barriers, Barriers):
@@ -139,22 +141,28 @@ def _scratch(name: str, kind: Any) -> Shared | Barriers | None:
         return None
     if isinstance(kind, plgpu.Barrier):
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals) for i in range(math.prod(kind.num_barriers))])
-    if isinstance(kind, plgpu.ClusterBarrier):  # of a cluster of one axis; its size is known when its peers are
-        return Barriers(
-            [Barrier(f"{name}[{i}]", kind.num_arrivals, of_cluster=True) for i in range(math.prod(kind.num_barriers))]
-        )
+    if isinstance(kind, plgpu.ClusterBarrier):
+        count, axes = math.prod(kind.num_barriers), kind.collective_axes
+        return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals, axes=axes) for i in range(count)])
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]
     return Shared(name, np.full(kind.shape, _undefined(kind.dtype), kind.dtype), *(tilings or [()]))
 
 
-def _introduce(peers: tuple[Shared | Barriers | None, ...]) -> None:
+def _introduce(
+    peers: tuple[Shared | Barriers | None, ...], places: list[tuple[int, ...]], axes: tuple[str, ...]
+) -> None:
     """Lets the programs of a cluster know where each of them has memory or barriers of one scratch type."""
-    for peer in peers:
+    for peer, place in zip(peers, places, strict=True):
+        along = {
+            axis: [i for i, other in enumerate(places) if other[:n] + other[n + 1 :] == place[:n] + place[n + 1 :]]
+            for n, axis in enumerate(axes)
+        }
         if isinstance(peer, Shared):
-            peer.peers = peers
+            peer.peers, peer.along = peers, {axis: tuple(peers[i] for i in of) for axis, of in along.items()}
         if isinstance(peer, Barriers):
-            for i, barrier in enumerate(peer.barriers):
-                barrier.peers = tuple(other.barriers[i] for other in peers)
+            for n, barrier in enumerate(peer.barriers):
+                barrier.peers = tuple(other.barriers[n] for other in peers)
+                barrier.along = {axis: tuple(barrier.peers[i] for i in of) for axis, of in along.items()}
 
 
 def _undefined(dtype: Any) -> float | int:
@@ -268,12 +276,12 @@ def _copy_part_to_all(source: Ref, target: Ref, barrier: Barriers, axis: str) ->
 
     Each program's barrier has one arrival when all parts are there; the parts come in an order of their own.
     """
-    peers, mine = target.memory.peers, running().axes[axis]
+    peers, mine = target.memory.along[axis], running().axes[axis]
     if target.shape[0] % len(peers):
         raise fault(f"{target.shape} is not copied in {len(peers)} parts")
     rows = target.shape[0] // len(peers)
     own = Slice(mine * rows, rows)
-    for there, arrival in zip(peers, barrier.only.peers, strict=True):
+    for there, arrival in zip(peers, barrier.only.along[axis], strict=True):
         part = dataclasses.replace(target, memory=there).at[own]
         load = Operation("load", running())
         there.access(part, load, writes=True)
@@ -335,7 +343,7 @@ def _commit_smem() -> None:
 def _barrier_arrive(barrier: Barriers) -> None:
     group = running()
     group.step()
-    for reached in barrier.only.peers if barrier.only.of_cluster else (barrier.only,):
+    for reached in barrier.only.reached():
         reached.arrive(group.clock)
     group.tick()
 

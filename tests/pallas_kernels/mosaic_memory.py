@@ -61,9 +61,11 @@ class Shared:
       tile: multiples of which, along the last axes, copies take.
       uncommitted: 1 + the warpgroup whose store an element has that copies and products need not see yet, or 0.
       peers: the same of every program of the cluster.
+      along: those of them that differ from this one in an axis of the cluster alone, and this one, by axis.
     """
 
     peers: tuple["Shared", ...]
+    along: dict[str, tuple["Shared", ...]]
 
     def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
         self.name, self.array, self.tile = name, array, tile
@@ -221,22 +223,28 @@ class Barrier:
 
     Attributes:
       peers: the same barrier of every program of the cluster.
-      of_cluster: an arrival is one on the barriers of all of them, each of which counts those of all programs.
+      along: those of them that differ from this one in an axis alone, and this one.
+      axes: an arrival is also one on the barriers along each of these, and so are those of their programs on this one.
     """
 
     peers: tuple["Barrier", ...]
+    along: dict[str, tuple["Barrier", ...]]
 
-    def __init__(self, name: str, arrivals: int, *, of_cluster: bool = False):
-        self.name, self.arrivals, self.arrived, self.of_cluster = name, arrivals, 0, of_cluster
+    def __init__(self, name: str, arrivals: int, *, axes: tuple[str, ...] = ()):
+        self.name, self.arrivals, self.arrived, self.axes = name, arrivals, 0, axes
         self._parts = 0  # that have come of collective copies
         self._clock = Clock()
         self._phases: list[Clock] = []  # of those that are over
         self._waits: collections.Counter[Warpgroup] = collections.Counter()
 
+    def reached(self) -> list["Barrier"]:
+        """On which an arrival on this one is one."""
+        return [self, *(other for axis in self.axes for other in self.along[axis] if other is not self)]
+
     def arrive(self, clock: Clock) -> None:
         self._clock.join(clock)
         self.arrived += 1
-        if self.arrived == self.arrivals * (len(self.peers) if self.of_cluster else 1):
+        if self.arrived == self.arrivals * len(self.reached()):
             self.arrived = 0
             self._phases.append(Clock(self._clock))
 

@@ -17,12 +17,13 @@ from tests.pallas_kernels.mosaic_machine import Fault
 LIMITS = {"bfloat16": 4e-3, "float16": 6e-4}  # of the norm
 REAL = MlpShape(32768, 2048, 8192)  # of a step of configs/rat_1b.py
 TILINGS = {
-    "alone": Tiling(parts=1, band=1),
+    "alone": Tiling(down=1, band=1),
     "shared_right": Tiling(),
-    "shared_left": Tiling(rows=256, columns=128, shared="left"),
+    "shared_left": Tiling(rows=256, columns=128, down=1, beside=2),
     "lag": Tiling(lag=3, band=4),
     "turns": Tiling(columns=128, stages=6, turns=True),
-    "low_turns": Tiling(rows=64, stages=3, turns=True, parts=1),
+    "low_turns": Tiling(rows=64, stages=3, turns=True, down=1),
+    "four": Tiling(columns=128, stages=6, turns=True, beside=2),
 }
 SMALL = {  # tokens, width, hidden, of tilings of the same names
     "alone": (256, 256, 512),
@@ -31,6 +32,7 @@ SMALL = {  # tokens, width, hidden, of tilings of the same names
     "lag": (512, 256, 256),
     "turns": (512, 384, 384),
     "low_turns": (192, 256, 256),
+    "four": (256, 384, 768),
 }
 PRODUCTS = ("up", "down_backward")
 
@@ -75,7 +77,7 @@ def test_emulated_values_are_those_of_float64(name, product, monkeypatch):
     mosaic_emulator.install(monkeypatch, seed=number, all_used=True)
     shape, tiling = small(name, "float16" if number == 2 else "bfloat16")
     tiling = dataclasses.replace(tiling, band=1, erf_by=ERF_BY[number % 2])
-    check_values(shape, tiling, product, multiprocessors=2 + number % 3)
+    check_values(shape, tiling, product, multiprocessors=tiling.parts + number % 3)
 
 
 @pytest.mark.parametrize("erf_by", ERF_BY)
@@ -101,7 +103,7 @@ def test_a_stage_that_is_left_too_soon_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("name", ["shared_right", "turns"])
+@pytest.mark.parametrize("name", ["shared_right", "four"])
 def test_real_sizes_are_lowered_for_cuda(name, product):
     run = getattr(mosaic_gpu, product)
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(lambda: draw(REAL, product))]
@@ -123,8 +125,8 @@ def test_real_sizes_are_lowered_for_cuda(name, product):
         ({"rows": 96}, "no multiple of 64"),
         ({"columns": 128, "turns": True, "lag": 1}, "lag is 0"),
         ({"lag": 4}, "lag is from 0 to 3"),
-        ({"parts": 4}, "parts is 1 or 2"),
-        ({"shared": "both"}, "shared is"),
+        ({"down": 4}, "down is 1 or 2"),
+        ({"beside": 4}, "beside is 1 or 2"),
         ({"erf_by": "erf"}, "erf_by is one of"),
         ({"band": 3}, "band 3 does not divide 128 tiles"),
     ],

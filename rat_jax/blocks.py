@@ -9,9 +9,10 @@ from flax import nnx
 
 from rat_jax.config import ModelConfig
 from rat_jax.layers import RmsNorm, project_gelu, project_parts, projection
-from rat_jax.mesh import constrain_stream
+from rat_jax.mesh import TENSOR_AXIS, constrain_stream, num_parts
 from rat_jax.mixers import MIXERS, kind_of
 from rat_jax.mixers.base import MixerCache
+from rat_jax.ops.mlp import gelu_mlp
 from rat_jax.ops.normed_product_xla import gelu
 from rat_jax.parameters import VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
@@ -41,7 +42,10 @@ class Mlp(nnx.Module):
         """Applies the MLP to every token, normed where there is a norm."""
         match self.kind:
             case "gelu":
-                return self.down(project_gelu(self.up, x, norm))
+                if x.shape[1] == 1 or num_parts(TENSOR_AXIS) > 1:  # a norm in the same launch, or columns that are cut
+                    return self.down(project_gelu(self.up, x, norm))
+                x = x if norm is None else norm(x)
+                return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
             case "geglu" | "swiglu":
                 gate, value = project_parts(self.up, x, self.hidden, self.hidden, norm=norm)
                 gate = gelu(gate) if self.kind == "geglu" else jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
+from pallas_kernels.mlp import mosaic_gpu_tiling
 from pallas_kernels.mlp.mosaic_gpu_gelu import gelu, gelu_and_slope
 from pallas_kernels.mlp.mosaic_gpu_tiling import CHUNK, Tiling, chunk_place, tiles_of, tiling_reason
 from pallas_kernels.mlp.shape import MlpShape
@@ -216,7 +217,12 @@ def shared_axes(tiling: Tiling) -> tuple[str, ...]:
 
 
 def up(
-    shape: MlpShape, x: jax.Array, matrix: jax.Array, *, tiling: Tiling, multiprocessors: int
+    shape: MlpShape,
+    x: jax.Array,
+    matrix: jax.Array,
+    *,
+    tiling: Tiling | None = None,
+    multiprocessors: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """u = x W_up and h = gelu(u), computed from the rounded u; both [M, N] in the dtype of x.
 
@@ -224,17 +230,25 @@ def up(
       shape: sizes.
       x: [M, K].
       matrix: [K, N], W_up.
-      tiling: how the product is cut.
-      multiprocessors: of the card.
+      tiling: how the product is cut; None: as `mosaic_gpu_tiling.UP`.
+      multiprocessors: that it runs on; None: `mosaic_gpu_tiling.UP_MULTIPROCESSORS`.
 
     Raises:
       ValueError: `tiling` does not go with the sizes.
     """
+    tiling = mosaic_gpu_tiling.UP if tiling is None else tiling
+    multiprocessors = mosaic_gpu_tiling.UP_MULTIPROCESSORS if multiprocessors is None else multiprocessors
     return _launch(shape, x, matrix, x, tiling, multiprocessors, gradient=False)
 
 
 def down_backward(
-    shape: MlpShape, d_out: jax.Array, matrix: jax.Array, u: jax.Array, *, tiling: Tiling, multiprocessors: int
+    shape: MlpShape,
+    d_out: jax.Array,
+    matrix: jax.Array,
+    u: jax.Array,
+    *,
+    tiling: Tiling | None = None,
+    multiprocessors: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """du = (dy W_down^T) gelu'(u) and h = gelu(u); both [M, N] in the dtype of u.
 
@@ -243,12 +257,14 @@ def down_backward(
       d_out: [M, K], dy.
       matrix: [N, K], W_down.
       u: [M, N].
-      tiling: how the product is cut.
-      multiprocessors: of the card.
+      tiling: how the product is cut; None: as `mosaic_gpu_tiling.DOWN_BACKWARD`.
+      multiprocessors: that it runs on; None: `mosaic_gpu_tiling.MULTIPROCESSORS`.
 
     Raises:
       ValueError: `tiling` does not go with the sizes.
     """
+    tiling = mosaic_gpu_tiling.DOWN_BACKWARD if tiling is None else tiling
+    multiprocessors = mosaic_gpu_tiling.MULTIPROCESSORS if multiprocessors is None else multiprocessors
     return _launch(shape, d_out, matrix, u, tiling, multiprocessors, gradient=True)
 
 

@@ -1,6 +1,7 @@
-"""How the Mosaic GPU kernels of the MLP cut their products into tiles."""
+"""How the Mosaic GPU kernels of the MLP cut their products into tiles, and which products they take."""
 
 import dataclasses
+import math
 
 from pallas_kernels.mlp.shape import MlpShape
 
@@ -9,6 +10,8 @@ SHARED_MEMORY = 227 * 1024
 ACCUMULATOR = 128  # registers of a thread, float32 sums: 64 x 256 or 128 x 128 of a warpgroup
 BARRIER_BYTES = 1024  # room for barriers
 ERF_BY = ("exp2", "tanh")
+DTYPES = ("bfloat16", "float16")
+_HOPPER = 9  # compute capability 9.x, whose matrix instructions (wgmma) the kernels use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Tiling:
         return self.group_rows * self.columns // CHUNK**2
 
 
+# The fastest of those that were timed on an H200, of 32,768 tokens, width 2048 and hidden size 8192.
+UP = Tiling(columns=128, stages=6, turns=True, beside=2)
+DOWN_BACKWARD = Tiling(erf_by="tanh")
+MULTIPROCESSORS = 132  # of the largest Hopper cards
+# A cluster of four lies within one of the card's groups of multiprocessors, which they do not fill: on an H200 32 of
+# them did not run at once, and what waited for the others' end doubled the time.
+UP_MULTIPROCESSORS = 120
+
+
 def chunk_place(tiling: Tiling, i: int) -> tuple[int, int]:
     """The operand (0 left, 1 right) in whose part of a stage chunk i is put that the epilogue reads, and its rows."""
     left = tiling.rows // CHUNK
@@ -78,7 +90,7 @@ def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
     rows, columns = tiling.rows * tiling.down, tiling.columns * tiling.beside
     accumulator = tiling.group_rows * tiling.columns // 128
     for wrong, reason in (
-        (shape.dtype not in ("bfloat16", "float16"), f"dtype is bfloat16 or float16, not {shape.dtype}"),
+        (shape.dtype not in DTYPES, f"dtype is bfloat16 or float16, not {shape.dtype}"),
         (tiling.depth != CHUNK, f"depth is {CHUNK}, not {tiling.depth}"),
         (tiling.down not in (1, 2), f"down is 1 or 2, not {tiling.down}"),
         (tiling.beside not in (1, 2), f"beside is 1 or 2, not {tiling.beside}"),
@@ -104,4 +116,23 @@ def tiling_reason(shape: MlpShape, tiling: Tiling) -> str | None:
             return reason
     if (down := tiles_of(shape, tiling)[0]) % tiling.band:
         return f"band {tiling.band} does not divide {down} tiles"
+    return None
+
+
+def unsupported_reason(shape: MlpShape) -> str | None:
+    """Why the kernels cannot run an MLP, forward and backward, and what comes nearest; None where they can."""
+    both = (UP, DOWN_BACKWARD)
+    rows = math.lcm(*(tiling.rows * tiling.down * tiling.band for tiling in both))
+    columns = math.lcm(*(tiling.columns * tiling.beside for tiling in both))
+    least = max(tiling.stages * tiling.depth for tiling in both)
+    if shape.capability is not None and shape.capability[0] != _HOPPER:
+        return f"it needs a card of compute capability 9.x, this one has {shape.capability[0]}.{shape.capability[1]}"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
+    if shape.tokens % rows:
+        return f"{shape.tokens} tokens of all rows are no multiple of {rows}; implementation 'xla' takes them"
+    if shape.hidden % columns:
+        return f"{shape.hidden} hidden units are no multiple of {columns}; implementation 'xla' takes them"
+    if shape.width % CHUNK or shape.width < least:
+        return f"width {shape.width} is no multiple of {CHUNK} from {least} on; implementation 'xla' takes it"
     return None

@@ -7,6 +7,7 @@ from rat_jax.ops.gated_delta_rule import gated_delta_rule
 from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
 from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
+from rat_jax.ops.mlp import gelu_mlp
 from rat_jax.ops.normed_product import normed_product
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatOutput, RatState
@@ -28,6 +29,7 @@ __all__ = [
     "attention",
     "gated_delta_rule",
     "gated_recurrence",
+    "gelu_mlp",
     "linear_attention",
     "normed_product",
     "rat_mix",

@@ -142,6 +142,6 @@ def test_what_a_tiling_may_not_be_is_said(options, reason):
 @pytest.mark.gpu
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("name", TILINGS)
-def test_values_on_a_gpu_are_those_of_float64(name, product):
+def test_values_on_a_gpu_are_those_of_float64(hopper, name, product):
     shape = MlpShape(4096, 512, 1024)
     check_values(shape, dataclasses.replace(TILINGS[name], band=4), product, jax.devices()[0].core_count)

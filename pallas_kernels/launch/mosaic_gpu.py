@@ -50,23 +50,20 @@ def kernel(
     out_type: Any,
     scratch_types: Any,
     groups: int = COMPUTE_GROUPS + 1,
-    parts: int = 1,
     cluster: Mapping[str, int] | None = None,
 ):
     """The kernel as a function of arrays; lowered text shows its `name`.
 
-    Where there are several `parts`, so many programs in the place of each are a cluster, with the axis "part". By
-    `cluster` it has other axes, of these names and sizes.
+    With a `cluster`, the names and sizes of its axes, there are so many programs in the place of each.
     """
-    sizes = cluster or ({"part": parts} if parts > 1 else {})
-    cluster = {"cluster": tuple(sizes.values()), "cluster_names": tuple(sizes)} if sizes else {}
+    axes = {"cluster": tuple(cluster.values()), "cluster_names": tuple(cluster)} if cluster else {}
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=(programs,),
         grid_names=("program",),
-        **cluster,
+        **axes,
         num_threads=groups,
         thread_name="group",
         kernel_name=name,
@@ -77,11 +74,6 @@ def kernel(
 def tiled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory as matrix instructions read it: tiles of eight rows, swizzled over 128 bytes."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-def sums_type(shape: tuple[int, ...]) -> Any:
-    """Shared memory for accumulators of few columns, float32, which programs of a cluster send to each other."""
-    return plgpu.SMEM(shape, jnp.float32, transforms=(plgpu.TilingTransform((8, 8)), plgpu.SwizzleTransform(32)))
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:
@@ -115,15 +107,8 @@ def load_matrix(ref: Any) -> jax.Array:
 
 
 def load_tile(ref: Any) -> jax.Array:
-    """A matrix in shared memory, laid out like an accumulator, even where that takes several turns of the banks."""
-    index = () if jax.__version_info__ >= (0, 12) else ((),)
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, optimized=False)
-
-
-def load_chunk(ref: Any) -> jax.Array:
-    """A matrix in shared memory, laid out like an accumulator, in as few turns of the banks as there are."""
-    index = () if jax.__version_info__ >= (0, 12) else ((),)
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA)
+    """A matrix in shared memory, laid out like an accumulator."""
+    return _load(ref, layout=plgpu.Layout.WGMMA)
 
 
 def load_transposed(ref: Any) -> jax.Array:

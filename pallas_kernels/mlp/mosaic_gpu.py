@@ -72,7 +72,7 @@ def mlp_product_mosaic(
         return (row * tiling.down + part_down) * tiling.rows, (column * tiling.beside + part_beside) * tiling.columns
 
     def load(chunk):
-        return launch.load_chunk(chunk).astype(jnp.float32)
+        return launch.load_tile(chunk).astype(jnp.float32)
 
     def chunk_of(stage, i):
         """Shared memory of a chunk of u."""
@@ -90,6 +90,9 @@ def mlp_product_mosaic(
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
         own_rows = pl.ds(group - group if tiling.turns else group * tiling.group_rows, tiling.group_rows)
 
+        # The programs of a cluster see an arrival at different times, so that one may be a round of a stage ahead, and
+        # its arrivals be counted for the other's last round. It is never ahead by two, as a round of operands needs
+        # what the other copies; so a round is over only when all are done with it.
         def release(step):
             plgpu.barrier_arrive(consumed.at[barrier_of(step, group)])
 
@@ -285,7 +288,7 @@ def _launch(shape, left, right, u, tiling, multiprocessors, *, gradient):
         functools.partial(mlp_product_mosaic, shape=shape, tiling=tiling, programs=programs, gradient=gradient),
         name="mlp_down_backward_mosaic" if gradient else "mlp_up_mosaic",
         programs=programs,
-        cluster=dict(zip(CLUSTER, (tiling.down, tiling.beside), strict=True)) if parts > 1 else {},
+        cluster=dict(zip(CLUSTER, (tiling.down, tiling.beside), strict=True)) if parts > 1 else None,
         out_type=(result, result),
         scratch_types=(
             launch.tiled((stages, tiling.rows, tiling.depth), dtype),

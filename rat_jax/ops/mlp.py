@@ -1,6 +1,7 @@
 """The MLP without gates: two products with a GELU between them, which kernels compute in their epilogues."""
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.mlp import mosaic_gpu_tiling
 from pallas_kernels.mlp.shape import MlpShape
-from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts
+from rat_jax.mesh import CONTEXT_AXIS, TENSOR_AXIS, num_parts
 from rat_jax.ops import dispatch, platform
 from rat_jax.ops.normed_product_xla import gelu, multiply_rows
+from rat_jax.ops.remat import save_named
 from rat_jax.shapes import Array, Float
 
 MlpImplementation = Literal["xla", "mosaic_gpu"]
@@ -38,8 +40,8 @@ def gelu_mlp(
       down: W_down, as `up`.
       dtype: of the products and the result; None: that of x.
       implementation: None takes "mosaic_gpu" on a Hopper GPU for more than one token a row in bfloat16 or float16,
-        outside of meshes of several devices, where sizes are whole tiles (the tokens of all rows a multiple of 2048,
-        F of 256, D of 64 and at least 384), and "xla" elsewhere.
+        where neither rows nor matrices are cut (mesh axes "context" and "tensor") and sizes are whole tiles (the tokens
+        of all rows of a device a multiple of 2048, F of 256, D of 64 and at least 384), and "xla" elsewhere.
 
     Raises:
       ValueError: if shapes do not fit.
@@ -52,55 +54,82 @@ def gelu_mlp(
     batch, tokens, width = x.shape
     dispatch.check_whole(1, rows=batch, tokens=tokens)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    shape = MlpShape(batch * tokens, width, up.shape[1], dtype.name, platform.expected_capability())
+    rows = dispatch.rows_of_device(batch)
+    shape = MlpShape(rows * tokens, width, up.shape[1], dtype.name, platform.expected_capability())
 
     def unsupported_reason(name: str) -> str | None:
-        if (count := num_parts(*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)) > 1:
-            return f"it runs on one device, and the mesh in use cuts arrays over {count}; implementation 'xla' does"
+        if (count := num_parts(CONTEXT_AXIS, TENSOR_AXIS)) > 1:
+            return f"the mesh in use cuts rows or matrices over {count} devices; implementation 'xla' takes them"
         return mosaic_gpu_tiling.unsupported_reason(shape)
 
     order = _FASTEST_FIRST if tokens > 1 else ()
+    x, up, down = (array.astype(dtype) for array in (x, up, down))
     if dispatch.choose(implementation, order, batch, unsupported_reason) == "xla":
-        return _by_xla(x, up, down, dtype)
-    arguments = (array.astype(dtype) for array in (x, up, down))
-    (out,) = dispatch.run(GeluMlp("mosaic_gpu", shape), implementation is None, *arguments)
-    return out
+        return multiply_rows(gelu(multiply_rows(x, up)), down)
+    return _by_kernels(shape, implementation is None, x, up, down)
 
 
-def _by_xla(x: Array, up: Array, down: Array, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-    return multiply_rows(gelu(multiply_rows(x.astype(dtype), up.astype(dtype))), down.astype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_kernels(shape: MlpShape, fall_back: bool, x: Array, up: Array, down: Array) -> Array:
+    return _forward(shape, fall_back, x, up, down)[0]
+
+
+def _forward(shape: MlpShape, fall_back: bool, x: Array, up: Array, down: Array) -> tuple[Array, tuple[Array, ...]]:
+    u, h = dispatch.run(Up("mosaic_gpu", shape), fall_back, x, up)
+    u = save_named(u)
+    return multiply_rows(h, down), (x, up, down, u)
+
+
+def _backward(shape: MlpShape, fall_back: bool, kept: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
+    x, up, down, u = kept
+    du, h = dispatch.run(DownBackward("mosaic_gpu", shape), fall_back, d_out, u, down)
+    # Plain products: a mesh cuts the matrices' gradients as it cuts the matrices.
+    return jnp.einsum("btf,df->btd", du, up), _sum_over_tokens(x, du), _sum_over_tokens(h, d_out)
+
+
+_by_kernels.defvjp(_forward, _backward)
+
+
+def _sum_over_tokens(left: Float[Array, "B T m"], right: Float[Array, "B T n"]) -> Float[Array, "m n"]:
+    return jnp.einsum("btm,btn->mn", left, right)
 
 
 @dataclasses.dataclass(frozen=True)
-class GeluMlp(dispatch.Kernel):
-    """Of `x`, `up` and `down`, all of one dtype: the MLP's result. Products without a GELU are XLA's."""
+class Up(dispatch.Kernel):
+    """Of x and W_up: u = x W_up and gelu(u)."""
 
     implementation: str
     shape: MlpShape
-    replicated: ClassVar[tuple[int, ...]] = (1, 2)
-    num_differentiated: ClassVar[int] = 3
+    replicated: ClassVar[tuple[int, ...]] = (1,)
+    num_differentiated: ClassVar[int] = 0
 
-    def forward(self, x: Array, up: Array, down: Array) -> tuple[tuple[Array], Array]:
+    def forward(self, x: Array, up: Array) -> tuple[tuple[Array, Array], None]:
         from pallas_kernels.mlp import mosaic_gpu  # imports Pallas, which takes a while
 
-        u, h = mosaic_gpu.up(self.shape, self._flat(x), up)
-        return ((h @ down).reshape(x.shape),), u
+        u, h = mosaic_gpu.up(self.shape, x.reshape(self.shape.tokens, -1), up)
+        return (u.reshape(*x.shape[:2], -1), h.reshape(*x.shape[:2], -1)), None
 
-    def plain(self, x: Array, up: Array, down: Array) -> tuple[Array]:
-        return (_by_xla(x, up, down, x.dtype),)
+    def plain(self, x: Array, up: Array) -> tuple[Array, Array]:
+        u = multiply_rows(x, up)
+        return u, gelu(u)
 
-    def backward(self, arguments, saved, residuals, d_results) -> tuple[Array, Array, Array]:
+
+@dataclasses.dataclass(frozen=True)
+class DownBackward(dispatch.Kernel):
+    """Of dy, u and W_down: (dy W_down^T) gelu'(u) and gelu(u)."""
+
+    implementation: str
+    shape: MlpShape
+    replicated: ClassVar[tuple[int, ...]] = (2,)
+    num_differentiated: ClassVar[int] = 0
+
+    def forward(self, d_out: Array, u: Array, down: Array) -> tuple[tuple[Array, Array], None]:
         from pallas_kernels.mlp import mosaic_gpu
 
-        (x, up, down), u = arguments, residuals
-        d_out = self._flat(d_results[0])
-        du, h = mosaic_gpu.down_backward(self.shape, d_out, down, u)
-        dx = jax.lax.dot_general(du, up, (((1,), (1,)), ((), ())))
-        return dx.reshape(x.shape), _sum_over_tokens(self._flat(x), du), _sum_over_tokens(h, d_out)
+        flat = (x.reshape(self.shape.tokens, -1) for x in (d_out, u))
+        du, h = mosaic_gpu.down_backward(self.shape, next(flat), down, next(flat))
+        return (du.reshape(u.shape), h.reshape(u.shape)), None
 
-    def _flat(self, x: Array) -> Array:
-        return x.reshape(self.shape.tokens, self.shape.width)
-
-
-def _sum_over_tokens(left: Array, right: Array) -> Array:
-    return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+    def plain(self, d_out: Array, u: Array, down: Array) -> tuple[Array, Array]:
+        h, pull_back = jax.vjp(gelu, u)
+        return pull_back(jnp.einsum("btd,fd->btf", d_out, down))[0], h

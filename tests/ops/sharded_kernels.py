@@ -1,10 +1,13 @@
 """Ops by interpreted TPU kernels on one device and on a mesh of four; run by test_sharded_kernels.py, prints JSON.
 
+Of the MLP, which has no such kernels, with plain XLA in the place of those for GPUs.
+
 Its arguments name the ops.
 """
 
 import json
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rat_jax.config import MeshConfig
 from rat_jax.mesh import BATCH_AXES
+from rat_jax.ops import dispatch
 from rat_jax.ops.attention import attention
+from rat_jax.ops.mlp import DownBackward, Up, gelu_mlp
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.segments import from_segments
@@ -44,6 +49,17 @@ def linear(rng, segments):
         return residual_linear_attention(query, key, value, implementation="pallas_tpu", **options).out
 
     return attended, arrays, rng.normal(size=(4, 16, 2, 8)).astype(np.float32)
+
+
+def mlp(rng, segments):
+    """Output and gradients of the MLP; each token by itself, so that documents do not matter."""
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((4, 16, 8), (8, 12), (12, 8))]
+
+    def applied(x, up, down):
+        with mock.patch.object(dispatch, "choose", return_value="mosaic_gpu"):
+            return gelu_mlp(x, up, down)
+
+    return applied, arrays, rng.normal(size=(4, 16, 8)).astype(np.float32)
 
 
 def windowed(rng, segments):
@@ -94,7 +110,9 @@ def run(make, packed: bool, data: int, fsdp: int, context: int) -> dict:
 if __name__ == "__main__":
     # TPU interpret mode calls back to Python, on which devices that wait for each other can stand still.
     launch, pl.pallas_call = pl.pallas_call, lambda *args, **options: launch(*args, **options | {"interpret": True})
-    ops = {make.__name__: make for make in (rat, linear, windowed, causal)}
+    for kernel in (Up, DownBackward):
+        kernel.forward = lambda self, *arguments: (self.plain(*arguments), None)
+    ops = {make.__name__: make for make in (rat, linear, mlp, windowed, causal)}
     kind, *names = sys.argv[1:]
     found = {op: {name: run(ops[op], kind == "packed", *sizes) for name, sizes in MESHES.items()} for op in names}
     json.dump(found, sys.stdout)

@@ -97,14 +97,30 @@ def test_the_kernels_are_chosen_for_hopper_alone(found, monkeypatch):
     assert not is_kernel(*sizes())
 
 
-def test_the_kernels_are_not_chosen_where_a_mesh_cuts_arrays(monkeypatch):
+def mesh_of_four(axis):
+    names = ("data", "fsdp", "context", "tensor")
+    sizes_of_axes = tuple(4 if name == axis else 1 for name in names)
+    return jax.sharding.AbstractMesh(sizes_of_axes, names, axis_types=(AxisType.Auto,) * 4)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_each_device_runs_the_kernels_on_its_rows(axis, monkeypatch):
     trace_for(monkeypatch, "gpu", (9, 0))
-    for axis in ("data", "fsdp", "context", "tensor"):
-        mesh = jax.sharding.AbstractMesh((1, 4), ("other", axis), axis_types=(AxisType.Auto,) * 2)
-        with jax.sharding.use_abstract_mesh(mesh):
-            assert not is_kernel(*sizes(batch=4))
-            with pytest.raises(UnsupportedError, match="one device, and the mesh in use cuts arrays over 4"):
-                is_kernel(*sizes(batch=4), implementation="mosaic_gpu")
+    with jax.sharding.use_abstract_mesh(mesh_of_four(axis)):
+        given = sizes(batch=8)
+        traced = jax.make_jaxpr(result_and_gradients)(*given)
+        assert not is_kernel(*sizes(batch=4))  # 1,024 tokens a device
+    kernels = [e for e in equations(traced.jaxpr) if str(e.params.get("name")).startswith("mlp_")]
+    assert [kernel.outvars[0].aval.shape for kernel in kernels] == [(2048, 256)] * 2
+
+
+@pytest.mark.parametrize("axis", ["context", "tensor"])
+def test_the_kernels_are_not_chosen_where_a_mesh_cuts_rows_or_matrices(axis, monkeypatch):
+    trace_for(monkeypatch, "gpu", (9, 0))
+    with jax.sharding.use_abstract_mesh(mesh_of_four(axis)):
+        assert not is_kernel(*sizes(batch=8))
+        with pytest.raises(UnsupportedError, match="cuts rows or matrices over 4 devices; implementation 'xla' takes"):
+            is_kernel(*sizes(batch=8), implementation="mosaic_gpu")
 
 
 def test_named_kernels_say_why_they_do_not_run(monkeypatch):
@@ -222,9 +238,8 @@ def test_what_gelu_takes_is_kept_with_the_results_of_products(remat, times):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
 def test_kernels_on_a_gpu_err_as_xla_does():
-    if platform.expected_capability() != (9, 0):
-        pytest.skip(f"the kernels are for compute capability 9.0, not {platform.expected_capability()}")
     given = arrays(2, 2048, 512, 1024)
     assert is_kernel(*given)
     with jax.default_matmul_precision("highest"):

@@ -7,6 +7,8 @@ import pytest
 
 from tests import virtual_devices
 
+QUICK = ("rat", "linear", "mlp")  # ops that one process computes
+
 
 @functools.cache
 def results(kind, *ops):
@@ -14,14 +16,12 @@ def results(kind, *ops):
     return virtual_devices.run("tests.ops.sharded_kernels", kind, *ops)
 
 
-@pytest.mark.parametrize(
-    "op", ["rat", "linear", *(pytest.param(op, marks=pytest.mark.slow) for op in ("windowed", "causal"))]
-)
+@pytest.mark.parametrize("op", [*QUICK, *(pytest.param(op, marks=pytest.mark.slow) for op in ("windowed", "causal"))])
 @pytest.mark.parametrize("kind", ["packed", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", ["rows", "tokens", "both"])
 def test_virtual_devices_give_what_one_does(op, kind, mesh):
     """Values and gradients, with those of parameters that all rows share summed over devices."""
-    found = results(kind, *(("rat", "linear") if op in ("rat", "linear") else (op,)))[op]
+    found = results(kind, *(QUICK if op in QUICK else (op,)))[op]
     assert (found["one"]["devices"], found[mesh]["devices"]) == (1, 4)
     for a, b in zip(found[mesh]["results"], found["one"]["results"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -158,11 +158,10 @@ def _introduce(
             for n, axis in enumerate(axes)
         }
         if isinstance(peer, Shared):
-            peer.peers, peer.along = peers, {axis: tuple(peers[i] for i in of) for axis, of in along.items()}
+            peer.along = {axis: tuple(peers[i] for i in of) for axis, of in along.items()}
         if isinstance(peer, Barriers):
             for n, barrier in enumerate(peer.barriers):
-                barrier.peers = tuple(other.barriers[n] for other in peers)
-                barrier.along = {axis: tuple(barrier.peers[i] for i in of) for axis, of in along.items()}
+                barrier.along = {axis: tuple(peers[i].barriers[n] for i in of) for axis, of in along.items()}
 
 
 def _undefined(dtype: Any) -> float | int:
@@ -295,27 +294,6 @@ def _copy_part_to_all(source: Ref, target: Ref, barrier: Barriers, axis: str) ->
         running().machine.loads.append(load)
 
 
-def _async_store_smem(
-    value: np.ndarray, target: Ref, barrier: Barriers, *, cluster_idx: int, cluster_dim: str, optimized: bool = True
-) -> None:
-    """To the memory of another program of the cluster, and an arrival on its barrier."""
-    running().step()
-    if cluster_dim not in running().axes or (value.shape, value.dtype) != (target.shape, target.dtype):
-        raise fault(f"{value.dtype} {value.shape} sent along {cluster_dim} to {target.dtype} {target.shape}")
-    there = dataclasses.replace(target, memory=target.memory.peers[cluster_idx])
-    arrival, sent = barrier.only.peers[cluster_idx], value.copy()
-    store = Operation("load", running())
-    there.memory.access(there, store, writes=True)
-    there.memory.array[there.index()] = _undefined(there.dtype)
-
-    def arrive():
-        there.memory.array[there.index()] = sent
-        arrival.arrive(store.clock)
-
-    store.steps.append(arrive)
-    running().machine.loads.append(store)
-
-
 def _copy_smem_to_gmem(source: Ref, target: Ref) -> None:
     running().step()
     _check_copy(target, source)
@@ -343,8 +321,12 @@ def _commit_smem() -> None:
 def _barrier_arrive(barrier: Barriers) -> None:
     group = running()
     group.step()
-    for reached in barrier.only.reached():
-        reached.arrive(group.clock)
+    own, *others = barrier.only.reached()
+    own.arrive(group.clock)
+    for other in others:  # of programs of the cluster, which an arrival takes its time to reach
+        arrival = Operation("load", group)
+        arrival.steps.append(lambda other=other, clock=arrival.clock: other.arrive(clock))
+        group.machine.loads.append(arrival)
     group.tick()
 
 
@@ -416,15 +398,12 @@ NAMES = {
     "plgpu": {
         "ACC": AccumulatorType,
         "Layout": plgpu.Layout,
-        "async_store_smem": _async_store_smem,
         "barrier_arrive": _barrier_arrive,
         "barrier_wait": lambda barrier: barrier.only.wait(),
         "broadcasted_iota": _iota,
         "commit_smem": _commit_smem,
         "copy_gmem_to_smem": _copy_gmem_to_smem,
         "copy_smem_to_gmem": _copy_smem_to_gmem,
-        "griddepcontrol_launch_dependents": lambda: None,
-        "griddepcontrol_wait": lambda: None,
         "layout_cast": lambda x, layout: x,
         "load": _load,
         "set_max_registers": lambda count, *, action: None,

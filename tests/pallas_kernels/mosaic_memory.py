@@ -60,11 +60,9 @@ class Shared:
     Attributes:
       tile: multiples of which, along the last axes, copies take.
       uncommitted: 1 + the warpgroup whose store an element has that copies and products need not see yet, or 0.
-      peers: the same of every program of the cluster.
-      along: those of them that differ from this one in an axis of the cluster alone, and this one, by axis.
+      along: the same of the programs that differ from this one in an axis of the cluster alone, and this one, by axis.
     """
 
-    peers: tuple["Shared", ...]
     along: dict[str, tuple["Shared", ...]]
 
     def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
@@ -222,12 +220,10 @@ class Barrier:
     """Counts arrivals; a warpgroup waits for its first, second, ... phase in turn, known from their parity alone.
 
     Attributes:
-      peers: the same barrier of every program of the cluster.
-      along: those of them that differ from this one in an axis alone, and this one.
+      along: the same of the programs that differ from this one in an axis of the cluster alone, and this one, by axis.
       axes: an arrival is also one on the barriers along each of these, and so are those of their programs on this one.
     """
 
-    peers: tuple["Barrier", ...]
     along: dict[str, tuple["Barrier", ...]]
 
     def __init__(self, name: str, arrivals: int, *, axes: tuple[str, ...] = ()):

@@ -24,7 +24,7 @@ def piece_backward(
     dtype = d_projected.dtype.element_ty
     dq = (zero,) * PIECE
     dk = (zero,) * PIECE
-    for n in range(g, N, G):
+    for n in tl.range(g, N, G, num_stages=2):  # what the next head reads is copied to shared memory ahead of its use
         dq, dk = _head_backward(
             projected, gate_bias, cosines, sines, current_weights, d_current_scores, d_heads,
             d_summary_keys, d_summary_values, d_projected, saved, bias_to, dq, dk,
@@ -67,20 +67,12 @@ def _head_backward(
         d_summary_keys, d_summary_values, cosines, sines, saved + n * H, slot, angle, completes, piece, n, channel,
         N, H, ROPE, PIECES,
     )  # fmt: skip
-    ahead = ()
-    for j in tl.static_range(PIECE):
-        use = in_use(start, piece * PIECE + j, used, tokens, L, SEGMENTED)
-        mask = in_head & use
-        v = tl.load(head_from + (j * WIDTH + D), mask=mask, other=0.0)
-        gate = tl.load(head_from + (j * WIDTH + 2 * D), mask=mask, other=0.0)
-        do = tl.load(d_heads_from + j * D, mask=mask, other=0.0)
-        ahead = ahead + ((v, gate, do, use),)  # noqa: RUF005
-
     kept = ()
     new_dq = ()
     for j in tl.static_range(PIECE):
-        v, gate, do, use = ahead[j]
-        v = v.to(tl.float32)
+        use = in_use(start, piece * PIECE + j, used, tokens, L, SEGMENTED)
+        v = tl.load(head_from + (j * WIDTH + D), mask=in_head & use, other=0.0).to(tl.float32)
+        gate = tl.load(head_from + (j * WIDTH + 2 * D), mask=in_head & use, other=0.0)
         k = tl.load(shared_from + (j * WIDTH + G * H), mask=in_head & use, other=0.0).to(tl.float32)
         f, w = gates(gate.to(tl.float32) + bias, use, IDENTITY)
         v_step = f * (v_state - v)
@@ -94,7 +86,8 @@ def _head_backward(
     bias_sum = tl.zeros_like(bias)
     new_dk = ()
     for back in tl.static_range(PIECE):
-        v, gate, do, use = ahead[PIECE - 1 - back]
+        use = in_use(start, piece * PIECE + (PIECE - 1 - back), used, tokens, L, SEGMENTED)
+        do = tl.load(d_heads_from + (PIECE - 1 - back) * D, mask=in_head & use, other=0.0)
         w, v_step, k_step = kept[PIECE - 1 - back]
         q = tl.load(shared_from + (PIECE - 1 - back) * WIDTH, mask=in_head & use, other=0.0)
         ds = tl.load(d_current_scores + scores_from + (PIECE - 1 - back), mask=use, other=0.0)

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts
+
 Carry = TypeVar("Carry")  # a tree of arrays
 RunLayer = Callable[[Carry, Any, Any], Carry]
 
@@ -33,6 +35,9 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, shared: Any, num_lay
     Left to the compiler they would be put together at the end, by a kernel that reads from as many arrays as there are
     layers and is several times slower than copies.
     """
+    # All layers of a stack are written. Over several devices, XLA does not say how it would cut what nothing wrote.
+    several = num_parts(*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS) > 1
+    new_stack = jnp.zeros if several else jax.lax.empty
     run = jax.jit(run)  # traced and lowered once, kernels in it too, not once for each layer
 
     @jax.custom_vjp
@@ -53,7 +58,7 @@ def _without_loop(run: RunLayer, carry: Carry, stacks: Any, shared: Any, num_lay
         for index in reversed(range(num_layers)):
             d_carry, d_layer, _ = pulls[index](d_carry)
             if d_stacks is None:
-                d_stacks = jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape), x.dtype), d_layer)
+                d_stacks = jax.tree.map(lambda x: new_stack((num_layers, *x.shape), x.dtype), d_layer)
             d_stacks = jax.tree.map(
                 lambda stack, x, index=index: jax.lax.dynamic_update_index_in_dim(stack, x, index, 0),
                 d_stacks,

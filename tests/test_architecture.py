@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "rat_jax.mesh": {"rat_jax.shapes"},
     "rat_jax.segments": {"rat_jax.shapes"},
     "rat_jax.ops": {"pallas_kernels", "rat_jax.errors", "rat_jax.mesh", "rat_jax.segments", "rat_jax.shapes"},
-    "rat_jax.layer_loop": set(),
+    "rat_jax.layer_loop": {"rat_jax.mesh"},
     "rat_jax.layers": {"rat_jax.mesh", "rat_jax.ops", "rat_jax.shapes"},
     "rat_jax.mixers": {
         "rat_jax.errors",

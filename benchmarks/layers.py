@@ -40,7 +40,8 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Rows that are one document each."""
-        return x + self.mixer.mix(x, whole_rows(*x.shape[:2]), norm=self.norm)[0]
+        x, normed = self.norm.beside_residual(x)
+        return x + self.mixer.mix(normed, whole_rows(*x.shape[:2]))[0]
 
     def step(
         self, x: Float[Array, "B 1 D"], position: Int[Array, ""], memory: MixerCache

@@ -42,9 +42,8 @@ class Mlp(nnx.Module):
         """Applies the MLP to every token, normed where there is a norm."""
         match self.kind:
             case "gelu":
-                if x.shape[1] == 1 or num_parts(TENSOR_AXIS) > 1:  # a norm in the same launch, or columns that are cut
+                if norm is not None or num_parts(TENSOR_AXIS) > 1:  # which may be in the same launch; columns are cut
                     return self.down(project_gelu(self.up, x, norm))
-                x = x if norm is None else norm(x)
                 return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
             case "geglu" | "swiglu":
                 gate, value = project_parts(self.up, x, self.hidden, self.hidden, norm=norm)
@@ -72,8 +71,15 @@ class ResidualBlock(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
         """The block's output and, where the mixer's memory was given, the new one."""
         with jax.named_scope("mixer"):
-            mixed, memory = self.mixer.mix(x, segments, memory, self.mixer_norm)
+            x, normed, norm = _ahead(self.mixer_norm, x)
+            mixed, memory = self.mixer.mix(normed, segments, memory, norm)
             x = constrain_stream(x + mixed)
         with jax.named_scope("mlp"):
-            x = constrain_stream(x + self.mlp(x, self.mlp_norm))
+            x, normed, norm = _ahead(self.mlp_norm, x)
+            x = constrain_stream(x + self.mlp(normed, norm))
         return x, memory
+
+
+def _ahead(norm: RmsNorm, x: Float[Array, "B T D"]) -> tuple[Array, Array, RmsNorm | None]:
+    """What goes around a layer, what goes into it, and the norm that the layer still has to apply: to one token."""
+    return (x, x, norm) if x.shape[1] == 1 else (*norm.beside_residual(x), None)

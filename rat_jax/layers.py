@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from rat_jax.mesh import TENSOR_AXIS, num_parts
 from rat_jax.ops.normed_product import normed_product
 from rat_jax.ops.normed_product_xla import gelu, multiply_rows, rms_norm
+from rat_jax.ops.residual_norm import ResidualNormOutput, residual_norm
 from rat_jax.shapes import Array, Float, Float32
 
 NORM_EPSILON = 1e-6  # of the release
@@ -39,6 +40,10 @@ class RmsNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         """Normalises every vector of D channels."""
         return rms_norm(x, self.scale[...], NORM_EPSILON)
+
+    def beside_residual(self, x: Float[Array, "B T D"]) -> ResidualNormOutput:
+        """x, for the sum around a layer, and the normed x; to be taken together, for their gradients' sake."""
+        return residual_norm(x, self.scale[...], epsilon=NORM_EPSILON)
 
 
 def project(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:

@@ -13,6 +13,7 @@ from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
 from rat_jax.ops.residual_linear_attention import ResidualLinearAttentionOutput, residual_linear_attention
+from rat_jax.ops.residual_norm import ResidualNormOutput, residual_norm
 from rat_jax.ops.rnn import rnn_mix
 from rat_jax.ops.rnn_types import RnnOutput
 
@@ -24,6 +25,7 @@ __all__ = [
     "RatOutput",
     "RatState",
     "ResidualLinearAttentionOutput",
+    "ResidualNormOutput",
     "RnnOutput",
     "UnsupportedError",
     "attention",
@@ -34,5 +36,6 @@ __all__ = [
     "normed_product",
     "rat_mix",
     "residual_linear_attention",
+    "residual_norm",
     "rnn_mix",
 ]

@@ -1,0 +1,94 @@
+"""The backward pass of a norm whose input goes around the layer as well, by a Triton kernel on one device, for GPUs.
+
+With n = x / sqrt(mean(x^2) + epsilon) over the D channels of a token and y = s n (arXiv 1910.07467), c the gradient of
+x from where it goes around the layer, d that of y, and g = s d,
+
+    dx = c + (g - n mean(g n)) / sqrt(mean(x^2) + epsilon),    ds = sum d n over the tokens,
+
+in float32 whatever the dtype of the tokens. `residual_norm_backward` reads three arrays, writes one and sums ds over
+the tokens of each of its programs. Lowered text shows the name.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels.launch import triton as launcher
+from pallas_kernels.launch.sizes import cdiv, next_power_of_2
+from pallas_kernels.launch.triton import Launch
+from pallas_kernels.residual_norm.shape import ResidualNormShape
+from pallas_kernels.residual_norm.triton_tiling import rows_of, tiles_of, warps_of
+
+
+def backward(
+    shape: ResidualNormShape, d_around: jax.Array, d_normed: jax.Array, x: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x and of the scale.
+
+    Args:
+      shape: sizes for which `triton_tiling.unsupported_reason` has no reason.
+      d_around, d_normed, x: c, d and x, [tokens, D], bfloat16, float16 or float32.
+      scale: s, [D] float32.
+
+    Returns:
+      [tokens, D] in the dtype of x, and [D] float32.
+    """
+    launch = backward_launch(shape, tiles_of(shape))
+    d_x, d_scale = launcher.run(launch, d_around, d_normed, x, scale)
+    return d_x, jnp.sum(d_scale, axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def residual_norm_backward(
+    d_around,  # [tokens, D]: c
+    d_normed,  # [tokens, D]: d
+    x,  # [tokens, D]
+    scale,  # [D] float32: s
+    tokens,  # of all rows
+    d_x,  # [tokens, D]
+    d_scale,  # [spans of TILES ROWS tokens, D] float32
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """TILES times ROWS tokens, in tiles of BLOCK channels."""
+    span = tl.program_id(0)
+    channel = tl.arange(0, BLOCK)
+    s = tl.load(scale + channel, mask=channel < D, other=0.0)[None, :]
+    s_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in tl.range(0, TILES, num_stages=3):  # two tiles are copied to shared memory ahead of their use
+        token = (span.to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        at, use = token * D + channel[None, :], (token < tokens) & (channel[None, :] < D)
+        value = tl.load(x + at, mask=use, other=0.0).to(tl.float32)
+        d = tl.load(d_normed + at, mask=use, other=0.0).to(tl.float32)
+        around = tl.load(d_around + at, mask=use, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(value * value, axis=1) * (1.0 / D) + EPSILON)[:, None]
+        normed, scaled = value * inverse, s * d
+        mean = (tl.sum(scaled * normed, axis=1) * (1.0 / D))[:, None]
+        tl.store(d_x + at, (around + inverse * (scaled - normed * mean)).to(d_x.dtype.element_ty), mask=use)
+        s_sum += d * normed
+    tl.store(d_scale + span.to(tl.int64) * D + channel, tl.sum(s_sum, axis=0), mask=channel < D)
+
+
+def backward_launch(shape: ResidualNormShape, tiles: int) -> Launch:
+    """`residual_norm_backward`; the inputs are those of the kernel in their order."""
+    rows = rows_of(shape)
+    spans = cdiv(shape.tokens, rows * tiles)
+    return Launch(
+        kernel=residual_norm_backward,
+        grid=(spans,),
+        integers=(shape.tokens,),
+        outputs=(((shape.tokens, shape.width), shape.dtype), ((spans, shape.width), "float32")),
+        constants=(
+            ("D", shape.width),
+            ("EPSILON", shape.epsilon),
+            ("ROWS", rows),
+            ("BLOCK", next_power_of_2(shape.width)),
+            ("TILES", tiles),
+        ),
+        num_warps=warps_of(shape),
+        num_stages=1,
+    )

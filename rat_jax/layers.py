@@ -79,15 +79,32 @@ def project_interleaved(
 
     Devices follow one another. The matrix is reordered, not the products.
     """
-    count = num_parts(TENSOR_AXIS)
-    if count == 1:
+    if num_parts(TENSOR_AXIS) == 1:
         return project(linear, x, norm)
     x = x if norm is None else norm(x)
-    *parts, shared = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(cut)), axis=1)
+    return _product(x, _interleaved(linear.kernel[...].astype(linear.dtype), cut, whole))
+
+
+def project_groups(linear: nnx.Linear, x: Float[Array, "B T D"], *groups) -> list:
+    """x W as an array [B, T, sum(sizes)] for each group of sizes, interleaved as by `project_interleaved`.
+
+    Each is a product of its own, so that their gradients are not put together before the backward pass multiplies them;
+    what is put together are the columns of the gradient of W.
+    """
+    kernel = linear.kernel[...].astype(linear.dtype)
+    kernels = jnp.split(kernel, list(itertools.accumulate(map(sum, groups)))[:-1], axis=1)
+    if num_parts(TENSOR_AXIS) > 1:
+        kernels = [_interleaved(part, sizes, whole=0) for part, sizes in zip(kernels, groups, strict=True)]
+    return [_product(x, part) for part in kernels]
+
+
+def _interleaved(kernel: Float[Array, "D c"], cut: tuple, whole: int) -> Float[Array, "D _"]:
+    """Columns as `project_interleaved` says, cut among the devices that have heads."""
+    count = num_parts(TENSOR_AXIS)
+    *parts, shared = jnp.split(kernel, list(itertools.accumulate(cut)), axis=1)
     rows = [part.reshape(part.shape[0], count, -1) for part in parts]
     rows.append(jnp.broadcast_to(shared[:, None], (shared.shape[0], count, whole)))
-    kernel = jnp.concatenate(rows, axis=2).reshape(shared.shape[0], -1)
-    return _product(x, _cut_columns(kernel))
+    return _cut_columns(jnp.concatenate(rows, axis=2).reshape(shared.shape[0], -1))
 
 
 def _cut_columns(matrix: Float[Array, "D c"]) -> Float[Array, "D c"]:

@@ -42,6 +42,7 @@ def convolved_heads_backward(
     TAPS: tl.constexpr,
     SPAN: tl.constexpr,
     PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
     SEGMENTED: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
@@ -55,16 +56,76 @@ def convolved_heads_backward(
     d_taps += (row * tl.cdiv(tokens, SPAN) + span) * (TAPS * width)
     if block < of_keys:
         at_query = channels_of(block, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
-        _span(projected, taps, positions, d_query, d_projected, d_taps, row, span * SPAN, tokens, at_query, 0, width,
-              KEY_WIDTH, TAPS, SPAN, PIECE, SEGMENTED, EPSILON, KEY_DIM**-0.5)
+        _span(
+            projected,
+            taps,
+            positions,
+            d_query,
+            d_projected,
+            d_taps,
+            row,
+            span * SPAN,
+            tokens,
+            at_query,
+            0,
+            width,
+            KEY_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            KEY_DIM**-0.5,
+        )
     elif block < 2 * of_keys:
         at_key = channels_of(block - of_keys, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
-        _span(projected, taps, positions, d_key, d_projected, d_taps, row, span * SPAN, tokens, at_key, KEY_WIDTH,
-              width, KEY_WIDTH, TAPS, SPAN, PIECE, SEGMENTED, EPSILON, 1.0)
+        _span(
+            projected,
+            taps,
+            positions,
+            d_key,
+            d_projected,
+            d_taps,
+            row,
+            span * SPAN,
+            tokens,
+            at_key,
+            KEY_WIDTH,
+            width,
+            KEY_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            1.0,
+        )
     else:
         at_value = channels_of(block - 2 * of_keys, VALUE_WIDTH, VALUE_COLUMNS, 1, VALUE_COLUMNS)
-        _span(projected, taps, positions, d_value, d_projected, d_taps, row, span * SPAN, tokens, at_value,
-              2 * KEY_WIDTH, width, VALUE_WIDTH, TAPS, SPAN, PIECE, SEGMENTED, EPSILON, 0.0)
+        _span(
+            projected,
+            taps,
+            positions,
+            d_value,
+            d_projected,
+            d_taps,
+            row,
+            span * SPAN,
+            tokens,
+            at_value,
+            2 * KEY_WIDTH,
+            width,
+            VALUE_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            0.0,
+        )
 
 
 @triton.jit
@@ -85,6 +146,7 @@ def _span(
     TAPS: tl.constexpr,
     SPAN: tl.constexpr,
     PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
     SEGMENTED: tl.constexpr,
     EPSILON: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -110,7 +172,7 @@ def _span(
         later = (_d_convolved(seen, d_after, place, weights, TAPS, SEGMENTED, EPSILON, LENGTH),) + later  # noqa: RUF005
         later = _of_document(later[: TAPS - 1], place, TAPS, SEGMENTED)
         seen = seen[1:]
-    for back in range(0, SPAN, PIECE):
+    for back in tl.range(0, SPAN, PIECE, num_stages=STAGES):
         last = start + SPAN - 1 - back
         ahead = ()
         for i in tl.static_range(PIECE):
@@ -170,7 +232,7 @@ def _of_document(later, position, TAPS: tl.constexpr, SEGMENTED: tl.constexpr):
         for i in tl.static_range(TAPS - 1):
             found = found + (tl.where(position > 0, later[i], 0.0),)  # noqa: RUF005
         return found
-    else:  # noqa: RET505 (Triton takes one return for each way)
+    else:
         return later
 
 

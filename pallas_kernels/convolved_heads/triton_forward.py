@@ -33,6 +33,7 @@ def convolved_heads_forward(
     TAPS: tl.constexpr,
     SPAN: tl.constexpr,
     PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
     SEGMENTED: tl.constexpr,
     EPSILON: tl.constexpr,
 ):
@@ -45,16 +46,70 @@ def convolved_heads_forward(
     block = tl.program_id(0) % blocks
     if block < of_keys:
         at_query = channels_of(block, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
-        _span(projected, taps, positions, query, row, start, tokens, at_query, 0, width, KEY_WIDTH, TAPS, SPAN, PIECE,
-              SEGMENTED, EPSILON, KEY_DIM**-0.5)
+        _span(
+            projected,
+            taps,
+            positions,
+            query,
+            row,
+            start,
+            tokens,
+            at_query,
+            0,
+            width,
+            KEY_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            KEY_DIM**-0.5,
+        )
     elif block < 2 * of_keys:
         at_key = channels_of(block - of_keys, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
-        _span(projected, taps, positions, key, row, start, tokens, at_key, KEY_WIDTH, width, KEY_WIDTH, TAPS, SPAN,
-              PIECE, SEGMENTED, EPSILON, 1.0)
+        _span(
+            projected,
+            taps,
+            positions,
+            key,
+            row,
+            start,
+            tokens,
+            at_key,
+            KEY_WIDTH,
+            width,
+            KEY_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            1.0,
+        )
     else:
         at_value = channels_of(block - 2 * of_keys, VALUE_WIDTH, VALUE_COLUMNS, 1, VALUE_COLUMNS)
-        _span(projected, taps, positions, value, row, start, tokens, at_value, 2 * KEY_WIDTH, width, VALUE_WIDTH, TAPS,
-              SPAN, PIECE, SEGMENTED, EPSILON, 0.0)
+        _span(
+            projected,
+            taps,
+            positions,
+            value,
+            row,
+            start,
+            tokens,
+            at_value,
+            2 * KEY_WIDTH,
+            width,
+            VALUE_WIDTH,
+            TAPS,
+            SPAN,
+            PIECE,
+            STAGES,
+            SEGMENTED,
+            EPSILON,
+            0.0,
+        )
 
 
 @triton.jit
@@ -73,6 +128,7 @@ def _span(
     TAPS: tl.constexpr,
     SPAN: tl.constexpr,
     PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
     SEGMENTED: tl.constexpr,
     EPSILON: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -85,7 +141,7 @@ def _span(
     for i in tl.static_range(1, TAPS):
         latest = load(projected + FIRST, row, start - i, tokens, C, channel, inside)
         earlier = earlier + (latest.to(tl.float32),)  # noqa: RUF005
-    for first in range(start, start + SPAN, PIECE):
+    for first in tl.range(start, start + SPAN, PIECE, num_stages=STAGES):
         ahead = ()
         for i in tl.static_range(PIECE):
             loaded = load(projected + FIRST, row, first + i, tokens, C, channel, inside)

@@ -33,6 +33,7 @@ class Blocks:
     channels: int  # a power of 2
     warps: int
     piece: int  # tokens that are read before the first of them is used
+    stages: int = 1
     span: int | None = None  # tokens of a program, a multiple of `piece`; None: as few as fill a card
 
 
@@ -82,6 +83,7 @@ class Tiling:
             ("TAPS", shape.taps),
             ("SPAN", self.span(blocks)),
             ("PIECE", blocks.piece),
+            ("STAGES", blocks.stages),
             ("SEGMENTED", shape.segmented),
             ("EPSILON", LENGTH_EPSILON),
         )

@@ -1,7 +1,6 @@
 """Gated DeltaNet: a matrix-valued state that a gate fades and the delta rule rewrites (arXiv 2412.06464)."""
 
 import dataclasses
-import itertools
 import math
 import typing
 from collections.abc import Mapping
@@ -12,15 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, project_parts, projection
+from rat_jax.layers import RmsNorm, project_groups, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_divides
+from rat_jax.ops.convolved_heads import convolved_heads
 from rat_jax.ops.gated_delta_rule import GatedDeltaRuleImplementation, gated_delta_rule
-from rat_jax.ops.short_convolution import short_convolution
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
 
-_LENGTH_EPSILON = 1e-6  # added to the squared lengths of queries and keys, as published
 _DECAY_RATES = (1e-4, 16.0)  # exp(A_log) starts uniform between them; published from 0, whose logarithm is not finite
 _TIME_STEPS = (1e-3, 0.1)  # softplus(dt_bias) starts log-uniform between them, as published
 
@@ -155,15 +153,26 @@ class GatedDeltaNet(Mixer):
         x = x if norm is None else norm(x)  # of two projections
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
-        *parts, output_gate = project_parts(self.in_proj, x, key_width, key_width, value_width, value_width)
+        widths = key_width, key_width, value_width
+        if memory is None:
+            projected, output_gate = project_groups(self.in_proj, x, widths, (value_width,))
+        else:  # of few rows one product, which reads the matrix once
+            projected, output_gate = project_parts(self.in_proj, x, sum(widths), value_width)
         write, decay = (part.astype(jnp.float32) for part in project_parts(self.gate_proj, x, heads, heads))
         with jax.named_scope("convolution"):
-            parts, last_inputs = self._convolve(parts, segments, memory)
-        query, key, value = (part.reshape(*x.shape[:2], heads, -1) for part in parts)
+            convolved = convolved_heads(
+                projected,
+                self.convolution[...] if self.config.conv_size else jnp.ones((1, sum(widths)), jnp.float32),
+                segments,
+                num_heads=heads,
+                key_dim=key_dim,
+                last_inputs=None if memory is None else memory.last_inputs,
+                implementation="xla" if self.implementation == "xla" else None,
+            )
         mixed = gated_delta_rule(
-            (_unit_length(query) * key_dim**-0.5).astype(x.dtype),
-            _unit_length(key).astype(x.dtype),
-            value.astype(x.dtype),
+            convolved.query,
+            convolved.key,
+            convolved.value,
             -jnp.exp(_per_head(self.A_log)) * jax.nn.softplus(decay + _per_head(self.dt_bias)),
             jax.nn.sigmoid(write),
             segment_ids=None if segments.contiguous and memory is None else segments,
@@ -173,7 +182,7 @@ class GatedDeltaNet(Mixer):
         with jax.named_scope("output_gate"):
             normed = self.norm(mixed.out.astype(jnp.float32)).reshape(*x.shape[:2], -1)
             gated = (normed * jax.nn.silu(output_gate.astype(jnp.float32))).astype(x.dtype)
-        memory = None if memory is None else GatedDeltaNetCache(mixed.final_state, last_inputs)
+        memory = None if memory is None else GatedDeltaNetCache(mixed.final_state, convolved.last_inputs)
         return self.out_proj(gated), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> GatedDeltaNetCache:
@@ -190,32 +199,9 @@ class GatedDeltaNet(Mixer):
     def step_bytes(self, memory: GatedDeltaNetCache, position: int) -> int:
         return bytes_of(memory.state) + bytes_of(memory.last_inputs)
 
-    def _convolve(
-        self, parts: list, segments: SegmentInfo, memory: GatedDeltaNetCache | None
-    ) -> tuple[list, Float[Array, "B earlier c"] | None]:
-        """silu of the convolved parts [B, T, c] each, and the inputs that the next tokens need if there is a memory."""
-        last_inputs = None if memory is None else memory.last_inputs
-        if not self.config.conv_size:
-            return [jax.nn.silu(part.astype(jnp.float32)) for part in parts], last_inputs
-        ends = list(itertools.accumulate(part.shape[-1] for part in parts))[:-1]
-        kernels = jnp.split(self.convolution[...], ends, axis=-1)
-        earlier = [None] * len(parts) if memory is None else jnp.split(last_inputs, ends, axis=-1)
-        convolved = [
-            short_convolution(part, kernel, segments, last)
-            for part, kernel, last in zip(parts, kernels, earlier, strict=True)
-        ]
-        if memory is not None:
-            last_inputs = jnp.concatenate([part.last_inputs for part in convolved], axis=-1)
-        return [jax.nn.silu(part.out) for part in convolved], last_inputs
-
 
 def _per_head(parameter: nnx.Param) -> Float32[Array, "1 1 N"]:
     return parameter[...].reshape(1, 1, -1)
-
-
-def _unit_length(x: Float[Array, "*axes H"]) -> Float32[Array, "*axes H"]:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + _LENGTH_EPSILON)
 
 
 def _time_step_bias(key: Array, num_heads: int) -> Float32[Array, " N"]:

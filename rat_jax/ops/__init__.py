@@ -2,6 +2,8 @@
 
 from rat_jax.ops.attention import attention
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
+from rat_jax.ops.convolved_heads import convolved_heads
+from rat_jax.ops.convolved_heads_types import ConvolvedHeads
 from rat_jax.ops.dispatch import UnsupportedError
 from rat_jax.ops.gated_delta_rule import gated_delta_rule
 from rat_jax.ops.gated_delta_rule_types import GatedDeltaRuleOutput
@@ -19,6 +21,7 @@ from rat_jax.ops.rnn_types import RnnOutput
 
 __all__ = [
     "AttentionOutput",
+    "ConvolvedHeads",
     "GatedDeltaRuleOutput",
     "KeyInfo",
     "LinearAttentionOutput",
@@ -29,6 +32,7 @@ __all__ = [
     "RnnOutput",
     "UnsupportedError",
     "attention",
+    "convolved_heads",
     "gated_delta_rule",
     "gated_recurrence",
     "gelu_mlp",

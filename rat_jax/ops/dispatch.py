@@ -133,6 +133,7 @@ class Kernel(abc.ABC):
       replicated: arguments without batch rows: whole on every device, their gradients summed over the devices.
       num_differentiated: so many first arguments have gradients by `backward`; 0 where there is no `backward`.
       saved_results: results that `backward` reads.
+      recomputed: `jax.checkpoint` computes the results again even where its policy saves those of kernels.
       without_gradient: results whose gradients `backward` does not take; where one is wanted plain XLA differentiates.
     """
 
@@ -140,6 +141,7 @@ class Kernel(abc.ABC):
     replicated: tuple[int, ...]
     num_differentiated: ClassVar[int]
     saved_results: ClassVar[tuple[int, ...]] = ()
+    recomputed: ClassVar[bool] = False
     without_gradient: ClassVar[tuple[int, ...]] = ()
 
     @abc.abstractmethod
@@ -181,7 +183,7 @@ def _forward_pass(kernel: Kernel, fall_back: bool, arguments: tuple[Any, ...]) -
 
     settled = _by_platform(kernel, kernel.forward, plain if fall_back else None)
     found = _on_each_device(settled, num_results=2, replicated=kernel.replicated, summed=())(*arguments)
-    return save_named(found) if kernel.num_differentiated else found
+    return save_named(found) if kernel.num_differentiated and not kernel.recomputed else found
 
 
 def _forward(kernel: Kernel, fall_back: bool, arguments: tuple[Any, ...]):

@@ -56,6 +56,8 @@ def short_convolution(
 def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> tuple[Array, Array]:
     """taps - 1 columns and x, with the last inputs right before each row's first token; and the new last inputs."""
     batch, reach, _ = last_inputs.shape
+    if reach == 0:
+        return x, last_inputs
     is_token = segments.is_token
     first = jnp.argmax(is_token, axis=1)  # 0 where there is none
     last = jnp.max(jnp.where(is_token, jnp.arange(x.shape[1])[None], -1), axis=1)

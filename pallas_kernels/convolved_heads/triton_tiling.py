@@ -47,11 +47,11 @@ class Tiling:
 
     @property
     def forward_blocks(self) -> Blocks:
-        return self.of_forward or Blocks(256, 1, 8)
+        return self.of_forward or Blocks(256, 1, 8, 2)
 
     @property
     def backward_blocks(self) -> Blocks:
-        return self.of_backward or Blocks(256, 1, 4)
+        return self.of_backward or Blocks(128, 1, 4, 2)
 
     def span(self, blocks: Blocks) -> int:
         """Tokens of a program."""

@@ -67,6 +67,8 @@ def convolved_heads(
             f"projected must have num_heads (2 key_dim + Hv) channels, for num_heads {num_heads} and key_dim {key_dim} "
             f"a multiple of {num_heads} above {of_keys}, got {channels}"
         )
+    if last_inputs is not None and last_inputs.shape != (batch, taps.shape[0] - 1, channels):
+        raise ValueError(f"last_inputs must be {(batch, taps.shape[0] - 1, channels)}, got {last_inputs.shape}")
     require_positions(last_inputs, segment_ids)
     segments = as_segments(segment_ids, (batch, tokens))
     taps = taps.astype(jnp.float32)

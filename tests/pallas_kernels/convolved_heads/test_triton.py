@@ -75,7 +75,7 @@ def test_kernels_compile_for_gpus(make, shape, capability):
     dtypes = tuple({"d": shape.dtype, "f": "float32", "i": "int32"}[letter] for letter in LAUNCHES[make].split())
     found = triton_compile.compile_launch(launch, dtypes, capability)
     assert launch.name in found.text
-    assert found.registers <= 128 and found.spilled_bytes <= 16
+    assert found.registers <= (144 if shape.key_dim <= 128 else 255) and found.spilled_bytes == 0
     assert "cp.async.c" in found.text
 
 

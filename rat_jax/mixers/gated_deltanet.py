@@ -88,6 +88,8 @@ class GatedDeltaNet(Mixer):
     q, k, v = silu(convolution(q, k, v)); q and k then have length 1 in each head, q divided by sqrt(Hk);
     write_strength = sigmoid(w), log_decay = -exp(A_log) softplus(d + dt_bias). The norm is over the Hv channels of
     each head, with one scale for all heads.
+
+    A named `implementation` is that of the rule; "xla" makes all of the layer plain XLA.
     """
 
     Config = GatedDeltaNetConfig

@@ -21,7 +21,14 @@ from tests.pallas_kernels import triton_compile, triton_interpreter
 from tests.pallas_kernels.convolved_heads import triton_twin
 from tests.pallas_kernels.convolved_heads.triton_twin import CASES, RESULTS
 
-SLOW = ("whole", "two_taps", "one_token", "wide_heads", "chosen_blocks")  # the code of these is in the others
+SLOW = (
+    "whole",
+    "one_tap",
+    "two_taps",
+    "one_token",
+    "wide_heads",
+    "chosen_blocks",
+)  # the code of these is in the others
 LIMITS = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1e-2}
 LAUNCHES = {forward_launch: "d f i", backward_launch: "d f i d d d"}  # the dtypes of inputs: d is the call's
 

@@ -127,4 +127,6 @@ def _with_first(
     placed = jax.tree.map(lambda x: jnp.pad(x[:, :count], [(0, 0), (reach, 0)]), segments)
     placed = SegmentInfo(placed.segment_ids, placed.positions, placed.token_index, contiguous=False)
     first = convolved_heads_xla.convolve(inputs, taps, placed, num_heads, key_dim)[:3]
-    return tuple(x.at[:, :count].set(y[:, reach:]) for x, y in zip(own, first, strict=True))
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(x, y[:, reach:], 0, axis=1) for x, y in zip(own, first, strict=True)
+    )

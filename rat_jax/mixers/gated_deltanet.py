@@ -156,7 +156,7 @@ class GatedDeltaNet(Mixer):
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
         widths = key_width, key_width, value_width
-        if memory is None:
+        if x.shape[1] > 1:
             projected, output_gate = project_groups(self.in_proj, x, widths, (value_width,))
         else:  # of few rows one product, which reads the matrix once
             projected, output_gate = project_parts(self.in_proj, x, sum(widths), value_width)

@@ -1,5 +1,6 @@
 """Convolved heads: queries, keys and values that short convolutions, silu and a length of 1 make of a projection."""
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -49,7 +50,7 @@ def convolved_heads(
         where there were fewer; with a `SegmentInfo` that continues from them. Those of the next call come back. None:
         the tokens start their rows.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes the
-        call, and "xla" elsewhere, for one token and with `last_inputs`.
+        call, and "xla" elsewhere and for one token, which XLA joins with what surrounds it.
 
     Raises:
       ValueError: if shapes do not fit, or `last_inputs` come without a `SegmentInfo`.
@@ -80,17 +81,15 @@ def convolved_heads(
     sizes = rows, tokens, num_heads, key_dim, value_dim, taps.shape[0], dtype
     shape = ConvolvedHeadsShape(*sizes, segmented=not segments.contiguous)
 
-    def unsupported_reason(name: str) -> str | None:
-        if last_inputs is not None:
-            return "it takes rows from their first token on, and no last_inputs; implementation 'xla' does"
-        return triton_tiling.unsupported_reason(shape)
-
     order = _FASTEST_FIRST if tokens > 1 else ()
-    chosen = dispatch.choose(implementation, order, batch, unsupported_reason)
+    chosen = dispatch.choose(implementation, order, batch, lambda _: triton_tiling.unsupported_reason(shape))
     if chosen == "xla":
         return convolved_heads_xla.convolve(projected, taps, segments, num_heads, key_dim, last_inputs)
     kernel = convolved_heads_kernels.Convolve(chosen, shape)
-    return ConvolvedHeads(*dispatch.run(kernel, implementation is None, projected, taps, segments), None)
+    own = dispatch.run(kernel, implementation is None, projected, taps, segments)
+    if last_inputs is None:
+        return ConvolvedHeads(*own, None)
+    return _continued(own, projected, taps, segments, num_heads, key_dim, last_inputs.astype(projected.dtype))
 
 
 def _of_parts(
@@ -125,8 +124,44 @@ def _with_first(
     count = min(reach, projected.shape[1])
     inputs = jnp.concatenate([context.tokens_before(projected, reach), projected[:, :count]], axis=1)
     placed = jax.tree.map(lambda x: jnp.pad(x[:, :count], [(0, 0), (reach, 0)]), segments)
-    placed = SegmentInfo(placed.segment_ids, placed.positions, placed.token_index, contiguous=False)
+    placed = dataclasses.replace(placed, contiguous=False)
     first = convolved_heads_xla.convolve(inputs, taps, placed, num_heads, key_dim)[:3]
     return tuple(
         jax.lax.dynamic_update_slice_in_dim(x, y[:, reach:], 0, axis=1) for x, y in zip(own, first, strict=True)
     )
+
+
+def _continued(
+    own: tuple[Array, Array, Array],
+    projected: Array,
+    taps: Array,
+    segments: SegmentInfo,
+    num_heads: int,
+    key_dim: int,
+    last_inputs: Array,
+) -> ConvolvedHeads:
+    """Results of rows that start with these tokens, and what changes where earlier calls had others before them.
+
+    That are the first taps - 1 columns from a row's first token on, each beside its neighbours: by plain XLA.
+    """
+    reach = last_inputs.shape[1]
+    if reach == 0:
+        return ConvolvedHeads(*own, last_inputs)
+    slots, columns = jnp.arange(reach)[None], jnp.arange(projected.shape[1])[None]
+    first = jnp.argmax(segments.is_token, axis=1)[:, None]  # 0 where there is none
+    last = jnp.max(jnp.where(segments.is_token, columns, -1), axis=1)[:, None]
+    places = first + slots
+    inputs = jnp.concatenate([last_inputs, _columns(projected, places)], axis=1)
+    placed = jax.tree.map(lambda x: jnp.pad(_columns(x, places), [(0, 0), (reach, 0)]), segments)
+    placed = dataclasses.replace(placed, contiguous=False)
+    changed = convolved_heads_xla.convolve(inputs, taps, placed, num_heads, key_dim)[:3]
+    put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
+    results = (put(x, places, y[:, reach:]) for x, y in zip(own, changed, strict=True))
+    ends = last + 1 - reach + slots  # columns of the last tokens; before the first those of earlier calls
+    earlier = _columns(last_inputs, ends - first + reach)
+    return ConvolvedHeads(*results, jnp.where((ends >= first)[..., None], _columns(projected, ends), earlier))
+
+
+def _columns(x: Array, places: Array) -> Array:
+    """Of [B, T, ...] some columns [B, n]; the nearest where there is none."""
+    return jax.vmap(lambda row, places: row[jnp.clip(places, 0, row.shape[0] - 1)])(x, places)

@@ -13,7 +13,7 @@ from rat_jax.shapes import Array, Int
 
 @dataclasses.dataclass(frozen=True)
 class Convolve(dispatch.Kernel):
-    """Of `projected`, taps and segments: queries, keys and values, of rows that continue from no earlier tokens."""
+    """Of `projected`, taps and segments: queries, keys and values of rows that start with these tokens."""
 
     implementation: str
     shape: ConvolvedHeadsShape

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.ops import UnsupportedError, convolved_heads, platform
+from rat_jax.ops import UnsupportedError, convolved_heads, dispatch, platform
 from rat_jax.ops.remat import saving_named
 from rat_jax.segments import StreamState, from_segments, whole_rows
 from tests import reference, virtual_devices
@@ -118,21 +118,31 @@ def test_kernels_err_at_most_twice_as_much_as_plain_xla(tokens, sizes, dtype):
         assert error <= 2 * budget + 2e-6 * np.linalg.norm(truth)
 
 
-@pytest.mark.parametrize(("parts", "taps"), [([9, 1, 1, 29], 4), ([20, 20], 1)])
-def test_earlier_inputs_go_on(parts, taps):
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "plain_kernel"])
+@pytest.mark.parametrize(("parts", "taps"), [([2, 7, 1, 1, 29], 4), ([20, 20], 1)])
+def test_earlier_inputs_go_on(parts, taps, implementation, monkeypatch):
+    """With plain XLA in the kernel's place, too, around which its rows continue."""
+    if implementation == "plain_kernel":
+        implementation = "triton"
+        monkeypatch.setattr(dispatch, "choose", lambda *arguments: "triton")
+        monkeypatch.setattr(dispatch, "run", lambda kernel, fall_back, *arguments: kernel.plain(*arguments))
     projected, kernel = arrays(taps=taps)
 
     @jax.jit
     def go_on(projected, ids, end, last_inputs):
         segments, end = from_segments(ids, end)
-        return convolved_heads(projected, kernel, segments, **SIZES, last_inputs=last_inputs), end
+        options = SIZES | {"last_inputs": last_inputs, "implementation": implementation}
+        return convolved_heads(projected, kernel, segments, **options), end
 
     last_inputs, end, found, start = jnp.zeros((2, taps - 1, 42)), StreamState.empty(2), [], 0
     for size in parts:
         part = slice(start, start + size)
-        heads, end = go_on(projected[:, part], jnp.asarray(PACKED[:, part]), end, last_inputs)
-        found.append(heads[:3])
+        padding = (2, 1) if len(found) % 2 else (0, 0)
+        x = jnp.pad(projected[:, part], [(0, 0), padding, (0, 0)], constant_values=100)
+        heads, end = go_on(x, jnp.pad(PACKED[:, part], [(0, 0), padding]), end, last_inputs)
+        found.append([x[:, padding[0] : padding[0] + size] for x in heads[:3]])
         last_inputs, start = heads.last_inputs, start + size
+    np.testing.assert_array_equal(last_inputs, projected[:, 41 - taps :])
     is_token = PACKED != 0
     for xs, wanted in zip(zip(*found, strict=True), expected(projected, kernel, PACKED), strict=True):
         np.testing.assert_allclose(np.concatenate(xs, axis=1)[is_token], wanted[is_token], atol=2e-6)
@@ -160,7 +170,7 @@ def test_parts_on_devices_are_what_one_device_gives(on_meshes, mesh):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernels_are_traced_for_a_gpu_but_of_one_token_and_with_earlier_inputs(monkeypatch):
+def test_the_kernels_are_traced_for_a_gpu_but_of_one_token(monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     for implementation, tokens, is_kernel in (
@@ -175,10 +185,6 @@ def test_the_kernels_are_traced_for_a_gpu_but_of_one_token_and_with_earlier_inpu
 
         text = str(jax.jit(jax.grad(loss)).trace(*arrays(tokens)).jaxpr)
         assert all((f"convolved_heads_{name}" in text) == is_kernel for name in ("forward", "backward"))
-    with pytest.raises(UnsupportedError, match="it takes rows from their first token on, and no last_inputs"):
-        convolved_heads(
-            *arrays(), whole_rows(2, 40), **SIZES, last_inputs=jnp.zeros((2, 3, 42)), implementation="triton"
-        )
 
 
 def test_policies_that_save_kernel_results_compute_these_again(monkeypatch):

@@ -7,10 +7,10 @@ from pallas_kernels.convolved_heads.shape import LENGTH_EPSILON, ConvolvedHeadsS
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
-MAX_TAPS = 4
-_PROGRAMS = 8192
-_LEAST_SPAN = 64
-_MOST_SPAN = 256
+MAX_TAPS = 4  # whose weights, sums and tokens fit the registers
+_PROGRAMS = 8192  # that fill a card: rows are cut where there are fewer
+_LEAST_SPAN = 64  # tokens: those around a span are read twice
+_MOST_SPAN = 256  # tokens: longer ones would leave cards idle at the end
 
 
 def unsupported_reason(shape: ConvolvedHeadsShape) -> str | None:
@@ -30,11 +30,11 @@ def unsupported_reason(shape: ConvolvedHeadsShape) -> str | None:
 class Blocks:
     """What a program of one kernel takes, and how it is compiled."""
 
-    channels: int  # a power of 2
+    channels: int  # a power of 2; heads that are wider are taken one by one
     warps: int
-    piece: int  # tokens that are read before the first of them is used
-    stages: int = 1
-    span: int | None = None  # tokens of a program, a multiple of `piece`; None: as few as fill a card
+    piece: int  # tokens of a step; with fewer than taps - 1 Triton copies nothing ahead
+    stages: int = 1  # pieces that are copied ahead into shared memory, and the one that is used
+    span: int | None = None  # tokens of a program, a multiple of `piece`; None: as many as leave enough programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Tiling:
 
     @property
     def forward_blocks(self) -> Blocks:
-        return self.of_forward or Blocks(256, 1, 8, 2)
+        return self.of_forward or Blocks(256, 1, 8, 2)  # loads of 16 bytes a thread
 
     @property
     def backward_blocks(self) -> Blocks:
-        return self.of_backward or Blocks(128, 1, 4, 2)
+        return self.of_backward or Blocks(128, 1, 4, 2)  # twice the channels take 221 registers for 96
 
     def span(self, blocks: Blocks) -> int:
         """Tokens of a program."""

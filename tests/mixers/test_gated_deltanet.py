@@ -173,6 +173,38 @@ def test_gates_and_norms_stay_float32_in_bfloat16():
     assert np.linalg.norm(np.float32(found) - want) < 2e-2 * np.linalg.norm(want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_err_at_most_twice_as_much_as_plain_xla(packed):
+    """In bfloat16, measured from plain XLA in float32: the output, the gradients of input, matrices and taps."""
+    draw = np.random.default_rng(4)
+    x, d_y = (jnp.float32(draw.standard_normal((2, 300, 256))) for _ in range(2))
+    ids = jnp.asarray([[3] * 100 + [0] * 7 + [1] * 193, [2] * 300]) if packed else None
+    d_y = d_y if ids is None else d_y * (ids != 0)[..., None]
+
+    def run(dtype, implementation):
+        options = {"head_dim": 64, "expand_v": 1.0, "dtype": dtype, "implementation": implementation}
+        graphdef, params = nnx.split(GatedDeltaNet(256, 4, **options, rngs=nnx.Rngs(0)))
+
+        @jax.jit
+        def both(params, x, d_y):
+            y, pull_back = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, ids), params, x)
+            return y, *pull_back(d_y)
+
+        with jax.default_matmul_precision("highest"):
+            y, d_params, d_x = both(params, x.astype(dtype), d_y.astype(dtype))
+        gradients = {".".join(path): param[...] for path, param in nnx.to_flat_state(d_params)}
+        wide = {name: gradient for name, gradient in gradients.items() if gradient.ndim == 2}
+        return wide | {"x": d_x, "y": y if ids is None else y * (ids != 0)[..., None]}
+
+    exact, plain, found = run(jnp.float32, "xla"), run(jnp.bfloat16, "xla"), run(jnp.bfloat16, "triton")
+    assert {"in_proj.kernel", "out_proj.kernel", "convolution"} < set(exact)
+    for name, truth in exact.items():
+        truth = np.asarray(truth, np.float64)
+        error, budget = (np.linalg.norm(np.asarray(x[name], np.float64) - truth) for x in (found, plain))
+        assert error <= 2 * budget, (name, error / budget)
+
+
 @pytest.mark.parametrize(
     ("module", "millions"), [(gated_deltanet_1b, 1299.8), (gated_deltanet_swa_1b, 1265.7)], ids=["alone", "swa"]
 )

@@ -9,12 +9,13 @@ from jax.sharding import PartitionSpec
 
 from rat_jax.mesh import TENSOR_AXIS, num_parts
 from rat_jax.ops.normed_product import normed_product
-from rat_jax.ops.normed_product_xla import gelu, multiply_rows, rms_norm
+from rat_jax.ops.normed_product_xla import gelu, multiply_parts, multiply_rows, rms_norm
 from rat_jax.ops.residual_norm import ResidualNormOutput, residual_norm
 from rat_jax.shapes import Array, Float, Float32
 
 NORM_EPSILON = 1e-6  # of the release
 INITIAL_STD = 0.02  # of every weight matrix of the release, the embedding too
+_WIDEST_READING = 8  # rows of x that are so many times wider than a part take longer to read than to multiply
 
 
 def projection(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
@@ -64,12 +65,20 @@ def _normed_product(linear: nnx.Linear, x: Array, norm: RmsNorm, *, with_gelu: b
 
 
 def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, norm: RmsNorm | None = None) -> list:
-    """As `project`, as arrays [B, T, size]; where the mesh in use cuts heads, each is cut among its devices."""
-    if num_parts(TENSOR_AXIS) == 1:
-        return jnp.split(project(linear, x, norm), list(itertools.accumulate(sizes))[:-1], axis=-1)
+    """As `project`, as arrays [B, T, size]; where the mesh in use cuts heads, each is cut among its devices.
+
+    Each part is a product of its own, so that kernels read it as it lies. A single token, which is one launch, and
+    parts too narrow to pay for another reading of x are cut out of one product.
+    """
+    borders = list(itertools.accumulate(sizes))[:-1]
+    is_whole = num_parts(TENSOR_AXIS) == 1
+    if is_whole and (x.shape[1] == 1 or min(sizes) * _WIDEST_READING < linear.in_features):
+        return jnp.split(project(linear, x, norm), borders, axis=-1)
     x = x if norm is None else norm(x)
-    parts = jnp.split(linear.kernel[...].astype(linear.dtype), list(itertools.accumulate(sizes))[:-1], axis=1)
-    return [_product(x, _cut_columns(part)) for part in parts]
+    matrix = linear.kernel[...].astype(linear.dtype)
+    if is_whole:
+        return multiply_parts(x.astype(linear.dtype), matrix, sizes)
+    return [_product(x, _cut_columns(part)) for part in jnp.split(matrix, borders, axis=1)]
 
 
 def project_interleaved(

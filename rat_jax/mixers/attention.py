@@ -20,7 +20,7 @@ from rat_jax.mixers.base import (
     require_even_heads,
 )
 from rat_jax.ops.attention import KeyInfo, attention
-from rat_jax.ops.rope import rotate
+from rat_jax.ops.rope import rotate_tokens
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo, write_slots
 from rat_jax.shapes import Array, Float
@@ -86,7 +86,7 @@ class HeadProjections(Mixer):
         if self.shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.config.rope:
-            query, key = (rotate(heads, segments.positions, self.config.rope_base) for heads in (query, key))
+            query, key = (rotate_tokens(heads, segments, self.config.rope_base) for heads in (query, key))
         return query, key, value
 
 

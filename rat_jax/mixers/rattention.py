@@ -18,7 +18,7 @@ from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.linear_attention_xla import features, lagged
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
-from rat_jax.ops.rope import rotate
+from rat_jax.ops.rope import rotate, rotate_tokens
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
 from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32
@@ -155,7 +155,7 @@ class Rattention(Mixer):
             linear, state = self._linear_branch(query, key, value, segments, memory)
         with jax.named_scope("local_branch"):
             if self.config.rope:
-                query, key = (rotate(heads, segments.positions, self.config.rope_base) for heads in (query, key))
+                query, key = (rotate_tokens(heads, segments, self.config.rope_base) for heads in (query, key))
             ring = None if memory is None else memory.ring
             local, ring = attend_in_window(query, key, value, segments, ring, self.config.window)
         mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(x.dtype)

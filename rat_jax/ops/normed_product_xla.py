@@ -1,5 +1,7 @@
 """Norm, product and GELU by XLA; modules take each by itself too."""
 
+import functools
+import itertools
 import math
 from typing import Any
 
@@ -34,6 +36,36 @@ def multiply_rows(rows: Array, matrix: Array, dimension_numbers: Any = None, **o
         return jax.lax.dot_general(rows, matrix, dimension_numbers, **options)
     twice = jnp.concatenate([rows, rows], axis=-2)
     return jax.lax.dot_general(twice, matrix, dimension_numbers, **options)[..., :1, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply_parts(rows: Float[Array, "*axes D"], matrix: Float[Array, "D c"], sizes: tuple) -> list:
+    """`multiply_rows` as arrays of so many columns each, which lie by themselves.
+
+    Their gradients are put together once, into an array that both products of the backward pass read: left alone, XLA
+    writes the parts for one of them and all of it for the other.
+    """
+    return _products(rows, matrix, sizes)
+
+
+def _products(rows: Array, matrix: Array, sizes: tuple) -> list:
+    return [multiply_rows(rows, part) for part in jnp.split(matrix, list(itertools.accumulate(sizes))[:-1], axis=1)]
+
+
+def _multiply_parts_forward(rows: Array, matrix: Array, sizes: tuple):
+    return _products(rows, matrix, sizes), (rows, matrix)  # in the open, so that `jax.checkpoint` may save the products
+
+
+def _multiply_parts_backward(sizes: tuple, kept: tuple[Array, Array], d_parts: list) -> tuple[Array, Array]:
+    del sizes
+    rows, matrix = kept
+    d_out = jax.lax.optimization_barrier(jnp.concatenate(d_parts, axis=-1))
+    (d_rows,) = jax.linear_transpose(lambda rows: multiply_rows(rows, matrix), rows)(d_out)
+    (d_matrix,) = jax.linear_transpose(lambda matrix: multiply_rows(rows, matrix), matrix)(d_out)
+    return d_rows, d_matrix
+
+
+multiply_parts.defvjp(_multiply_parts_forward, _multiply_parts_backward)
 
 
 def multiply(

@@ -2,13 +2,23 @@
 
 import jax.numpy as jnp
 
+from rat_jax.ops import context
+from rat_jax.segments import SegmentInfo
 from rat_jax.shapes import Array, Float, Float32, Int
 
 
-def rotate(x: Float[Array, "B T *axes H"], positions: Int[Array, "B T"], base: float) -> Float[Array, "B T *axes H"]:
+def rotate_tokens(x: Float[Array, "B T *axes H"], segments: SegmentInfo, base: float) -> Float[Array, "B T *axes H"]:
+    """`rotate` by the positions of `segments`; where all rows have the same, angles are those of one row."""
+    if segments.contiguous and context.num_parts() == 1:
+        return rotate(x, jnp.arange(x.shape[1], dtype=jnp.int32)[None], base)
+    return rotate(x, segments.positions, base)
+
+
+def rotate(x: Float[Array, "B T *axes H"], positions: Int[Array, "b T"], base: float) -> Float[Array, "B T *axes H"]:
     """Rotates the channel pairs (i, i + H/2) of `x` by the angles positions * base**(-2 i / H).
 
-    Angles and products are float32; the result has the dtype of `x`. H must be even.
+    Angles and products are float32; the result has the dtype of `x`. H must be even, and b is B, or 1 for positions of
+    all rows.
     """
     cos, sin = angles(positions, x.shape[-1], base)
     shape = cos.shape[:2] + (1,) * (x.ndim - 3) + cos.shape[2:]

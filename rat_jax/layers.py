@@ -124,23 +124,6 @@ def _product(rows: Float[Array, "B T D"], matrix: Float[Array, "D c"]) -> Float[
     return multiply_rows(rows.astype(matrix.dtype), matrix)
 
 
-class PerHeadRmsNorm(nnx.Module):
-    """As `RmsNorm`, over the channels of each head by itself and with a scale for each channel of each head.
-
-    The scale is a vector of all heads' channels, because vectors stay float32 where matrices may be cast.
-    """
-
-    def __init__(self, width: int, epsilon: float, initial_scale: float = 1.0):
-        self.scale = nnx.Param(jnp.full((width,), initial_scale, jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*axes N H"]) -> Float32[Array, "*axes N H"]:
-        """Normalises every head; the result is float32."""
-        x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * inverse * self.scale[...].reshape((1,) * (x.ndim - 2) + x.shape[-2:])
-
-
 def chrono_gate_bias(key: Array, width: int, max_timescale: int) -> Float32[Array, " D"]:
     """Forget-gate biases log(Uniform(1, max_timescale - 1)): memories of 1 .. max_timescale tokens (arXiv 1804.11188).
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import INITIAL_STD, PerHeadRmsNorm, RmsNorm, project_parts, projection
+from rat_jax.layers import INITIAL_STD, RmsNorm, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_even_heads
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window, mean_keys_in_window
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.linear_attention_xla import features, lagged
+from rat_jax.ops.normed_sum import normed_sum
 from rat_jax.ops.residual_linear_attention import residual_linear_attention
 from rat_jax.ops.rope import rotate, rotate_tokens
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
@@ -62,6 +63,16 @@ class RattentionCache:
 
     ring: LocalAttentionCache
     state: Float32[Array, "B K E H"]  # of the last document, without the learned initial state
+
+
+class BranchNorm(nnx.Module):
+    """The scale of a norm over the channels of each head by itself, of all heads' channels.
+
+    It is a vector because vectors stay float32 where matrices may be cast.
+    """
+
+    def __init__(self, width: int, initial_scale: float):
+        self.scale = nnx.Param(jnp.full((width,), initial_scale, jnp.float32))
 
 
 class Rattention(Mixer):
@@ -124,9 +135,7 @@ class Rattention(Mixer):
         kv_width = shape.kv_heads * shape.head_dim
         self.in_proj = projection(width, width + 2 * kv_width, jnp.dtype(dtype), rngs)
         self.out_proj = projection(width, width, jnp.dtype(dtype), rngs)
-        self.local_norm, self.linear_norm = (
-            PerHeadRmsNorm(width, _BRANCH_NORM_EPSILON, branch_scale) for _ in range(2)
-        )
+        self.local_norm, self.linear_norm = (BranchNorm(width, branch_scale) for _ in range(2))
         if qk_norm:
             self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
         if learned_scales:
@@ -158,7 +167,8 @@ class Rattention(Mixer):
                 query, key = (rotate_tokens(heads, segments, self.config.rope_base) for heads in (query, key))
             ring = None if memory is None else memory.ring
             local, ring = attend_in_window(query, key, value, segments, ring, self.config.window)
-        mixed = (self.local_norm(local) + self.linear_norm(linear)).astype(x.dtype)
+        scales = self.local_norm.scale[...], self.linear_norm.scale[...]
+        mixed = normed_sum(local, linear, *scales, epsilon=_BRANCH_NORM_EPSILON).astype(x.dtype)
         return self.out_proj(mixed.reshape(x.shape)), None if memory is None else RattentionCache(ring, state)
 
     def init_memory(self, batch_size: int, capacity: int) -> RattentionCache:

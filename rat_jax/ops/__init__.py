@@ -11,6 +11,7 @@ from rat_jax.ops.linear_attention import linear_attention
 from rat_jax.ops.linear_attention_types import LinearAttentionOutput
 from rat_jax.ops.mlp import gelu_mlp
 from rat_jax.ops.normed_product import normed_product
+from rat_jax.ops.normed_sum import normed_sum
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatOutput, RatState
 from rat_jax.ops.recurrence import gated_recurrence
@@ -38,6 +39,7 @@ __all__ = [
     "gelu_mlp",
     "linear_attention",
     "normed_product",
+    "normed_sum",
     "rat_mix",
     "residual_linear_attention",
     "residual_norm",

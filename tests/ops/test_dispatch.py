@@ -11,6 +11,7 @@ import pytest
 from rat_jax.errors import RatJaxError
 from rat_jax.ops import UnsupportedError, dispatch, platform
 from rat_jax.ops.rat import RatImplementation
+from rat_jax.ops.remat import saving_named
 
 
 def trace_for(monkeypatch, name, capability=None, devices=1):
@@ -136,6 +137,25 @@ def test_a_gradient_that_the_kernel_does_not_take_is_that_of_plain_xla():
     assert loss == 20 * jnp.sum(X * W)
     np.testing.assert_array_equal(d_x, 2 * jnp.broadcast_to(W, X.shape))
     np.testing.assert_array_equal(d_w, 2 * X.sum(axis=0, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeAgain(Scaled):
+    """One whose results are not worth their memory."""
+
+    recomputed: ClassVar[bool] = True
+
+
+def test_checkpoints_save_what_kernels_give_but_of_those_that_say_no():
+    policy = saving_named(jax.checkpoint_policies.nothing_saveable)
+    for kernel, sizes in ((Scaled("pallas_tpu"), [(2, 3), (1,)]), (MadeAgain("pallas_tpu"), [])):
+
+        def loss(x, w, kernel=kernel):
+            return jnp.sum(jnp.sin(dispatch.run(kernel, False, x, w, IDS)[0]))
+
+        _, pull = jax.vjp(jax.checkpoint(loss, policy=policy), X, W)
+        kept = sorted(leaf.shape for leaf in jax.tree.leaves(pull))
+        assert kept == sorted([X.shape, W.shape, IDS.shape, *sizes]), kernel
 
 
 @dataclasses.dataclass(frozen=True)

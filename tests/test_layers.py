@@ -1,4 +1,4 @@
-"""Projections of a single row and in parts, as GPUs run them, and rotations of whole rows."""
+"""Norms, projections of a single row and in parts, as GPUs run them, and rotations of whole rows."""
 
 import math
 
@@ -10,6 +10,7 @@ from flax import nnx
 
 from rat_jax.layers import project_parts, projection
 from rat_jax.ops import platform
+from rat_jax.ops.normed_product_xla import rms_norm
 from rat_jax.ops.rope import rotate, rotate_tokens
 from rat_jax.segments import as_segments, whole_rows
 from tests.equations import equations
@@ -29,6 +30,23 @@ def test_a_single_row_is_taken_twice_where_a_gpu_is_expected(name, num_rows, mon
     got = run.lower().compile()(params, x)
     assert got.shape == (1, 1, 6)
     np.testing.assert_allclose(got[0, 0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 3e-3)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_gradients_of_the_norm_are_those_of_float64(size, dtype, limit):
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(scale * rng.normal(size=(2, 5, 96)), dtype) for scale in (size, 1.0))
+    scale = jnp.asarray(rng.uniform(0.1, 2.0, 96), jnp.float32)
+    out, pull = jax.vjp(lambda x, scale: rms_norm(x, scale, 1e-6), x, scale)
+    d_x, d_scale = pull(d_out)
+    exact_x, exact_scale, d_out = (np.asarray(a, np.float64) for a in (x, scale, d_out))
+    root = np.sqrt((exact_x**2).mean(-1, keepdims=True) + 1e-6)
+    normed, scaled = exact_x / root, d_out * exact_scale
+    wanted_x = (scaled - normed * (scaled * normed).mean(-1, keepdims=True)) / root
+    assert (out.dtype, d_x.dtype, d_scale.dtype) == (x.dtype, x.dtype, jnp.float32)
+    for a, b in ((out, normed * exact_scale), (d_x, wanted_x), (d_scale, (d_out * normed).sum((0, 1)))):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= limit * np.linalg.norm(b)
 
 
 def columns_of_products(function, x, *others):

@@ -12,11 +12,40 @@ from rat_jax.ops import platform
 from rat_jax.shapes import Array, Float, Float32
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "*axes D"], scale: Float32[Array, " D"], epsilon: float) -> Float[Array, "*axes D"]:
-    """x / sqrt(mean(x^2) + epsilon) * scale over the channels (arXiv 1910.07467), in float32, returned in x's dtype."""
+    """x / sqrt(mean(x^2) + epsilon) * scale over the channels (arXiv 1910.07467), in float32, returned in x's dtype.
+
+    With i the inverse root and g the scale times the gradient, that of x is i (g - x i^2 mean(g x)): both means are
+    taken in one reading of x.
+    """
+    return _norm(x, scale, epsilon)
+
+
+def _norm(x: Array, scale: Array, epsilon: float) -> Array:
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (x32 * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return (x32 * _inverse_root(x32, epsilon) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def _inverse_root(x32: Array, epsilon: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+
+
+def _norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array]]:
+    return _norm(x, scale, epsilon), (x, scale)
+
+
+def _norm_backward(epsilon: float, kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, scale = kept
+    x32, d_out = x.astype(jnp.float32), d_out.astype(jnp.float32)
+    inverse = _inverse_root(x32, epsilon)
+    scaled = d_out * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    shared = jnp.square(inverse) * jnp.mean(scaled * x32, axis=-1, keepdims=True)
+    d_scale = jnp.sum(d_out * (x32 * inverse), axis=tuple(range(x.ndim - 1)))
+    return (inverse * (scaled - x32 * shared)).astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def gelu(x: Array) -> Array:

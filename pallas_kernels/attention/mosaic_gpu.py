@@ -81,17 +81,16 @@ def backward(
         *(pad_summaries(slots, x, seen) for x in (key, value)),
         pad_seen(slots, seen),
     )
-    d_query, _ = mosaic_gpu_attention_backward.queries_gradients(padded(slots), *shared)
-    by_head = mosaic_gpu_attention_backward.summaries_gradients(padded(slots), *shared)
-    d_query = d_query[:, : shape.tokens] * (scale * shape.head_dim**0.5)  # the kernel's scale is 1 / sqrt(H)
-    d_key, d_value = (x[:, : shape.tokens].reshape(*key.shape[:3], -1, shape.head_dim).sum(3) for x in by_head)
-    return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype)
+    d_query, _ = mosaic_gpu_attention_backward.queries_gradients(padded(slots), *shared, scale=scale, rounded=True)
+    d_key, d_value = mosaic_gpu_attention_backward.summaries_gradients(padded(slots), *shared, rounded=True)
+    return tuple(x[:, : shape.tokens] for x in (d_query, d_key, d_value))
 
 
 def _seen(query: jax.Array, documents: jax.Array | None, window: int | None) -> SeenSlots:
     token = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
     if documents is None:
-        documents = jnp.ones(query.shape[:2], jnp.int32)
+        first = jnp.maximum(token - window, 0) if window is not None else jnp.zeros_like(token)
+        return SeenSlots(*(jnp.broadcast_to(x, query.shape[:2]) for x in (first, token + 1)))
     is_token, first = documents != 0, document_begins(documents)
     if window is not None:
         first = jnp.maximum(first, token - window)

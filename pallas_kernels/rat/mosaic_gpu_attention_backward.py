@@ -43,9 +43,9 @@ def rat_summaries_backward_mosaic(
     first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
     end_slots,  # [B, T] int32
     bounds,  # [B, C / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.token_tiles`
-    d_keys,  # [B, C, N, H] float32
-    d_values,  # [B, C, N, H] float32
-    key_tiles,
+    d_keys,  # as keys, float32 or of the dtype of keys
+    d_values,  # likewise
+    key_tiles,  # in which results of the dtype of keys are stored
     value_tiles,
     query_ring,
     d_head_ring,
@@ -62,11 +62,11 @@ def rat_summaries_backward_mosaic(
 ):
     """One program sums COMPUTE_GROUPS * ROWS summaries of a head over all tokens that see them, the last tokens first.
 
-    Programs that run at the same time thus read the same tokens at the same time, whatever their first one is.
+    Programs that run at the same time thus read the same tokens at the same time, whatever their first one is. Where
+    heads share keys it does so for one of them after the other.
     """
-    L, BQ = shape.chunk_size, QUERIES
-    block, row, n = order.place(lax.axis_index("program"))
-    g = lax.rem(n, shape.num_groups)
+    L, BQ, sharing = shape.chunk_size, QUERIES, shape.num_heads // keys.shape[2]
+    block, row, key_head = order.place(lax.axis_index("program"))
     first_slot = block * (COMPUTE_GROUPS * ROWS)
     if shape.segmented:
         any_from, all_from, all_to, tiles = (bounds[row, block, i] for i in range(4))
@@ -81,13 +81,16 @@ def rat_summaries_backward_mosaic(
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
         slot = first_slot + group * ROWS
         k, v = key_tiles.at[group], value_tiles.at[group]
-        mine = (row, pl.ds(slot, ROWS), key_head(shape, keys, n))
+        mine = (row, pl.ds(slot, ROWS), key_head)
         plgpu.copy_gmem_to_smem(keys.at[mine], k, loaded.at[group])
         plgpu.copy_gmem_to_smem(values.at[mine], v, loaded.at[group])
         plgpu.barrier_wait(loaded.at[group])
 
-        def add_tile(step, carry, masked):
-            stage = lax.rem(step, QUERY_STAGES)
+        def stage_of(j, step):
+            return lax.rem(step if sharing == 1 else j * steps + step, QUERY_STAGES)
+
+        def add_tile(j, step, carry, masked):
+            stage = stage_of(j, step)
             plgpu.barrier_wait(filled.at[stage])
             q, do = query_ring.at[stage], d_head_ring.at[stage]
             start = (tiles - 1 - step) * BQ
@@ -119,29 +122,46 @@ def rat_summaries_backward_mosaic(
         # To which step some, and from which on some, and all, of this group's summaries are hidden.
         if shape.segmented:
             until, some, every = tiles - all_to, tiles - all_from, steps
-            carry = lax.fori_loop(0, until, functools.partial(add_tile, masked=True), carry)
         else:
             until = 0
             some = jnp.clip(tiles - launch.ceil_div((slot + ROWS) * L, BQ), 0, steps)
             every = jnp.clip(tiles - lax.div((slot + 1) * L, BQ), 0, steps)
-        carry = lax.fori_loop(until, some, functools.partial(add_tile, masked=False), carry)
-        d_k, d_v = lax.fori_loop(some, every, functools.partial(add_tile, masked=True), carry)
 
-        @pl.loop(every, steps)
-        def _pass(step):
-            plgpu.barrier_wait(filled.at[lax.rem(step, QUERY_STAGES)])
-            plgpu.barrier_arrive(consumed.at[lax.rem(step, QUERY_STAGES)])
+        def add_head(j, carry):
+            masked, whole = (functools.partial(add_tile, j, masked=masked) for masked in (True, False))
+            if shape.segmented:
+                carry = lax.fori_loop(0, until, masked, carry)
+            carry = lax.fori_loop(until, some, whole, carry)
+            carry = lax.fori_loop(some, every, masked, carry)
 
-        d_keys.at[row, pl.ds(slot, ROWS), n][...] = d_k * math.log(2)  # the queries carry log2(e)
-        d_values.at[row, pl.ds(slot, ROWS), n][...] = d_v
+            @pl.loop(every, steps)
+            def _pass(step):
+                plgpu.barrier_wait(filled.at[stage_of(j, step)])
+                plgpu.barrier_arrive(consumed.at[stage_of(j, step)])
+
+            return carry
+
+        d_k, d_v = add_head(0, carry) if sharing == 1 else lax.fori_loop(0, sharing, add_head, carry)
+        to_natural = math.log(2)  # the queries carry log2(e)
+        if d_keys.dtype == jnp.float32:
+            d_keys.at[mine][...] = d_k * to_natural
+            d_values.at[mine][...] = d_v
+        else:
+            k[...], v[...] = (d_k * to_natural).astype(k.dtype), d_v.astype(v.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(k, d_keys.at[mine])
+            plgpu.copy_smem_to_gmem(v, d_values.at[mine])
+            plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
         def fill(step):
-            stage = lax.rem(step, QUERY_STAGES)
-            at = pl.ds((tiles - 1 - step) * BQ, BQ)
+            stage, n = lax.rem(step, QUERY_STAGES), key_head
+            if sharing > 1:
+                n, step = key_head * sharing + lax.div(step, steps), lax.rem(step, steps)
+            at, g = pl.ds((tiles - 1 - step) * BQ, BQ), lax.rem(n, shape.num_groups)
             plgpu.copy_gmem_to_smem(queries.at[row, at, g], query_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_ring.at[stage], filled.at[stage])
@@ -150,18 +170,21 @@ def rat_summaries_backward_mosaic(
                 plgpu.copy_gmem_to_smem(first_slots.at[row, at], first_ring.at[stage], filled.at[stage])
                 plgpu.copy_gmem_to_smem(end_slots.at[row, at], end_ring.at[stage], filled.at[stage])
 
-        launch.produce(steps, QUERY_STAGES, (consumed, fill))
+        launch.produce(steps * sharing, QUERY_STAGES, (consumed, fill))
 
 
-def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None):
-    """dK and dV, float32, of a call whose tokens and slots fill whole tiles."""
+def summaries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None, *, rounded=False):
+    """dK and dV of a call whose tokens and slots fill whole tiles, summed over the heads that share keys.
+
+    They are float32 or, where they are to be `rounded`, of the dtype of `keys`.
+    """
     dtype = jnp.dtype(shape.dtype)
-    slots = keys.shape[1]
-    order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_heads)
+    slots, key_heads = keys.shape[1:3]
+    order = launch.Order(slots // (COMPUTE_GROUPS * ROWS), shape.batch, key_heads)
     bounds = places(seen, lambda seen: token_tiles(seen, COMPUTE_GROUPS * ROWS, order.blocks, QUERIES))
     bound_ring = (QUERY_STAGES if shape.segmented else 1, QUERIES)
     tile, ring = (COMPUTE_GROUPS, ROWS, shape.head_dim), (QUERY_STAGES, QUERIES, shape.head_dim)
-    summaries = jax.ShapeDtypeStruct((shape.batch, slots, shape.num_heads, shape.head_dim), jnp.float32)
+    summaries = jax.ShapeDtypeStruct(keys.shape, dtype if rounded else jnp.float32)
     return launch.kernel(
         functools.partial(rat_summaries_backward_mosaic, shape=shape, order=order),
         name=rat_summaries_backward_mosaic.__name__,
@@ -193,9 +216,9 @@ def rat_queries_backward_mosaic(
     first_slots,  # [B, T] int32, of packed documents; else a placeholder, as the next two
     end_slots,  # [B, T] int32
     bounds,  # [B, T / (COMPUTE_GROUPS ROWS), 4] int32, of `seen_slots.slot_tiles`
-    d_queries,  # [B, T, G, H] float32
+    d_queries,  # [B, T, G, H] float32, or of the dtype of queries
     d_current_scores,  # [B, N, T] float32
-    query_tiles,
+    query_tiles,  # in which results of the dtype of queries are stored
     d_head_tiles,
     lse_rows,
     delta_rows,
@@ -208,9 +231,10 @@ def rat_queries_backward_mosaic(
     *,
     shape: RatShape,
     order: launch.Order,
+    scale: float,
 ):
     """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query."""
-    L, BK, scale = shape.chunk_size, KEYS, 1 / math.sqrt(shape.head_dim)
+    L, BK = shape.chunk_size, KEYS
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     group = lax.axis_index("group")
@@ -278,7 +302,13 @@ def rat_queries_backward_mosaic(
             return d_q
 
         d_q = lax.fori_loop(0, shape.heads_per_group, add_head, launch.zeros((ROWS, shape.head_dim)))
-        d_queries.at[row, at, g][...] = d_q * scale
+        if d_queries.dtype == jnp.float32:
+            d_queries.at[row, at, g][...] = d_q * scale
+        else:
+            q[...] = (d_q * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q, d_queries.at[row, at, g])
+            plgpu.wait_smem_to_gmem(0)
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():
@@ -294,19 +324,25 @@ def rat_queries_backward_mosaic(
         launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
 
 
-def queries_gradients(shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None):
-    """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles."""
+def queries_gradients(
+    shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None, *, scale=None, rounded=False
+):
+    """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles.
+
+    `scale` is that of the scores, 1 / sqrt(H) if None. dq is of the dtype of `queries` where it is to be `rounded`.
+    """
+    scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
     dtype = jnp.dtype(shape.dtype)
     order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
     mine = HEADS * COMPUTE_GROUPS
     ring = (KEY_STAGES, KEYS, shape.head_dim)
     bounds = places(seen, lambda seen: slot_tiles(seen, COMPUTE_GROUPS * ROWS, KEYS))
     return launch.kernel(
-        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order),
+        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order, scale=scale),
         name=rat_queries_backward_mosaic.__name__,
         programs=order.programs,
         out_type=(
-            jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.num_groups, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(queries.shape, dtype if rounded else jnp.float32),
             jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
         ),
         scratch_types=(

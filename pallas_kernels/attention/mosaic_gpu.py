@@ -7,7 +7,7 @@ that tiles of keys outside of both are not read, and those inside need no mask.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.mosaic_gpu_tiling import slots_of
+from pallas_kernels.attention.mosaic_gpu_tiling import heads_together, slots_of
 from pallas_kernels.attention.shape import AttentionShape
 from pallas_kernels.launch.sizes import LOG2_E, SEES_NOTHING
 from pallas_kernels.rat import mosaic_gpu_attention, mosaic_gpu_attention_backward
@@ -46,6 +46,7 @@ def forward(
         pad_tokens(slots, _in_powers_of_two(query, scale), 1),
         *(pad_summaries(slots, x, seen) for x in (key, value)),
         seen=pad_seen(slots, seen),
+        together=heads_together(shape),
     )
     out, lse = out[:, : shape.tokens], jnp.swapaxes(lse[:, :, : shape.tokens], 1, 2)
     return out, jnp.where(lse > SEES_NOTHING, lse / LOG2_E, SEES_NOTHING)
@@ -81,7 +82,8 @@ def backward(
         *(pad_summaries(slots, x, seen) for x in (key, value)),
         pad_seen(slots, seen),
     )
-    d_query, _ = mosaic_gpu_attention_backward.queries_gradients(padded(slots), *shared, scale=scale, rounded=True)
+    options = {"scale": scale, "together": heads_together(shape)}
+    d_query, _ = mosaic_gpu_attention_backward.queries_gradients(padded(slots), *shared, **options)
     d_key, d_value = mosaic_gpu_attention_backward.summaries_gradients(padded(slots), *shared, rounded=True)
     return tuple(x[:, : shape.tokens] for x in (d_query, d_key, d_value))
 

@@ -75,14 +75,22 @@ def rat_attention_forward_mosaic(
     order: launch.Order,
     blocks: Blocks,
     bare: bool,
+    together: int,
 ):
-    """One program computes COMPUTE_GROUPS * ROWS tokens for the heads of a group, which share the query."""
+    """One program computes COMPUTE_GROUPS * ROWS tokens for the heads of a group, which share the query.
+
+    If BARE, of `together` neighbouring heads with queries of their own; the next head's are read ahead.
+    """
     L, BK = shape.chunk_size, blocks.keys
+    heads = together if bare else shape.heads_per_group
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     group = lax.axis_index("group")
     first_tile, whole_from, whole_to, end_tile = tiles_of(shape, bounds, order, block, row, BK)
     tiles = end_tile - first_tile
+
+    def head_of(j):
+        return g * together + j if bare else g + j * shape.num_groups
 
     def announce():
         if blocks.turns:
@@ -98,7 +106,7 @@ def rat_attention_forward_mosaic(
         start = first_token + group * ROWS
         at = pl.ds(start, ROWS)
         q = query_tiles.at[group]
-        plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+        plgpu.copy_gmem_to_smem(queries.at[row, at, g * together if bare else g], q, queries_loaded.at[group])
         seen = load_seen(first_slots, end_slots, row, at) if shape.segmented else None
 
         def buffer_of(j):
@@ -107,9 +115,24 @@ def rat_attention_forward_mosaic(
         def load_head(j):
             if bare:
                 return
-            n, mine = g + j * shape.num_groups, buffer_of(j)
+            n, mine = head_of(j), buffer_of(j)
             plgpu.copy_gmem_to_smem(running_values.at[row, at, n], own_value_tiles.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(projected.at[row, at, n], gate_tiles.at[mine], head_loaded.at[mine])
+
+        def next_query(j):
+            """The queries of head j, once they are there; from now on those of the head after it are copied."""
+            if together == 1:
+                return q
+            mine, other = (lax.rem(i, 2) * COMPUTE_GROUPS + group for i in (j, j + 1))
+
+            @pl.when(j + 1 < together)
+            def _ahead():
+                plgpu.copy_gmem_to_smem(
+                    queries.at[row, at, head_of(j + 1)], query_tiles.at[other], queries_loaded.at[other]
+                )
+
+            plgpu.barrier_wait(queries_loaded.at[mine])
+            return query_tiles.at[mine]
 
         def load_own(j):
             if bare:
@@ -119,7 +142,8 @@ def rat_attention_forward_mosaic(
 
         if blocks.heads > 1:
             load_head(jnp.int32(0))
-        plgpu.barrier_wait(queries_loaded.at[group])
+        if together == 1:
+            plgpu.barrier_wait(queries_loaded.at[group])
 
         @pl.when(group == 1)
         def _second_group_is_half_a_tile_behind():
@@ -127,7 +151,7 @@ def rat_attention_forward_mosaic(
             await_turn()
 
         def attend_head(j, own):
-            n, mine = g + j * shape.num_groups, buffer_of(j)
+            n, mine, q = head_of(j), buffer_of(j), next_query(j)
             if blocks.heads == 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the gate's memory
                 load_head(j)
@@ -174,7 +198,7 @@ def rat_attention_forward_mosaic(
 
             if blocks.heads > 1:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the next gate's memory
-                pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
+                pl.when(j + 1 < heads)(lambda: load_head(j + 1))
             gate = gate_tiles.at[mine]
             inverse = 1.0 / total
             y = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
@@ -192,7 +216,7 @@ def rat_attention_forward_mosaic(
             lse.at[row, n, at][...] = largest + jnp.log(total) * LOG2_E
             return next_own
 
-        lax.fori_loop(0, shape.heads_per_group, attend_head, load_own(jnp.int32(0)))
+        lax.fori_loop(0, heads, attend_head, load_own(jnp.int32(0)))
 
         @pl.when(group == 0)
         def _first_group_is_half_a_tile_ahead():
@@ -206,7 +230,7 @@ def rat_attention_forward_mosaic(
         plgpu.set_max_registers(launch.MEMORY_REGISTERS, action="decrease")
 
         def place(step):
-            n = g + lax.div(step, tiles) * shape.num_groups
+            n = head_of(lax.div(step, tiles))
             at = pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK)
             return lax.rem(step, blocks.stages), (row, at, key_head(shape, keys, n))
 
@@ -219,7 +243,7 @@ def rat_attention_forward_mosaic(
             plgpu.copy_gmem_to_smem(values.at[at], value_ring.at[stage], values_filled.at[stage])
 
         launch.produce(
-            tiles * shape.heads_per_group,
+            tiles * heads,
             blocks.stages,
             (keys_consumed, fill_keys),
             (values_consumed, fill_values),
@@ -233,21 +257,37 @@ def blocks_of(slots: int) -> Blocks:
     return Blocks(128, 2, 1, turns=slots > 2048)
 
 
-def attend(shape: RatShape, projected, running_values, current_scores, queries, keys, values, blocks=None, seen=None):
+def attend(
+    shape: RatShape,
+    projected,
+    running_values,
+    current_scores,
+    queries,
+    keys,
+    values,
+    blocks=None,
+    seen=None,
+    together=1,
+):
     """The gated heads [B, T, N, H] and the log-sum-exp of a call whose tokens and slots fill whole tiles.
 
-    Of attention to slots alone, without gate and current pair, if `projected` and the next two are None.
+    Of attention to slots alone, without gate and current pair, if `projected` and the next two are None; every head has
+    queries of its own then, and a program goes through so many heads `together`.
     """
     dtype, bare = jnp.dtype(shape.dtype), projected is None
     blocks = blocks or blocks_of(keys.shape[1])
     if bare:
         projected = running_values = jnp.zeros((1, 1, 1, 1), dtype)
         current_scores = jnp.zeros((1, 1, 1), jnp.float32)
-    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
+    groups = shape.num_heads // together if bare else shape.num_groups
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, groups)
+    query_buffers = COMPUTE_GROUPS * min(2, together)
     buffers = COMPUTE_GROUPS if bare else blocks.heads * COMPUTE_GROUPS
     rows, ring = (buffers, ROWS, shape.head_dim), (blocks.stages, blocks.keys, shape.head_dim)
     return launch.kernel(
-        functools.partial(rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks, bare=bare),
+        functools.partial(
+            rat_attention_forward_mosaic, shape=shape, order=order, blocks=blocks, bare=bare, together=together
+        ),
         name=rat_attention_forward_mosaic.__name__,
         programs=order.programs,
         out_type=(
@@ -255,12 +295,12 @@ def attend(shape: RatShape, projected, running_values, current_scores, queries, 
             jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
         ),
         scratch_types=(
-            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
+            launch.tiled((query_buffers, ROWS, shape.head_dim), dtype),
             None if bare else launch.tiled(rows, dtype),
             launch.tiled(rows, dtype),
             launch.tiled(ring, dtype),
             launch.tiled(ring, dtype),
-            plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
+            plgpu.Barrier(num_barriers=query_buffers),
             None if bare else plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
             plgpu.Barrier(num_barriers=blocks.stages),
             plgpu.Barrier(num_barriers=blocks.stages),

@@ -220,7 +220,7 @@ def rat_queries_backward_mosaic(
     d_current_scores,  # [B, N, T] float32
     query_tiles,  # in which results of the dtype of queries are stored
     d_head_tiles,
-    lse_rows,
+    lse_rows,  # None if heads are gone through together, as the next and `queries_loaded`
     delta_rows,
     key_ring,
     value_ring,
@@ -232,14 +232,22 @@ def rat_queries_backward_mosaic(
     shape: RatShape,
     order: launch.Order,
     scale: float,
+    together: int | None,
 ):
-    """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query."""
+    """One program sums COMPUTE_GROUPS * ROWS tokens over the heads of a group, which share the query.
+
+    Or, one after the other, of so many neighbouring heads `together` with queries of their own.
+    """
     L, BK = shape.chunk_size, KEYS
+    heads = together or shape.heads_per_group
     block, row, g = order.place(lax.axis_index("program"))
     first_token = (order.blocks - 1 - block) * (COMPUTE_GROUPS * ROWS)  # the last tokens see most
     group = lax.axis_index("group")
     first_tile, whole_from, whole_to, end_tile = tiles_of(shape, bounds, order, block, row, BK)
     tiles = end_tile - first_tile
+
+    def head_of(j):
+        return g * together + j if together else g + j * shape.num_groups
 
     @pl.when(group < COMPUTE_GROUPS)
     def _compute():
@@ -247,26 +255,36 @@ def rat_queries_backward_mosaic(
         start = first_token + group * ROWS
         at = pl.ds(start, ROWS)
         q = query_tiles.at[group]
-        plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
+        if not together:
+            plgpu.copy_gmem_to_smem(queries.at[row, at, g], q, queries_loaded.at[group])
         seen = load_seen(first_slots, end_slots, row, at) if shape.segmented else None
 
+        def buffer_of(j):
+            return lax.rem(j, HEADS) * COMPUTE_GROUPS + group
+
         def load_head(j):
-            n = g + j * shape.num_groups
-            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
+            n = head_of(j)
+            mine = buffer_of(j)
             plgpu.copy_gmem_to_smem(d_heads.at[row, at, n], d_head_tiles.at[mine], head_loaded.at[mine])
+            if together:
+                plgpu.copy_gmem_to_smem(queries.at[row, at, n], query_tiles.at[mine], head_loaded.at[mine])
+                return
             plgpu.copy_gmem_to_smem(lse.at[row, n, at], lse_rows.at[mine], head_loaded.at[mine])
             plgpu.copy_gmem_to_smem(delta.at[row, n, at], delta_rows.at[mine], head_loaded.at[mine])
 
         load_head(jnp.int32(0))
-        plgpu.barrier_wait(queries_loaded.at[group])
+        if not together:
+            plgpu.barrier_wait(queries_loaded.at[group])
 
-        def add_head(j, d_q):
-            n = g + j * shape.num_groups
-            mine = lax.rem(j, HEADS) * COMPUTE_GROUPS + group
-            pl.when(j + 1 < shape.heads_per_group)(lambda: load_head(j + 1))
+        def add_head(j, d_q, rows=None):
+            """`rows` are lse and delta, which shared memory has where there is one query for all heads."""
+            n = head_of(j)
+            mine = buffer_of(j)
+            pl.when(j + 1 < heads)(lambda: load_head(j + 1))
             plgpu.barrier_wait(head_loaded.at[mine])
-            do = d_head_tiles.at[mine]
-            minus_lse, minus_delta = (-launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
+            q_mine, do = query_tiles.at[mine] if together else q, d_head_tiles.at[mine]
+            rows = rows or (launch.load_rows(rows.at[mine], 1) for rows in (lse_rows, delta_rows))
+            minus_lse, minus_delta = (-x for x in rows)
 
             def add_tile(tile, carry, masked):
                 d_q, total = carry
@@ -281,7 +299,7 @@ def rat_queries_backward_mosaic(
                         minus_lses = jnp.where(is_seen, minus_lses, -jnp.inf)
                     scores[...] = minus_lses
                     d_weights[...] = lax.broadcast_in_dim(minus_delta, (ROWS, BK), [0])
-                    plgpu.wgmma(scores, q, k.transpose((1, 0)))
+                    plgpu.wgmma(scores, q_mine, k.transpose((1, 0)))
                     plgpu.wgmma(d_weights, do, v.transpose((1, 0)))
                     weights = jnp.exp2(lax.optimization_barrier(plgpu.wgmma_accumulator_load(scores, wait_n=1)))
                     return weights * lax.optimization_barrier(plgpu.wgmma_accumulator_load(d_weights, wait_n=0))
@@ -301,14 +319,25 @@ def rat_queries_backward_mosaic(
             d_current_scores.at[row, n, at][...] = total * -scale
             return d_q
 
-        d_q = lax.fori_loop(0, shape.heads_per_group, add_head, launch.zeros((ROWS, shape.head_dim)))
-        if d_queries.dtype == jnp.float32:
-            d_queries.at[row, at, g][...] = d_q * scale
-        else:
-            q[...] = (d_q * scale).astype(q.dtype)
+        def load_rows(j):
+            n = head_of(jnp.minimum(j, heads - 1))
+            return tuple(launch.load_rows(x.at[row, n, at], 1, optimized=False) for x in (lse, delta))
+
+        def store_head(j, rows):
+            ahead, tile = load_rows(j + 1), query_tiles.at[buffer_of(j)]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, from the memory of the next
+            d_q = add_head(j, launch.zeros((ROWS, shape.head_dim)), rows)
+            tile[...] = (d_q * scale).astype(tile.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q, d_queries.at[row, at, g])
+            plgpu.copy_smem_to_gmem(tile, d_queries.at[row, at, head_of(j)])
+            return ahead
+
+        if together:
+            lax.fori_loop(0, heads, store_head, load_rows(jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
+        else:
+            d_q = lax.fori_loop(0, heads, add_head, launch.zeros((ROWS, shape.head_dim)))
+            d_queries.at[row, at, g][...] = d_q * scale
 
     @pl.when(group == MEMORY_GROUP)
     def _memory():
@@ -316,44 +345,46 @@ def rat_queries_backward_mosaic(
 
         def fill(step):
             stage = lax.rem(step, KEY_STAGES)
-            n = g + lax.div(step, tiles) * shape.num_groups
+            n = head_of(lax.div(step, tiles))
             at = row, pl.ds((first_tile + lax.rem(step, tiles)) * BK, BK), key_head(shape, keys, n)
             plgpu.copy_gmem_to_smem(keys.at[at], key_ring.at[stage], filled.at[stage])
             plgpu.copy_gmem_to_smem(values.at[at], value_ring.at[stage], filled.at[stage])
 
-        launch.produce(tiles * shape.heads_per_group, KEY_STAGES, (consumed, fill))
+        launch.produce(tiles * heads, KEY_STAGES, (consumed, fill))
 
 
 def queries_gradients(
-    shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None, *, scale=None, rounded=False
+    shape: RatShape, d_heads, delta, lse, queries, keys, values, seen=None, *, scale=None, together=None
 ):
     """dq and the gradients of current-token scores, float32, of a call whose tokens and slots fill whole tiles.
 
-    `scale` is that of the scores, 1 / sqrt(H) if None. dq is of the dtype of `queries` where it is to be `rounded`.
+    `scale` is that of the scores, 1 / sqrt(H) if None. Where every head has queries of its own a program goes through
+    so many heads `together`, and dq is of the dtype of `queries`.
     """
     scale = 1 / math.sqrt(shape.head_dim) if scale is None else scale
     dtype = jnp.dtype(shape.dtype)
-    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, shape.num_groups)
+    groups = shape.num_heads // together if together else shape.num_groups
+    order = launch.Order(shape.tokens // (COMPUTE_GROUPS * ROWS), shape.batch, groups)
     mine = HEADS * COMPUTE_GROUPS
     ring = (KEY_STAGES, KEYS, shape.head_dim)
     bounds = places(seen, lambda seen: slot_tiles(seen, COMPUTE_GROUPS * ROWS, KEYS))
     return launch.kernel(
-        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order, scale=scale),
+        functools.partial(rat_queries_backward_mosaic, shape=shape, order=order, scale=scale, together=together),
         name=rat_queries_backward_mosaic.__name__,
         programs=order.programs,
         out_type=(
-            jax.ShapeDtypeStruct(queries.shape, dtype if rounded else jnp.float32),
+            jax.ShapeDtypeStruct(queries.shape, dtype if together else jnp.float32),
             jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.tokens), jnp.float32),
         ),
         scratch_types=(
-            launch.tiled((COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
+            launch.tiled((mine if together else COMPUTE_GROUPS, ROWS, shape.head_dim), dtype),
             launch.tiled((mine, ROWS, shape.head_dim), dtype),
-            plgpu.SMEM((mine, ROWS), jnp.float32),
-            plgpu.SMEM((mine, ROWS), jnp.float32),
+            None if together else plgpu.SMEM((mine, ROWS), jnp.float32),
+            None if together else plgpu.SMEM((mine, ROWS), jnp.float32),
             launch.tiled(ring, dtype),
             launch.tiled(ring, dtype),
-            plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
-            plgpu.Barrier(num_arrivals=3, num_barriers=mine),
+            None if together else plgpu.Barrier(num_barriers=COMPUTE_GROUPS),
+            plgpu.Barrier(num_arrivals=2 if together else 3, num_barriers=mine),
             plgpu.Barrier(num_arrivals=2, num_barriers=KEY_STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS, num_barriers=KEY_STAGES),
         ),

@@ -70,6 +70,31 @@ def test_emulated_values_are_those_of_float64(name, monkeypatch):
     check_values(make_case(**CASES[name], dtype=jnp.bfloat16), forward_and_backward.__wrapped__)
 
 
+TOGETHER = {
+    "shared": {"tokens": 140, "heads": 4, "key_heads": 2, "head_dim": 64, "packed": True, "window": 70},
+    "own_keys": {"tokens": 260, "heads": 4, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [("shared", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("shared", 2), ("own_keys", 4)))],
+)
+def test_emulated_programs_go_through_heads_one_after_the_other(name, together, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "heads_together", lambda shape: together)
+    mosaic_emulator.install(monkeypatch, seed=1)
+    check_values(make_case(**TOGETHER[name], dtype=jnp.bfloat16), forward_and_backward.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "together"),
+    [(32, 8192, 16, 4), (32, 8192, 6, 2), (32, 8192, 5, 1), (1, 8192, 16, 1), (2, 8192, 16, 2)],
+)
+def test_heads_are_gone_through_together_where_programs_are_many(batch, tokens, heads, together):
+    shape = AttentionShape(batch, tokens, heads, heads, 128, "bfloat16", window=512, whole_rows=True)
+    assert mosaic_gpu_tiling.heads_together(shape) == together
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_kernels_lower_for_cuda_with_the_shapes_of_the_call(name):
     case = make_case(**CASES[name], dtype=jnp.bfloat16)
@@ -96,6 +121,15 @@ def test_unsupported_calls_say_why(changes, reason):
     shape = shape_of(make_case(**CASES["packed"]))
     assert mosaic_gpu_tiling.unsupported_reason(shape) is None
     assert re.search(reason, mosaic_gpu_tiling.unsupported_reason(dataclasses.replace(shape, **changes)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("together", [2, 4])
+@pytest.mark.parametrize("name", ["long", *TOGETHER])
+def test_programs_go_through_heads_one_after_the_other(hopper, name, together, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "heads_together", lambda shape: together)
+    case = make_case(**(TOGETHER | LONG)[name], dtype=jnp.bfloat16)
+    check_values(case, jax.jit(forward_and_backward.__wrapped__, static_argnames="shape"))
 
 
 @pytest.mark.gpu

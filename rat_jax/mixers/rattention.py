@@ -159,7 +159,8 @@ class Rattention(Mixer):
         parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width, norm=norm)
         query, key, value = (part.reshape(*part.shape[:2], -1, shape.head_dim) for part in parts)
         if shape.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            # XLA would keep them in float32 for the rotation, and round them in another pass for the linear branch.
+            query, key = jax.lax.optimization_barrier((self.query_norm(query), self.key_norm(key)))
         with jax.named_scope("linear_branch"):
             linear, state = self._linear_branch(query, key, value, segments, memory)
         with jax.named_scope("local_branch"):

@@ -5,9 +5,9 @@ from pallas_kernels.launch.triton import DTYPES, MAX_HEAD_DIM, missing_dependenc
 from pallas_kernels.normed_sum.shape import NormedSumShape
 
 NUM_WARPS = 4
-FORWARD_NUMBERS, BACKWARD_NUMBERS = 4096, 2048  # of each array that a program has in registers at once
+FORWARD_NUMBERS, BACKWARD_NUMBERS = 4096, 1024  # of each array that a program has in registers at once
 _PROGRAMS = 4096  # of the backward pass, where there are tokens for so many: they fill a card several times
-_MOST_TILES = 32  # of a program of the backward pass, which sums gradients of scales over them
+_MOST_TILES = 64  # of a program of the backward pass, which sums gradients of scales over them
 
 
 def unsupported_reason(shape: NormedSumShape) -> str | None:

@@ -13,6 +13,8 @@ __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
 AttentionImplementation = Literal["xla", "cudnn", "mosaic_gpu", "pallas_tpu"]
 _FASTEST_FIRST = ("cudnn", "mosaic_gpu", "pallas_tpu")
+_SHARED_KEYS_FASTEST_FIRST = ("mosaic_gpu", "cudnn", "pallas_tpu")  # where heads share key heads, in a short window
+_SHORT_WINDOW = 1024
 
 
 def attention(
@@ -44,8 +46,9 @@ def attention(
       aligned: promises of `query_info` and `key_info` that the last T keys are those of the T queries in the same
         order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
-        and "xla" elsewhere: of 16-bit numbers "cudnn" on CUDA for whole rows and "mosaic_gpu" on Hopper GPUs for
-        documents and padding; on TPU "pallas_tpu", JAX's splash attention, for both.
+        and "xla" elsewhere: of 16-bit numbers "cudnn" on CUDA for whole rows, and "mosaic_gpu" on Hopper GPUs for
+        documents and padding and in windows to 1,024 whose key heads are shared; on TPU "pallas_tpu", JAX's splash
+        attention, for both.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -106,7 +109,9 @@ def attention(
             return 'rows must not be cut along the context axis; the nearest is "cudnn", of whole rows'
         return dispatch.differing_dtypes(query, key, value) or select.unsupported_reason(name, shape)
 
-    chosen = dispatch.choose(implementation, _FASTEST_FIRST, batch, unsupported_reason)
+    shares_keys = heads > key_heads and window is not None and window <= _SHORT_WINDOW
+    order = _SHARED_KEYS_FASTEST_FIRST if shares_keys else _FASTEST_FIRST
+    chosen = dispatch.choose(implementation, order, batch, unsupported_reason)
     if aligned and context.num_parts() > 1 and window != 0:  # which sees no other part
         if chosen == "xla" and window is not None:
             return attention_part.attend(query, key, value, query_info, window)

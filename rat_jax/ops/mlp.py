@@ -90,7 +90,7 @@ def _backward(shape: MlpShape, fall_back: bool, kept: tuple[Array, ...], d_out: 
 _by_kernels.defvjp(_forward, _backward)
 
 
-def _sum_over_tokens(left: Float[Array, "B T m"], right: Float[Array, "B T n"]) -> Float[Array, "m n"]:
+def _sum_over_tokens(left: Array, right: Array) -> Array:
     return jnp.einsum("btm,btn->mn", left, right)
 
 

@@ -151,10 +151,18 @@ def test_packed_documents_lower_to_mosaic_gpu_for_hopper(
     assert [kernel in text for kernel in MOSAIC_CALLS] == [runs] * 3
 
 
-def test_whole_rows_lower_to_cudnn_on_hopper_too(traced_for_a_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("window", "key_heads", "mosaic"), [(None, 2, False), (1024, 2, True), (1025, 2, False), (1024, 4, False)]
+)
+def test_whole_rows_lower_to_cudnn_on_hopper_too_but_in_short_windows_of_shared_keys(
+    window, key_heads, mosaic, traced_for_a_gpu, monkeypatch
+):
     monkeypatch.setattr("rat_jax.ops.platform.expected_capability", lambda: (9, 0))
-    arguments = inputs(head_dim=64, dtype=jnp.bfloat16)
-    assert lowered_for_cuda(jax.grad(loss), arguments) == [True, True]
+    arguments = inputs(head_dim=64, key_heads=key_heads, dtype=jnp.bfloat16)
+    gradient = jax.grad(functools.partial(loss, window=window))
+    assert lowered_for_cuda(gradient, arguments) == [not mosaic] * 2
+    text = jax.jit(gradient).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert [kernel in text for kernel in MOSAIC_CALLS] == [mosaic] * 3
 
 
 def test_mosaic_gpu_refuses_parts_of_rows(traced_for_a_gpu, monkeypatch):

@@ -57,100 +57,29 @@ def convolved_heads_backward(
     if block < of_keys:
         at_query = channels_of(block, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
         _span(
-            projected,
-            taps,
-            positions,
-            d_query,
-            d_projected,
-            d_taps,
-            row,
-            span * SPAN,
-            tokens,
-            at_query,
-            0,
-            width,
-            KEY_WIDTH,
-            TAPS,
-            SPAN,
-            PIECE,
-            STAGES,
-            SEGMENTED,
-            EPSILON,
-            KEY_DIM**-0.5,
-        )
+            projected, taps, positions, d_query, d_projected, d_taps, row, span * SPAN, tokens, at_query, 0, width,
+            KEY_WIDTH, TAPS, SPAN, PIECE, STAGES, SEGMENTED, EPSILON, KEY_DIM**-0.5,
+        )  # fmt: skip
     elif block < 2 * of_keys:
         at_key = channels_of(block - of_keys, KEY_WIDTH, KEY_DIM, KEY_HEADS, KEY_COLUMNS)
         _span(
-            projected,
-            taps,
-            positions,
-            d_key,
-            d_projected,
-            d_taps,
-            row,
-            span * SPAN,
-            tokens,
-            at_key,
-            KEY_WIDTH,
-            width,
-            KEY_WIDTH,
-            TAPS,
-            SPAN,
-            PIECE,
-            STAGES,
-            SEGMENTED,
-            EPSILON,
-            1.0,
-        )
+            projected, taps, positions, d_key, d_projected, d_taps, row, span * SPAN, tokens, at_key, KEY_WIDTH, width,
+            KEY_WIDTH, TAPS, SPAN, PIECE, STAGES, SEGMENTED, EPSILON, 1.0,
+        )  # fmt: skip
     else:
         at_value = channels_of(block - 2 * of_keys, VALUE_WIDTH, VALUE_COLUMNS, 1, VALUE_COLUMNS)
         _span(
-            projected,
-            taps,
-            positions,
-            d_value,
-            d_projected,
-            d_taps,
-            row,
-            span * SPAN,
-            tokens,
-            at_value,
-            2 * KEY_WIDTH,
-            width,
-            VALUE_WIDTH,
-            TAPS,
-            SPAN,
-            PIECE,
-            STAGES,
-            SEGMENTED,
-            EPSILON,
-            0.0,
-        )
+            projected, taps, positions, d_value, d_projected, d_taps, row, span * SPAN, tokens, at_value, 2 * KEY_WIDTH,
+            width, VALUE_WIDTH, TAPS, SPAN, PIECE, STAGES, SEGMENTED, EPSILON, 0.0,
+        )  # fmt: skip
 
 
 @triton.jit
 def _span(
-    projected,
-    taps,
-    positions,
-    d_out,
-    d_projected,
-    d_taps,
-    row,
-    start,
-    tokens,
-    at,
-    FIRST: tl.constexpr,
-    C: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
-    SPAN: tl.constexpr,
-    PIECE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SEGMENTED: tl.constexpr,
-    EPSILON: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+    projected, taps, positions, d_out, d_projected, d_taps, row, start, tokens, at,
+    FIRST: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, SPAN: tl.constexpr,
+    PIECE: tl.constexpr, STAGES: tl.constexpr, SEGMENTED: tl.constexpr, EPSILON: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     """Of the channels `at`, from FIRST on in `projected`; heads have this LENGTH if it is above 0."""
     channel, inside = at
     dtype = d_projected.dtype.element_ty

@@ -91,7 +91,8 @@ _by_kernels.defvjp(_forward, _backward)
 
 
 def _sum_over_tokens(left: Array, right: Array) -> Array:
-    return jnp.einsum("btm,btn->mn", left, right)
+    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+    return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,8 +176,12 @@ def test_what_is_traced_for_hopper_is_lowered_for_it_and_plain_elsewhere(monkeyp
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mlp_up_mosaic" in text
     assert "mlp_down_backward_mosaic" in text
-    for found, want in zip(traced.lower().compile()(*given), plain, strict=True):
+    out, d_x, *d_matrices = traced.lower().compile()(*given)
+    for found, want in zip((out, d_x), plain, strict=False):
         np.testing.assert_array_equal(found, want)
+    exact = result_and_gradients(*(x.astype(jnp.float32) for x in given), dtype=jnp.float32, implementation="xla")
+    for found, want in zip(d_matrices, exact[2:], strict=True):  # their tokens are summed up in another order
+        assert np.linalg.norm(found - want) < 4e-3 * np.linalg.norm(want)
 
 
 @pytest.fixture

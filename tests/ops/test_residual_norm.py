@@ -106,7 +106,7 @@ def test_each_device_runs_the_kernel_on_its_rows_where_these_are_whole(axis, mon
         given = arrays(40, batch=8)
         calls = [e for e in equations(traced(*given).jaxpr.jaxpr) if e.params.get("name") == "residual_norm_backward"]
         whole = axis in ("data", "fsdp")
-        assert [call.outvars[0].aval.shape for call in calls] == [(2 * 40, 24)] * whole
+        assert {call.outvars[0].aval.shape for call in calls} == ({(2 * 40, 24)} if whole else set())
         if not whole:
             with pytest.raises(UnsupportedError, match="cuts tokens or heads; implementation 'xla' takes them"):
                 traced(*given, "triton")

@@ -127,8 +127,8 @@ class DownBackward(dispatch.Kernel):
     def forward(self, d_out: Array, u: Array, down: Array) -> tuple[tuple[Array, Array], None]:
         from pallas_kernels.mlp import mosaic_gpu
 
-        flat = (x.reshape(self.shape.tokens, -1) for x in (d_out, u))
-        du, h = mosaic_gpu.down_backward(self.shape, next(flat), down, next(flat))
+        flat_d_out, flat_u = (x.reshape(self.shape.tokens, -1) for x in (d_out, u))
+        du, h = mosaic_gpu.down_backward(self.shape, flat_d_out, down, flat_u)
         return (du.reshape(u.shape), h.reshape(u.shape)), None
 
     def plain(self, d_out: Array, u: Array, down: Array) -> tuple[Array, Array]:

@@ -24,10 +24,11 @@ def rms_norm(x: Float[Array, "*axes D"], scale: Float32[Array, " D"], epsilon: f
 
 def _norm(x: Array, scale: Array, epsilon: float) -> Array:
     x32 = x.astype(jnp.float32)
-    return (x32 * _inverse_root(x32, epsilon) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return (x32 * inverse_root(x32, epsilon) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def _inverse_root(x32: Array, epsilon: float) -> Array:
+def inverse_root(x32: Array, epsilon: float) -> Array:
+    """1 / sqrt(mean(x^2) + epsilon) over the last axis."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
 
 
@@ -38,7 +39,7 @@ def _norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[
 def _norm_backward(epsilon: float, kept: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, scale = kept
     x32, d_out = x.astype(jnp.float32), d_out.astype(jnp.float32)
-    inverse = _inverse_root(x32, epsilon)
+    inverse = inverse_root(x32, epsilon)
     scaled = d_out * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     shared = jnp.square(inverse) * jnp.mean(scaled * x32, axis=-1, keepdims=True)
     d_scale = jnp.sum(d_out * (x32 * inverse), axis=tuple(range(x.ndim - 1)))

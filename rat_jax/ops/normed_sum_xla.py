@@ -1,8 +1,8 @@
 """The normed sum in plain XLA: it runs everywhere; kernels are compared with it."""
 
-import jax
 import jax.numpy as jnp
 
+from rat_jax.ops.normed_product_xla import inverse_root
 from rat_jax.shapes import Array, Float, Float32
 
 
@@ -11,8 +11,7 @@ def norm_heads(
 ) -> Float32[Array, "*axes N H"]:
     """x / sqrt(mean(x^2) + epsilon) over the channels of each head, times a scale of all c = N H, in float32."""
     x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-    return x * inverse * scale.reshape(1, 1, *x.shape[2:])
+    return x * inverse_root(x, epsilon) * scale.reshape(1, 1, *x.shape[2:])
 
 
 def add(

@@ -17,6 +17,7 @@ from rat_jax.ops import attention_xla
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.segments import SegmentInfo, from_segments, whole_rows
 from tests import reference
+from tests.abstract_mesh import abstract_mesh
 
 SPLASH_CALLS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward(")
@@ -279,14 +280,13 @@ def test_blocks_follow_the_rows_of_one_device():
     rows, sizes = 16, (16, 4096, 4096)
     alone = attention_xla.block_size(rows // 4, *sizes)
     assert attention_xla.block_size(rows, *sizes) < alone
-    mesh = jax.sharding.AbstractMesh((2, 2), BATCH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     seen = []
 
     def rows_of_one(x):  # here arrays are one device's own
         seen.append((num_parts(*BATCH_AXES), attention_xla.block_size(x.shape[0], *sizes)))
         return x
 
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=2, fsdp=2)):
         assert attention_xla.block_size(rows, *sizes) == alone
         by_rows = {"in_specs": PartitionSpec(BATCH_AXES), "out_specs": PartitionSpec(BATCH_AXES)}
         jax.eval_shape(jax.shard_map(rows_of_one, **by_rows), jax.ShapeDtypeStruct((rows,), jnp.float32))

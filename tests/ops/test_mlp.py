@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
 from pallas_kernels.mlp import mosaic_gpu, mosaic_gpu_tiling
 from pallas_kernels.mlp.mosaic_gpu_tiling import DOWN_BACKWARD, UP, tiling_reason, unsupported_reason
@@ -16,6 +15,7 @@ from rat_jax.blocks import Mlp
 from rat_jax.model import LanguageModel
 from rat_jax.ops import UnsupportedError, dispatch, gelu_mlp, platform
 from tests import reference
+from tests.abstract_mesh import abstract_mesh
 from tests.equations import equations
 from tests.pallas_kernels import mosaic_emulator
 from tests.small import small_model_config
@@ -97,16 +97,10 @@ def test_the_kernels_are_chosen_for_hopper_alone(found, monkeypatch):
     assert not is_kernel(*sizes())
 
 
-def mesh_of_four(axis):
-    names = ("data", "fsdp", "context", "tensor")
-    sizes_of_axes = tuple(4 if name == axis else 1 for name in names)
-    return jax.sharding.AbstractMesh(sizes_of_axes, names, axis_types=(AxisType.Auto,) * 4)
-
-
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_each_device_runs_the_kernels_on_its_rows(axis, monkeypatch):
     trace_for(monkeypatch, "gpu", (9, 0))
-    with jax.sharding.use_abstract_mesh(mesh_of_four(axis)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
         given = sizes(batch=8)
         traced = jax.make_jaxpr(result_and_gradients)(*given)
         assert not is_kernel(*sizes(batch=4))  # 1,024 tokens a device
@@ -117,7 +111,7 @@ def test_each_device_runs_the_kernels_on_its_rows(axis, monkeypatch):
 @pytest.mark.parametrize("axis", ["context", "tensor"])
 def test_the_kernels_are_not_chosen_where_a_mesh_cuts_rows_or_matrices(axis, monkeypatch):
     trace_for(monkeypatch, "gpu", (9, 0))
-    with jax.sharding.use_abstract_mesh(mesh_of_four(axis)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
         assert not is_kernel(*sizes(batch=8))
         with pytest.raises(UnsupportedError, match="cuts rows or matrices over 4 devices; implementation 'xla' takes"):
             is_kernel(*sizes(batch=8), implementation="mosaic_gpu")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
-from jax.sharding import AxisType
 
 from pallas_kernels.normed_product import mosaic_gpu, mosaic_gpu_tiling
 from pallas_kernels.normed_product.shape import NormedProductShape
 from rat_jax.decoder import _extend
 from rat_jax.model import LanguageModel
 from rat_jax.ops import UnsupportedError, dispatch, normed_product, platform
+from tests.abstract_mesh import abstract_mesh
 from tests.pallas_kernels import mosaic_emulator
 from tests.small import small_model_config
 
@@ -81,8 +81,7 @@ def test_the_kernel_is_chosen_for_hopper_alone(found, monkeypatch):
 def test_the_kernel_is_not_chosen_where_a_mesh_cuts_arrays(monkeypatch):
     trace_for(monkeypatch, "gpu", (9, 0))
     for axis in ("data", "fsdp", "context", "tensor"):
-        mesh = jax.sharding.AbstractMesh((1, 4), ("other", axis), axis_types=(AxisType.Auto,) * 2)
-        with jax.sharding.use_abstract_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
             assert not is_kernel(*sizes())
             with pytest.raises(UnsupportedError, match="one device, and the mesh in use cuts arrays over 4"):
                 is_kernel(*sizes(), implementation="mosaic_gpu")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from rat_jax.ops import UnsupportedError, platform, residual_norm
+from tests.abstract_mesh import abstract_mesh
 from tests.equations import equations
 from tests.jax_triton import require_jax_triton
 
@@ -100,9 +100,7 @@ def test_what_is_traced_for_a_gpu_runs_elsewhere_as_plain_xla_does(monkeypatch):
 def test_each_device_runs_the_kernel_on_its_rows_where_these_are_whole(axis, monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
-    names = ("data", "fsdp", "context", "tensor")
-    sizes = tuple(4 if name == axis else 1 for name in names)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * 4)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
         given = arrays(40, batch=8)
         calls = [e for e in equations(traced(*given).jaxpr.jaxpr) if e.params.get("name") == "residual_norm_backward"]
         whole = axis in ("data", "fsdp")

@@ -11,6 +11,7 @@ from pallas_kernels.convolved_heads.shape import ConvolvedHeadsShape
 from rat_jax.mesh import TENSOR_AXIS, num_parts
 from rat_jax.ops import context, convolved_heads_kernels, convolved_heads_xla, cut, dispatch
 from rat_jax.ops.convolved_heads_types import ConvolvedHeads
+from rat_jax.ops.short_convolution import columns_at, first_columns, next_inputs
 from rat_jax.segments import SegmentInfo, as_segments, require_positions
 from rat_jax.shapes import Array, Float, Float32, Int
 
@@ -147,21 +148,11 @@ def _continued(
     reach = last_inputs.shape[1]
     if reach == 0:
         return ConvolvedHeads(*own, last_inputs)
-    slots, columns = jnp.arange(reach)[None], jnp.arange(projected.shape[1])[None]
-    first = jnp.argmax(segments.is_token, axis=1)[:, None]  # 0 where there is none
-    last = jnp.max(jnp.where(segments.is_token, columns, -1), axis=1)[:, None]
-    places = first + slots
-    inputs = jnp.concatenate([last_inputs, _columns(projected, places)], axis=1)
-    placed = jax.tree.map(lambda x: jnp.pad(_columns(x, places), [(0, 0), (reach, 0)]), segments)
+    places = first_columns(segments, reach)
+    inputs = jnp.concatenate([last_inputs, columns_at(projected, places)], axis=1)
+    placed = jax.tree.map(lambda x: jnp.pad(columns_at(x, places), [(0, 0), (reach, 0)]), segments)
     placed = dataclasses.replace(placed, contiguous=False)
     changed = convolved_heads_xla.convolve(inputs, taps, placed, num_heads, key_dim)[:3]
     put = jax.vmap(lambda x, places, y: x.at[places].set(y, mode="drop"))
     results = (put(x, places, y[:, reach:]) for x, y in zip(own, changed, strict=True))
-    ends = last + 1 - reach + slots  # columns of the last tokens; before the first those of earlier calls
-    earlier = _columns(last_inputs, ends - first + reach)
-    return ConvolvedHeads(*results, jnp.where((ends >= first)[..., None], _columns(projected, ends), earlier))
-
-
-def _columns(x: Array, places: Array) -> Array:
-    """Of [B, T, ...] some columns [B, n]; the nearest where there is none."""
-    return jax.vmap(lambda row, places: row[jnp.clip(places, 0, row.shape[0] - 1)])(x, places)
+    return ConvolvedHeads(*results, next_inputs(last_inputs, projected, segments))

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rat_jax.segments import SegmentInfo
-from rat_jax.shapes import Array, Float, Float32
+from rat_jax.shapes import Array, Float, Float32, Int
 
 
 class ShortConvolutionOutput(NamedTuple):
@@ -42,7 +43,8 @@ def short_convolution(
     else:
         if last_inputs.shape != (batch, reach, channels):
             raise ValueError(f"last_inputs must be {(batch, reach, channels)}, got {last_inputs.shape}")
-        inputs, last_inputs = _join(last_inputs.astype(x.dtype), x, segments)
+        last_inputs = last_inputs.astype(x.dtype)
+        inputs = _join(last_inputs, x, segments)
     out = jnp.zeros(x.shape, jnp.float32)
     for i in range(reach + 1):
         earlier = inputs[:, reach - i : reach - i + tokens].astype(jnp.float32)
@@ -50,17 +52,37 @@ def short_convolution(
             # Tokens of a document are neighbours: its token i places ago is i columns ago, or was not there.
             earlier = jnp.where((segments.positions >= i)[..., None], earlier, 0.0)
         out += earlier * kernel[reach - i][None, None]
-    return ShortConvolutionOutput(out, last_inputs)
+    return ShortConvolutionOutput(out, None if last_inputs is None else next_inputs(last_inputs, x, segments))
 
 
-def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> tuple[Array, Array]:
-    """taps - 1 columns and x, with the last inputs right before each row's first token; and the new last inputs."""
+def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> Array:
+    """taps - 1 columns and x, with the last inputs right before each row's first token."""
     batch, reach, _ = last_inputs.shape
     if reach == 0:
-        return x, last_inputs
-    is_token = segments.is_token
-    first = jnp.argmax(is_token, axis=1)  # 0 where there is none
-    last = jnp.max(jnp.where(is_token, jnp.arange(x.shape[1])[None], -1), axis=1)
-    rows, slots = jnp.arange(batch)[:, None], jnp.arange(reach)[None]
-    inputs = jnp.pad(x, [(0, 0), (reach, 0), (0, 0)]).at[rows, first[:, None] + slots].set(last_inputs)
-    return inputs, inputs[rows, last[:, None] + 1 + slots]
+        return x
+    rows, places = jnp.arange(batch)[:, None], first_columns(segments, reach)
+    return jnp.pad(x, [(0, 0), (reach, 0), (0, 0)]).at[rows, places].set(last_inputs)
+
+
+def first_columns(segments: SegmentInfo, count: int) -> Int[Array, "B n"]:
+    """So many columns from each row's first token on, or from its start where it has none; they may end after it."""
+    return jnp.argmax(segments.is_token, axis=1)[:, None] + jnp.arange(count)[None]
+
+
+def next_inputs(
+    last_inputs: Float[Array, "B earlier c"], x: Float[Array, "B T c"], segments: SegmentInfo
+) -> Float[Array, "B earlier c"]:
+    """The last inputs of each row after x: its last tokens and, where it has fewer, some of those before them."""
+    reach = last_inputs.shape[1]
+    if reach == 0:
+        return last_inputs
+    first, columns = first_columns(segments, 1), jnp.arange(x.shape[1])[None]
+    last = jnp.max(jnp.where(segments.is_token, columns, -1), axis=1)[:, None]
+    ends = last + 1 - reach + jnp.arange(reach)[None]
+    earlier = columns_at(last_inputs, ends - first + reach)
+    return jnp.where((ends >= first)[..., None], columns_at(x, ends), earlier)
+
+
+def columns_at(x: Array, places: Int[Array, "B n"]) -> Array:
+    """Of [B, T, ...] some columns; the nearest where there is none."""
+    return jax.vmap(lambda row, places: row[jnp.clip(places, 0, row.shape[0] - 1)])(x, places)

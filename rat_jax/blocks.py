@@ -73,13 +73,17 @@ class ResidualBlock(nnx.Module):
         with jax.named_scope("mixer"):
             x, normed, norm = _ahead(self.mixer_norm, x)
             mixed, memory = self.mixer.mix(normed, segments, memory, norm)
-            x = constrain_stream(x + mixed)
         with jax.named_scope("mlp"):
-            x, normed, norm = _ahead(self.mlp_norm, x)
+            x, normed, norm = _ahead(self.mlp_norm, x, mixed)
             x = constrain_stream(x + self.mlp(normed, norm))
         return x, memory
 
 
-def _ahead(norm: RmsNorm, x: Float[Array, "B T D"]) -> tuple[Array, Array, RmsNorm | None]:
+def _ahead(
+    norm: RmsNorm, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None = None
+) -> tuple[Array, Array, RmsNorm | None]:
     """What goes around a layer, what goes into it, and the norm that the layer still has to apply: to one token."""
-    return (x, x, norm) if x.shape[1] == 1 else (*norm.beside_residual(x), None)
+    if x.shape[1] > 1:
+        return *norm.beside_residual(x, added), None
+    x = x if added is None else constrain_stream(x + added)
+    return x, x, norm

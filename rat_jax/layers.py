@@ -42,9 +42,11 @@ class RmsNorm(nnx.Module):
         """Normalises every vector of D channels."""
         return rms_norm(x, self.scale[...], NORM_EPSILON)
 
-    def beside_residual(self, x: Float[Array, "B T D"]) -> ResidualNormOutput:
-        """x, for the sum around a layer, and the normed x; to be taken together, for their gradients' sake."""
-        return residual_norm(x, self.scale[...], epsilon=NORM_EPSILON)
+    def beside_residual(
+        self, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None = None
+    ) -> ResidualNormOutput:
+        """x + added, for the sum around a layer, and the same normed: in one pass, as their gradients are."""
+        return residual_norm(x, self.scale[...], added=added, epsilon=NORM_EPSILON)
 
 
 def project(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:

@@ -1,5 +1,5 @@
 """Kernels of the norm in front of a layer, whose input goes around the layer as well.
 
-`shape.ResidualNormShape` holds the sizes of a call, `triton_tiling.unsupported_reason` says whether the Triton kernel
-takes it.
+`shape.ResidualNormShape` holds the sizes of a call, `triton_tiling.unsupported_reason` says whether the Triton kernels
+take it.
 """

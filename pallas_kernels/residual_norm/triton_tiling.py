@@ -1,4 +1,4 @@
-"""Which calls the Triton kernel takes, and how tokens are divided among programs."""
+"""Which calls the Triton kernels take, and how tokens are divided among programs."""
 
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import DTYPES, missing_dependency
@@ -7,11 +7,11 @@ from pallas_kernels.residual_norm.shape import ResidualNormShape
 MAX_WIDTH = 8192  # whose tokens fit the registers of a program
 _NUMBERS = 2048  # of each array that a program has in registers at once, of one token or of several
 _PROGRAMS = 512  # at least, where there are tokens for so many
-_MOST_TILES = 64  # of a program, which sums the gradient of the scale over them
+_MOST_TILES = 64  # of a program, which in the backward pass sums the gradient of the scale over them
 
 
 def unsupported_reason(shape: ResidualNormShape) -> str | None:
-    """Why the Triton kernel cannot run a call and what comes nearest; None where it can."""
+    """Why the Triton kernels cannot run a call and what comes nearest; None where it can."""
     if shape.dtype not in DTYPES:
         return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
     if shape.width > MAX_WIDTH:

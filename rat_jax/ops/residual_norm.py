@@ -1,4 +1,4 @@
-"""The norm in front of a layer, and what goes around it: their gradients meet in one pass where a kernel runs."""
+"""The norm in front of a layer, beside what goes around it: the sum before both and their gradients in one pass."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.residual_norm import triton_tiling
 from pallas_kernels.residual_norm.shape import ResidualNormShape
+from rat_jax.mesh import constrain_stream
 from rat_jax.ops import cut, dispatch
 from rat_jax.ops.normed_product_xla import rms_norm
 from rat_jax.shapes import Array, Float, Float32
@@ -21,7 +22,7 @@ _FASTEST_FIRST = ("triton",)
 class ResidualNormOutput(NamedTuple):
     """What goes around a layer and what goes into it."""
 
-    around: Float[Array, "B T D"]  # x itself
+    around: Float[Array, "B T D"]  # x, with what is added
     normed: Float[Array, "B T D"]
 
 
@@ -30,28 +31,32 @@ def residual_norm(
     scale: Float32[Array, " D"],
     *,
     epsilon: float,
+    added: Float[Array, "B T D"] | None = None,
     implementation: ResidualNormImplementation | None = None,
 ) -> ResidualNormOutput:
-    """x, and y = x / sqrt(mean(x^2) + epsilon) * scale over the channels (arXiv 1910.07467), in float32.
+    """u = x + added, and y = u / sqrt(mean(u^2) + epsilon) * scale over the channels (arXiv 1910.07467), in float32.
 
-    The values are plain XLA's, which joins the norm with what surrounds it; a kernel takes the gradients of both
-    results, sums them up and returns that of x.
+    A kernel adds and norms in one pass; in the backward pass it takes the gradients of both results, sums them up and
+    returns that of x, which is that of `added` too.
 
     Args:
-      x: the result has its dtype.
+      x: the results have its dtype.
       scale: of every channel.
       epsilon: above 0.
-      implementation: of the backward pass. None takes the fastest kernel of the platform that the program is lowered
-        for where it takes the call, and "xla" elsewhere, for one token and where a mesh cuts tokens or heads.
+      added: what the layer before gave, in the dtype of x; None: u is x.
+      implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes the
+        call, and "xla" elsewhere, for one token and where a mesh cuts tokens or heads.
 
     Raises:
-      ValueError: if shapes do not fit, or epsilon is not above 0.
+      ValueError: if shapes or dtypes do not fit, or epsilon is not above 0.
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
     dispatch.check_implementation(implementation, ResidualNormImplementation)
     dispatch.check_floating(x=x, scale=scale)
     if x.ndim != 3 or scale.shape != x.shape[2:]:
         raise ValueError(f"x must be [B, T, D] and scale [D], got {x.shape} and {scale.shape}")
+    if added is not None and (added.shape, added.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"added must be as x is, {x.dtype} {x.shape}, got {added.dtype} {added.shape}")
     batch, tokens, width = x.shape
     dispatch.check_whole(1, rows=batch, tokens=tokens)
     if not epsilon > 0:
@@ -66,30 +71,55 @@ def residual_norm(
     order = _FASTEST_FIRST if tokens > 1 else ()
     chosen = dispatch.choose(implementation, order, batch, unsupported_reason)
     if chosen == "xla":
-        return ResidualNormOutput(x, rms_norm(x, scale, epsilon))
-    return ResidualNormOutput(*_by_kernel(Backward(chosen, shape), implementation is None, x, scale))
+        around = x if added is None else constrain_stream(x + added)
+        return ResidualNormOutput(around, rms_norm(around, scale, epsilon))
+    kernel = Forward(chosen, shape, is_sum=added is not None)
+    return ResidualNormOutput(*_by_kernel(kernel, implementation is None, x, added, scale))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_kernel(kernel: "Backward", fall_back: bool, x: Array, scale: Array) -> tuple[Array, Array]:
-    return _forward(kernel, fall_back, x, scale)[0]
+def _by_kernel(kernel: "Forward", fall_back: bool, x: Array, added: Array | None, scale: Array) -> tuple[Array, Array]:
+    return _forward(kernel, fall_back, x, added, scale)[0]
 
 
-def _forward(kernel: "Backward", fall_back: bool, x: Array, scale: Array):
-    return (x, rms_norm(x, scale, kernel.shape.epsilon)), (x, scale)
+def _forward(kernel: "Forward", fall_back: bool, x: Array, added: Array | None, scale: Array):
+    around, normed = dispatch.run(kernel, fall_back, x, added, scale)
+    return (around, normed), (around, scale)
 
 
-def _backward(kernel: "Backward", fall_back: bool, kept: tuple[Array, Array], d_results: tuple[Array, Array]):
-    d_x, d_scales = dispatch.run(kernel, fall_back, *d_results, *kept)
-    return d_x, jnp.sum(d_scales, axis=0).astype(kept[1].dtype)
+def _backward(kernel: "Forward", fall_back: bool, kept: tuple[Array, Array], d_results: tuple[Array, Array]):
+    d_x, d_scales = dispatch.run(Backward(kernel.implementation, kernel.shape), fall_back, *d_results, *kept)
+    return d_x, d_x if kernel.is_sum else None, jnp.sum(d_scales, axis=0).astype(kept[1].dtype)
 
 
 _by_kernel.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
+class Forward(dispatch.Kernel):
+    """Of x, what is added or None, and the scale: both results."""
+
+    implementation: str
+    shape: ResidualNormShape
+    is_sum: bool
+    replicated: ClassVar[tuple[int, ...]] = (2,)
+    num_differentiated: ClassVar[int] = 0
+
+    def forward(self, x: Array, added: Array | None, scale: Array) -> tuple[tuple[Array, Array], None]:
+        from pallas_kernels.residual_norm import triton  # imports Triton, which machines without a GPU may lack
+
+        flat = (None if array is None else array.reshape(self.shape.tokens, -1) for array in (x, added))
+        around, normed = triton.forward(self.shape, *flat, scale.astype(jnp.float32))
+        return (around.reshape(x.shape), normed.reshape(x.shape)), None
+
+    def plain(self, x: Array, added: Array | None, scale: Array) -> tuple[Array, Array]:
+        around = x if added is None else x + added
+        return around, rms_norm(around, scale, self.shape.epsilon)
+
+
+@dataclasses.dataclass(frozen=True)
 class Backward(dispatch.Kernel):
-    """Of both results' gradients, x and its scale: the gradients of x and, of a device's tokens, of the scale."""
+    """Of both results' gradients, u and the scale: the gradients of u and, of a device's tokens, of the scale."""
 
     implementation: str
     shape: ResidualNormShape
@@ -97,7 +127,7 @@ class Backward(dispatch.Kernel):
     num_differentiated: ClassVar[int] = 0
 
     def forward(self, d_around: Array, d_normed: Array, x: Array, scale: Array) -> tuple[tuple[Array, Array], None]:
-        from pallas_kernels.residual_norm import triton  # imports Triton, which machines without a GPU may lack
+        from pallas_kernels.residual_norm import triton
 
         flat = (array.reshape(self.shape.tokens, -1) for array in (d_around, d_normed, x))
         d_x, d_scale = triton.backward(self.shape, *flat, scale.astype(jnp.float32))

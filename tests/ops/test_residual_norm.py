@@ -13,45 +13,54 @@ from tests.jax_triton import require_jax_triton
 IMPLEMENTATIONS = ["xla", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
-def arrays(tokens, width=24, dtype=jnp.float32, batch=2):
-    """Tokens and scale, and the gradients of both results."""
+def arrays(tokens, width=24, dtype=jnp.float32, batch=2, is_sum=True):
+    """Tokens, scale and what is added, if anything, and the gradients of both results."""
     rng = np.random.default_rng(tokens)
-    x, d_around, d_normed = (jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype) for _ in range(3))
-    return (x, jnp.asarray(rng.uniform(0.1, 2.0, width), jnp.float32)), (d_around, d_normed)
+    x, added, d_around, d_normed = (jnp.asarray(rng.normal(size=(batch, tokens, width)), dtype) for _ in range(4))
+    scale = jnp.asarray(rng.uniform(0.1, 2.0, width), jnp.float32)
+    return (x, scale, added) if is_sum else (x, scale), (d_around, d_normed)
 
 
 def expected(given, d_results, epsilon):
     """Values and gradients in float64, by their definitions."""
-    x, scale, d_around, d_normed = (np.asarray(x, np.float64) for x in (*given, *d_results))
+    x, scale, *added = (np.asarray(x, np.float64) for x in given)
+    d_around, d_normed = (np.asarray(x, np.float64) for x in d_results)
+    x = x + sum(added)
     root = np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
     d_unit = d_normed * scale
     d_x = d_around + d_unit / root - x * (d_unit * x).mean(-1, keepdims=True) / root**3
-    return x, x / root * scale, d_x, (d_normed * x / root).sum((0, 1))
+    return x, x / root * scale, d_x, (d_normed * x / root).sum((0, 1)), *(d_x for _ in added)
+
+
+def values_and_gradients(given, d_results, implementation=None, epsilon=1e-6):
+    """Of the op, with the gradients of all that it was given."""
+
+    def op(x, scale, added=None):
+        return tuple(residual_norm(x, scale, added=added, epsilon=epsilon, implementation=implementation))
+
+    out, pull = jax.vjp(op, *given)
+    return *out, *pull(d_results)
 
 
 def found_by(implementation, given, d_results, epsilon):
-    """Values and gradients of the op."""
-
-    def both(given, d_results):
-        out, pull = jax.vjp(lambda *x: tuple(residual_norm(*x, epsilon=epsilon, implementation=implementation)), *given)
-        return *out, *pull(d_results)
-
-    return jax.jit(both)(given, d_results)
+    return jax.jit(lambda *x: values_and_gradients(*x, implementation, epsilon))(given, d_results)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("is_sum", [True, False])
 @pytest.mark.parametrize(("tokens", "epsilon"), [(1, 1e-6), (77, 1e-2)])
-def test_values_and_gradients_are_those_of_float64(implementation, tokens, epsilon):
-    given, d_results = arrays(tokens)
+def test_values_and_gradients_are_those_of_float64(implementation, tokens, epsilon, is_sum):
+    given, d_results = arrays(tokens, is_sum=is_sum)
     wanted = expected(given, d_results, epsilon)
-    for a, b in zip(found_by(implementation, given, d_results, epsilon), wanted, strict=True):
+    found = found_by(implementation, given, d_results, epsilon)
+    for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 24), (1000, 2048), (333, 384), (40, 8192)])
-def test_the_kernel_errs_at_most_twice_as_much_as_plain_xla(tokens, width, dtype):
+def test_the_kernels_err_at_most_twice_as_much_as_plain_xla(tokens, width, dtype):
     given, d_results = arrays(tokens, width, dtype)
     wanted = expected(given, d_results, 1e-6)
     errors = {
@@ -65,14 +74,17 @@ def test_the_kernel_errs_at_most_twice_as_much_as_plain_xla(tokens, width, dtype
 
 
 def traced(given, d_results, implementation=None):
-    def both(given, d_results):
-        out, pull = jax.vjp(lambda *x: tuple(residual_norm(*x, epsilon=1e-6, implementation=implementation)), *given)
-        return *out, *pull(d_results)
-
-    return jax.jit(both).trace(given, d_results)
+    return jax.jit(lambda *x: values_and_gradients(*x, implementation)).trace(given, d_results)
 
 
-def test_the_kernel_is_traced_for_a_gpu_but_of_one_token(monkeypatch):
+KERNELS = {"residual_norm_forward", "residual_norm_backward"}
+
+
+def kernels_of(jaxpr) -> list:
+    return [equation for equation in equations(jaxpr) if equation.params.get("name") in KERNELS]
+
+
+def test_the_kernels_are_traced_for_a_gpu_but_of_one_token(monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     for implementation, tokens, is_kernel in (
@@ -81,17 +93,18 @@ def test_the_kernel_is_traced_for_a_gpu_but_of_one_token(monkeypatch):
         (None, 1, False),
         ("xla", 40, False),
     ):
-        text = str(traced(*arrays(tokens), implementation).jaxpr)
-        assert ("residual_norm_backward" in text) == is_kernel
+        found = kernels_of(traced(*arrays(tokens), implementation).jaxpr.jaxpr)
+        assert {call.params["name"] for call in found} == (KERNELS if is_kernel else set())
 
 
-def test_what_is_traced_for_a_gpu_runs_elsewhere_as_plain_xla_does(monkeypatch):
+@pytest.mark.parametrize("is_sum", [True, False])
+def test_what_is_traced_for_a_gpu_runs_elsewhere_as_plain_xla_does(is_sum, monkeypatch):
     require_jax_triton()
-    given = arrays(40)
+    given = arrays(40, is_sum=is_sum)
     plain = traced(*given).lower().compile()(*given)
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     found = traced(*given)
-    assert "residual_norm_backward" in str(found.jaxpr)
+    assert kernels_of(found.jaxpr.jaxpr)
     for a, b in zip(found.lower().compile()(*given), plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -102,8 +115,9 @@ def test_each_device_runs_the_kernel_on_its_rows_where_these_are_whole(axis, mon
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
         given = arrays(40, batch=8)
-        calls = [e for e in equations(traced(*given).jaxpr.jaxpr) if e.params.get("name") == "residual_norm_backward"]
+        calls = kernels_of(traced(*given).jaxpr.jaxpr)
         whole = axis in ("data", "fsdp")
+        assert {call.params["name"] for call in calls} == (KERNELS if whole else set())
         assert {call.outvars[0].aval.shape for call in calls} == ({(2 * 40, 24)} if whole else set())
         if not whole:
             with pytest.raises(UnsupportedError, match="cuts tokens or heads; implementation 'xla' takes them"):
@@ -112,16 +126,22 @@ def test_each_device_runs_the_kernel_on_its_rows_where_these_are_whole(axis, mon
 
 @pytest.mark.usefixtures("annotations_unchecked")
 def test_what_does_not_fit_is_refused():
-    x, scale = arrays(8)[0]
+    x, scale = arrays(8, is_sum=False)[0]
 
-    def call(x, scale, epsilon=1e-6, implementation=None):
-        return lambda: residual_norm(x, scale, epsilon=epsilon, implementation=implementation)
+    def call(x, scale, epsilon=1e-6, **options):
+        return lambda: residual_norm(x, scale, epsilon=epsilon, **options)
 
     for refused, error, message in (
         (call(x[0], scale), ValueError, r"x must be \[B, T, D\] and scale \[D\], got \(8, 24\)"),
         (call(x, scale[1:]), ValueError, r"x must be \[B, T, D\] and scale \[D\]"),
         (call(x[:, :0], scale), ValueError, "tokens must be a whole number of 1 or more"),
         (call(x.astype(int), scale), ValueError, "x must be of floating numbers"),
+        (
+            call(x, scale, added=x[:1]),
+            ValueError,
+            r"added must be as x is, float32 \(2, 8, 24\), got float32 \(1, 8, 24",
+        ),
+        (call(x, scale, added=x.astype(jnp.bfloat16)), ValueError, "added must be as x is, float32 .*, got bfloat16"),
         (call(x, scale, epsilon=0.0), ValueError, "epsilon must be above 0, got 0.0"),
         (call(x, scale, implementation="triton"), UnsupportedError, "it runs on NVIDIA GPUs"),
         (call(x, scale, implementation="cudnn"), UnsupportedError, "must be one of xla, triton"),

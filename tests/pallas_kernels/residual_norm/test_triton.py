@@ -1,4 +1,6 @@
-"""The residual norm's Triton kernel: interpreted, compiled ahead of time, traced through jax-triton."""
+"""The residual norm's Triton kernels: interpreted, compiled ahead of time, traced through jax-triton."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,9 @@ def interpreted():
 
 
 @pytest.mark.parametrize("name", triton_twin.CASES)
-def test_gradients_are_those_of_float64(interpreted, name):
+def test_values_and_gradients_are_those_of_float64(interpreted, name):
     limit, found = LIMITS[triton_twin.CASES[name].shape.dtype], interpreted[name]
-    assert set(found) == {"d_x", "d_scale"}
+    assert set(found) == {"around", "normed", "normed_alone", "d_x", "d_scale"}
     assert all(error < limit for error in found.values()), found  # false for NaN too
 
 
@@ -33,13 +35,18 @@ def test_gradients_are_those_of_float64(interpreted, name):
 @pytest.mark.parametrize(
     "width", [pytest.param(384, marks=pytest.mark.slow), 2048, pytest.param(8192, marks=pytest.mark.slow)]
 )
-def test_the_kernel_compiles_for_gpus(width, capability):
+def test_the_kernels_compile_for_gpus(width, capability):
     """Tiles stay in registers: four programs of 128 threads or more share a multiprocessor's."""
     shape = ResidualNormShape(32_768, width, "bfloat16", 1e-6)
-    launch = triton.backward_launch(shape, triton_tiling.tiles_of(shape))
-    found = triton_compile.compile_launch(launch, ("bfloat16", "bfloat16", "bfloat16", "float32"), capability)
-    assert launch.name in found.text and "ld.global.v4" in found.text
-    assert found.registers <= 128 and found.spilled_bytes == 0
+    tiles = triton_tiling.tiles_of(shape)
+    for launch, read in (
+        (triton.forward_launch(shape, tiles, is_sum=True), 2),
+        (triton.forward_launch(shape, tiles, is_sum=False), 2),
+        (triton.backward_launch(shape, tiles), 3),
+    ):
+        found = triton_compile.compile_launch(launch, ("bfloat16",) * read + ("float32",), capability)
+        assert launch.name in found.text and "st.global.v4" in found.text
+        assert found.registers <= 128 and found.spilled_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -72,12 +79,18 @@ def test_unsupported_calls_say_why():
             ResidualNormShape(**sizes | change)
 
 
-def test_calls_are_traced_under_the_kernels_name():
+def test_calls_are_traced_under_the_kernels_names():
     require_jax_triton()
     x, scale = jnp.zeros((100, 32), jnp.bfloat16), jnp.zeros(32)
+    shape = ResidualNormShape(100, 32, "bfloat16", 1e-6)
 
     def gradients(x, scale):
-        return triton.backward(ResidualNormShape(100, 32, "bfloat16", 1e-6), x, x, x, scale)
+        return triton.backward(shape, x, x, x, scale)
+
+    for added in (x, None):
+        forward = functools.partial(triton.forward, shape)
+        assert "residual_norm_forward" in str(jax.make_jaxpr(forward)(x, added, scale))
+        assert [(a.shape, a.dtype) for a in jax.eval_shape(forward, x, added, scale)] == [((100, 32), x.dtype)] * 2
 
     assert "residual_norm_backward" in str(jax.make_jaxpr(gradients)(x, scale))
     d_x, d_scale = jax.eval_shape(gradients, x, scale)

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernel share: a float64 reference, and the same launch over torch tensors.
+"""What the tests of the Triton kernels share: a float64 reference, and the same launches over torch tensors.
 
 Run as a program it is the interpreter test, `TRITON_INTERPRET=1 python -m
 tests.pallas_kernels.residual_norm.triton_twin CASE`: triton reads that variable when a kernel is defined, so the tests
@@ -40,34 +40,49 @@ CASES = {
 
 
 def inputs(case: Case, seed: int) -> list[torch.Tensor]:
-    """Random gradients of both results, tokens and scale."""
+    """Random tokens, what is added to them, gradients of both results, and the scale."""
     p, rng = case.shape, np.random.default_rng(seed)
-    draws = [size * rng.standard_normal((p.tokens, p.width), np.float32) for size in (1.0, 1.0, case.size)]
+    sizes = (case.size, case.size, 1.0, 1.0)
+    draws = [size * rng.standard_normal((p.tokens, p.width), np.float32) for size in sizes]
     arrays = [torch.tensor(draw).to(DTYPES[p.dtype]) for draw in draws]
     return [*arrays, torch.tensor(rng.uniform(0.1, 2.0, p.width).astype(np.float32))]
 
 
-def reference(case: Case, d_around, d_normed, x, scale) -> tuple[torch.Tensor, ...]:
-    """The gradients in float64, of the op's definition."""
+def normed(case: Case, x, scale) -> torch.Tensor:
+    """In float64, by the op's definition."""
+    x, scale = x.double(), scale.double()
+    return x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + case.shape.epsilon) * scale
+
+
+def gradients(case: Case, d_around, d_normed, x, scale) -> tuple[torch.Tensor, ...]:
+    """In float64, of the op's definition."""
     x, scale = x.double().requires_grad_(), scale.double().requires_grad_()
-    normed = x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + case.shape.epsilon) * scale
-    return torch.autograd.grad((x, normed), (x, scale), (d_around.double(), d_normed.double()))
+    return torch.autograd.grad((x, normed(case, x, scale)), (x, scale), (d_around.double(), d_normed.double()))
+
+
+def launched(launch, *arrays: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs start as NaN, so that an unwritten element shows."""
+    outputs = [torch.full(shape, math.nan, dtype=DTYPES[dtype]) for shape, dtype in launch.outputs]
+    launch.kernel[launch.grid](*arrays, *launch.integers, *outputs, **dict(launch.constants))
+    return outputs
 
 
 def errors(case: Case, seed: int = 0) -> dict[str, float]:
-    """Norm of the error over norm of the float64 result, for every gradient."""
-    arrays = inputs(case, seed)
-    launch = triton.backward_launch(
-        case.shape, triton_tiling.tiles_of(case.shape) if case.tiles is None else case.tiles
-    )
-    # Outputs start as NaN, so that an unwritten element shows.
-    d_x, d_scale = (torch.full(shape, math.nan, dtype=DTYPES[dtype]) for shape, dtype in launch.outputs)
-    launch.kernel[launch.grid](*arrays, *launch.integers, d_x, d_scale, **dict(launch.constants))
-    found = {"d_x": d_x, "d_scale": d_scale.sum(0)}
-    return {
-        name: float((a.double() - b).norm() / b.norm().clamp_min(1e-30))
-        for (name, a), b in zip(found.items(), reference(case, *arrays), strict=True)
+    """Norm of the error over norm of the float64 result, for every result and gradient."""
+    x, added, d_around, d_normed, scale = inputs(case, seed)
+    tiles = triton_tiling.tiles_of(case.shape) if case.tiles is None else case.tiles
+    alone = launched(triton.forward_launch(case.shape, tiles, is_sum=False), x, x, scale)[1]
+    around, both = launched(triton.forward_launch(case.shape, tiles, is_sum=True), x, added, scale)
+    d_x, d_scale = launched(triton.backward_launch(case.shape, tiles), d_around, d_normed, x, scale)
+    wanted_d_x, wanted_d_scale = gradients(case, d_around, d_normed, x, scale)
+    pairs = {
+        "around": (around, x.double() + added.double()),
+        "normed": (both, normed(case, around, scale)),
+        "normed_alone": (alone, normed(case, x, scale)),
+        "d_x": (d_x, wanted_d_x),
+        "d_scale": (d_scale.sum(0), wanted_d_scale),
     }
+    return {name: float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for name, (a, b) in pairs.items()}
 
 
 if __name__ == "__main__":

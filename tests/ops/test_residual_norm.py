@@ -109,16 +109,19 @@ def test_what_is_traced_for_a_gpu_runs_elsewhere_as_plain_xla_does(is_sum, monke
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_sum", [True, False])
 @pytest.mark.parametrize("axis", ["data", "fsdp", "context", "tensor"])
-def test_each_device_runs_the_kernel_on_its_rows_where_these_are_whole(axis, monkeypatch):
+def test_each_device_runs_the_kernels_on_its_rows_where_these_are_whole(axis, is_sum, monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 4})):
-        given = arrays(40, batch=8)
+        given = arrays(40, batch=8, is_sum=is_sum)
         calls = kernels_of(traced(*given).jaxpr.jaxpr)
         whole = axis in ("data", "fsdp")
         assert {call.params["name"] for call in calls} == (KERNELS if whole else set())
-        assert {call.outvars[0].aval.shape for call in calls} == ({(2 * 40, 24)} if whole else set())
+        assert {call.outvars[-1].aval.shape for call in calls if "forward" in call.params["name"]} == (
+            {(2 * 40, 24)} if whole else set()
+        )
         if not whole:
             with pytest.raises(UnsupportedError, match="cuts tokens or heads; implementation 'xla' takes them"):
                 traced(*given, "triton")

@@ -1,14 +1,14 @@
 """A norm whose input goes around the layer as well, by Triton kernels on one device, for GPUs.
 
-What a layer gave is added to the stream before it is normed: x = u + a, or x = u where nothing is added. With
+What a layer gave is added to the stream before it is normed, x = u + a. With
 n = x / sqrt(mean(x^2) + epsilon) over the D channels of a token, y = s n is what is normed (arXiv 1910.07467). With c
 the gradient of x from where it goes around the layer, d that of y, and g = s d,
 
     dx = c + (g - n mean(g n)) / sqrt(mean(x^2) + epsilon),    ds = sum d n over the tokens,
 
 and du = da = dx; all in float32 whatever the dtype of the tokens, of x as it is rounded to it. `residual_norm_forward`
-reads each array and writes each result once. `residual_norm_backward` reads three arrays, writes one and sums ds over
-the tokens of each of its programs. Lowered text shows the names.
+reads and writes two arrays. `residual_norm_backward` reads three, writes one and sums ds over the tokens of each of its
+programs. Lowered text shows the names.
 """
 
 import jax
@@ -23,19 +23,15 @@ from pallas_kernels.residual_norm.shape import ResidualNormShape
 from pallas_kernels.residual_norm.triton_tiling import rows_of, tiles_of, warps_of
 
 
-def forward(
-    shape: ResidualNormShape, x: jax.Array, added: jax.Array | None, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """x + added, x itself where nothing is added, and the same normed.
+def forward(shape: ResidualNormShape, x: jax.Array, added: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x + added, and the same normed.
 
     Args:
       shape: sizes for which `triton_tiling.unsupported_reason` has no reason.
       x, added: u and a, [tokens, D], bfloat16, float16 or float32.
       scale: s, [D] float32.
     """
-    launch = forward_launch(shape, tiles_of(shape), is_sum=added is not None)
-    around, normed = launcher.run(launch, x, x if added is None else added, scale)
-    return x if added is None else around, normed
+    return launcher.run(forward_launch(shape), x, added, scale)
 
 
 def backward(
@@ -59,33 +55,27 @@ def backward(
 @triton.jit(do_not_specialize=["tokens"])
 def residual_norm_forward(
     x,  # [tokens, D]: u
-    added,  # [tokens, D]: a; read only if IS_SUM
+    added,  # [tokens, D]: a
     scale,  # [D] float32: s
     tokens,  # of all rows
-    around,  # [tokens, D]: u + a; written only if IS_SUM
+    around,  # [tokens, D]: u + a
     normed,  # [tokens, D]: y
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    IS_SUM: tl.constexpr,
 ):
-    """TILES times ROWS tokens, in tiles of BLOCK channels."""
-    span = tl.program_id(0)
+    """ROWS tokens: programs that take several tiles in turn are slower (docs/lab_notes.md)."""
     channel = tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at, use = token * D + channel[None, :], (token < tokens) & (channel[None, :] < D)
+    value = tl.load(x + at, mask=use, other=0.0).to(tl.float32)
+    value = (value + tl.load(added + at, mask=use, other=0.0).to(tl.float32)).to(around.dtype.element_ty)
+    tl.store(around + at, value, mask=use)
+    value = value.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1) * (1.0 / D) + EPSILON)[:, None]
     s = tl.load(scale + channel, mask=channel < D, other=0.0)[None, :]
-    for tile in tl.range(0, TILES, num_stages=3):  # two tiles are copied to shared memory ahead of their use
-        token = (span.to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
-        at, use = token * D + channel[None, :], (token < tokens) & (channel[None, :] < D)
-        value = tl.load(x + at, mask=use, other=0.0)
-        if IS_SUM:
-            more = tl.load(added + at, mask=use, other=0.0)
-            value = (value.to(tl.float32) + more.to(tl.float32)).to(around.dtype.element_ty)
-            tl.store(around + at, value, mask=use)
-        value = value.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, axis=1) * (1.0 / D) + EPSILON)[:, None]
-        tl.store(normed + at, (value * inverse * s).to(normed.dtype.element_ty), mask=use)
+    tl.store(normed + at, (value * inverse * s).to(normed.dtype.element_ty), mask=use)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -122,15 +112,15 @@ def residual_norm_backward(
     tl.store(d_scale + span.to(tl.int64) * D + channel, tl.sum(s_sum, axis=0), mask=channel < D)
 
 
-def forward_launch(shape: ResidualNormShape, tiles: int, *, is_sum: bool) -> Launch:
+def forward_launch(shape: ResidualNormShape) -> Launch:
     """`residual_norm_forward`; the inputs are those of the kernel in their order."""
     tokens = ((shape.tokens, shape.width), shape.dtype)
     return Launch(
         kernel=residual_norm_forward,
-        grid=(_spans(shape, tiles),),
+        grid=(cdiv(shape.tokens, rows_of(shape)),),
         integers=(shape.tokens,),
-        outputs=(tokens if is_sum else ((1,), shape.dtype), tokens),
-        constants=(*_constants(shape, tiles), ("IS_SUM", is_sum)),
+        outputs=(tokens, tokens),
+        constants=_constants(shape),
         num_warps=warps_of(shape),
         num_stages=1,
     )
@@ -138,27 +128,22 @@ def forward_launch(shape: ResidualNormShape, tiles: int, *, is_sum: bool) -> Lau
 
 def backward_launch(shape: ResidualNormShape, tiles: int) -> Launch:
     """`residual_norm_backward`; the inputs are those of the kernel in their order."""
-    spans = _spans(shape, tiles)
+    spans = cdiv(shape.tokens, rows_of(shape) * tiles)
     return Launch(
         kernel=residual_norm_backward,
         grid=(spans,),
         integers=(shape.tokens,),
         outputs=(((shape.tokens, shape.width), shape.dtype), ((spans, shape.width), "float32")),
-        constants=_constants(shape, tiles),
+        constants=(*_constants(shape), ("TILES", tiles)),
         num_warps=warps_of(shape),
         num_stages=1,
     )
 
 
-def _spans(shape: ResidualNormShape, tiles: int) -> int:
-    return cdiv(shape.tokens, rows_of(shape) * tiles)
-
-
-def _constants(shape: ResidualNormShape, tiles: int) -> tuple[tuple[str, int | float], ...]:
+def _constants(shape: ResidualNormShape) -> tuple[tuple[str, int | float], ...]:
     return (
         ("D", shape.width),
         ("EPSILON", shape.epsilon),
         ("ROWS", rows_of(shape)),
         ("BLOCK", next_power_of_2(shape.width)),
-        ("TILES", tiles),
     )

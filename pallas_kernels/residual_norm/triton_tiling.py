@@ -7,7 +7,7 @@ from pallas_kernels.residual_norm.shape import ResidualNormShape
 MAX_WIDTH = 8192  # whose tokens fit the registers of a program
 _NUMBERS = 2048  # of each array that a program has in registers at once, of one token or of several
 _PROGRAMS = 512  # at least, where there are tokens for so many
-_MOST_TILES = 64  # of a program, which in the backward pass sums the gradient of the scale over them
+_MOST_TILES = 64  # of a program, which sums the gradient of the scale over them
 
 
 def unsupported_reason(shape: ResidualNormShape) -> str | None:
@@ -25,7 +25,7 @@ def rows_of(shape: ResidualNormShape) -> int:
 
 
 def tiles_of(shape: ResidualNormShape) -> int:
-    """So many tokens, or groups of them, a program takes one after the other."""
+    """So many tokens, or groups of them, a program of the backward pass takes one after the other."""
     return max(1, min(_MOST_TILES, cdiv(shape.tokens, rows_of(shape)) // _PROGRAMS))
 
 

@@ -36,8 +36,9 @@ def residual_norm(
 ) -> ResidualNormOutput:
     """u = x + added, and y = u / sqrt(mean(u^2) + epsilon) * scale over the channels (arXiv 1910.07467), in float32.
 
-    A kernel adds and norms in one pass; in the backward pass it takes the gradients of both results, sums them up and
-    returns that of x, which is that of `added` too.
+    A kernel adds and norms in one pass; without a sum plain XLA does, which joins the norm with what surrounds it. In
+    the backward pass a kernel takes the gradients of both results, sums them up and returns that of x, which is that of
+    `added` too.
 
     Args:
       x: the results have its dtype.
@@ -73,47 +74,57 @@ def residual_norm(
     if chosen == "xla":
         around = x if added is None else constrain_stream(x + added)
         return ResidualNormOutput(around, rms_norm(around, scale, epsilon))
-    kernel = Forward(chosen, shape, is_sum=added is not None)
-    return ResidualNormOutput(*_by_kernel(kernel, implementation is None, x, added, scale))
+    kernels = Kernels(None if added is None else Forward(chosen, shape), Backward(chosen, shape))
+    return ResidualNormOutput(*_by_kernels(kernels, implementation is None, x, added, scale))
+
+
+class Kernels(NamedTuple):
+    """Of both passes."""
+
+    forward: "Forward | None"  # None: nothing is added
+    backward: "Backward"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_kernel(kernel: "Forward", fall_back: bool, x: Array, added: Array | None, scale: Array) -> tuple[Array, Array]:
-    return _forward(kernel, fall_back, x, added, scale)[0]
+def _by_kernels(kernels: Kernels, fall_back: bool, x: Array, added: Array | None, scale: Array) -> tuple[Array, Array]:
+    return _forward(kernels, fall_back, x, added, scale)[0]
 
 
-def _forward(kernel: "Forward", fall_back: bool, x: Array, added: Array | None, scale: Array):
-    around, normed = dispatch.run(kernel, fall_back, x, added, scale)
+def _forward(kernels: Kernels, fall_back: bool, x: Array, added: Array | None, scale: Array):
+    if kernels.forward is None:
+        around, normed = x, rms_norm(x, scale, kernels.backward.shape.epsilon)
+    else:
+        around, normed = dispatch.run(kernels.forward, fall_back, x, added, scale)
     return (around, normed), (around, scale)
 
 
-def _backward(kernel: "Forward", fall_back: bool, kept: tuple[Array, Array], d_results: tuple[Array, Array]):
-    d_x, d_scales = dispatch.run(Backward(kernel.implementation, kernel.shape), fall_back, *d_results, *kept)
-    return d_x, d_x if kernel.is_sum else None, jnp.sum(d_scales, axis=0).astype(kept[1].dtype)
+def _backward(kernels: Kernels, fall_back: bool, kept: tuple[Array, Array], d_results: tuple[Array, Array]):
+    d_x, d_scales = dispatch.run(kernels.backward, fall_back, *d_results, *kept)
+    d_added = None if kernels.forward is None else d_x
+    return d_x, d_added, jnp.sum(d_scales, axis=0).astype(kept[1].dtype)
 
 
-_by_kernel.defvjp(_forward, _backward)
+_by_kernels.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward(dispatch.Kernel):
-    """Of x, what is added or None, and the scale: both results."""
+    """Of x, what is added and the scale: both results."""
 
     implementation: str
     shape: ResidualNormShape
-    is_sum: bool
     replicated: ClassVar[tuple[int, ...]] = (2,)
     num_differentiated: ClassVar[int] = 0
 
-    def forward(self, x: Array, added: Array | None, scale: Array) -> tuple[tuple[Array, Array], None]:
+    def forward(self, x: Array, added: Array, scale: Array) -> tuple[tuple[Array, Array], None]:
         from pallas_kernels.residual_norm import triton  # imports Triton, which machines without a GPU may lack
 
-        flat = (None if array is None else array.reshape(self.shape.tokens, -1) for array in (x, added))
+        flat = (array.reshape(self.shape.tokens, -1) for array in (x, added))
         around, normed = triton.forward(self.shape, *flat, scale.astype(jnp.float32))
         return (around.reshape(x.shape), normed.reshape(x.shape)), None
 
-    def plain(self, x: Array, added: Array | None, scale: Array) -> tuple[Array, Array]:
-        around = x if added is None else x + added
+    def plain(self, x: Array, added: Array, scale: Array) -> tuple[Array, Array]:
+        around = x + added
         return around, rms_norm(around, scale, self.shape.epsilon)
 
 

@@ -5,9 +5,9 @@
   python benchmarks/decode_throughput.py --configs configs/default.py --batch_sizes 1 4 --positions 64
 
 All weights are random. Steps are greedy, on caches of random numbers with room for a position's tokens, spread over the
-last quarter before it. `bound` is the time to read cache and weights at the measured copy bandwidth, `all` the memory
-of weights, cache and activations. Without `--batch_sizes`, which a CPU needs, the numbers of rows are 1, 16, 256 and
-the most that fit.
+last quarter before it, in calls of 16 that follow one another on the device. `bound` is the time to read cache and
+weights at the measured copy bandwidth, `all` the memory of weights, cache and activations. Without `--batch_sizes`,
+which a CPU needs, the numbers of rows are 1, 16, 256 and the most that fit.
 
 Traffic is a list of prompts of random tokens that an engine continues, greedily and without an end of document:
 

@@ -1,8 +1,8 @@
 """A norm whose input goes around the layer as well, by Triton kernels on one device, for GPUs.
 
-What a layer gave is added to the stream before it is normed, x = u + a. With
-n = x / sqrt(mean(x^2) + epsilon) over the D channels of a token, y = s n is what is normed (arXiv 1910.07467). With c
-the gradient of x from where it goes around the layer, d that of y, and g = s d,
+What the layer before gave is added to the stream, x = u + a, and y = s n is what the next one is given, with
+n = x / sqrt(mean(x^2) + epsilon) over the D channels of a token (arXiv 1910.07467). With c the gradient of x from where
+it goes around the layer, d that of y, and g = s d,
 
     dx = c + (g - n mean(g n)) / sqrt(mean(x^2) + epsilon),    ds = sum d n over the tokens,
 

@@ -41,7 +41,8 @@ def test_the_kernels_compile_for_gpus(width, capability):
     backward = triton.backward_launch(shape, triton_tiling.tiles_of(shape))
     for launch, read in ((triton.forward_launch(shape), 2), (backward, 3)):
         found = triton_compile.compile_launch(launch, ("bfloat16",) * read + ("float32",), capability)
-        assert launch.name in found.text and "st.global.v4" in found.text
+        assert launch.name in found.text
+        assert "ld.global.v4" in found.text and "st.global.v4" in found.text
         assert found.registers <= 128 and found.spilled_bytes == 0
 
 

@@ -6,7 +6,6 @@ CASE`: triton reads that variable when a kernel is defined, so the tests start a
 
 import dataclasses
 import json
-import math
 import sys
 
 import numpy as np
@@ -14,8 +13,7 @@ import torch
 
 from pallas_kernels.normed_sum import triton, triton_tiling
 from pallas_kernels.normed_sum.shape import NormedSumShape
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from tests.pallas_kernels.torch_launch import DTYPES, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +55,6 @@ def reference(case: Case, first, second, first_scale, second_scale) -> torch.Ten
         rms = torch.sqrt(torch.sum(heads * heads, -1, keepdim=True) / p.head_dim + p.epsilon)
         total = total + (heads / rms).reshape(x.shape) * scale
     return total
-
-
-def run(launch, *arrays):
-    """Runs a launch on torch tensors; new outputs start as NaN, so that an unwritten element shows."""
-    new = [torch.full(shape, math.nan, dtype=DTYPES[dtype]) for shape, dtype in launch.outputs]
-    launch.kernel[launch.grid](
-        *arrays,
-        *launch.integers,
-        *new,
-        **dict(launch.constants),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    return new
 
 
 def errors(case: Case, seed: int = 0) -> dict[str, float]:

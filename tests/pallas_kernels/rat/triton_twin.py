@@ -20,9 +20,9 @@ from pallas_kernels.rat.state import State
 from pallas_kernels.rat.triton_rotation import rotation
 from pallas_kernels.rat.triton_segments import Documents, documents_of
 from rat_jax.segments import SegmentInfo
+from tests.pallas_kernels.torch_launch import DTYPES, run
 
 ROPE_BASE = 10_000.0
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +103,6 @@ def turn(x: torch.Tensor, index: int, base: float) -> torch.Tensor:
     angle = index * base ** (-torch.arange(half, dtype=x.dtype) / half)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
-
-
-def run(launch, *arrays):
-    """Runs a launch on torch tensors; new outputs start as NaN, so that an unwritten element shows."""
-    new = [torch.full(shape, math.nan, dtype=DTYPES[dtype], device=arrays[0].device) for shape, dtype in launch.outputs]
-    kept = [arrays[i] for i in launch.overwritten]
-    launch.kernel[launch.grid](
-        *arrays,
-        *launch.integers,
-        *new,
-        *kept,
-        **dict(launch.constants),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    return (*new, *kept)
 
 
 def twin(case: Case, projected, gate_bias, d_out):

@@ -7,7 +7,6 @@ start a process for it.
 
 import dataclasses
 import json
-import math
 import sys
 
 import numpy as np
@@ -15,8 +14,7 @@ import torch
 
 from pallas_kernels.residual_norm import triton, triton_tiling
 from pallas_kernels.residual_norm.shape import ResidualNormShape
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from tests.pallas_kernels.torch_launch import DTYPES, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +58,12 @@ def gradients(case: Case, d_around, d_normed, x, scale) -> tuple[torch.Tensor, .
     return torch.autograd.grad((x, normed(case, x, scale)), (x, scale), (d_around.double(), d_normed.double()))
 
 
-def launched(launch, *arrays: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs start as NaN, so that an unwritten element shows."""
-    outputs = [torch.full(shape, math.nan, dtype=DTYPES[dtype]) for shape, dtype in launch.outputs]
-    launch.kernel[launch.grid](*arrays, *launch.integers, *outputs, **dict(launch.constants))
-    return outputs
-
-
 def errors(case: Case, seed: int = 0) -> dict[str, float]:
     """Norm of the error over norm of the float64 result, for every result and gradient."""
     x, added, d_around, d_normed, scale = inputs(case, seed)
     tiles = triton_tiling.tiles_of(case.shape) if case.tiles is None else case.tiles
-    around, found = launched(triton.forward_launch(case.shape), x, added, scale)
-    d_x, d_scale = launched(triton.backward_launch(case.shape, tiles), d_around, d_normed, x, scale)
+    around, found = run(triton.forward_launch(case.shape), x, added, scale)
+    d_x, d_scale = run(triton.backward_launch(case.shape, tiles), d_around, d_normed, x, scale)
     wanted_d_x, wanted_d_scale = gradients(case, d_around, d_normed, x, scale)
     pairs = {
         "around": (around, x.double() + added.double()),

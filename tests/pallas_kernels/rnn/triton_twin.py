@@ -6,7 +6,6 @@ triton reads that variable when a kernel is defined, so the tests start a proces
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterator
 
@@ -15,8 +14,7 @@ import torch
 
 from pallas_kernels.rnn import triton
 from pallas_kernels.rnn.shape import RnnShape
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from tests.pallas_kernels.torch_launch import DTYPES, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +83,6 @@ def reference(case: Case, projected, gate_bias, state) -> tuple[torch.Tensor, to
         state = torch.where(is_padding, state, taken)
         out.append(torch.sigmoid(z[:, t]) * state)
     return torch.stack(out, 1), state
-
-
-def run(launch, *arrays):
-    """Runs a launch on torch tensors; new outputs start as NaN, so that an unwritten element shows."""
-    new = [torch.full(shape, math.nan, dtype=DTYPES[dtype], device=arrays[0].device) for shape, dtype in launch.outputs]
-    launch.kernel[launch.grid](
-        *arrays,
-        *launch.integers,
-        *new,
-        **dict(launch.constants),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    return new
 
 
 def errors(case: Case, seed: int = 0) -> dict[str, float]:

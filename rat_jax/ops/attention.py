@@ -11,9 +11,10 @@ from rat_jax.shapes import Array, Float, Int
 
 __all__ = ["AttentionImplementation", "AttentionOutput", "KeyInfo", "attention"]
 
-AttentionImplementation = Literal["xla", "cudnn", "mosaic_gpu", "pallas_tpu"]
-_FASTEST_FIRST = ("cudnn", "mosaic_gpu", "pallas_tpu")
-_SHARED_KEYS_FASTEST_FIRST = ("mosaic_gpu", "cudnn", "pallas_tpu")  # where heads share key heads, in a short window
+AttentionImplementation = Literal["xla", "cudnn", "mosaic_gpu", "triton", "pallas_tpu"]
+_FASTEST_FIRST = ("cudnn", "mosaic_gpu", "triton", "pallas_tpu")
+# Where heads share key heads, in a short window.
+_SHARED_KEYS_FASTEST_FIRST = ("mosaic_gpu", "cudnn", "triton", "pallas_tpu")
 _SHORT_WINDOW = 1024
 
 
@@ -47,8 +48,8 @@ def attention(
         order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
         and "xla" elsewhere: of 16-bit numbers "cudnn" on CUDA for whole rows, and "mosaic_gpu" on Hopper GPUs for
-        documents and padding and in windows to 1,024 whose key heads are shared; on TPU "pallas_tpu", JAX's splash
-        attention, for both.
+        documents and padding and in windows to 1,024 whose key heads are shared; of one query a row and the keys of a
+        cache "triton" on CUDA; on TPU "pallas_tpu", JAX's splash attention, for rows.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -91,6 +92,7 @@ def attention(
             )
         )
     whole_rows = query_info.contiguous and key_info.contiguous and key.shape[1] == tokens
+    own_keys = whole_rows or (aligned and key.shape[1] == tokens)
     shape = AttentionShape(
         dispatch.rows_of_device(batch),
         tokens,
@@ -98,8 +100,8 @@ def attention(
         key_heads,
         head_dim,
         query.dtype.name,
-        window=None if window is None or window >= tokens - 1 else window,
-        own_keys=whole_rows or (aligned and key.shape[1] == tokens),
+        window=None if own_keys and window is not None and window >= tokens - 1 else window,
+        own_keys=own_keys,
         whole_rows=whole_rows,
         capability=platform.expected_capability(),
     )
@@ -120,6 +122,9 @@ def attention(
         return AttentionOutput(*dispatch.run(kernel, fall_back, query, key, value, query_info))
     if chosen == "xla":
         return attention_xla.attend(query, key, value, query_info, key_info, window, aligned)
+    if chosen == "triton":
+        one = attention_kernels.AttendOne(chosen, shape)
+        return AttentionOutput(*dispatch.run(one, implementation is None, query, key, value, query_info, key_info))
     kernel = attention_kernels.Attend(chosen, shape)
     info = None if shape.whole_rows else query_info
     return AttentionOutput(*dispatch.run(kernel, implementation is None, query, key, value, info))

@@ -1,8 +1,10 @@
-"""Causal softmax attention of tokens to those of their own rows by kernels, as `dispatch` runs them."""
+"""Softmax attention by kernels, as `dispatch` runs them: of tokens to those of their own rows, and to a cache."""
 
 import dataclasses
 import math
 from typing import ClassVar
+
+import jax.numpy as jnp
 
 from pallas_kernels.attention import cudnn_fmha
 from pallas_kernels.attention.shape import AttentionShape
@@ -64,6 +66,34 @@ class Attend(dispatch.Kernel):
 
     def _options(self) -> dict[str, float | int | None]:
         return {"scale": 1 / math.sqrt(self.shape.head_dim), "window": self.shape.window}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendOne(dispatch.Kernel):
+    """Of one query a row, the keys and values of a cache, and what is known of either: output and log-sum-exp.
+
+    Made for decoding, so that gradients are plain XLA's.
+    """
+
+    implementation: str
+    shape: AttentionShape
+    replicated: ClassVar[tuple[int, ...]] = ()
+    num_differentiated: ClassVar[int] = 0
+
+    def forward(
+        self, query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo
+    ) -> tuple[tuple[Array, Array], None]:
+        from pallas_kernels.attention import triton_decode  # imports Triton, which machines without a GPU may lack
+
+        places = (
+            (info.segment_ids.astype(jnp.int32), info.token_index.astype(jnp.int32)) for info in (query_info, key_info)
+        )
+        return triton_decode.attend(self.shape, query, key, value, *places), None
+
+    def plain(
+        self, query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo
+    ) -> tuple[Array, Array]:
+        return tuple(attention_xla.attend(query, key, value, query_info, key_info, self.shape.window, aligned=False))
 
 
 def _documents(info: KeyInfo | None) -> Array | None:

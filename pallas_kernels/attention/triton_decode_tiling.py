@@ -1,0 +1,50 @@
+"""Which calls the Triton kernels of one query a row take, and how keys are divided among programs."""
+
+from typing import NamedTuple
+
+from pallas_kernels.attention.shape import AttentionShape
+from pallas_kernels.launch.sizes import cdiv, next_power_of_2
+from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
+
+MAX_SHARED = 64  # query heads of a key head, whose accumulators fit the registers
+ENOUGH_PROGRAMS = 1024  # fewer rows times key heads are split
+JOIN_WARPS = 1
+_LEAST_HEADS = 16  # of the matrix units
+
+
+class Tile(NamedTuple):
+    """What a program holds at once."""
+
+    keys: int
+    heads: int  # query heads, padded
+    channels: int  # padded
+    warps: int
+    stages: int  # tiles of keys and values on their way
+
+
+def unsupported_reason(shape: AttentionShape) -> str | None:
+    """Why the kernels cannot run a call and what comes nearest; None where they can."""
+    if shape.tokens != 1 or shape.own_keys:
+        return "it takes one query a row and the keys of a cache; implementation 'xla' takes all calls"
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {shape.head_dim} is above {MAX_HEAD_DIM}: an accumulator would not fit the registers"
+    if (shared := shape.num_heads // shape.key_heads) > MAX_SHARED:
+        return f"{shared} query heads a key head are more than {MAX_SHARED}: accumulators would not fit the registers"
+    if shape.batch > MAX_GRID_ROWS:
+        return f"batch {shape.batch} is above {MAX_GRID_ROWS}, the longest grid axis; split the batch"
+    return missing_dependency()
+
+
+def tile(shape: AttentionShape) -> Tile:
+    """The block of keys that a program reads at once."""
+    heads = max(_LEAST_HEADS, next_power_of_2(shape.num_heads // shape.key_heads))
+    channels = max(16, next_power_of_2(shape.head_dim))
+    return Tile(keys=64, heads=heads, channels=channels, warps=2, stages=2)
+
+
+def splits(shape: AttentionShape, num_keys: int) -> int:
+    """Programs that share the keys of a row and key head."""
+    wanted = cdiv(ENOUGH_PROGRAMS, shape.batch * shape.key_heads)
+    return max(1, min(wanted, cdiv(num_keys, tile(shape).keys)))

@@ -9,8 +9,8 @@ from pallas_kernels.linear_attention.shape import LinearAttentionShape
 
 def unsupported_reason(shape: LinearAttentionShape) -> str | None:
     """Why the Triton kernels cannot run a call and what comes nearest; None where they can."""
-    if shape.continued:
-        return "it takes no state; implementation 'xla' does"
+    if shape.continued and shape.tokens > 1:
+        return "it takes a state beside one token a row alone; implementation 'xla' takes more"
     if shape.key_lag:
         return f"it takes no key_lag ({shape.key_lag}); shift keys and values instead"
     if shape.dtype not in DTYPES:

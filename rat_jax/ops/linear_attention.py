@@ -51,7 +51,7 @@ def linear_attention(
         the row without `segment_ids`, and of the tokens before the first start of a `SegmentInfo` that continues from
         earlier tokens. Not together with `key_lag`.
       implementation: None takes the fastest kernel for the platform that the program is lowered for that takes the
-        call, and "xla" where there is none. Only "xla" takes a `state`.
+        call, and "xla" where there is none. Beside a `state` "triton" takes one token a row, "xla" any number.
 
     Raises:
       ValueError: if shapes, `feature_map` or `key_lag` do not fit, or a `state` meets ids that leave nothing to
@@ -103,6 +103,10 @@ def linear_attention(
         key, value = (lagged(x, shape.key_lag) for x in (key, value))
         shape = dataclasses.replace(shape, key_lag=0)
     shared = initial_state is not None and initial_state.shape[0] == 1
+    if state is not None:
+        one = linear_attention_kernels.Step(chosen, shape, replicated=(4,) if shared else ())
+        arrays = (query, key, value, documents, initial_state, state)
+        return LinearAttentionOutput(*dispatch.run(one, implementation is None, *arrays))
     kernel = linear_attention_kernels.Attend(chosen, shape, replicated=(3,) if shared else ())
     arrays = (query, key, value, initial_state, documents)
     return LinearAttentionOutput(*dispatch.run(kernel, implementation is None, *arrays))

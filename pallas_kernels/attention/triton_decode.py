@@ -8,6 +8,7 @@ see is not read.
 import math
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
@@ -29,6 +30,8 @@ def attention_decode(
     query_index,  # [B, 1] int32
     key_segments,  # [B, S] int32
     key_index,  # [B, S] int32
+    begins,  # [B] int32: the first slot that a row's query sees
+    ends,  # [B] int32: the first one behind the last that it sees
     num_keys,  # S
     split_values,  # [B, N, SPLITS, H] float32: sums of values, weighted by exp2 of scores less their maximum
     split_maxima,  # [B, N, SPLITS] float32: of scores times log2 e; very negative where nothing is seen
@@ -53,21 +56,22 @@ def attention_decode(
     n = kv * HEADS + head
     q = tl.load(query + (row * N + n)[:, None] * H + channel[None, :], mask=own, other=0.0)
     segment, index = tl.load(query_segments + row), tl.load(query_index + row)
-    tiles = tl.cdiv(tl.cdiv(num_keys, SPLITS), KEYS)
+    begin, end = tl.load(begins + row), tl.load(ends + row)
+    tiles = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS)
     maximum = tl.full([HEADS_PADDED], -1e30, tl.float32)
     weight = tl.zeros([HEADS_PADDED], tl.float32)
     y = tl.zeros([HEADS_PADDED, H_PADDED], tl.float32)
     for step in range(tiles):
-        slot = (split * tiles + step) * KEYS + tl.arange(0, KEYS)
-        inside = slot < num_keys
+        slot = begin + (split * tiles + step) * KEYS + tl.arange(0, KEYS)
+        inside = slot < end
+        at = ((row * num_keys + slot) * K + kv)[:, None] * H + channel[None, :]
+        # Not by what is seen, which would have to be read before: keys beside those that are seen cost little.
+        key = tl.load(keys + at, mask=inside[:, None] & (channel < H)[None, :], other=0.0)
         held = tl.load(key_segments + row * num_keys + slot, mask=inside, other=0)
         distance = index - tl.load(key_index + row * num_keys + slot, mask=inside, other=0)
         visible = (held == segment) & (held != 0) & (distance >= 0)
         if WINDOW >= 0:
             visible = visible & (distance <= WINDOW)
-        at = ((row * num_keys + slot) * K + kv)[:, None] * H + channel[None, :]
-        read = visible[:, None] & (channel < H)[None, :]
-        key = tl.load(keys + at, mask=read, other=0.0)
         scores = tl.dot(q, tl.trans(key), input_precision="ieee") * SCORE_SCALE
         scores = tl.where(visible[None, :], scores, -float("inf"))
         largest = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -75,7 +79,7 @@ def attention_decode(
         p = tl.exp2(scores - largest[:, None])
         maximum = largest
         weight = weight * shrink + tl.sum(p, axis=1)
-        value = tl.load(values + at, mask=read, other=0.0)
+        value = tl.load(values + at, mask=visible[:, None] & (channel < H)[None, :], other=0.0)
         y = y * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
     part = (row * N + n) * SPLITS + split
     tl.store(split_values + part[:, None] * H + channel[None, :], y, mask=own)
@@ -130,13 +134,29 @@ def attend(
       query_info: segments and indices in the row, [B, 1] int32 each.
       key_info: the same of the keys, [B, S].
     """
-    return attend_by(launcher.run, shape, query, key, value, *query_info, *key_info)
+    (segments, index), (held, held_index) = query_info, key_info
+    distance = index - held_index
+    visible = (held == segments) & (held != 0) & (distance >= 0)
+    if shape.window is not None:
+        visible &= distance <= shape.window
+    # The same for all layers, which XLA sees.
+    slots = jnp.arange(key.shape[1], dtype=jnp.int32)
+    ends = jnp.max(jnp.where(visible, slots + 1, 0), axis=1)
+    begins = jnp.minimum(jnp.min(jnp.where(visible, slots, key.shape[1]), axis=1), ends)
+    return attend_by(launcher.run, shape, query, key, value, segments, index, held, held_index, begins, ends)
 
 
-def attend_by(run: launcher.Run, shape: AttentionShape, query, key, value, *info):
-    """As `attend`, through `run`, on the arrays of whatever library it runs kernels with."""
+def attend_by(run: launcher.Run, shape: AttentionShape, query, key, value, *places):
+    """As `attend`, through `run`, on the arrays of whatever library it runs kernels with.
+
+    Args:
+      run: runs a launch.
+      shape: as of `attend`.
+      query, key, value: as of `attend`.
+      *places: segments and index of the query, of the keys, first slot that is seen, first one behind the last.
+    """
     num_keys = key.shape[1]
-    parts = run(decode_launch(shape, num_keys), query, key, value, *info)
+    parts = run(decode_launch(shape, num_keys), query, key, value, *places)
     return run(join_launch(shape, num_keys), *parts)
 
 

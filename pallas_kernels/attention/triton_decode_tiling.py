@@ -7,7 +7,7 @@ from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
 MAX_SHARED = 64  # query heads of a key head, whose accumulators fit the registers
-ENOUGH_PROGRAMS = 1024  # fewer rows times key heads are split
+ENOUGH_PROGRAMS = 512  # fewer rows times key heads are split
 JOIN_WARPS = 1
 _LEAST_HEADS = 16  # of the matrix units
 

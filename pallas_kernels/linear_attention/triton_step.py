@@ -16,7 +16,7 @@ from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.linear_attention.triton_features import half_features, load_initial
 from pallas_kernels.linear_attention.triton_tiling import Tiling
 
-COLUMNS, WARPS = 32, 4  # value channels of a state that a program holds, so that a few rows have many programs
+COLUMNS, WARPS = 32, 2  # value channels of a state that a program holds, so that a few rows have many programs
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def linear_attention_step(
     low, high = low + of_key[0] * v, high + of_key[1] * v
     tl.store(low_at, low, mask=own[:, None] & written[None, :])
     tl.store(low_at + H * H, high, mask=own[:, None] & written[None, :])
-    for n in range(k * SHARED, (k + 1) * SHARED):
+    for i in tl.static_range(SHARED):
+        n = k * SHARED + i
         of_query = _features(query + (row * N + n) * H, channel, own, H, P, SOFTMAX)
         read_low, read_high = low, high
         if INITIAL_HEADS:

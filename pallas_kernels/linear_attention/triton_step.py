@@ -16,7 +16,8 @@ from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.linear_attention.triton_features import half_features, load_initial
 from pallas_kernels.linear_attention.triton_tiling import Tiling
 
-COLUMNS, WARPS = 32, 2  # value channels of a state that a program holds, so that a few rows have many programs
+COLUMNS = 32  # value channels of a state that a program holds, so that a few rows have many programs
+CHANNELS = 64  # of keys, that a warp holds of them: 128 numbers a thread
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def step_launch(shape: LinearAttentionShape) -> Launch:
             ("SOFTMAX", shape.softmax),
             *tiling.initial_constants(),
         ),
-        num_warps=WARPS,
+        num_warps=cdiv(tiling.padded, CHANNELS),
         num_stages=1,
         overwritten=(5,),
     )

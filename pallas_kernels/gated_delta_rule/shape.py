@@ -26,3 +26,8 @@ class GatedDeltaRuleShape:
         sizes = self.batch, self.tokens, self.num_heads, self.key_dim, self.value_dim, self.chunk_size
         if min(sizes) < 1:
             raise ValueError(f"every size must be 1 or more, got {self}")
+
+    @property
+    def is_step(self) -> bool:
+        """One token of rows that continue from a state: one update of it, without chunks."""
+        return self.continued and self.tokens == 1

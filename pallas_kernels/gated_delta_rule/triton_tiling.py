@@ -4,7 +4,7 @@ import dataclasses
 
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
-from pallas_kernels.launch.triton import MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
+from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
 _DTYPES = ("bfloat16", "float16")  # products of float32 do not fit the registers
 _HOPPER = 9  # compute capability 9.x, whose matrix instructions read shared memory; those of others fill the registers
@@ -14,17 +14,26 @@ _PROGRAMS = 256  # that go through rows in order: wider blocks of values read th
 
 def unsupported_reason(shape: GatedDeltaRuleShape) -> str | None:
     """Why the Triton kernels cannot run a call and what comes nearest; None where they can."""
-    if shape.dtype not in _DTYPES:
-        return f"dtype {shape.dtype} is none of {', '.join(_DTYPES)}; nearest: bfloat16"
-    if shape.chunk_size not in _CHUNK_SIZES:
-        return f"chunk_size {shape.chunk_size} is none of {', '.join(map(str, _CHUNK_SIZES))}"
     if shape.key_dim > MAX_HEAD_DIM:
         return f"it takes keys of at most {MAX_HEAD_DIM} channels, got {shape.key_dim}; nearest: {MAX_HEAD_DIM}"
     if shape.batch > MAX_GRID_ROWS:
         return f"batch {shape.batch} is above {MAX_GRID_ROWS}, the longest grid axis; split the batch"
+    if not shape.is_step and (reason := _unsupported_reason_of_chunks(shape)):
+        return reason
+    if shape.dtype not in DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}; nearest: float32"
+    return missing_dependency()
+
+
+def _unsupported_reason_of_chunks(shape: GatedDeltaRuleShape) -> str | None:
+    """Why tokens cannot be taken in chunks; None where they can."""
+    if shape.dtype not in _DTYPES:
+        return f"dtype {shape.dtype} is none of {', '.join(_DTYPES)}; nearest: bfloat16"
+    if shape.chunk_size not in _CHUNK_SIZES:
+        return f"chunk_size {shape.chunk_size} is none of {', '.join(map(str, _CHUNK_SIZES))}"
     if shape.capability is not None and shape.capability[0] != _HOPPER:
         return f"it needs a card of compute capability 9.x, this one has {shape.capability[0]}.{shape.capability[1]}"
-    return missing_dependency()
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

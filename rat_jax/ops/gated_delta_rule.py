@@ -52,7 +52,7 @@ def gated_delta_rule(
       initial_state: S before the first token, for the documents that began in an earlier call; None is zero.
       chunk_size: tokens of a chunk; kernels take 16, 32 or 64.
       implementation: None takes the fastest kernel of the platform that the program is lowered for where it takes the
-        call, and "xla" elsewhere and for one token, which is one update.
+        call, and "xla" elsewhere and for one token without an initial state.
 
     Raises:
       ValueError: if shapes do not fit each other, if `chunk_size` is below 1, or if an `initial_state` meets ids that
@@ -99,11 +99,11 @@ def gated_delta_rule(
         continued=initial_state is not None,
         capability=platform.expected_capability(),
     )
-    order = _FASTEST_FIRST if tokens > 1 else ()
+    order = _FASTEST_FIRST if tokens > 1 or shape.is_step else ()
     chosen = dispatch.choose(implementation, order, batch, lambda _: triton_tiling.unsupported_reason(shape))
     if chosen == "xla":
         return gated_delta_rule_xla.rule(*arrays, chunk_size)
-    kernel = gated_delta_rule_kernels.Rule(chosen, shape)
+    kernel = (gated_delta_rule_kernels.Step if shape.is_step else gated_delta_rule_kernels.Rule)(chosen, shape)
     return GatedDeltaRuleOutput(*dispatch.run(kernel, implementation is None, *arrays))
 
 

@@ -40,6 +40,26 @@ class Rule(dispatch.Kernel):
         return *gradients, d_initial if self.shape.continued else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Step(dispatch.Kernel):
+    """As `Rule`, of one token a row and an initial state, which is updated in place where it is donated."""
+
+    implementation: str
+    shape: GatedDeltaRuleShape
+    replicated: ClassVar[tuple[int, ...]] = ()
+    num_differentiated: ClassVar[int] = 0
+
+    def forward(self, *arguments: Array | None) -> tuple[tuple[Array, Array], None]:
+        from pallas_kernels.gated_delta_rule import triton_step  # imports Triton, which machines without a GPU may lack
+
+        *of_token, state, starts = arguments
+        goes_on = jnp.ones(state.shape[:1], bool) if starts is None else ~starts[:, 0]
+        return triton_step.step(self.shape, *of_token, goes_on, state), None
+
+    def plain(self, *arguments: Array | None) -> tuple[Array, Array]:
+        return tuple(gated_delta_rule_xla.rule(*arguments, self.shape.chunk_size))
+
+
 def _of_kernels(*arguments: Array | None) -> tuple[Array | None, ...]:
     """Arguments as kernels take them, who read whole numbers."""
     *of_tokens, initial_state, starts = arguments

@@ -60,6 +60,8 @@ def _join(last_inputs: Array, x: Array, segments: SegmentInfo) -> Array:
     batch, reach, _ = last_inputs.shape
     if reach == 0:
         return x
+    if x.shape[1] == 1:  # no scatter, so that XLA joins a step's convolution with what surrounds it
+        return jnp.concatenate([last_inputs, x], axis=1)
     rows, places = jnp.arange(batch)[:, None], first_columns(segments, reach)
     return jnp.pad(x, [(0, 0), (reach, 0), (0, 0)]).at[rows, places].set(last_inputs)
 
@@ -76,6 +78,8 @@ def next_inputs(
     reach = last_inputs.shape[1]
     if reach == 0:
         return last_inputs
+    if x.shape[1] == 1:
+        return jnp.where(segments.is_token[..., None], jnp.concatenate([last_inputs[:, 1:], x], axis=1), last_inputs)
     first, columns = first_columns(segments, 1), jnp.arange(x.shape[1])[None]
     last = jnp.max(jnp.where(segments.is_token, columns, -1), axis=1)[:, None]
     ends = last + 1 - reach + jnp.arange(reach)[None]

@@ -18,7 +18,8 @@ from pallas_kernels.convolved_heads.shape import LENGTH_EPSILON, ConvolvedHeadsS
 from pallas_kernels.convolved_heads.triton_tiling import Blocks, Tiling
 from rat_jax.ops import convolved_heads_xla
 from rat_jax.segments import from_segments, whole_rows
-from tests.pallas_kernels.rat.triton_twin import DTYPES, mend_interpreter, run
+from tests.pallas_kernels.torch_launch import DTYPES, run
+from tests.pallas_kernels.triton_interpreter import mend_interpreter
 
 RESULTS = ("query", "key", "value", "d_projected", "d_taps")
 

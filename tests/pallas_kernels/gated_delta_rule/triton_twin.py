@@ -18,7 +18,8 @@ from pallas_kernels.gated_delta_rule import triton
 from pallas_kernels.gated_delta_rule.shape import GatedDeltaRuleShape
 from pallas_kernels.gated_delta_rule.triton_tiling import Blocks, Tiling
 from rat_jax.ops import gated_delta_rule_xla
-from tests.pallas_kernels.rat.triton_twin import DTYPES, mend_interpreter, run
+from tests.pallas_kernels.torch_launch import DTYPES, run
+from tests.pallas_kernels.triton_interpreter import mend_interpreter
 
 NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state")
 

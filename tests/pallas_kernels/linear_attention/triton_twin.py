@@ -14,7 +14,8 @@ import torch
 from pallas_kernels.linear_attention import triton
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 from pallas_kernels.linear_attention.triton_tiling import Tiling
-from tests.pallas_kernels.rat.triton_twin import DTYPES, mend_interpreter, run
+from tests.pallas_kernels.torch_launch import DTYPES, run
+from tests.pallas_kernels.triton_interpreter import mend_interpreter
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pallas_kernels.rat.triton_rotation import rotation
 from pallas_kernels.rat.triton_segments import Documents, documents_of
 from rat_jax.segments import SegmentInfo
 from tests.pallas_kernels.torch_launch import DTYPES, run
+from tests.pallas_kernels.triton_interpreter import mend_interpreter
 
 ROPE_BASE = 10_000.0
 
@@ -241,34 +242,6 @@ CASES = {
     ),
     "documents_over_programs": Case(shape_of(1, 17, 2, 2, 4, 3, segmented=True), ((1, 7, -1, 2, 6),), program_tokens=6),
 }
-
-
-def mend_interpreter() -> None:
-    """Makes it run with numpy 2.4, and a fifth faster.
-
-    Triton 3.6 reads loop bounds as int(array of shape [1]), which numpy 2.4 refuses; triton 3.7 squeezes them.
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_squeeze(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_and_squeeze
-
-    # Patching looks through all of the language. The kernel has done so when it calls a function: once for each module
-    # of such functions, which may know the language under another name, is enough.
-    modules = set()
-
-    def patch_once_and_call(function, *args, **kwargs):
-        if function.fn.__module__ not in modules:
-            modules.add(function.fn.__module__)
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = patch_once_and_call
 
 
 DECODE_CASES = {

@@ -38,10 +38,17 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
 
 
 def tile(shape: AttentionShape) -> Tile:
-    """The block of keys that a program reads at once."""
+    """The block of keys that a program reads at once.
+
+    With fewer warps accumulators do not fit the registers; with more float32 keys neither do the operands of their
+    products, and with more keys of many long heads the 99 KiB of shared memory of some cards do not suffice.
+    """
     heads = max(_LEAST_HEADS, next_power_of_2(shape.num_heads // shape.key_heads))
     channels = max(16, next_power_of_2(shape.head_dim))
-    return Tile(keys=64, heads=heads, channels=channels, warps=2, stages=2)
+    is_float32 = shape.dtype == "float32"
+    warps = min(8, max(4 if is_float32 else 2, heads * channels // 1024))
+    keys = 16 if is_float32 else 32 if heads * channels > 8192 else 64
+    return Tile(keys=keys, heads=heads, channels=channels, warps=warps, stages=2)
 
 
 def splits(shape: AttentionShape, num_keys: int) -> int:

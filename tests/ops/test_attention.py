@@ -9,15 +9,18 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.attention import triton_decode_tiling
 from rat_jax.mesh import BATCH_AXES, num_parts
 from rat_jax.mixers.attention import Attention
 from rat_jax.mixers.local_attention import LocalAttention
 from rat_jax.mixers.rattention import Rattention
-from rat_jax.ops import attention_xla
+from rat_jax.ops import UnsupportedError, attention_kernels, attention_xla
 from rat_jax.ops.attention import KeyInfo, attention
 from rat_jax.segments import SegmentInfo, from_segments, whole_rows
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
+from tests.equations import equations
+from tests.jax_triton import require_jax_triton
 
 SPLASH_CALLS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 CUDNN_CALLS = ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward(")
@@ -274,6 +277,160 @@ def test_mixers_run_splash_attention_on_documents_without_a_cache(mixer, traced_
     for layout in (whole_rows(2, 12), packed):
         assert lowered_for_tpu(mix, x, layout, None) == [True, False, False]
     assert lowered_for_tpu(mix, x, packed, module.init_memory(2, 20)) == [False] * 3
+
+
+DECODE_KERNELS = {"attention_decode", "attention_decode_join"}
+
+
+def step_inputs(num_keys=37, *, queries=1, heads=4, key_heads=2, head_dim=8, dtype=jnp.float32, is_ring=False):
+    """Queries of the last tokens of two rows, of two documents each, and what a cache holds; a slot has nothing."""
+    keys = jax.random.split(jax.random.key(num_keys), 3)
+    sizes = ((queries, heads), (num_keys, key_heads), (num_keys, key_heads))
+    arrays = tuple(jax.random.normal(key, (2, *size, head_dim), dtype) for key, size in zip(keys, sizes, strict=True))
+    last = np.array([[2 * num_keys], [num_keys + 5]] if is_ring else [[num_keys - 1], [num_keys - 4]])
+    slots = np.arange(num_keys)[None]
+    held = last - (last - slots) % num_keys if is_ring else np.repeat(slots, 2, axis=0)
+    segments = np.where(held < last - num_keys // 2, 1, 2)
+    segments[:, 3] = 0
+    query_index = last - np.arange(queries)[None, ::-1]
+    query_info = KeyInfo(jnp.full((2, queries), 2, jnp.int32), jnp.asarray(query_index, jnp.int32))
+    return (*arrays, query_info, KeyInfo(jnp.asarray(segments, jnp.int32), jnp.asarray(held, jnp.int32)))
+
+
+def attend_to_cache(query, key, value, query_info, key_info, **options):
+    return attention(query, key, value, query_info=query_info, key_info=key_info, **options)
+
+
+def read_in_float64(query, key, value, query_info, key_info, window=None):
+    """Out and log-sum-exp of one query a row, by their definitions."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    distance = np.asarray(query_info.token_index) - np.asarray(key_info.token_index)
+    seen = (np.asarray(key_info.segment_ids) == np.asarray(query_info.segment_ids)) & (distance >= 0)
+    if window is not None:
+        seen &= distance <= window
+    out, sums = np.zeros(query.shape), np.zeros(query.shape[:3])
+    for b, n in np.ndindex(*query.shape[::2][:2]):
+        head = n // (query.shape[2] // key.shape[2])
+        scores = key[b, seen[b], head] @ query[b, 0, n] / np.sqrt(query.shape[3])
+        out[b, 0, n] = reference.softmax(scores) @ value[b, seen[b], head]
+        sums[b, 0, n] = np.log(np.exp(scores).sum())
+    return out, sums
+
+
+@pytest.mark.parametrize("is_ring", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 6, 36, 100])
+def test_one_query_sees_no_more_of_a_cache_than_its_window(window, is_ring):
+    given = step_inputs(is_ring=is_ring)
+    found = jax.jit(functools.partial(attend_to_cache, window=window))(*given)
+    for a, b in zip(found, read_in_float64(*given, window), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.fixture
+def decode_kernels(traced_for_a_gpu, monkeypatch):
+    """Shapes of the calls that take the kernel, which need not be installed."""
+    shapes = []
+
+    def forward(self, *arguments):
+        shapes.append(self.shape)
+        return self.plain(*arguments), None
+
+    monkeypatch.setattr(triton_decode_tiling, "missing_dependency", lambda: None)
+    monkeypatch.setattr(attention_kernels.AttendOne, "forward", forward)
+    return shapes
+
+
+@pytest.mark.parametrize("window", [None, 0, 6, 36, 100])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_kernel_is_chosen_for_one_query_and_a_cache_with_its_window(window, dtype, decode_kernels):
+    jax.eval_shape(functools.partial(attend_to_cache, window=window), *step_inputs(dtype=dtype))
+    assert {(shape.window, shape.own_keys) for shape in decode_kernels} == {(window, False)}
+
+
+def test_the_kernel_is_not_chosen_for_several_queries_nor_own_keys(decode_kernels):
+    jax.eval_shape(attend_to_cache, *step_inputs(queries=2))
+    jax.eval_shape(functools.partial(attend_to_cache, implementation="xla"), *step_inputs())
+    for tokens in (1, 2):
+        jax.eval_shape(functools.partial(attend, aligned=True), *inputs(tokens))
+    assert not decode_kernels
+
+
+def test_the_kernel_by_name_runs_or_says_why_not(decode_kernels, monkeypatch):
+    by_name = functools.partial(attend_to_cache, implementation="triton")
+    assert jax.eval_shape(by_name, *step_inputs()).out.shape == (2, 1, 4, 8)
+    assert decode_kernels
+    reason = "'triton' cannot run this call: it takes one query a row and the keys of a cache"
+    with pytest.raises(UnsupportedError, match=reason):
+        by_name(*step_inputs(queries=2))
+    with pytest.raises(UnsupportedError, match=reason):
+        attend(*inputs(1), implementation="triton", aligned=True)
+    query, *others = step_inputs()
+    with pytest.raises(UnsupportedError, match="queries, keys and values differ in dtype"):
+        by_name(query.astype(jnp.bfloat16), *others)
+    monkeypatch.setattr("rat_jax.ops.platform.expected_platform", lambda: "cpu")
+    with pytest.raises(UnsupportedError, match="it runs on NVIDIA GPUs"):
+        by_name(*step_inputs())
+
+
+def test_gradients_through_the_decode_kernel_are_plain(decode_kernels):
+    *arrays, query_info, key_info = step_inputs()
+
+    def gradients(implementation):
+        def weighted(arrays):
+            found = attend_to_cache(*arrays, query_info, key_info, window=6, implementation=implementation)
+            return jnp.sum(found.out**2) + jnp.sum(found.log_sum_exp**2)
+
+        return jax.jit(jax.grad(weighted))(tuple(arrays))
+
+    plain = gradients("xla")
+    assert not decode_kernels
+    for found, want in zip(gradients(None), plain, strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+    assert decode_kernels
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_each_device_reads_the_caches_of_its_rows(axis, decode_kernels):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(**{axis: 2})):
+        jax.eval_shape(attend_to_cache, *step_inputs())
+    assert {shape.batch for shape in decode_kernels} == {1}
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_step_is_traced_with_the_decode_kernels_and_runs_elsewhere_as_plain_xla_does(window, traced_for_a_gpu):
+    require_jax_triton()
+    given = step_inputs(dtype=jnp.bfloat16)
+    traced = jax.jit(functools.partial(attend_to_cache, window=window)).trace(*given)
+    names = {equation.params.get("name") for equation in equations(traced.jaxpr.jaxpr)}
+    assert names >= DECODE_KERNELS
+    found = traced.lower().compile()(*given)  # for the CPU, where plain XLA replaces them
+    want = jax.jit(functools.partial(attend_to_cache, window=window, implementation="xla"))(*given)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_keys", "options", "window"),
+    [
+        (1000, {"key_heads": 4, "head_dim": 128}, None),  # in several parts, as there are few rows
+        (513, {"heads": 16, "key_heads": 4, "head_dim": 128, "is_ring": True}, 512),
+        (40, {"heads": 6, "key_heads": 2, "head_dim": 20}, 9),
+        (300, {"key_heads": 4, "head_dim": 256}, None),
+    ],
+)
+def test_the_decode_kernel_errs_at_most_twice_as_much_as_plain_xla(num_keys, options, window):
+    given = step_inputs(num_keys, dtype=jnp.bfloat16, **options)
+    truth = read_in_float64(*given, window)
+
+    def errors(implementation):
+        found = jax.jit(functools.partial(attend_to_cache, window=window, implementation=implementation))(*given)
+        return [
+            np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in zip(found, truth, strict=True)
+        ]
+
+    kernel, plain = errors("triton"), errors("xla")
+    assert all(error <= 2 * bound + 2e-6 for error, bound in zip(kernel, plain, strict=True)), (kernel, plain)
 
 
 def test_blocks_follow_the_rows_of_one_device():

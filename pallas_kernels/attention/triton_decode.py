@@ -204,6 +204,6 @@ def join_launch(shape: AttentionShape, num_keys: int) -> Launch:
             ("SPLITS_PADDED", next_power_of_2(splits)),
             ("H_PADDED", tiling.tile(shape).channels),
         ),
-        num_warps=tiling.JOIN_WARPS,
+        num_warps=tiling.join_warps(shape, num_keys),
         num_stages=1,
     )

@@ -8,7 +8,7 @@ from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, mi
 
 MAX_SHARED = 64  # query heads of a key head, whose accumulators fit the registers
 ENOUGH_PROGRAMS = 512  # fewer rows times key heads are split
-JOIN_WARPS = 1
+MAX_SPLITS = 128  # whose parts fit the registers of the program that joins them
 _LEAST_HEADS = 16  # of the matrix units
 
 
@@ -54,4 +54,10 @@ def tile(shape: AttentionShape) -> Tile:
 def splits(shape: AttentionShape, num_keys: int) -> int:
     """Programs that share the keys of a row and key head."""
     wanted = cdiv(ENOUGH_PROGRAMS, shape.batch * shape.key_heads)
-    return max(1, min(wanted, cdiv(num_keys, tile(shape).keys)))
+    return max(1, min(wanted, MAX_SPLITS, cdiv(num_keys, tile(shape).keys)))
+
+
+def join_warps(shape: AttentionShape, num_keys: int) -> int:
+    """Of a program that joins the parts of a query head, all of which it holds."""
+    held = next_power_of_2(splits(shape, num_keys)) * tile(shape).channels
+    return min(16, max(1, held // 2048))

@@ -56,11 +56,19 @@ def test_the_kernels_compile_for_gpus(name, capability):
     assert joined.registers <= 255 and joined.spilled_bytes == 0
 
 
+@pytest.mark.parametrize(("key_heads", "head_dim", "num_keys"), [(16, 128, 4096), (4, 128, 32768), (1, 256, 65536)])
+def test_the_parts_of_one_long_row_fit_the_registers(key_heads, head_dim, num_keys):
+    launch = triton_decode.join_launch(shape_of(1, 16, key_heads, head_dim, dtype="bfloat16"), num_keys)
+    found = triton_compile.compile_launch(launch, ("float32",) * 3, 90)
+    assert found.registers <= 255 and found.spilled_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "key_heads", "num_keys", "splits"),
     [
         (1, 16, 4096, 64),
         (1, 1, 4096, 64),  # no more than tiles
+        (1, 1, 65536, 128),  # nor than are joined
         (80, 16, 4096, 1),
         (80, 4, 4096, 4),
         (1024, 1, 4096, 1),

@@ -15,10 +15,10 @@ import triton.language as tl
 from pallas_kernels.attention import triton_decode_tiling as tiling
 from pallas_kernels.attention.shape import AttentionShape
 from pallas_kernels.launch import triton as launcher
-from pallas_kernels.launch.sizes import LOG2_E, next_power_of_2
+from pallas_kernels.launch.sizes import LOG2_E, SEES_NOTHING, next_power_of_2
 from pallas_kernels.launch.triton import Launch
 
-_LN_2 = math.log(2.0)
+_NOTHING = SEES_NOTHING * LOG2_E  # the largest score of no keys
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -41,6 +41,7 @@ def attention_decode(
     H: tl.constexpr,
     WINDOW: tl.constexpr,  # -1: none
     SCORE_SCALE: tl.constexpr,  # log2 e included
+    NOTHING: tl.constexpr,
     SPLITS: tl.constexpr,
     KEYS: tl.constexpr,  # at once
     HEADS_PADDED: tl.constexpr,  # N / K, at least 16 for the matrix units
@@ -58,7 +59,7 @@ def attention_decode(
     segment, index = tl.load(query_segments + row), tl.load(query_index + row)
     begin, end = tl.load(begins + row), tl.load(ends + row)
     tiles = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS)
-    maximum = tl.full([HEADS_PADDED], -1e30, tl.float32)
+    maximum = tl.full([HEADS_PADDED], NOTHING, tl.float32)
     weight = tl.zeros([HEADS_PADDED], tl.float32)
     y = tl.zeros([HEADS_PADDED, H_PADDED], tl.float32)
     for step in range(tiles):
@@ -96,7 +97,8 @@ def attention_decode_join(
     log_sum_exp,  # [B, 1, N] float32
     N: tl.constexpr,
     H: tl.constexpr,
-    LN_2: tl.constexpr,
+    LOG2_E: tl.constexpr,
+    NOTHING: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     H_PADDED: tl.constexpr,
@@ -104,7 +106,7 @@ def attention_decode_join(
     """One program joins the parts of one row's keys, for one query head."""
     at = tl.program_id(1).to(tl.int64) * N + tl.program_id(0)
     split, channel = tl.arange(0, SPLITS_PADDED), tl.arange(0, H_PADDED)
-    maxima = tl.load(split_maxima + at * SPLITS + split, mask=split < SPLITS, other=-1e30)
+    maxima = tl.load(split_maxima + at * SPLITS + split, mask=split < SPLITS, other=NOTHING)
     weights = tl.load(split_weights + at * SPLITS + split, mask=split < SPLITS, other=0.0)
     own = (split < SPLITS)[:, None] & (channel < H)[None, :]
     parts = tl.load(split_values + (at * SPLITS + split)[:, None] * H + channel[None, :], mask=own, other=0.0)
@@ -114,7 +116,7 @@ def attention_decode_join(
     weight = tl.where(weight == 0.0, 1.0, weight)  # a query that sees nothing reads zero
     y = tl.sum(parts * shrink[:, None], axis=0) / weight
     tl.store(out + at * H + channel, y.to(out.dtype.element_ty), mask=channel < H)
-    tl.store(log_sum_exp + at, (largest + tl.log2(weight)) * LN_2)
+    tl.store(log_sum_exp + at, (largest + tl.log2(weight)) / LOG2_E)
 
 
 def attend(
@@ -134,16 +136,25 @@ def attend(
       query_info: segments and indices in the row, [B, 1] int32 each.
       key_info: the same of the keys, [B, S].
     """
+    places = *query_info, *key_info, *seen_slots(shape, query_info, key_info)
+    return attend_by(launcher.run, shape, query, key, value, *places)
+
+
+def seen_slots(
+    shape: AttentionShape, query_info: tuple[jax.Array, jax.Array], key_info: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The first slot that each row's query sees and the first one behind the last, both 0 where it sees none.
+
+    Layers of a model with the same room get the same numbers, which XLA finds out and makes once.
+    """
     (segments, index), (held, held_index) = query_info, key_info
     distance = index - held_index
-    visible = (held == segments) & (held != 0) & (distance >= 0)
+    seen = (held == segments) & (held != 0) & (distance >= 0)
     if shape.window is not None:
-        visible &= distance <= shape.window
-    # The same for all layers, which XLA sees.
-    slots = jnp.arange(key.shape[1], dtype=jnp.int32)
-    ends = jnp.max(jnp.where(visible, slots + 1, 0), axis=1)
-    begins = jnp.minimum(jnp.min(jnp.where(visible, slots, key.shape[1]), axis=1), ends)
-    return attend_by(launcher.run, shape, query, key, value, segments, index, held, held_index, begins, ends)
+        seen &= distance <= shape.window
+    slots = jnp.arange(held.shape[1], dtype=jnp.int32)
+    ends = jnp.max(jnp.where(seen, slots + 1, 0), axis=1)
+    return jnp.minimum(jnp.min(jnp.where(seen, slots, held.shape[1]), axis=1), ends), ends
 
 
 def attend_by(run: launcher.Run, shape: AttentionShape, query, key, value, *places):
@@ -153,7 +164,7 @@ def attend_by(run: launcher.Run, shape: AttentionShape, query, key, value, *plac
       run: runs a launch.
       shape: as of `attend`.
       query, key, value: as of `attend`.
-      *places: segments and index of the query, of the keys, first slot that is seen, first one behind the last.
+      *places: segments and indices of queries and of keys, and `seen_slots`.
     """
     num_keys = key.shape[1]
     parts = run(decode_launch(shape, num_keys), query, key, value, *places)
@@ -175,6 +186,7 @@ def decode_launch(shape: AttentionShape, num_keys: int) -> Launch:
             ("H", shape.head_dim),
             ("WINDOW", -1 if shape.window is None else shape.window),
             ("SCORE_SCALE", LOG2_E / math.sqrt(shape.head_dim)),
+            ("NOTHING", _NOTHING),
             ("SPLITS", splits),
             ("KEYS", tile.keys),
             ("HEADS_PADDED", tile.heads),
@@ -199,7 +211,8 @@ def join_launch(shape: AttentionShape, num_keys: int) -> Launch:
         constants=(
             ("N", shape.num_heads),
             ("H", shape.head_dim),
-            ("LN_2", _LN_2),
+            ("LOG2_E", LOG2_E),
+            ("NOTHING", _NOTHING),
             ("SPLITS", splits),
             ("SPLITS_PADDED", next_power_of_2(splits)),
             ("H_PADDED", tiling.tile(shape).channels),

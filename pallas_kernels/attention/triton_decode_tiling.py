@@ -6,7 +6,8 @@ from pallas_kernels.attention.shape import AttentionShape
 from pallas_kernels.launch.sizes import cdiv, next_power_of_2
 from pallas_kernels.launch.triton import DTYPES, MAX_GRID_ROWS, MAX_HEAD_DIM, missing_dependency
 
-MAX_SHARED = 64  # query heads of a key head, whose accumulators fit the registers
+# Channels of all query heads of a key head, padded, whose accumulators fit the registers and operands shared memory.
+MAX_SHARED = {"bfloat16": 64 * 256, "float16": 64 * 256, "float32": 32 * 256}
 ENOUGH_PROGRAMS = 512  # fewer rows times key heads are split
 MAX_SPLITS = 128  # whose parts fit the registers of the program that joins them
 _LEAST_HEADS = 16  # of the matrix units
@@ -30,8 +31,12 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
         return f"dtype {shape.dtype} is none of {', '.join(DTYPES)}"
     if shape.head_dim > MAX_HEAD_DIM:
         return f"head_dim {shape.head_dim} is above {MAX_HEAD_DIM}: an accumulator would not fit the registers"
-    if (shared := shape.num_heads // shape.key_heads) > MAX_SHARED:
-        return f"{shared} query heads a key head are more than {MAX_SHARED}: accumulators would not fit the registers"
+    heads, channels = _padded(shape)
+    if heads * channels > MAX_SHARED[shape.dtype]:
+        return (
+            f"{shape.num_heads // shape.key_heads} query heads a key head, of {shape.head_dim} channels, are too many: "
+            f"with {channels} channels and dtype {shape.dtype} it takes {MAX_SHARED[shape.dtype] // channels}"
+        )
     if shape.batch > MAX_GRID_ROWS:
         return f"batch {shape.batch} is above {MAX_GRID_ROWS}, the longest grid axis; split the batch"
     return missing_dependency()
@@ -43,12 +48,17 @@ def tile(shape: AttentionShape) -> Tile:
     With fewer warps accumulators do not fit the registers; with more float32 keys neither do the operands of their
     products, and with more keys of many long heads the 99 KiB of shared memory of some cards do not suffice.
     """
-    heads = max(_LEAST_HEADS, next_power_of_2(shape.num_heads // shape.key_heads))
-    channels = max(16, next_power_of_2(shape.head_dim))
+    heads, channels = _padded(shape)
     is_float32 = shape.dtype == "float32"
     warps = min(8, max(4 if is_float32 else 2, heads * channels // 1024))
     keys = 16 if is_float32 else 32 if heads * channels > 8192 else 64
     return Tile(keys=keys, heads=heads, channels=channels, warps=warps, stages=2)
+
+
+def _padded(shape: AttentionShape) -> tuple[int, int]:
+    """Query heads of a key head, and their channels."""
+    heads = max(_LEAST_HEADS, next_power_of_2(shape.num_heads // shape.key_heads))
+    return heads, max(16, next_power_of_2(shape.head_dim))
 
 
 def splits(shape: AttentionShape, num_keys: int) -> int:

@@ -32,12 +32,21 @@ def test_values_are_those_of_float64(interpreted, name):
     assert all(error < limit for error in found.values()), found  # false for NaN too
 
 
+@pytest.mark.parametrize("name", triton_twin.CASES)
+def test_slots_from_the_first_to_the_last_that_is_seen(name):
+    case = triton_twin.CASES[name]
+    places = [jnp.asarray(x) for x in case.places()]
+    found = triton_decode.seen_slots(case.shape, places[:2], places[2:])
+    assert [x.tolist() for x in found] == case.seen_slots().tolist()
+
+
 SIZES = {
     "heads": (shape_of(80, 16, 16, 128, dtype="bfloat16"), 4096),
     "ring": (shape_of(64, 16, 4, 128, window=512, dtype="bfloat16"), 513),
     "long_heads": (shape_of(80, 16, 16, 256, dtype="bfloat16"), 4096),
     "many_long_heads": (shape_of(80, 64, 1, 256, dtype="bfloat16"), 4096),
     "float32": (shape_of(80, 16, 16, 128), 4096),
+    "many_heads_in_float32": (shape_of(80, 32, 1, 256), 4096),
 }
 
 
@@ -46,7 +55,7 @@ SIZES = {
 def test_the_kernels_compile_for_gpus(name, capability):
     """Accumulators stay in registers, keys and values come sixteen bytes at a time while others are multiplied."""
     shape, num_keys = SIZES[name]
-    dtypes = (shape.dtype,) * 3 + ("int32",) * 4
+    dtypes = (shape.dtype,) * 3 + ("int32",) * 6
     found = triton_compile.compile_launch(triton_decode.decode_launch(shape, num_keys), dtypes, capability)
     assert "attention_decode" in found.text and "cp.async.cg" in found.text
     assert found.registers <= (224 if shape.head_dim <= 128 else 255) and found.spilled_bytes == 0
@@ -66,13 +75,13 @@ def test_the_parts_of_one_long_row_fit_the_registers(key_heads, head_dim, num_ke
 @pytest.mark.parametrize(
     ("rows", "key_heads", "num_keys", "splits"),
     [
-        (1, 16, 4096, 64),
+        (1, 16, 4096, 32),
         (1, 1, 4096, 64),  # no more than tiles
         (1, 1, 65536, 128),  # nor than are joined
         (80, 16, 4096, 1),
-        (80, 4, 4096, 4),
+        (80, 4, 4096, 2),
         (1024, 1, 4096, 1),
-        (70, 1, 4096, 15),
+        (70, 1, 4096, 8),
         (1, 1, 63, 1),
         (1, 1, 65, 2),
     ],
@@ -91,7 +100,11 @@ def test_unsupported_calls_say_why(monkeypatch):
         ({"own_keys": True}, "it takes one query a row and the keys of a cache; implementation 'xla' takes all calls"),
         ({"dtype": "float64"}, "dtype float64 is none of bfloat16, float16, float32"),
         ({"head_dim": 257}, "head_dim 257 is above 256: an accumulator would not fit the registers"),
-        ({"num_heads": 65, "key_heads": 1}, "65 query heads a key head are more than 64: accumulators would not fit"),
+        (
+            {"num_heads": 65, "key_heads": 1, "head_dim": 256, "dtype": "bfloat16"},
+            "65 query heads a key head, of 256 channels, are too many: with 256 channels and dtype bfloat16 it takes 64",
+        ),
+        ({"num_heads": 33, "key_heads": 1, "head_dim": 129}, "with 256 channels and dtype float32 it takes 32"),
         ({"batch": 65536}, "batch 65536 is above 65535, the longest grid axis; split the batch"),
     ):
         assert reason in triton_decode_tiling.unsupported_reason(dataclasses.replace(shape, **change))

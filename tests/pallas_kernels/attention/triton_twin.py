@@ -18,7 +18,7 @@ from pallas_kernels.attention.shape import AttentionShape
 from tests.pallas_kernels.torch_launch import DTYPES, run
 from tests.pallas_kernels.triton_interpreter import mend_interpreter
 
-NOTHING = -1e29  # log-sum-exps of queries that see nothing are below, all others far above
+NOTHING = -0.99e30  # log-sum-exps of queries that see nothing are below, all others far above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,14 @@ class Case:
         seen = (segments == query_segments) & (segments != 0) & (distance >= 0)
         return seen if self.shape.window is None else seen & (distance <= self.shape.window)
 
+    def seen_slots(self) -> np.ndarray:
+        """[2, B]: the first slot that is seen and the first one behind the last, one row after the other."""
+        found = [np.flatnonzero(row) for row in self.visible()]
+        return np.array([(slots[0], slots[-1] + 1) if len(slots) else (0, 0) for slots in found], np.int32).T
+
 
 def inputs(case: Case, seed: int) -> list[torch.Tensor]:
-    """Random queries, keys and values; those that are not seen are NaN, and must not be read."""
+    """Random queries, keys and values; those that are not seen are NaN, which must not get into a result."""
     p, rng = case.shape, np.random.default_rng(seed)
     query = 2 * rng.standard_normal((p.batch, 1, p.num_heads, p.head_dim), np.float32)
     keys = rng.standard_normal((2, p.batch, case.num_keys, p.key_heads, p.head_dim), np.float32)
@@ -90,7 +95,7 @@ def errors(case: Case, seed: int = 0) -> dict[str, float]:
     """Norm of the error over norm of the float64 result; of the rows that see nothing infinite unless they say so."""
     arrays = inputs(case, seed)
     wanted, wanted_sums = reference(case, *arrays)
-    places = [torch.tensor(x) for x in case.places()]
+    places = [torch.tensor(x) for x in (*case.places(), *case.seen_slots())]
     with mock.patch.object(triton_decode_tiling, "splits", lambda shape, num_keys: case.splits):
         out, sums = triton_decode.attend_by(run, case.shape, *arrays, *places)
     seeing = torch.tensor(case.visible().any(1))

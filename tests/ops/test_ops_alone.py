@@ -138,7 +138,7 @@ def test_what_linear_attention_cannot_compute_is_refused():
     state = jnp.zeros((2, 2, 16, 8))
     with pytest.raises(ValueError, match=r"a key_lag \(2\) is not taken together with a state"):
         ops.linear_attention(QUERY, KEY, VALUE, key_lag=2, state=state)
-    with pytest.raises(ops.UnsupportedError, match="'triton' cannot run this call: it takes no state"):
+    with pytest.raises(ops.UnsupportedError, match="'triton' cannot run this call: it takes a state beside one token"):
         ops.linear_attention(QUERY, KEY, VALUE, state=state, implementation="triton")
     with pytest.raises(ValueError, match=r"key and value must be \[B, T, K, H\]"):
         ops.linear_attention(QUERY, KEY, VALUE[:, :15])

@@ -134,13 +134,18 @@ def test_long_rows_fit_cards_with_little_shared_memory(part):
         ({"head_dim": 512}, "nearest: 256"),
         ({"batch": 70000}, "65535"),
         ({"key_lag": 3}, "shift keys and values instead"),
-        ({"continued": True}, "implementation 'xla' does"),
+        ({"continued": True}, "it takes a state beside one token a row alone; implementation 'xla' takes more"),
     ],
 )
 def test_unsupported_calls_say_why(changes, reason):
     shape = LinearAttentionShape(2, 8, 4, 2, 16, "bfloat16", "softmax", True, initial_rows=2, initial_heads=4)
     assert triton_tiling.unsupported_reason(shape) is None
     assert reason in triton_tiling.unsupported_reason(dataclasses.replace(shape, **changes))
+
+
+def test_one_token_that_continues_a_state_is_taken():
+    shape = LinearAttentionShape(2, 1, 4, 2, 16, "bfloat16", "softmax", True, initial_rows=2, initial_heads=4)
+    assert triton_tiling.unsupported_reason(dataclasses.replace(shape, continued=True)) is None
 
 
 @pytest.mark.parametrize("packed", [False, True])

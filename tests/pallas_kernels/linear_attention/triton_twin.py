@@ -50,18 +50,19 @@ def inputs(case: LinearCase, seed: int) -> tuple[list[torch.Tensor], list[torch.
     return arrays, [d_out, random(p.batch, p.key_heads, *state)]
 
 
+def features(p: LinearAttentionShape, x: torch.Tensor) -> torch.Tensor:
+    """phi(x) by the definition."""
+    m = torch.relu if p.feature_map == "relu" else lambda x: torch.softmax(x, dim=-1)
+    return torch.cat([m(x), m(-x)], dim=-1)
+
+
 def reference(case: LinearCase, query, key, value, initial=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and final state by the definition: all pairs of tokens."""
     p = case.tiling.shape
-
-    def phi(x):
-        m = torch.relu if p.feature_map == "relu" else lambda x: torch.softmax(x, dim=-1)
-        return torch.cat([m(x), m(-x)], dim=-1)
-
     documents = torch.tensor(case.documents, device=query.device)
     same = documents[:, :, None] == documents[:, None, :]
     seen = (torch.tril(torch.ones_like(same)) & same).to(query.dtype)
-    key_features, query_features = phi(key), phi(query)
+    key_features, query_features = features(p, key), features(p, query)
     heads = torch.arange(p.num_heads, device=query.device) // p.heads_per_key
     scores = torch.einsum("btnf,bsnf->bnts", query_features, key_features[:, :, heads]) * seen[:, None]
     out = torch.einsum("bnts,bsnh->btnh", scores, value[:, :, heads])

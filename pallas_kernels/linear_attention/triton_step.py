@@ -17,7 +17,7 @@ from pallas_kernels.linear_attention.triton_features import half_features, load_
 from pallas_kernels.linear_attention.triton_tiling import Tiling
 
 COLUMNS = 32  # value channels of a state that a program holds, so that a few rows have many programs
-CHANNELS = 64  # of keys, that a warp holds of them: 128 numbers a thread
+CHANNELS = 64  # of keys, that a warp holds of them: 128 numbers a thread; half beside an initial state's
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def step_launch(shape: LinearAttentionShape) -> Launch:
             ("SOFTMAX", shape.softmax),
             *tiling.initial_constants(),
         ),
-        num_warps=cdiv(tiling.padded, CHANNELS),
+        num_warps=cdiv(tiling.padded, CHANNELS // 2 if shape.initial_heads else CHANNELS),
         num_stages=1,
         overwritten=(5,),
     )

@@ -36,17 +36,15 @@ def test_output_and_state_are_those_of_float64(interpreted, name):
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("initial", "spilled"), [({}, 0), ({"initial_rows": 1, "initial_heads": 16}, 32)], ids=["plain", "initial"]
-)
-def test_the_kernel_compiles_for_gpus(head_dim, initial, spilled, capability):
-    """A state is read and written 16 bytes at a time, and held in registers; few are left for an initial state."""
+@pytest.mark.parametrize("initial", [{}, {"initial_rows": 1, "initial_heads": 16}], ids=["plain", "initial"])
+def test_the_kernel_compiles_for_gpus(head_dim, initial, capability):
+    """A state is read and written 16 bytes at a time, and held in registers."""
     launch = triton_step.step_launch(shape_of(16, 4, head_dim, "bfloat16", rows=64, **initial))
     inputs = ("bfloat16", "bfloat16", "bfloat16", "int32", "float32" if initial else "bfloat16", "float32")
     found = triton_compile.compile_launch(launch, inputs, capability)
     assert launch.name in found.text
     assert "ld.global.v4" in found.text and "st.global.v4" in found.text
-    assert found.spilled_bytes <= spilled
+    assert found.spilled_bytes == 0
 
 
 @pytest.mark.parametrize("initial", [None, (1, 2), (3, 4), (3, 2)], ids=str)

@@ -109,7 +109,7 @@ def measure(
     room = last - STEPS_PER_CALL - first
     starts = [first + room * (2 * i + 1) // (2 * calls) for i in range(calls)]
     shapes = _cache_shapes(decoder, num_rows, capacity)
-    left = iter([starts[0], *starts])  # the first time is not counted
+    left = iter([starts[0], *starts, starts[-1]])  # the first and the last are not counted
 
     def call(carried):
         tokens, cache = compiled(decoder.arrays, *carried, jnp.int32(next(left)))

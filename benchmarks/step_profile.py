@@ -17,7 +17,17 @@ WORK = [
 ]
 # Which part of a training step asked for it, by the scopes of `rat_jax`; the first that fits.
 PARTS = ["optimizer", "loss", "mixer", "mlp"]
-OWN_KERNELS = ("rat_", "linear_attention_")
+OWN_KERNELS = (  # how the names of this project's begin
+    "attention_decode",
+    "convolved_heads_",
+    "gated_delta_",
+    "linear_attention_",
+    "mlp_",
+    "normed_",
+    "rat_",
+    "residual_norm_",
+    "rnn_",
+)
 
 
 class Operation(NamedTuple):

@@ -53,20 +53,21 @@ def time_steps(
 ) -> tuple[list[float], Any]:
     """Seconds from the end of a step to that of the next, and what the last one carries on.
 
-    Each step is asked for before the one before it has ended, as in a training loop: the host's part of it is hidden.
+    Each step is asked for before the one before it has ended, as in a training loop: the host's part of it is hidden
+    where it is the shorter one. Where it is not, the host hears of each end late, but for that of a step that none
+    follows, which is therefore not counted.
 
     Args:
       step: takes what is carried and returns it anew, and what is there once the step has ended.
       carried: by the first step.
-      steps: how many seconds are wanted; one step more is made.
+      steps: how many seconds are wanted; two steps more are made, one before and one behind them.
       wait: returns once what a step gave is there.
     """
     ends, given = [], None
-    for index in range(steps + 1):
+    for index in range(steps + 2):
         before, (carried, given) = given, step(carried)
         if index > 0:
             wait(before)
             ends.append(time.perf_counter())
     wait(given)
-    ends.append(time.perf_counter())
     return [later - earlier for earlier, later in itertools.pairwise(ends)], carried

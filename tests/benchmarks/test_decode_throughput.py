@@ -151,7 +151,7 @@ def test_steps_are_spread_over_the_positions(decoder):
             )
 
     row = decode_steps.measure(decoder, Compiled(), 2, 200, first=100, last=196, steps=79)
-    assert starts == [110, 110, 130, 150, 170]
+    assert starts == [110, 110, 130, 150, 170, 170]  # the first and the last are not counted
     assert row.held_gb == 5e-9
 
 

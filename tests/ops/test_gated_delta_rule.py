@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rat_jax.ops import UnsupportedError, gated_delta_rule, gated_delta_rule_xla, platform
+from pallas_kernels.gated_delta_rule import triton_tiling
+from rat_jax.ops import UnsupportedError, gated_delta_rule, gated_delta_rule_kernels, gated_delta_rule_xla, platform
 from rat_jax.ops.remat import saving_named
-from rat_jax.segments import StreamState, from_segments
+from rat_jax.segments import SegmentInfo, StreamState, from_segments
 from tests import reference
+from tests.abstract_mesh import abstract_mesh
 from tests.jax_triton import require_jax_triton
 
 RECORDED = pathlib.Path(__file__).parent.parent / "testdata" / "gated_delta_net.npz"
@@ -403,7 +405,7 @@ def test_a_policy_that_saves_kernel_results_saves_these(small_groups):
     assert products(jax.checkpoint(out, policy=policy)) == products(out) < products(jax.checkpoint(out))
 
 
-def test_the_kernels_are_traced_for_a_gpu_but_of_one_token_and_of_float32(monkeypatch):
+def test_the_kernels_of_chunks_are_traced_for_a_gpu_but_of_one_token_and_of_float32(monkeypatch):
     require_jax_triton()
     monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
@@ -470,3 +472,218 @@ def test_kernels_err_at_most_twice_as_much_as_plain_xla(sizes, packed):
         truth = np.asarray(truth, np.float64)
         error, budget = (np.linalg.norm(np.asarray(x[name], np.float64) - truth) for x in (found, plain))
         assert error <= 2 * budget + 1e-6 * np.linalg.norm(truth), (name, error / budget)
+
+
+def step_inputs(rows=3, tokens=1, key_dim=8, value_dim=12, dtype=jnp.float32):
+    arrays = inputs(tokens, rows=rows, key_dim=key_dim, value_dim=value_dim)
+    return {name: jnp.asarray(x, dtype if name in NAMES[:3] else x.dtype) for name, x in arrays.items()}
+
+
+def going_on(rows=3) -> SegmentInfo:
+    """One token a row: in turn rows whose document goes on, rows whose next one begins, and padding."""
+    end = from_segments(jnp.ones((rows, 5), jnp.int32), StreamState.empty(rows))[1]
+    return from_segments(jnp.asarray([[(1, 2, 0)[row % 3]] for row in range(rows)]), end)[0]
+
+
+def step_loop(arrays):
+    """Output and state of rows as those of `going_on`, in float64."""
+    arrays = {name: np.array(x, np.float64) for name, x in arrays.items()}
+    arrays["initial_state"][1::3] = 0
+    for name in ("log_decay", "write_strength"):
+        arrays[name][2::3] = 0
+    return loop(arrays)
+
+
+def relative_errors(found, wanted):
+    return [
+        np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in zip(found, wanted, strict=True)
+    ]
+
+
+def test_a_step_by_plain_xla_is_that_of_float64():
+    arrays = step_inputs()
+    out, state = run(arrays, going_on())
+    assert max(relative_errors((out, state), step_loop(arrays))) < 1e-6
+    np.testing.assert_array_equal(state[2], arrays["initial_state"][2])
+
+
+def trace_for(monkeypatch, name, capability=(9, 0)):
+    monkeypatch.setattr(platform, "expected_platform", lambda: name)
+    monkeypatch.setattr(platform, "expected_capability", lambda: capability if name == "gpu" else None)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """What kernels take: their name, sizes and arguments; plain XLA computes their results."""
+    calls = []
+
+    def forward(residuals):
+        def record(kernel, *arguments):
+            calls.append((type(kernel).__name__, kernel.shape, arguments))
+            return kernel.plain(*arguments), residuals
+
+        return record
+
+    monkeypatch.setattr(triton_tiling, "missing_dependency", lambda: None)
+    monkeypatch.setattr(gated_delta_rule_kernels.Step, "forward", forward(None))
+    monkeypatch.setattr(gated_delta_rule_kernels.Rule, "forward", forward(()))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "changes", "has_state", "taken"),
+    [
+        ("gpu", (9, 0), {}, True, {"Step"}),
+        ("gpu", (8, 0), {}, True, {"Step"}),
+        ("gpu", None, {}, True, {"Step"}),
+        ("gpu", (10, 0), {"dtype": jnp.bfloat16, "key_dim": 256, "value_dim": 512}, True, {"Step"}),
+        ("gpu", (9, 0), {"key_dim": 264}, True, set()),
+        ("gpu", (9, 0), {}, False, set()),
+        ("gpu", (9, 0), {"dtype": jnp.bfloat16}, False, set()),
+        ("gpu", (9, 0), {"tokens": 2}, True, set()),
+        ("gpu", (9, 0), {"tokens": 2, "dtype": jnp.bfloat16}, True, {"Rule"}),
+        ("gpu", (8, 0), {"tokens": 2, "dtype": jnp.bfloat16}, True, set()),
+        ("cpu", None, {}, True, set()),
+        ("tpu", None, {}, True, set()),
+    ],
+    ids=str,
+)
+def test_a_kernel_takes_one_token_beside_a_state_where_a_gpu_is_expected(
+    name, capability, changes, has_state, taken, kernel_calls, monkeypatch
+):
+    trace_for(monkeypatch, name, capability)
+    arrays = jax.eval_shape(lambda: step_inputs(**changes))
+    if not has_state:
+        del arrays["initial_state"]
+    jax.eval_shape(lambda arrays: gated_delta_rule(**arrays), arrays)
+    assert {kernel for kernel, *_ in kernel_calls} == taken
+    kernel_calls.clear()
+    jax.eval_shape(lambda arrays: gated_delta_rule(**arrays, implementation="xla"), arrays)
+    assert not kernel_calls
+
+
+def test_one_token_without_a_state_is_a_chunk_to_a_named_kernel(kernel_calls, monkeypatch):
+    trace_for(monkeypatch, "gpu")
+    arrays = step_inputs(dtype=jnp.bfloat16)
+    del arrays["initial_state"]
+    jax.eval_shape(lambda arrays: gated_delta_rule(**arrays, implementation="triton"), arrays)
+    assert {(kernel, shape.tokens, shape.continued) for kernel, shape, _ in kernel_calls} == {("Rule", 1, False)}
+    with pytest.raises(UnsupportedError, match="dtype float32 is none of bfloat16, float16"):
+        gated_delta_rule(**arrays | {"value": jnp.zeros((3, 1, 2, 12))}, implementation="triton")
+
+
+@pytest.mark.usefixtures("kernel_calls")
+def test_a_step_by_a_named_kernel_is_refused_elsewhere(monkeypatch):
+    trace_for(monkeypatch, "cpu")
+    with pytest.raises(UnsupportedError, match="it runs on NVIDIA GPUs, and this program is traced for the cpu"):
+        gated_delta_rule(**step_inputs(), implementation="triton")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_device_of_a_mesh_steps_its_own_rows(packed, kernel_calls, monkeypatch):
+    trace_for(monkeypatch, "gpu")
+    arrays, segments = jax.eval_shape(lambda: (step_inputs(rows=4), going_on(4)))
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=2)):
+        out, state = jax.eval_shape(
+            lambda arrays, segments: gated_delta_rule(**arrays, segment_ids=segments if packed else None),
+            arrays,
+            segments,
+        )
+    assert (out.shape, state.shape) == (arrays["value"].shape, arrays["initial_state"].shape)
+    for kernel, shape, (*given, starts) in kernel_calls:
+        assert kernel == "Step" and shape.batch == 2
+        assert {x.shape[0] for x in given} == {2}
+        assert (starts is not None and starts.shape == (2, 1)) == packed
+    assert kernel_calls
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(packed, kernel_calls, monkeypatch):
+    arrays, segments = step_inputs(), going_on() if packed else None
+
+    def gradients(implementation):
+        def loss(arrays):
+            results = gated_delta_rule(**arrays, segment_ids=segments, implementation=implementation)
+            return jnp.sum(results.out**2) + jnp.sum(results.final_state**3)
+
+        return jax.jit(jax.value_and_grad(loss))(arrays)
+
+    expected = gradients("xla")
+    assert not kernel_calls
+    trace_for(monkeypatch, "gpu")
+    jax.tree.map(np.testing.assert_array_equal, gradients(None), expected)
+    assert {kernel for kernel, *_ in kernel_calls} == {"Step"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernel_hears_which_rows_go_on_and_that_padding_changes_nothing(packed, monkeypatch):
+    pytest.importorskip("triton", reason="triton is installed on Linux only")
+    from pallas_kernels.gated_delta_rule import triton_step
+
+    heard = []
+
+    def step(shape, query, key, value, log_decay, write_strength, goes_on, state):
+        heard.append((query, key, value, log_decay, write_strength, goes_on, state))
+        return value, state
+
+    monkeypatch.setattr(triton_step, "step", step)
+    monkeypatch.setattr(triton_tiling, "missing_dependency", lambda: None)
+    trace_for(monkeypatch, "gpu")
+    arrays = step_inputs()
+    arrays["log_decay"] = arrays["log_decay"].at[0, 0, 0].set(-jnp.inf)
+    with jax.disable_jit():  # arrays with values
+        gated_delta_rule(**arrays, segment_ids=going_on() if packed else None, implementation="triton")
+    ((*of_token, goes_on, state),) = heard
+    np.testing.assert_array_equal(goes_on, [True, not packed, True])
+    wanted = arrays | {"log_decay": np.maximum(arrays["log_decay"], -1e3)}
+    for name in ("log_decay", "write_strength"):
+        wanted[name] = wanted[name] * (going_on().is_token[..., None] if packed else 1)
+    for name, found in zip(NAMES, (*of_token, state), strict=True):
+        np.testing.assert_array_equal(found, wanted[name])
+
+
+def test_the_kernel_is_traced_with_the_state_as_the_caller_gave_it(monkeypatch):
+    """Any operation on it, or a second use, would make XLA copy what the caller donates."""
+    require_jax_triton()
+    trace_for(monkeypatch, "gpu")
+
+    def step(state, arrays):
+        return tuple(gated_delta_rule(**arrays, initial_state=state, segment_ids=going_on(), implementation="triton"))
+
+    arrays = step_inputs(dtype=jnp.bfloat16)
+    traced = jax.make_jaxpr(step)(arrays.pop("initial_state"), arrays).jaxpr
+    (run,) = (x for x in traced.eqns if traced.invars[0] in x.invars)
+    assert run.outvars[1] is traced.outvars[1]
+    inside = run.params["call_jaxpr"].jaxpr
+    (call,) = (x for x in inside.eqns if x.params.get("name") == "gated_delta_rule_step")
+    given_state = inside.invars[run.invars.index(traced.invars[0])]
+    assert [x is given_state for x in call.invars] == [False] * 6 + [True]
+    assert [given_state in x.invars for x in inside.eqns].count(True) == run.invars.count(traced.invars[0]) == 1
+    assert call.outvars[1] is inside.outvars[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(48, 96), (128, 128), (256, 512)])
+def test_a_step_in_bfloat16_errs_at_most_twice_as_much_as_plain_xla(sizes):
+    arrays = step_inputs(66, key_dim=sizes[0], value_dim=sizes[1], dtype=jnp.bfloat16)
+    wanted = step_loop(arrays)
+
+    def errors(implementation):
+        options = {"segment_ids": going_on(66), "implementation": implementation}
+        return relative_errors(jax.jit(lambda arrays: gated_delta_rule(**arrays, **options))(arrays), wanted)
+
+    for found, plain in zip(errors("triton"), errors("xla"), strict=True):
+        assert found <= 2 * plain + 1e-6  # the state is of float32
+
+
+@pytest.mark.gpu
+def test_a_donated_state_is_updated_in_place_on_the_gpu():
+    arrays = jax.eval_shape(lambda: step_inputs(64, key_dim=128, value_dim=128, dtype=jnp.bfloat16))
+    state = arrays.pop("initial_state")
+
+    def step(state, arrays):
+        return gated_delta_rule(**arrays, initial_state=state, implementation="triton")
+
+    memory = jax.jit(step, donate_argnums=0).lower(state, arrays).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= state.size * 4
+    assert memory.temp_size_in_bytes < state.size * 4

@@ -119,7 +119,7 @@ def test_kernels_err_at_most_twice_as_much_as_plain_xla(tokens, sizes, dtype):
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "plain_kernel"])
-@pytest.mark.parametrize(("parts", "taps"), [([2, 7, 1, 1, 29], 4), ([20, 20], 1)])
+@pytest.mark.parametrize(("parts", "taps"), [([2, 7, 1, 1, 29], 4), ([20, 20], 1), ([1] * 40, 2)])
 def test_earlier_inputs_go_on(parts, taps, implementation, monkeypatch):
     """With plain XLA in the kernel's place, too, around which its rows continue."""
     if implementation == "plain_kernel":

@@ -25,9 +25,9 @@ def loop(x, kernel, segment_ids):
 
 
 @jax.jit
-def go_on(x, segment_ids, end, last_inputs):
+def go_on(x, segment_ids, end, last_inputs, kernel=KERNEL):
     segments, end = from_segments(segment_ids, end)
-    return short_convolution(x, jnp.asarray(KERNEL), segments, last_inputs), end
+    return short_convolution(x, jnp.asarray(kernel), segments, last_inputs), end
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -58,13 +58,20 @@ def test_rows_cut_at_every_offset():
     np.testing.assert_array_equal(last_inputs, [X[0, 10:13], X[1, 9:12]])
 
 
-def test_single_tokens():
-    end, last_inputs = StreamState.empty(2), np.zeros((2, 3, 3), np.float32)
-    want = loop(X, KERNEL, SEGMENTS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_single_tokens_are_exactly_those_of_whole_rows(size):
+    """Of whole numbers, whose sums are exact in any order; what padding holds is kept by no row."""
+    x, kernel = (np.round(16 * array) for array in (X, KERNEL[-size:]))
+    end, last_inputs, kept = StreamState.empty(2), np.zeros((2, size - 1, 3), np.float32), [[np.zeros(3)] * 4] * 2
+    want = loop(x, kernel, SEGMENTS)
     for t in range(13):
-        (out, last_inputs), end = go_on(X[:, t : t + 1], SEGMENTS[:, t : t + 1], end, last_inputs)
         is_token = SEGMENTS[:, t] != 0
-        np.testing.assert_allclose(out[is_token, 0], want[is_token, t], atol=1e-6)
+        token = np.where(is_token[:, None], x[:, t], 100)[:, None]
+        (out, last_inputs), end = go_on(token, SEGMENTS[:, t : t + 1], end, last_inputs, kernel)
+        np.testing.assert_array_equal(out[is_token, 0], want[is_token, t])
+        kept = [tokens + [x[row, t]] * int(is_token[row]) for row, tokens in enumerate(kept)]
+        latest = [tokens[len(tokens) - size + 1 :] for tokens in kept]
+        np.testing.assert_array_equal(last_inputs, np.reshape(latest, last_inputs.shape))
 
 
 @pytest.mark.usefixtures("annotations_unchecked")

@@ -1,8 +1,8 @@
 """Attention of one query a row to the keys of a cache, each of which is read once: what bounds a step's time.
 
 The equations are those of `rat_jax.ops.attention.attention`. A program serves the query heads of one key head. With few
-rows each has several programs, which split its keys; `attention_decode_join` then joins them. What the query does not
-see is not read.
+rows each has several programs, which split its keys; `attention_decode_join` then joins them. Slots in front of the
+first key that a query sees, and behind the last, are not read.
 """
 
 import math

@@ -48,8 +48,8 @@ def attention(
         order, so that a window needs only the keys near a block of queries. Kernels want it of rows that are not whole.
       implementation: None takes the kernel for the platform that the program is lowered for, where it takes the call,
         and "xla" elsewhere: of 16-bit numbers "cudnn" on CUDA for whole rows, and "mosaic_gpu" on Hopper GPUs for
-        documents and padding and in windows to 1,024 whose key heads are shared; of one query a row and the keys of a
-        cache "triton" on CUDA; on TPU "pallas_tpu", JAX's splash attention, for rows.
+        documents and padding and in windows to 1,024 whose key heads are shared, and "triton" on CUDA for one query a
+        row and the keys of a cache; on TPU "pallas_tpu", JAX's splash attention, for rows.
 
     Raises:
       ValueError: if N is not a multiple of K, or if arguments do not fit each other.
@@ -113,6 +113,8 @@ def attention(
 
     shares_keys = heads > key_heads and window is not None and window <= _SHORT_WINDOW
     order = _SHARED_KEYS_FASTEST_FIRST if shares_keys else _FASTEST_FIRST
+    if query.dtype.itemsize > 2:  # whose products, of 16 heads or more, no matrix units take
+        order = tuple(name for name in order if name != "triton")
     chosen = dispatch.choose(implementation, order, batch, unsupported_reason)
     if aligned and context.num_parts() > 1 and window != 0:  # which sees no other part
         if chosen == "xla" and window is not None:

@@ -124,6 +124,7 @@ def _attend(
         value,
         query_info=KeyInfo(segments.segment_ids, segments.token_index),
         key_info=KeyInfo(segment_ids, order),
+        implementation="xla",
     )
     # Two softmaxes over disjoint keys join by their log-sum-exps; one over a single key has the score itself.
     current_weight = jax.nn.sigmoid(current_score - earlier.log_sum_exp)[..., None]

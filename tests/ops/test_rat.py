@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.attention import triton_decode_tiling
 from pallas_kernels.rat import triton_tiling
-from rat_jax.ops import platform, rat_kernels
+from rat_jax.ops import attention_kernels, platform, rat_kernels
 from rat_jax.ops.rat import rat_mix
 from rat_jax.ops.rat_types import RatState
 from rat_jax.ops.recurrence import gated_recurrence
@@ -336,6 +337,20 @@ def test_a_step_lowered_for_a_cpu_runs_plain_xla_and_can_be_differentiated(monke
         for name in (None, "xla")
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_plain_xla_takes_no_kernel_of_attention(tokens, monkeypatch):
+    def forward(kernel, *arguments):
+        raise AssertionError("plain XLA asked for a kernel")
+
+    monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
+    monkeypatch.setattr(triton_decode_tiling, "missing_dependency", lambda: None)
+    monkeypatch.setattr(attention_kernels.AttendOne, "forward", forward)
+    case, state = case_of(tokens), RatState.empty(2, 8, 4, 8, 4, jnp.bfloat16)
+    arguments = (jnp.asarray(case.projected, jnp.bfloat16), jnp.asarray(case.gate_bias), whole_rows(2, tokens))
+    sizes = {"num_heads": 4, "num_groups": 2, "chunk_size": 4}
+    jax.eval_shape(lambda *arrays: rat_mix(*arrays, state=state, implementation="xla", **sizes), *arguments)
 
 
 def test_chunk_of_the_whole_row_is_the_rnn_with_its_output_gate():

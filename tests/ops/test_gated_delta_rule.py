@@ -12,10 +12,11 @@ import pytest
 from pallas_kernels.gated_delta_rule import triton_tiling
 from rat_jax.ops import UnsupportedError, gated_delta_rule, gated_delta_rule_kernels, gated_delta_rule_xla, platform
 from rat_jax.ops.remat import saving_named
-from rat_jax.segments import SegmentInfo, StreamState, from_segments
+from rat_jax.segments import StreamState, from_segments
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
 from tests.jax_triton import require_jax_triton
+from tests.ops.steps import going_on, relative_errors, trace_for
 
 RECORDED = pathlib.Path(__file__).parent.parent / "testdata" / "gated_delta_net.npz"
 NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state")
@@ -479,12 +480,6 @@ def step_inputs(rows=3, tokens=1, key_dim=8, value_dim=12, dtype=jnp.float32):
     return {name: jnp.asarray(x, dtype if name in NAMES[:3] else x.dtype) for name, x in arrays.items()}
 
 
-def going_on(rows=3) -> SegmentInfo:
-    """One token a row: in turn rows whose document goes on, rows whose next one begins, and padding."""
-    end = from_segments(jnp.ones((rows, 5), jnp.int32), StreamState.empty(rows))[1]
-    return from_segments(jnp.asarray([[(1, 2, 0)[row % 3]] for row in range(rows)]), end)[0]
-
-
 def step_loop(arrays):
     """Output and state of rows as those of `going_on`, in float64."""
     arrays = {name: np.array(x, np.float64) for name, x in arrays.items()}
@@ -494,22 +489,11 @@ def step_loop(arrays):
     return loop(arrays)
 
 
-def relative_errors(found, wanted):
-    return [
-        np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in zip(found, wanted, strict=True)
-    ]
-
-
 def test_a_step_by_plain_xla_is_that_of_float64():
     arrays = step_inputs()
     out, state = run(arrays, going_on())
     assert max(relative_errors((out, state), step_loop(arrays))) < 1e-6
     np.testing.assert_array_equal(state[2], arrays["initial_state"][2])
-
-
-def trace_for(monkeypatch, name, capability=(9, 0)):
-    monkeypatch.setattr(platform, "expected_platform", lambda: name)
-    monkeypatch.setattr(platform, "expected_capability", lambda: capability if name == "gpu" else None)
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.linear_attention import triton_tiling
-from rat_jax.ops import UnsupportedError, linear_attention, linear_attention_kernels, platform
-from rat_jax.segments import SegmentInfo, StreamState, from_segments
+from rat_jax.ops import UnsupportedError, linear_attention, linear_attention_kernels
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
 from tests.jax_triton import require_jax_triton
+from tests.ops.steps import going_on, relative_errors, trace_for
 
 ROWS, HEADS, KEY_HEADS = 3, 4, 2
 
@@ -25,12 +25,6 @@ def inputs(tokens=1, head_dim=8, dtype=jnp.float32, rows=ROWS):
 
 def initial(rows, heads, head_dim=8):
     return jax.random.normal(jax.random.key(5), (rows, heads, 2 * head_dim, head_dim))
-
-
-def going_on(rows=ROWS) -> SegmentInfo:
-    """In turn rows whose document goes on, rows whose next one begins, and padding."""
-    end = from_segments(jnp.ones((rows, 5), jnp.int32), StreamState.empty(rows))[1]
-    return from_segments(jnp.asarray([[(1, 2, 0)[row % 3]] for row in range(rows)]), end)[0]
 
 
 def attend(query, key, value, state, **options):
@@ -61,11 +55,6 @@ def step_in_float64(query, key, value, state, initial_state, feature_map):
     return out, after
 
 
-def relative_errors(found, wanted):
-    pairs = zip(found, wanted, strict=True)
-    return [np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs]
-
-
 INITIAL = [None, (1, KEY_HEADS), (ROWS, HEADS)]
 
 
@@ -76,11 +65,6 @@ def test_a_step_by_plain_xla_is_that_of_float64(feature_map, shape):
     options = {"feature_map": feature_map, "initial_state": start, "segment_ids": going_on()}
     wanted = step_in_float64(*arrays, start, feature_map)
     assert max(relative_errors(attend(*arrays, **options), wanted)) < 1e-6
-
-
-def trace_for(monkeypatch, name):
-    monkeypatch.setattr(platform, "expected_platform", lambda: name)
-    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0) if name == "gpu" else None)
 
 
 @pytest.fixture

@@ -126,6 +126,7 @@ def attend(
     value: jax.Array,
     query_info: tuple[jax.Array, jax.Array],
     key_info: tuple[jax.Array, jax.Array],
+    visible: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Out [B, 1, N, H], and the log-sum-exp of the scaled scores [B, 1, N] in float32.
 
@@ -135,26 +136,19 @@ def attend(
       key, value: [B, S, K, H], of the dtype of `query`.
       query_info: segments and indices in the row, [B, 1] int32 each.
       key_info: the same of the keys, [B, S].
+      visible: [B, S] bool, the keys that each row's query sees by both and the window.
     """
-    places = *query_info, *key_info, *seen_slots(shape, query_info, key_info)
-    return attend_by(launcher.run, shape, query, key, value, *places)
+    return attend_by(launcher.run, shape, query, key, value, *query_info, *key_info, *seen_slots(visible))
 
 
-def seen_slots(
-    shape: AttentionShape, query_info: tuple[jax.Array, jax.Array], key_info: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def seen_slots(visible: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first slot that each row's query sees and the first one behind the last, both 0 where it sees none.
 
     Layers of a model with the same room get the same numbers, which XLA finds out and makes once.
     """
-    (segments, index), (held, held_index) = query_info, key_info
-    distance = index - held_index
-    seen = (held == segments) & (held != 0) & (distance >= 0)
-    if shape.window is not None:
-        seen &= distance <= shape.window
-    slots = jnp.arange(held.shape[1], dtype=jnp.int32)
-    ends = jnp.max(jnp.where(seen, slots + 1, 0), axis=1)
-    return jnp.minimum(jnp.min(jnp.where(seen, slots, held.shape[1]), axis=1), ends), ends
+    slots = jnp.arange(visible.shape[1], dtype=jnp.int32)
+    ends = jnp.max(jnp.where(visible, slots + 1, 0), axis=1)
+    return jnp.minimum(jnp.min(jnp.where(visible, slots, visible.shape[1]), axis=1), ends), ends
 
 
 def attend_by(run: launcher.Run, shape: AttentionShape, query, key, value, *places):

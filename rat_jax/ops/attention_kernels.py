@@ -88,7 +88,8 @@ class AttendOne(dispatch.Kernel):
         places = (
             (info.segment_ids.astype(jnp.int32), info.token_index.astype(jnp.int32)) for info in (query_info, key_info)
         )
-        return triton_decode.attend(self.shape, query, key, value, *places), None
+        visible = attention_xla.visible(query_info, key_info, self.shape.window)[:, 0]
+        return triton_decode.attend(self.shape, query, key, value, *places, visible), None
 
     def plain(
         self, query: Array, key: Array, value: Array, query_info: KeyInfo, key_info: KeyInfo

@@ -28,7 +28,7 @@ def attend(
     keys = key.shape[1]
     block = block_size(batch, heads, tokens, keys if window is None or not aligned else min(keys, window + 1))
     if block == tokens:
-        return _attend(query, key, value, _visible(query_info, key_info, window))
+        return _attend(query, key, value, visible(query_info, key_info, window))
 
     span = block + window if aligned and window is not None else keys
     cut_keys = span < keys
@@ -55,7 +55,7 @@ def attend(
             first = start + keys - tokens + span - window
             block_keys = jax.tree.map(lambda x: cut(x, first, span), block_keys)
         block_key, block_value, block_key_info = block_keys
-        return _attend(block_query, block_key, block_value, _visible(block_query_info, block_key_info, window))
+        return _attend(block_query, block_key, block_value, visible(block_query_info, block_key_info, window))
 
     blocks = jax.lax.map(attend_block, jnp.arange(0, tokens, block, dtype=jnp.int32))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens], blocks)
@@ -70,11 +70,12 @@ def block_size(batch: int, heads: int, tokens: int, keys: int) -> int:
     return min(tokens, 1 << (limit.bit_length() - 1))
 
 
-def _visible(query: KeyInfo, key: KeyInfo, window: int | None) -> Bool[Array, "B T S"]:
+def visible(query: KeyInfo, key: KeyInfo, window: int | None) -> Bool[Array, "B T S"]:
+    """Which keys each query sees."""
     distance = query.token_index[:, :, None] - key.token_index[:, None, :]
     same = (query.segment_ids[:, :, None] == key.segment_ids[:, None, :]) & (key.segment_ids[:, None, :] != 0)
-    visible = same & (distance >= 0)
-    return visible if window is None else visible & (distance <= window)
+    seen = same & (distance >= 0)
+    return seen if window is None else seen & (distance <= window)
 
 
 def _attend(query: Array, key: Array, value: Array, visible: Array) -> AttentionOutput:

@@ -35,8 +35,7 @@ def test_values_are_those_of_float64(interpreted, name):
 @pytest.mark.parametrize("name", triton_twin.CASES)
 def test_slots_from_the_first_to_the_last_that_is_seen(name):
     case = triton_twin.CASES[name]
-    places = [jnp.asarray(x) for x in case.places()]
-    found = triton_decode.seen_slots(case.shape, places[:2], places[2:])
+    found = triton_decode.seen_slots(jnp.asarray(case.visible()))
     assert [x.tolist() for x in found] == case.seen_slots().tolist()
 
 
@@ -102,7 +101,8 @@ def test_unsupported_calls_say_why(monkeypatch):
         ({"head_dim": 257}, "head_dim 257 is above 256: an accumulator would not fit the registers"),
         (
             {"num_heads": 65, "key_heads": 1, "head_dim": 256, "dtype": "bfloat16"},
-            "65 query heads a key head, of 256 channels, are too many: with 256 channels and dtype bfloat16 it",
+            "65 query heads a key head, of 256 channels, are too many: with 256 channels and dtype bfloat16 "
+            "it takes 64",
         ),
         ({"num_heads": 33, "key_heads": 1, "head_dim": 129}, "with 256 channels and dtype float32 it takes 32"),
         ({"batch": 65536}, "batch 65536 is above 65535, the longest grid axis; split the batch"),
@@ -116,7 +116,7 @@ def test_calls_are_traced_under_the_kernels_names():
     require_jax_triton()
     shape = shape_of(3, 6, 2, 20, window=9, dtype="bfloat16")
     query, keys = jnp.zeros((3, 1, 6, 20), jnp.bfloat16), jnp.zeros((3, 70, 2, 20), jnp.bfloat16)
-    places = (jnp.ones((3, 1), jnp.int32),) * 2, (jnp.ones((3, 70), jnp.int32),) * 2
+    places = (jnp.ones((3, 1), jnp.int32),) * 2, (jnp.ones((3, 70), jnp.int32),) * 2, jnp.ones((3, 70), bool)
     attend = functools.partial(triton_decode.attend, shape)
     text = str(jax.make_jaxpr(attend)(query, keys, keys, *places))
     assert "attention_decode" in text and "attention_decode_join" in text

@@ -259,6 +259,7 @@ def _copy_gmem_to_smem(
         _copy_part_to_all(source, target, barrier, *collective_axes)
         return
     load = Operation("load", running())
+    source.memory.check_read(source, load)
     target.memory.access(target, load, writes=True)
     target.memory.array[target.index()] = _undefined(target.dtype)
 
@@ -283,6 +284,7 @@ def _copy_part_to_all(source: Ref, target: Ref, barrier: Barriers, axis: str) ->
     for there, arrival in zip(peers, barrier.only.along[axis], strict=True):
         part = dataclasses.replace(target, memory=there).at[own]
         load = Operation("load", running())
+        source.memory.check_read(source.at[own], load)
         there.access(part, load, writes=True)
         there.array[part.index()] = _undefined(part.dtype)
 

@@ -22,6 +22,7 @@ import pallas_kernels
 
 KERNELS = str(Path(pallas_kernels.__file__).parent)
 REDRAWN = 150  # draws with the same weights
+WRITTEN = 2  # the moment of a copy to global memory that ends it
 _thread = threading.local()
 
 
@@ -66,7 +67,8 @@ class Clock(dict):
 class Operation:
     """A copy or product of a warpgroup, whose steps are taken some time after it has been issued.
 
-    Its clock is that of its warpgroup when it was issued, and its only moment is 1.
+    Its clock is that of its warpgroup when it was issued, and its only moment is 1; a copy to global memory, which then
+    has read its source, has a second one, when it has written.
     """
 
     def __init__(self, kind: str, warpgroup: "Warpgroup"):
@@ -138,6 +140,7 @@ class Warpgroup:
         if read_only:
             self.read_stores.update(done)
         else:
+            self.clock.update(dict.fromkeys(done, WRITTEN))
             del self.stores[: len(done)]
 
 

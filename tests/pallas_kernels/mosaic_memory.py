@@ -1,6 +1,7 @@
 """Memory of a program on NumPy arrays, whose elements are NaN until they are written, and its barriers.
 
-Accesses to shared memory that nothing orders are faults, in whatever order they happened to come.
+Accesses to shared memory that nothing orders are faults, in whatever order they happened to come, and so are reads of
+results.
 """
 
 import collections
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.pallas_kernels.mosaic_machine import Clock, Fault, Operation, Warpgroup, fault, place, running
+from tests.pallas_kernels.mosaic_machine import WRITTEN, Clock, Fault, Operation, Warpgroup, fault, place, running
 
 
 class Span(NamedTuple):
@@ -28,15 +29,29 @@ class Slice(NamedTuple):
     size: int
 
 
+Box = tuple[tuple[int, int], ...]  # first index along every axis, and the one after the last
+
+
+def _apart(box: Box, other: Box) -> bool:
+    return any(a >= d or c >= b for (a, b), (c, d) in zip(box, other, strict=True))
+
+
+def _described(agent: Warpgroup | Operation) -> str:
+    return f"{agent} at {place()}" if isinstance(agent, Warpgroup) else str(agent)
+
+
 class Global:
-    """Global memory: an argument, which is only read, or a result, whose elements are written once."""
+    """Global memory: an argument, which is only read, or a result, whose elements are written once and then read."""
 
     def __init__(self, name: str, array: np.ndarray, *, result: bool):
-        self.name, self.array = name, array
+        self.name, self.array, self.is_result = name, array, result
         self.unwritten = np.full(array.shape, result)
+        self._writes: list[tuple[Box, Warpgroup | Operation, int, str]] = []
 
     def read(self, ref: "Ref") -> np.ndarray:
-        return self.array[ref.index()].copy()
+        index = ref.index()
+        self.check_read(ref, running())
+        return self.array[index].copy()
 
     def write(self, ref: "Ref", value: np.ndarray, operation: Operation | None = None) -> None:
         """The elements that lie inside the array, as a copy writes them."""
@@ -45,6 +60,24 @@ class Global:
             raise fault(f"{self.name} is an argument, or has been written there already", operation)
         self.array[index] = value[part]
         self.unwritten[index] = False
+        agent = operation or running()
+        self._writes.append((ref.box(), agent, WRITTEN if operation else agent.clock[agent], _described(agent)))
+
+    def check_read(self, ref: "Ref", agent: Warpgroup | Operation) -> None:
+        """Raises a fault if some of its elements are not written, or by what is not ordered before the agent's read."""
+        if not self.is_result:
+            return
+        index, _ = ref.clipped()
+        box, now = ref.box(), _described(agent)
+        if self.unwritten[index].any():
+            raise Fault(f"race: {self.name} {box}, where nothing has been written, is read by {now}")
+        for other_box, other, moment, then in self._writes:
+            if _apart(box, other_box):
+                continue
+            if moment > agent.clock.get(other, 0):
+                raise Fault(f"race: {self.name} {box} is read by {now}\n  and written by {then}")
+            if isinstance(agent, Operation) and isinstance(other, Warpgroup):  # no fence of theirs is one for copies
+                raise Fault(f"{self.name} {box} is read by {now}\n  which need not see what is stored by {then}")
 
     def padded(self, ref: "Ref") -> np.ndarray:
         """What a copy reads, zeros after the end of the array."""
@@ -68,7 +101,7 @@ class Shared:
     def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
         self.name, self.array, self.tile = name, array, tile
         self.uncommitted = np.zeros(array.shape, np.int8)
-        self._accesses: dict[tuple, tuple[int, str]] = {}
+        self._accesses: dict[tuple[Box, Warpgroup | Operation, bool], tuple[int, str]] = {}
 
     def read(self, ref: "Ref") -> np.ndarray:
         self.access(ref, running(), writes=False)
@@ -95,11 +128,9 @@ class Shared:
 
     def access(self, ref: "Ref", agent: Warpgroup | Operation, *, writes: bool) -> None:
         """Raises a fault if an earlier access to some of the same elements is not ordered before this one."""
-        box = tuple((start, start + size) for start, size, _ in ref.spans)
-        now = f"{agent} at {place()}" if isinstance(agent, Warpgroup) else str(agent)
+        box, now = ref.box(), _described(agent)
         for (other_box, other, wrote), (moment, then) in list(self._accesses.items()):
-            apart = any(a >= d or c >= b for (a, b), (c, d) in zip(box, other_box, strict=True))
-            if other is agent or apart or not (writes or wrote):
+            if other is agent or not (writes or wrote) or _apart(box, other_box):
                 continue
             if moment > agent.clock.get(other, 0):
                 acts = ["written" if w else "read" for w in (writes, wrote)]
@@ -164,6 +195,9 @@ class Ref:
             if start < 0 or start + size > length:
                 raise fault(f"{start} to {start + size} of {self.memory.name}, which has {length} there")
         return tuple(start if dropped else slice(start, start + size) for start, size, dropped in self.spans)
+
+    def box(self) -> Box:
+        return tuple((start, start + size) for start, size, _ in self.spans)
 
     def clipped(self) -> tuple[tuple[slice | int, ...], tuple[slice, ...]]:
         """The part before its array's end: the index for the array, and for a value of the reference's shape."""

@@ -9,8 +9,9 @@ The order of everything that may happen in several is drawn:
 * A product reads its operands in shared memory some time before its accumulator is waited for.
 
 Copies and products that find stores which are not committed, accesses that nothing orders, waits without end and all
-else that `Fault` is raised for end the kernel. Layouts and the number of registers are not emulated, and programs, or
-clusters of them, run one after the other.
+else that `Fault` is raised for end the kernel. Layouts and the number of registers are not emulated. Programs, or
+clusters of them, run one after the other; but if the kernel calls `pl.get_global`, all of the grid run together, as if
+a card had room for them.
 """
 
 import dataclasses
@@ -34,9 +35,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.pallas_kernels.mosaic_machine import Fault, Machine, Operation, fault, running
-from tests.pallas_kernels.mosaic_memory import Barrier, Barriers, Global, Ref, Shared, Slice, Transposed
+from tests.pallas_kernels.mosaic_memory import (
+    Barrier,
+    Barriers,
+    Global,
+    Ref,
+    Semaphore,
+    Semaphores,
+    Shared,
+    Slice,
+    Transposed,
+)
 
-MODULES = re.compile(r"pallas_kernels\.\w+\.mosaic_gpu\w*")
+MODULES = re.compile(r"pallas_kernels\.\w+\.mosaic_gpu\w*|tests\.pallas_kernels\.mosaic_gpu\w*")
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 PRODUCT_DTYPES = (ml_dtypes.bfloat16, np.float16)
 
@@ -54,6 +65,10 @@ def install(monkeypatch: pytest.MonkeyPatch, seed: int, *, all_used: bool = Fals
             for alias in real.keys() & vars(module).keys():
                 names = _Names(real[alias], NAMES[alias], host.get(alias, {}))
                 monkeypatch.setattr(module, alias, names)
+
+
+class _NeedsWholeGrid(Exception):
+    """A kernel whose programs run one after the other asks for what all of them share."""
 
 
 class _Names:
@@ -86,7 +101,7 @@ def _kernel(
     cluster: tuple[int, ...] = (1,),
     cluster_names: tuple[str, ...] = ("cluster",),
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` for a grid of one axis; its clusters run one after the other."""
+    """`plgpu.kernel` for a grid of one axis."""
     places = list(itertools.product(*map(range, cluster)))  # of programs in their cluster
     parameters = [name for name, q in inspect.signature(body).parameters.items() if q.kind == q.POSITIONAL_OR_KEYWORD]
 
@@ -94,34 +109,38 @@ def _kernel(
         name = parameters[position] if position < len(parameters) else f"argument {position}"
         return make(name, *arguments, **options)
 
-    def run(*arrays):
+    def run_in_turn(arrays, turns):
+        """The results, which are computed by so many programs at a time."""
         results = out_type if isinstance(out_type, tuple) else (out_type,)
         memory = [named(i, Global, np.array(x), result=False) for i, x in enumerate(arrays)]
         for x in results:
             memory.append(named(len(memory), Global, np.full(x.shape, _undefined(x.dtype), x.dtype), result=True))
-        programs = list(range(*grid))
-        draws.shuffle(programs)
         reserved, touched = set(), set()  # shared memory, by name
-        for program in programs:
-            parts = [[named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)] for _ in places]
-            for peers in zip(*parts, strict=True):
-                _introduce(peers, places, cluster_names)
-            used = sum(s.array.nbytes for s in parts[0] if isinstance(s, Shared))
-            if used > SHARED_MEMORY:
-                raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
-            arguments = {
-                place: [Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *scratch)]
-                for place, scratch in zip(places, parts, strict=True)
-            }
+        for programs in turns:
+            scratch, arguments = [], {}
+            for program in programs:
+                parts = [
+                    [named(len(memory) + i, _scratch, kind) for i, kind in enumerate(scratch_types)] for _ in places
+                ]
+                for peers in zip(*parts, strict=True):
+                    _introduce(peers, places, cluster_names)
+                for place, part in zip(places, parts, strict=True):
+                    used = sum(s.array.nbytes for s in part if isinstance(s, Shared))
+                    if used > SHARED_MEMORY:
+                        raise Fault(f"{kernel_name} has {used} bytes of shared memory, of {SHARED_MEMORY}")
+                    scratch += part
+                    arguments[program, *place] = [
+                        Ref.of(s) if isinstance(s, (Global, Shared)) else s for s in (*memory, *part)
+                    ]
+            names = (*grid_names, *cluster_names)
             axes = [
-                {grid_names[0]: program, thread_name: group} | dict(zip(cluster_names, place, strict=True))
-                for place in places
+                dict(zip(names, place, strict=True)) | {thread_name: group}
+                for place in arguments
                 for group in range(num_threads)
             ]
-            Machine(draws, axes).run(
-                lambda of=arguments: body(*of[tuple(running().axes[name] for name in cluster_names)])
+            Machine(draws, axes, whole_grid=len(turns) == 1).run(
+                lambda of=arguments, names=names: body(*of[tuple(running().axes[name] for name in names)])
             )
-            scratch = [s for part in parts for s in part]
             for barriers in scratch:
                 if isinstance(barriers, Barriers):
                     for barrier in barriers.barriers:
@@ -132,6 +151,14 @@ def _kernel(
             raise Fault(f"{kernel_name} has memory that it does not use: {', '.join(sorted(reserved - touched))}")
         values = tuple(jnp.asarray(x.array) for x in memory[len(arrays) :])
         return values if isinstance(out_type, tuple) else values[0]
+
+    def run(*arrays):
+        programs = list(range(*grid))
+        draws.shuffle(programs)
+        try:
+            return run_in_turn(arrays, [[program] for program in programs])
+        except _NeedsWholeGrid:
+            return run_in_turn(arrays, [programs])
 
     return run
 
@@ -144,6 +171,8 @@ def _scratch(name: str, kind: Any) -> Shared | Barriers | None:
     if isinstance(kind, plgpu.ClusterBarrier):
         count, axes = math.prod(kind.num_barriers), kind.collective_axes
         return Barriers([Barrier(f"{name}[{i}]", kind.num_arrivals, axes=axes) for i in range(count)])
+    if not hasattr(kind, "transforms"):
+        raise Fault(f"{name}: scratch is a program's own, and semaphores of the grid come from `pl.get_global`")
     tilings = [t.tiling for t in kind.transforms if isinstance(t, plgpu.TilingTransform)]
     return Shared(name, np.full(kind.shape, _undefined(kind.dtype), kind.dtype), *(tilings or [()]))
 
@@ -332,6 +361,33 @@ def _barrier_arrive(barrier: Barriers) -> None:
     group.tick()
 
 
+def _get_global(kind: Any) -> Semaphores:
+    """The semaphores of this call, the same ones in all warpgroups of the grid."""
+    group = running()
+    found = group.machine.semaphores
+    if found is None:
+        raise _NeedsWholeGrid
+    if _is_nested():
+        raise fault("semaphores are asked for in a branch or a loop, where each warpgroup might get others")
+    if group.calls == len(found):
+        shape = kind.get_array_aval().shape
+        semaphores = np.empty(shape, object)
+        for index in np.ndindex(shape):
+            semaphores[index] = Semaphore(f"semaphore {group.calls}{list(index) or ''}")
+        found.append(Semaphores(semaphores))
+    group.calls += 1
+    return found[group.calls - 1]
+
+
+def _is_nested() -> bool:
+    """Whether one of this module's branches or loops is between a kernel's body and a function that the body calls."""
+    frame, own = sys._getframe(2), 0
+    while frame is not None:
+        own += frame.f_code.co_filename == __file__
+        frame = frame.f_back
+    return own > 1  # the first calls the body
+
+
 def _load(ref: Ref, index: tuple = (), *, layout: Any, optimized: bool = True) -> np.ndarray:
     return ref[index]
 
@@ -400,6 +456,7 @@ NAMES = {
     "plgpu": {
         "ACC": AccumulatorType,
         "Layout": plgpu.Layout,
+        "SemaphoreType": plgpu.SemaphoreType,
         "barrier_arrive": _barrier_arrive,
         "barrier_wait": lambda barrier: barrier.only.wait(),
         "broadcasted_iota": _iota,
@@ -408,13 +465,24 @@ NAMES = {
         "copy_smem_to_gmem": _copy_smem_to_gmem,
         "layout_cast": lambda x, layout: x,
         "load": _load,
+        "semaphore_signal": lambda semaphore, inc=1, *, memory_scope="sys": semaphore.only.signal(inc),
+        "semaphore_wait": lambda semaphore, value=1, *, decrement=True, memory_scope="sys": semaphore.only.wait(
+            value, decrement=decrement
+        ),
         "set_max_registers": lambda count, *, action: None,
         "wait_smem_to_gmem": _wait_smem_to_gmem,
         "wgmma": _wgmma,
         "wgmma_wait": lambda left: running().wait_for_products(left),
         "wgmma_accumulator_load": _accumulator_load,
     },
-    "pl": {"ds": Slice, "loop": _loop, "run_scoped": _run_scoped, "run_state": _run_state, "when": _when},
+    "pl": {
+        "ds": Slice,
+        "get_global": _get_global,
+        "loop": _loop,
+        "run_scoped": _run_scoped,
+        "run_state": _run_state,
+        "when": _when,
+    },
     "lax": {
         "axis_index": lambda name: running().axes[name],
         "broadcast_in_dim": _broadcast_in_dim,

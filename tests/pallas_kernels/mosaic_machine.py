@@ -1,4 +1,4 @@
-"""A machine that runs the warpgroups of a program one at a time, in an order that is drawn.
+"""A machine that runs the warpgroups of programs one at a time, in an order that is drawn.
 
 Before each of its operations a warpgroup lets the machine draw who goes on: a warpgroup that waits for nothing, itself
 perhaps, or one of the copies and products that are under way. The weights of the draw change now and then, so that each
@@ -20,7 +20,7 @@ import numpy as np
 
 import pallas_kernels
 
-KERNELS = str(Path(pallas_kernels.__file__).parent)
+KERNELS = (str(Path(pallas_kernels.__file__).parent), str(Path(__file__).with_name("mosaic_gpu")))
 REDRAWN = 150  # draws with the same weights
 WRITTEN = 2  # the moment of a copy to global memory that ends it
 _thread = threading.local()
@@ -92,6 +92,7 @@ class Warpgroup:
       stores: copies to global memory that it has not waited for, in order of issue.
       read_stores: those of which it knows that they have read their source.
       uncommitted: memory to which it has stored what copies and products need not see yet.
+      calls: of `get_global` so far.
     """
 
     def __init__(self, machine: "Machine", index: int, axes: dict[str, int]):
@@ -101,12 +102,13 @@ class Warpgroup:
         self.stores: list[Operation] = []
         self.read_stores: set[Operation] = set()
         self.uncommitted: set[Any] = set()
+        self.calls = 0
         self.turn, self.finished = threading.Event(), False
         self.ready: Callable[[], bool] | None = None
         self.place, self.what = "", str
 
     def __str__(self) -> str:
-        return f"warpgroup {self.index}"
+        return f"warpgroup {self.index} ({', '.join(f'{name} {i}' for name, i in self.axes.items())})"
 
     def tick(self) -> None:
         self.clock[self] += 1
@@ -145,15 +147,17 @@ class Warpgroup:
 
 
 class Machine:
-    """The warpgroups of one program.
+    """The warpgroups of the programs that run together: one, a cluster, or the whole grid.
 
     Attributes:
       loads: copies from global memory that are under way.
       loaded: those that are done.
+      semaphores: those of the grid, of each call of `get_global` in turn; None where some of its programs are missing.
     """
 
-    def __init__(self, draws: random.Random, axes: list[dict[str, int]]):
+    def __init__(self, draws: random.Random, axes: list[dict[str, int]], *, whole_grid: bool):
         self.draws = draws
+        self.semaphores: list[Any] | None = [] if whole_grid else None
         self.warpgroups = [Warpgroup(self, index, of_group) for index, of_group in enumerate(axes)]
         self.loads: list[Operation] = []
         self.loaded: list[Operation] = []

@@ -1,4 +1,4 @@
-"""Memory of a program on NumPy arrays, whose elements are NaN until they are written, and its barriers.
+"""Memory of a program on NumPy arrays, whose elements are NaN until they are written, its barriers and semaphores.
 
 Accesses to shared memory that nothing orders are faults, in whatever order they happened to come, and so are reads of
 results.
@@ -100,7 +100,7 @@ class Shared:
 
     def __init__(self, name: str, array: np.ndarray, tile: tuple[int, ...]):
         self.name, self.array, self.tile = name, array, tile
-        self.uncommitted = np.zeros(array.shape, np.int8)
+        self.uncommitted = np.zeros(array.shape, np.int16)
         self._accesses: dict[tuple[Box, Warpgroup | Operation, bool], tuple[int, str]] = {}
 
     def read(self, ref: "Ref") -> np.ndarray:
@@ -323,3 +323,64 @@ class Barriers:
     def only(self) -> Barrier:
         (barrier,) = self.barriers
         return barrier
+
+
+class Semaphore:
+    """A number in global memory, 0 when a kernel starts, that warpgroups of all programs raise and wait for.
+
+    A wait is ordered after the signals without which it would go on, those that came first, but not after others that
+    happened to be there too.
+    """
+
+    def __init__(self, name: str):
+        self.name, self._taken = name, 0  # by waits that decrement it
+        self._signals: list[tuple[int, Clock]] = []  # the sum so far, and what is ordered before one of them
+
+    @property
+    def total(self) -> int:
+        return self._signals[-1][0] if self._signals else 0
+
+    def signal(self, increment: int) -> None:
+        group = running()
+        group.step()
+        if increment < 1:
+            raise fault(f"signal of {increment} to {self.name}")
+        clock = Clock(self._signals[-1][1] if self._signals else ())
+        clock.join(group.clock)
+        self._signals.append((self.total + increment, clock))
+        group.tick()
+
+    def wait(self, value: int, *, decrement: bool) -> None:
+        group = running()
+        group.step(
+            lambda: self.total - self._taken >= value,
+            lambda: f"{value} of {self.name}, which is {self.total - self._taken}",
+        )
+        needed = self._taken + value
+        group.clock.join(next((clock for count, clock in self._signals if count >= needed), Clock()))
+        if decrement:
+            self._taken = needed
+
+
+class Semaphores:
+    """An array of semaphores, or the one that has been chosen of them."""
+
+    def __init__(self, semaphores: np.ndarray):
+        self.semaphores = semaphores
+
+    @property
+    def at(self) -> _At:
+        return _At(self._chosen)
+
+    def _chosen(self, index: Any) -> "Semaphores":
+        chosen = index if isinstance(index, tuple) else (index,)
+        shape = self.semaphores.shape
+        if len(chosen) > len(shape) or not all(0 <= i < n for i, n in zip(chosen, shape, strict=False)):
+            raise fault(f"index {index} of semaphores of shape {shape}")
+        return Semaphores(np.asarray(self.semaphores[chosen], object))
+
+    @property
+    def only(self) -> Semaphore:
+        if self.semaphores.shape:
+            raise fault(f"one of {self.semaphores.shape} semaphores is signalled or waited for")
+        return self.semaphores[()]

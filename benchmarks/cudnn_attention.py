@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rat_jax.layers import RmsNorm
+from rat_jax.layers import Ahead
 from rat_jax.mixers import Attention, LocalAttention
 from rat_jax.mixers.attention import AttentionCache
 from rat_jax.segments import SegmentInfo
@@ -26,14 +26,14 @@ class CudnnAttention(Attention):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: AttentionCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments, norm)
+        query, key, value = self._heads(x, segments, ahead)
         if memory is None:
             out = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         else:
             out, memory = _step(query, key, value, segments, memory, None)
-        return self.out_proj(out.reshape(x.shape)), memory
+        return out.reshape(*out.shape[:2], -1), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
         return super().init_memory(batch_size, -(-capacity // _SLOTS) * _SLOTS)
@@ -47,9 +47,9 @@ class CudnnLocalAttention(LocalAttention):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: AttentionCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments, norm)
+        query, key, value = self._heads(x, segments, ahead)
         window = self.config.window
         if memory is None:
             out = jax.nn.dot_product_attention(
@@ -57,7 +57,7 @@ class CudnnLocalAttention(LocalAttention):
             )
         else:
             out, memory = _step(query, key, value, segments, memory, window + 1)
-        return self.out_proj(out.reshape(x.shape)), memory
+        return out.reshape(*out.shape[:2], -1), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
         slots = -(-min(self.config.window + 1, capacity) // _SLOTS) * _SLOTS

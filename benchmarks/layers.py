@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks.cudnn_attention import BASELINES
-from rat_jax.layers import RmsNorm
+from rat_jax.layers import Ahead, RmsNorm
 from rat_jax.mixers import MIXERS, Mixer, ModelShape
 from rat_jax.mixers.base import MixerCache
 from rat_jax.segments import SegmentInfo, whole_rows
@@ -41,7 +41,7 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Rows that are one document each."""
         x, normed = self.norm.beside_residual(x)
-        return x + self.mixer.mix(normed, whole_rows(*x.shape[:2]))[0]
+        return x + self.mixer.out_proj(self.mixer.mix(normed, whole_rows(*x.shape[:2]))[0])
 
     def step(
         self, x: Float[Array, "B 1 D"], position: Int[Array, ""], memory: MixerCache
@@ -49,8 +49,8 @@ class Layer(nnx.Module):
         """One token a row, all at the same position."""
         positions = jnp.full(x.shape[:2], position, jnp.int32)
         segments = SegmentInfo(jnp.ones_like(positions), positions, positions, contiguous=False)
-        mixed, memory = self.mixer.mix(x, segments, memory, self.norm)
-        return x + mixed, memory
+        mixed, memory = self.mixer.mix(x, segments, memory, Ahead(self.norm))
+        return x + self.mixer.out_proj(mixed), memory
 
 
 def make_layer(name: str, sizes: Sizes) -> tuple[nnx.GraphDef, nnx.State]:

@@ -1,17 +1,18 @@
 """The residual block: a mixer moves information between tokens, an MLP works on each token."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import RmsNorm, project_gelu, project_parts, projection
+from rat_jax.layers import NORM_EPSILON, Ahead, RmsNorm, project_gelu, project_parts, projection
 from rat_jax.mesh import TENSOR_AXIS, constrain_stream, num_parts
 from rat_jax.mixers import MIXERS, kind_of
 from rat_jax.mixers.base import MixerCache
+from rat_jax.ops.between_mixers import NormedMatrix, between_mixers
 from rat_jax.ops.mlp import gelu_mlp
 from rat_jax.ops.normed_product_xla import gelu
 from rat_jax.parameters import VECTOR, ParameterSpec
@@ -38,15 +39,15 @@ class Mlp(nnx.Module):
         self.up = projection(config.width, gates * config.mlp_hidden, dtype, rngs)
         self.down = projection(config.mlp_hidden, config.width, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T D"]:
-        """Applies the MLP to every token, normed where there is a norm."""
+    def __call__(self, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T D"]:
+        """Applies the MLP to every token, normed where something is `ahead`."""
         match self.kind:
             case "gelu":
-                if norm is not None or num_parts(TENSOR_AXIS) > 1:  # which may be in the same launch; columns are cut
-                    return self.down(project_gelu(self.up, x, norm))
+                if ahead is not None or num_parts(TENSOR_AXIS) > 1:  # which may be in the same launch; columns are cut
+                    return self.down(project_gelu(self.up, x, ahead))
                 return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
             case "geglu" | "swiglu":
-                gate, value = project_parts(self.up, x, self.hidden, self.hidden, norm=norm)
+                gate, value = project_parts(self.up, x, self.hidden, self.hidden, ahead=ahead)
                 gate = gelu(gate) if self.kind == "geglu" else jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)
                 return self.down(gate * value)
             case _:
@@ -70,20 +71,70 @@ class ResidualBlock(nnx.Module):
         self, x: Float[Array, "B T D"], segments: SegmentInfo, memory: MixerCache | None = None
     ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
         """The block's output and, where the mixer's memory was given, the new one."""
+        if x.shape[1] == 1:
+            (x, _), memory = self.step(BlockInput(x), segments, memory)
+            return x, memory
         with jax.named_scope("mixer"):
-            x, normed, norm = _ahead(self.mixer_norm, x)
-            mixed, memory = self.mixer.mix(normed, segments, memory, norm)
+            x, normed = self.mixer_norm.beside_residual(x)
+            mixed, memory = self.mixer.mix(normed, segments, memory)
+            mixed = self.mixer.out_proj(mixed)
         with jax.named_scope("mlp"):
-            x, normed, norm = _ahead(self.mlp_norm, x, mixed)
-            x = constrain_stream(x + self.mlp(normed, norm))
+            x, normed = self.mlp_norm.beside_residual(x, mixed)
+            x = constrain_stream(x + self.mlp(normed))
         return x, memory
 
+    def step(
+        self,
+        given: "BlockInput",
+        segments: SegmentInfo,
+        memory: MixerCache | None = None,
+        following: NormedMatrix | None = None,
+    ) -> tuple["BlockInput", MixerCache | None]:
+        """As `__call__`, for one token a row: what the next block is given, and the memory after the token if any.
 
-def _ahead(
-    norm: RmsNorm, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None = None
-) -> tuple[Array, Array, RmsNorm | None]:
-    """What goes around a layer, what goes into it, and the norm that the layer still has to apply: to one token."""
-    if x.shape[1] > 1:
-        return *norm.beside_residual(x, added), None
-    x = x if added is None else constrain_stream(x + added)
-    return x, x, norm
+        All between two mixers may be one launch, at the end of which `following` is multiplied.
+
+        Args:
+          given: from the block before.
+          segments: of the tokens.
+          memory: of the mixer.
+          following: `first_product` of the next block; None: there is none.
+        """
+        with jax.named_scope("mixer"):
+            ahead = Ahead(self.mixer_norm, given.product)
+            mixed, memory = self.mixer.mix(given.x, segments, memory, ahead)
+        if self.mlp.kind == "gelu" and num_parts(TENSOR_AXIS) == 1:
+            with jax.named_scope("between_mixers"):
+                found = between_mixers(
+                    mixed,
+                    given.x,
+                    self.mixer.out_proj.kernel[...],
+                    NormedMatrix(self.mlp_norm.scale[...], self.mlp.up.kernel[...]),
+                    self.mlp.down.kernel[...],
+                    following,
+                    epsilon=NORM_EPSILON,
+                    dtype=self.mlp.up.dtype,
+                )
+            return BlockInput(*found), memory
+        with jax.named_scope("mixer"):
+            x = constrain_stream(given.x + self.mixer.out_proj(mixed))
+        with jax.named_scope("mlp"):
+            x = constrain_stream(x + self.mlp(x, Ahead(self.mlp_norm)))
+        return BlockInput(x), memory
+
+    @property
+    def first_product(self) -> NormedMatrix | None:
+        """All that a step does with its input but to add to it; None where that is more than one product.
+
+        Where the mesh in use cuts heads, the mixer orders its matrix's columns by itself.
+        """
+        if self.mixer.READS_INPUT or num_parts(TENSOR_AXIS) > 1:
+            return None
+        return NormedMatrix(self.mixer_norm.scale[...], self.mixer.in_proj.kernel[...])
+
+
+class BlockInput(NamedTuple):
+    """What a step of a block is given."""
+
+    x: Float[Array, "B 1 D"]
+    product: Float[Array, "B 1 c"] | None = None  # of the block's `first_product` and x, if it is there already

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rat_jax.blocks import BlockInput
 from rat_jax.memory import tree_bytes
 from rat_jax.mixers.base import Mixer, MixerCache, check_cache_size, check_room, next_segments
+from rat_jax.ops import NormedMatrix
 from rat_jax.segments import SegmentInfo, StreamState, check_tokens
 from rat_jax.shapes import Array, Float, Float32, Int
 
 if TYPE_CHECKING:
     from rat_jax.model import LanguageModel
+
+Memories = tuple[MixerCache, ...]  # one for each layer
 
 
 @jax.tree_util.register_dataclass
@@ -80,11 +84,26 @@ class DecoderModule(nnx.Module):
         check_tokens(tokens)
         segments, stream = next_segments(segment_ids, cache.stream, tokens.shape, cache.capacity)
         x = self.embedding[...][tokens].astype(self.config.dtype)
-        memories = []
-        for layer, memory in zip(self.layers, cache.layers, strict=True):
+        run_layers = self._steps if tokens.shape[1] == 1 else self._layers
+        x, memories = run_layers(x, segments, cache.layers)
+        return self.final_norm(x), ModelCache(memories, stream, cache.capacity)
+
+    def _layers(self, x: Array, segments: SegmentInfo, memories: Memories) -> tuple[Array, Memories]:
+        """One layer after the other."""
+        found = []
+        for layer, memory in zip(self.layers, memories, strict=True):
             x, memory = _run_layer(*nnx.split(layer), x, segments, memory)
-            memories.append(memory)
-        return self.final_norm(x), ModelCache(tuple(memories), stream, cache.capacity)
+            found.append(memory)
+        return x, tuple(found)
+
+    def _steps(self, x: Array, segments: SegmentInfo, memories: Memories) -> tuple[Array, Memories]:
+        """As `_layers`, of one token a row: each layer ends with the next one's first product."""
+        given, found = BlockInput(x), []
+        products = [layer.first_product for layer in self.layers]
+        for layer, memory, following in zip(self.layers, memories, [*products[1:], None], strict=True):
+            given, memory = _step_layer(*nnx.split(layer), given, segments, memory, following)
+            found.append(memory)
+        return given.x, tuple(found)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """As `LanguageModel.logits`."""
@@ -103,6 +122,19 @@ def _run_layer(
 ) -> tuple[Array, MixerCache]:
     """A layer; compiled functions that call it trace and lower layers alike once, however many there are."""
     return nnx.merge(graphdef, params)(x, segments, memory)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _step_layer(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    given: BlockInput,
+    segments: SegmentInfo,
+    memory: MixerCache,
+    following: NormedMatrix | None,
+) -> tuple[BlockInput, MixerCache]:
+    """As `_run_layer`, for `ResidualBlock.step`."""
+    return nnx.merge(graphdef, params).step(given, segments, memory, following)
 
 
 class DecoderLayout:

@@ -1,5 +1,6 @@
 """Layers without a memory of other tokens: projections, norms and their initial values."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -49,16 +50,26 @@ class RmsNorm(nnx.Module):
         return residual_norm(x, self.scale[...], added=added, epsilon=NORM_EPSILON)
 
 
-def project(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:
-    """x W, of normed tokens where there is a norm, which decoding may run in the same launch."""
-    return linear(x) if norm is None else _normed_product(linear, x, norm, with_gelu=False)
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What decoding has put off until a projection, to run both in one launch, or has done together with it before."""
+
+    norm: RmsNorm  # of the projection's input
+    product: Float[Array, "B T c"] | None = None  # of the normed input with all of the projection's matrix
 
 
-def project_gelu(linear: nnx.Linear, x: Float[Array, "B T D"], norm: RmsNorm | None = None) -> Float[Array, "B T c"]:
+def project(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T c"]:
+    """x W, or of normed x."""
+    if ahead is None:
+        return linear(x)
+    return _normed_product(linear, x, ahead.norm, with_gelu=False) if ahead.product is None else ahead.product
+
+
+def project_gelu(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T c"]:
     """gelu(x W), as `project`; where the mesh in use cuts heads, columns of W are cut among its devices."""
-    if num_parts(TENSOR_AXIS) == 1 and norm is not None:
-        return _normed_product(linear, x, norm, with_gelu=True)
-    return gelu(*project_parts(linear, x, linear.out_features, norm=norm))
+    if num_parts(TENSOR_AXIS) == 1 and ahead is not None:
+        return _normed_product(linear, x, ahead.norm, with_gelu=True)
+    return gelu(*project_parts(linear, x, linear.out_features, ahead=ahead))
 
 
 def _normed_product(linear: nnx.Linear, x: Array, norm: RmsNorm, *, with_gelu: bool) -> Array:
@@ -66,7 +77,7 @@ def _normed_product(linear: nnx.Linear, x: Array, norm: RmsNorm, *, with_gelu: b
     return normed_product(x, norm.scale[...], linear.kernel[...], **options)
 
 
-def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, norm: RmsNorm | None = None) -> list:
+def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, ahead: Ahead | None = None) -> list:
     """As `project`, as arrays [B, T, size]; where the mesh in use cuts heads, each is cut among its devices.
 
     Each part is a product of its own, so that kernels read it as it lies. A single token, which is one launch, and
@@ -75,8 +86,8 @@ def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, norm: Rm
     borders = list(itertools.accumulate(sizes))[:-1]
     is_whole = num_parts(TENSOR_AXIS) == 1
     if is_whole and (x.shape[1] == 1 or min(sizes) * _WIDEST_READING < linear.in_features):
-        return jnp.split(project(linear, x, norm), borders, axis=-1)
-    x = x if norm is None else norm(x)
+        return jnp.split(project(linear, x, ahead), borders, axis=-1)
+    x = x if ahead is None else ahead.norm(x)
     matrix = linear.kernel[...].astype(linear.dtype)
     if is_whole:
         return multiply_parts(x.astype(linear.dtype), matrix, sizes)
@@ -84,15 +95,15 @@ def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, norm: Rm
 
 
 def project_interleaved(
-    linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple, whole: int, norm: RmsNorm | None = None
+    linear: nnx.Linear, x: Float[Array, "B T D"], cut: tuple, whole: int, ahead: Ahead | None = None
 ) -> Float[Array, "B T _"]:
     """As `project`; where heads are cut, each device's share of each part of `cut` channels, and the last `whole`.
 
     Devices follow one another. The matrix is reordered, not the products.
     """
     if num_parts(TENSOR_AXIS) == 1:
-        return project(linear, x, norm)
-    x = x if norm is None else norm(x)
+        return project(linear, x, ahead)
+    x = x if ahead is None else ahead.norm(x)
     return _product(x, _interleaved(linear.kernel[...].astype(linear.dtype), cut, whole))
 
 

@@ -66,7 +66,14 @@ ARROWS: dict[str, set[str]] = {
         "rat_jax.segments",
         "rat_jax.shapes",
     },
-    "rat_jax.decoder": {"rat_jax.memory", "rat_jax.mixers", "rat_jax.segments", "rat_jax.shapes"},
+    "rat_jax.decoder": {
+        "rat_jax.blocks",
+        "rat_jax.memory",
+        "rat_jax.mixers",
+        "rat_jax.ops",
+        "rat_jax.segments",
+        "rat_jax.shapes",
+    },
     "rat_jax.model": {
         "rat_jax.blocks",
         "rat_jax.config",

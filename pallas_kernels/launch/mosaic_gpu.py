@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
+WARPGROUP_THREADS = 128
 LAUNCH_REGISTERS = 168  # of each thread of three warpgroups when a program starts, and on average ever after
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read
@@ -114,6 +115,13 @@ def load_tile(ref: Any) -> jax.Array:
 def load_transposed(ref: Any) -> jax.Array:
     """The transpose of a matrix in shared memory, laid out as `transposed` has it."""
     return _load(ref.transpose((1, 0)), layout=plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def load_divided(ref: Any) -> jax.Array:
+    """A vector in global memory, whose elements the threads of a warpgroup divide among themselves."""
+    (size,) = ref.shape
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // WARPGROUP_THREADS, 4))
+    return _load(ref, layout=layout, optimized=False)
 
 
 def _load(ref: Any, **options: Any) -> jax.Array:

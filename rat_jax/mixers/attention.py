@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, project_parts, projection
+from rat_jax.layers import Ahead, RmsNorm, project_parts, projection
 from rat_jax.mixers.base import (
     Mixer,
     MixerConfig,
@@ -77,11 +77,11 @@ class HeadProjections(Mixer):
             self.query_norm, self.key_norm = RmsNorm(shape.head_dim), RmsNorm(shape.head_dim)
 
     def _heads(
-        self, x: Float[Array, "B T D"], segments: SegmentInfo, norm: RmsNorm | None
+        self, x: Float[Array, "B T D"], segments: SegmentInfo, ahead: Ahead | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values."""
         kv_width = self.shape.kv_heads * self.shape.head_dim
-        parts = project_parts(self.in_proj, x, kv_width, self.shape.width, kv_width, norm=norm)
+        parts = project_parts(self.in_proj, x, kv_width, self.shape.width, kv_width, ahead=ahead)
         value, query, key = (part.reshape(*part.shape[:2], -1, self.shape.head_dim) for part in parts)
         if self.shape.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -123,16 +123,16 @@ class Attention(HeadProjections):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: AttentionCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
-        query, key, value = self._heads(x, segments, norm)
+        query, key, value = self._heads(x, segments, ahead)
         info = KeyInfo(segments.segment_ids, segments.token_index, segments.contiguous)
         key_info, aligned = info, memory is None
         if memory is not None:
             memory, key_info = _append(memory, key, value, segments)
             key, value = memory.key, memory.value
         mixed = attention(query, key, value, query_info=info, key_info=key_info, aligned=aligned)
-        return self.out_proj(mixed.out.reshape(x.shape)), memory
+        return mixed.out.reshape(*mixed.out.shape[:2], -1), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> AttentionCache:
         shape = (batch_size, capacity, self.shape.kv_heads, self.shape.head_dim)

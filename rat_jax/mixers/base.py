@@ -11,7 +11,7 @@ from flax import nnx
 
 from rat_jax.errors import require
 from rat_jax.fields import check_types
-from rat_jax.layers import RmsNorm
+from rat_jax.layers import Ahead
 from rat_jax.memory import tree_bytes
 from rat_jax.parameters import ParameterSpec
 from rat_jax.segments import PADDING, SegmentInfo, StreamState, as_segments, check_shape, from_segments
@@ -113,7 +113,7 @@ class Mixer(nnx.Module):
     """Moves information between tokens, [B, T, D] to [B, T, D]; see `rat_jax.mixers` for its use.
 
     A subclass takes plain arguments, fields of `ModelShape` and of its config, and holds them as `shape` and `config`;
-    it defines `mix`, `init_memory` and `step_bytes`. Parameters are float32.
+    it has `in_proj` and `out_proj` and defines `mix`, `init_memory` and `step_bytes`. Parameters are float32.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -121,9 +121,12 @@ class Mixer(nnx.Module):
     RELEASE: ClassVar[ReleaseCell | None] = None  # None: the release has no such mixer
 
     IMPLEMENTATIONS: ClassVar[tuple[str, ...]] = ()  # names that `implementation` may have
+    READS_INPUT: ClassVar[bool] = False  # whether it reads more of its input than the product with `in_proj`'s matrix
 
     shape: ModelShape
     config: MixerConfig
+    in_proj: nnx.Linear
+    out_proj: nnx.Linear
     implementation: str | None = None  # of the mixer's op; None: the fastest on the platform that takes the call
 
     @classmethod
@@ -147,7 +150,7 @@ class Mixer(nnx.Module):
           ValueError: if x is not [B, T, width] with at least one token, or `segment_ids` have another shape.
         """
         self._check(x)
-        return self.mix(x, as_segments(segment_ids, x.shape[:2]))[0]
+        return self.out_proj(self.mix(x, as_segments(segment_ids, x.shape[:2]))[0])
 
     def init_cache(self, batch_size: int, capacity: int) -> LayerCache:
         """An empty cache for rows of at most `capacity` tokens; `extend` reads tokens into it.
@@ -180,8 +183,8 @@ class Mixer(nnx.Module):
         self._check(x)
         segments, stream = next_segments(segment_ids, cache.stream, x.shape[:2], cache.capacity)
         self._check_memory(cache)
-        y, memory = self.mix(x, segments, cache.memory)
-        return y, LayerCache(memory, stream, cache.capacity)
+        mixed, memory = self.mix(x, segments, cache.memory)
+        return self.out_proj(mixed), LayerCache(memory, stream, cache.capacity)
 
     def _check(self, x: Array) -> None:
         if x.ndim != 3 or x.shape[2] != self.shape.width or not x.size:
@@ -203,11 +206,15 @@ class Mixer(nnx.Module):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: MixerCache | None = None,
-        norm: RmsNorm | None = None,
-    ) -> tuple[Float[Array, "B T D"], MixerCache | None]:
-        """What `__call__` (memory None) and `extend` share: the mixed tokens, and the memory after them if any.
+        ahead: Ahead | None = None,
+    ) -> tuple[Float[Array, "B T c"], MixerCache | None]:
+        """What `__call__` (memory None) and `extend` share: what `out_proj` multiplies, and the memory after it if any.
 
-        With a `norm` it is that of normed tokens; norm and projection may then run in one launch.
+        Args:
+          x: the tokens.
+          segments: of the tokens.
+          memory: of earlier tokens.
+          ahead: if given, the mixer is of normed tokens; it goes to the functions of `rat_jax.layers` that project x.
         """
         raise NotImplementedError
 

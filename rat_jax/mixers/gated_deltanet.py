@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, project_groups, project_parts, projection
+from rat_jax.layers import Ahead, RmsNorm, project_groups, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_divides
 from rat_jax.ops.convolved_heads import convolved_heads
 from rat_jax.ops.gated_delta_rule import GatedDeltaRuleImplementation, gated_delta_rule
@@ -103,6 +103,7 @@ class GatedDeltaNet(Mixer):
         "norm.scale": VECTOR,
     }
     IMPLEMENTATIONS = typing.get_args(GatedDeltaRuleImplementation)
+    READS_INPUT = True  # for the logits of strengths and decays
 
     def __init__(
         self,
@@ -150,9 +151,9 @@ class GatedDeltaNet(Mixer):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: GatedDeltaNetCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
-        x = x if norm is None else norm(x)  # of two projections
+        x = x if ahead is None else ahead.norm(x)  # of two projections
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
         widths = key_width, key_width, value_width
@@ -185,7 +186,7 @@ class GatedDeltaNet(Mixer):
             normed = self.norm(mixed.out.astype(jnp.float32)).reshape(*x.shape[:2], -1)
             gated = (normed * jax.nn.silu(output_gate.astype(jnp.float32))).astype(x.dtype)
         memory = None if memory is None else GatedDeltaNetCache(mixed.final_state, convolved.last_inputs)
-        return self.out_proj(gated), memory
+        return gated, memory
 
     def init_memory(self, batch_size: int, capacity: int) -> GatedDeltaNetCache:
         del capacity  # the state has one size

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm
+from rat_jax.layers import Ahead
 from rat_jax.mixers.attention import HeadProjections
 from rat_jax.mixers.base import MixerConfig, ModelShape, ReleaseCell, bytes_of, require_even_heads
 from rat_jax.ops.attention import KeyInfo, attention
@@ -115,11 +115,11 @@ class LocalAttention(HeadProjections):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: LocalAttentionCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], LocalAttentionCache | None]:
-        query, key, value = self._heads(x, segments, norm)
+        query, key, value = self._heads(x, segments, ahead)
         mixed, memory = attend_in_window(query, key, value, segments, memory, self.config.window)
-        return self.out_proj(mixed.reshape(x.shape)), memory
+        return mixed.reshape(*mixed.shape[:2], -1), memory
 
     def init_memory(self, batch_size: int, capacity: int) -> LocalAttentionCache:
         return LocalAttentionCache.empty(batch_size, capacity, self.config.window, self.shape)

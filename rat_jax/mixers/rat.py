@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, chrono_gate_bias, project_interleaved, projection
+from rat_jax.layers import Ahead, chrono_gate_bias, project_interleaved, projection
 from rat_jax.mixers.base import (
     Mixer,
     MixerConfig,
@@ -114,11 +114,11 @@ class Rat(Mixer):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: RatState | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], RatState | None]:
         width, grouped = self.shape.width, self.config.num_groups * self.shape.head_dim
         mixed = rat_mix(
-            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=2 * grouped, norm=norm),
+            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=2 * grouped, ahead=ahead),
             self.gate_bias[...],
             segments,
             num_heads=self.shape.num_heads,
@@ -128,7 +128,7 @@ class Rat(Mixer):
             state=memory,
             implementation=self.implementation,
         )
-        return self.out_proj(mixed.out), mixed.state
+        return mixed.out, mixed.state
 
     def init_memory(self, batch_size: int, capacity: int) -> RatState:
         shape, dtype = self.shape, jnp.dtype(self.shape.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import INITIAL_STD, RmsNorm, project_parts, projection
+from rat_jax.layers import INITIAL_STD, Ahead, RmsNorm, project_parts, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, bytes_of, require_even_heads
 from rat_jax.mixers.local_attention import LocalAttentionCache, attend_in_window, mean_keys_in_window
 from rat_jax.ops.linear_attention import LinearImplementation, linear_attention
@@ -152,11 +152,11 @@ class Rattention(Mixer):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: RattentionCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], RattentionCache | None]:
         shape = self.shape
         kv_width = shape.kv_heads * shape.head_dim
-        parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width, norm=norm)
+        parts = project_parts(self.in_proj, x, shape.width, kv_width, kv_width, ahead=ahead)
         query, key, value = (part.reshape(*part.shape[:2], -1, shape.head_dim) for part in parts)
         if shape.qk_norm:
             # XLA would keep them in float32 for the rotation, and round them in another pass for the linear branch.
@@ -170,7 +170,7 @@ class Rattention(Mixer):
             local, ring = attend_in_window(query, key, value, segments, ring, self.config.window)
         scales = self.local_norm.scale[...], self.linear_norm.scale[...]
         mixed = normed_sum(local, linear, *scales, epsilon=_BRANCH_NORM_EPSILON).astype(x.dtype)
-        return self.out_proj(mixed.reshape(x.shape)), None if memory is None else RattentionCache(ring, state)
+        return mixed.reshape(x.shape), None if memory is None else RattentionCache(ring, state)
 
     def init_memory(self, batch_size: int, capacity: int) -> RattentionCache:
         shape = self.shape

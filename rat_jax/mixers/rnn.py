@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.errors import require
-from rat_jax.layers import RmsNorm, chrono_gate_bias, project_interleaved, projection
+from rat_jax.layers import Ahead, chrono_gate_bias, project_interleaved, projection
 from rat_jax.mixers.base import Mixer, MixerConfig, ModelShape, ReleaseCell, bytes_of, require_divides
 from rat_jax.ops.rnn import RnnImplementation, rnn_mix
 from rat_jax.parameters import MATRIX_IN, MATRIX_OUT, VECTOR, ParameterSpec
@@ -95,17 +95,17 @@ class Rnn(Mixer):
         x: Float[Array, "B T D"],
         segments: SegmentInfo,
         memory: RnnCache | None = None,
-        norm: RmsNorm | None = None,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "B T D"], RnnCache | None]:
         width = self.shape.width
         mixed = rnn_mix(
-            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=0, norm=norm),
+            project_interleaved(self.in_proj, x, cut=(width,) * 3, whole=0, ahead=ahead),
             self.gate_bias[...],
             segments,
             state=None if memory is None else memory.state,
             implementation=self.implementation,
         )
-        return self.out_proj(mixed.out), None if memory is None else RnnCache(mixed.state)
+        return mixed.out, None if memory is None else RnnCache(mixed.state)
 
     def init_memory(self, batch_size: int, capacity: int) -> RnnCache:
         del capacity  # the state has one size

@@ -2,6 +2,7 @@
 
 from rat_jax.ops.attention import attention
 from rat_jax.ops.attention_types import AttentionOutput, KeyInfo
+from rat_jax.ops.between_mixers import BetweenMixersOutput, NormedMatrix, between_mixers
 from rat_jax.ops.convolved_heads import convolved_heads
 from rat_jax.ops.convolved_heads_types import ConvolvedHeads
 from rat_jax.ops.dispatch import UnsupportedError
@@ -22,10 +23,12 @@ from rat_jax.ops.rnn_types import RnnOutput
 
 __all__ = [
     "AttentionOutput",
+    "BetweenMixersOutput",
     "ConvolvedHeads",
     "GatedDeltaRuleOutput",
     "KeyInfo",
     "LinearAttentionOutput",
+    "NormedMatrix",
     "RatOutput",
     "RatState",
     "ResidualLinearAttentionOutput",
@@ -33,6 +36,7 @@ __all__ = [
     "RnnOutput",
     "UnsupportedError",
     "attention",
+    "between_mixers",
     "convolved_heads",
     "gated_delta_rule",
     "gated_recurrence",

@@ -19,6 +19,7 @@ WORK = [
 PARTS = ["optimizer", "loss", "mixer", "mlp"]
 OWN_KERNELS = (  # how the names of this project's begin
     "attention_decode",
+    "between_mixers_",
     "convolved_heads_",
     "gated_delta_",
     "linear_attention_",

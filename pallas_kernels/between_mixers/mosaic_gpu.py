@@ -100,7 +100,9 @@ def between_mixers_mosaic(
 
         def stream(before: Sequence[jax.Array], parts) -> Sequence[jax.Array]:
             """The stream after a sum, whose parts are there."""
-            sums = (functools.reduce(lambda a, j: a + _load(parts.at[j, row]), range(count), before[row]) for row in rows)
+            sums = (
+                functools.reduce(lambda a, j: a + _load(parts.at[j, row]), range(count), before[row]) for row in rows
+            )
             return [total.astype(y.dtype).astype(jnp.float32) for total in sums]
 
         def store(values: Sequence[jax.Array], at: Callable[[int], Any]) -> None:
@@ -140,11 +142,13 @@ def between_mixers_mosaic(
             wait(_AFTER, narrow_strips * count)
             after = stream(around, down_parts)
             for row in rows:
+
                 @pl.when(program == row)
                 def _store(row=row):
                     y.at[row][...] = after[row].astype(y.dtype)
 
             if shape.outputs:
+
                 @pl.when(has_output)
                 def _next():
                     _put(vectors, after)

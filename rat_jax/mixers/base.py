@@ -207,7 +207,7 @@ class Mixer(nnx.Module):
         segments: SegmentInfo,
         memory: MixerCache | None = None,
         ahead: Ahead | None = None,
-    ) -> tuple[Float[Array, "B T c"], MixerCache | None]:
+    ) -> tuple[Float[Array, "B T _"], MixerCache | None]:
         """What `__call__` (memory None) and `extend` share: what `out_proj` multiplies, and the memory after it if any.
 
         Args:

@@ -152,7 +152,7 @@ class GatedDeltaNet(Mixer):
         segments: SegmentInfo,
         memory: GatedDeltaNetCache | None = None,
         ahead: Ahead | None = None,
-    ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
+    ) -> tuple[Float[Array, "B T _"], GatedDeltaNetCache | None]:
         x = x if ahead is None else ahead.norm(x)  # of two projections
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features

@@ -98,12 +98,15 @@ def between_mixers_mosaic(
             """Of `vectors` and the strip whose tiles these are, [columns] a row."""
             return _products(ring, vectors, scales if normed else None, first, tiles, shape, epsilon)
 
-        def stream(before: Sequence[jax.Array], parts) -> Sequence[jax.Array]:
+        def stream(before: Sequence[jax.Array], parts: Any) -> Sequence[jax.Array]:
             """The stream after a sum, whose parts are there."""
-            sums = (
-                functools.reduce(lambda a, j: a + _load(parts.at[j, row]), range(count), before[row]) for row in rows
-            )
-            return [total.astype(y.dtype).astype(jnp.float32) for total in sums]
+            found = []
+            for row in rows:
+                total = before[row]
+                for number in range(count):
+                    total = total + _load(parts.at[number, row])
+                found.append(total.astype(y.dtype).astype(jnp.float32))
+            return found
 
         def store(values: Sequence[jax.Array], at: Callable[[int], Any]) -> None:
             for row, value in zip(rows, values, strict=True):
@@ -141,12 +144,12 @@ def between_mixers_mosaic(
                 scales[...] = _load(next_scale)
             wait(_AFTER, narrow_strips * count)
             after = stream(around, down_parts)
+
+            def store_stream(row):
+                y.at[row][...] = after[row].astype(y.dtype)
+
             for row in rows:
-
-                @pl.when(program == row)
-                def _store(row=row):
-                    y.at[row][...] = after[row].astype(y.dtype)
-
+                pl.when(program == row)(functools.partial(store_stream, row))
             if shape.outputs:
 
                 @pl.when(has_output)

@@ -31,8 +31,8 @@ def unsupported_reason(shape: BetweenMixersShape) -> str | None:
             return f"{name} {size} is no multiple of {multiple}; implementation 'xla' takes it"
     if programs(shape) > (count := shape.multiprocessors or MULTIPROCESSORS):
         return (
-            f"{programs(shape)} programs, one for {COLUMNS} columns of a matrix, wait for each other and cannot all be on "
-            f"{count} multiprocessors; implementation 'xla' takes the call"
+            f"{programs(shape)} programs, one for {COLUMNS} columns of a matrix, wait for each other and cannot all be "
+            f"on {count} multiprocessors; implementation 'xla' takes the call"
         )
     if vector_bytes(shape) + STAGES * 2 * DEPTH * COLUMNS > SHARED_MEMORY - RESERVED:
         return f"{shape.rows} rows of {max(shape.width, shape.hidden)} channels leave no room for {STAGES} tiles"

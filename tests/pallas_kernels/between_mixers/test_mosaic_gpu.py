@@ -42,16 +42,10 @@ def draw(shape: BetweenMixersShape) -> tuple:
     def scale():
         return 1 + 0.3 * jax.random.normal(next(keys), (shape.width,))
 
-    mixed, x = (
-        0.2 * jax.random.normal(next(keys), (shape.rows, size)).astype(shape.dtype)
-        for size in (shape.inputs, shape.width)
-    )
-    out, up, down = (
-        matrix(shape.inputs, shape.width),
-        matrix(shape.width, shape.hidden),
-        matrix(shape.hidden, shape.width),
-    )
-    following = (scale(), matrix(shape.width, shape.outputs)) if shape.outputs else None
+    inputs, width, hidden = shape.inputs, shape.width, shape.hidden
+    mixed, x = (0.2 * jax.random.normal(next(keys), (shape.rows, n)).astype(shape.dtype) for n in (inputs, width))
+    out, up, down = matrix(inputs, width), matrix(width, hidden), matrix(hidden, width)
+    following = (scale(), matrix(width, shape.outputs)) if shape.outputs else None
     return mixed, x, scale(), out, up, down, following
 
 

@@ -5,16 +5,22 @@ up let the others hold their accumulators.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, vector
 
+THREADS = 128  # of a warpgroup
 COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
 WARPGROUP_THREADS = 128
@@ -72,6 +78,31 @@ def kernel(
     )
 
 
+def overwriting_kernel(
+    body: Callable[..., None], *, name: str, programs: int, out_type: tuple[Any, ...], scratch_types: tuple[Any, ...]
+):
+    """The kernel of one warpgroup a program as a function of arrays, the last of which it overwrites.
+
+    That one follows the results, as it is then. Nothing orders accesses to shared memory but the body, whose threads
+    store rows only that they alone read.
+    """
+
+    def run(*arrays):
+        ref = jax.new_ref(arrays[-1])
+        results = pl.kernel(  # `plgpu.kernel` of jax 0.10 takes no references
+            lambda *refs: pl.run_scoped(functools.partial(body, *refs), *scratch_types),
+            out_type,
+            mesh=plgpu.Mesh(grid=(programs,), grid_names=("program",), kernel_name=name),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            ),
+            name=name,
+        )(*arrays[:-1], ref)
+        return *results, jax.freeze(ref)
+
+    return run
+
+
 def tiled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory as matrix instructions read it: tiles of eight rows, swizzled over 128 bytes."""
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
@@ -95,6 +126,38 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
 def row_iota(rows: int) -> jax.Array:
     """The index of every row of an accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def row_of_zeros(size: int) -> jax.Array:
+    """Float32 zeros, the same number for every thread of a warpgroup."""
+    return plgpu.layout_cast(jnp.full((size,), 0, jnp.float32), _row_layout(size))
+
+
+def load_row(ref: Any) -> jax.Array:
+    """A vector in any memory, the same number of elements for every thread of a warpgroup."""
+    return _load(ref, layout=_row_layout(ref.shape[0]), optimized=False)
+
+
+def load_row_of_other_half(ref: Any) -> jax.Array:
+    """As `load_row` of float32, each element from the place of the one that is half a row away."""
+    size = ref.shape[0]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=_row_layout(size)),
+    )
+    def load(_, ref):
+        layout = mgpu.WGStridedFragLayout((size,), size // THREADS)
+        (index,) = layout.linear_thread_idxs()
+        index = arith.remui(arith.addi(index, mgpu.c(size // 2, index.type)), mgpu.c(size, index.type))
+        value = vector.load(ir.VectorType.get((layout.vec_size,), ir.F32Type.get()), ref, [index])
+        return mgpu.FragmentedArray(_registers=np.array([value], object), _layout=layout, _is_signed=None)
+
+    return load(ref)
+
+
+def _row_layout(size: int) -> Any:
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=size // THREADS)
 
 
 def load_rows(ref: Any, axis: int, *, layout: Any = plgpu.Layout.WGMMA, optimized: bool = True) -> jax.Array:

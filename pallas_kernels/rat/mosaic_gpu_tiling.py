@@ -12,6 +12,9 @@ from pallas_kernels.rat.shape import RatShape
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)
 TILE = 128  # tokens of a program of the forward pass, and summaries of one of the backward pass
+RECURRENCE_HEAD_DIM = 128  # a channel for each thread of a warpgroup
+RECURRENCE_TOKENS = 16  # whose states a thread holds in its registers
+RECURRENCE_HEADS = 64  # of a group, whose bias gradients lie in shared memory
 MAX_PROGRAMS = (1 << 31) - 1
 _HOPPER = 9  # compute capability 9.x, whose matrix instructions (wgmma) the kernels use
 
@@ -31,6 +34,20 @@ def unsupported_reason(shape: RatShape) -> str | None:
             "batch"
         )
     return None
+
+
+def takes_backward_recurrence(shape: RatShape) -> bool:
+    """Whether the backward recurrence of a call that the kernels take is one of them; it is Triton's otherwise."""
+    heads, length = shape.heads_per_group, shape.chunk_size
+    return (
+        not shape.segmented
+        and shape.head_dim == RECURRENCE_HEAD_DIM
+        and length <= RECURRENCE_TOKENS
+        and heads <= RECURRENCE_HEADS
+        and shape.tokens % 4 == 0  # copies take rows of multiples of 16 bytes,
+        and length % 4 == 0
+        and heads * length % 32 == 0  # and 128 bytes at a time, of scores too
+    )
 
 
 def padded(shape: RatShape) -> RatShape:

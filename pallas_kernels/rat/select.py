@@ -1,6 +1,7 @@
 """Which implementations of the RAT mixing op take a call.
 
-On a GPU the recurrence is Triton's; "triton", "mosaic_gpu" and "cudnn" differ in the attention to chunk summaries.
+On a GPU the recurrence is Triton's, but for its backward pass where Mosaic GPU has one; "triton", "mosaic_gpu" and
+"cudnn" differ in the attention to chunk summaries.
 """
 
 from collections.abc import Callable

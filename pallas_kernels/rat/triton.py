@@ -9,7 +9,8 @@ uses query and key group n mod G. With f = sigmoid(g + gate_bias), inside chunks
 where RoPE, if on, rotates q by its chunk's index and a summary's k~ by its own chunk's index.
 
 Forward: `rat_recurrence_forward`, `rat_attention_forward`. Backward: `rat_output_backward`, `rat_queries_backward`,
-`rat_summaries_backward`, `rat_recurrence_backward`. Lowered text shows the names.
+`rat_summaries_backward`, `rat_recurrence_backward`. Lowered text shows the names. Other back ends replace the
+attention, Mosaic GPU also the backward recurrence of whole rows where `takes_backward_recurrence`.
 """
 
 import math
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.launch import triton as launcher
 from pallas_kernels.rat import (
+    mosaic_gpu_tiling,
     triton_attention,
     triton_attention_backward,
     triton_recurrence,
@@ -226,10 +228,14 @@ def backward(
         d_keys, d_values = d_keys + beyond.d_summary_keys, d_values + beyond.d_summary_values
         if implementation != "cudnn":  # the others take what the call's own summaries leave for the current scores'
             d_current_scores = d_current_scores - beyond.d_scores / math.sqrt(shape.head_dim)
+    gradients = current_weights, d_current_scores, d_heads, d_queries, d_keys, d_values, d_projected
+    if implementation == "mosaic_gpu" and mosaic_gpu_tiling.takes_backward_recurrence(shape):
+        from pallas_kernels.rat import mosaic_gpu_recurrence_backward
+
+        return mosaic_gpu_recurrence_backward.backward(shape, projected, gate_bias, *tables, *gradients)
     d_bias, _, d_projected = run(
         triton_recurrence_backward.backward_launch(shape),
-        projected, gate_bias, *tables, documents.positions, documents.runs, current_weights, d_current_scores, d_heads,
-        d_queries, d_keys, d_values, d_projected,
+        projected, gate_bias, *tables, documents.positions, documents.runs, *gradients,
     )  # fmt: skip
     return d_projected, d_bias
 

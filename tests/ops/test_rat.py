@@ -146,6 +146,17 @@ def test_bodies_for_16_bits_err_at_most_twice_as_much_as_plain_xla(implementatio
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+@pytest.mark.parametrize(("tokens", "groups"), [(20, 1), (1000, 2)])
+def test_heads_of_128_channels_err_at_most_twice_as_much_as_plain_xla(implementation, tokens, groups):
+    """Of which `mosaic_gpu` has a backward recurrence of its own."""
+    case = case_of(tokens, groups=groups, head_dim=128)
+    plain = errors(case, "xla", jnp.bfloat16)
+    for kernel_error, plain_error in zip(errors(case, implementation, jnp.bfloat16), plain, strict=True):
+        assert kernel_error < 2 * plain_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
 @pytest.mark.parametrize("tokens", [33, 1000, 4096])
 def test_packed_documents_in_16_bits_err_at_most_twice_as_much_as_plain_xla(implementation, tokens):
     """Documents of 1 to some 700 tokens, with padding between them and at both ends."""
@@ -168,7 +179,7 @@ TRITON = ["rat_attention_forward", "rat_queries_backward", "rat_summaries_backwa
 CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 
 
-def gradient_of_256_tokens(implementation, packed=False):
+def gradient_of_256_tokens(implementation, packed=False, head_dim=64):
     """A jitted gradient of the op and its arguments' shapes."""
     segments = from_segments(jnp.repeat(jnp.array([[1, 2]]), 128, axis=1))[0] if packed else whole_rows(1, 256)
     sizes = {"num_heads": 2, "num_groups": 1, "chunk_size": 16, "rope_base": 10_000.0}
@@ -176,8 +187,9 @@ def gradient_of_256_tokens(implementation, packed=False):
     def loss(projected, gate_bias):
         return jnp.sum(rat_mix(projected, gate_bias, segments, implementation=implementation, **sizes).out)
 
-    arrays = jax.ShapeDtypeStruct((1, 256, 3 * 128 + 2 * 64), jnp.bfloat16), jax.ShapeDtypeStruct((128,), jnp.float32)
-    return jax.jit(jax.grad(loss)), arrays
+    width = 2 * head_dim
+    projected = jax.ShapeDtypeStruct((1, 256, 3 * width + 2 * head_dim), jnp.bfloat16)
+    return jax.jit(jax.grad(loss)), (projected, jax.ShapeDtypeStruct((width,), jnp.float32))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +213,28 @@ def test_the_kernels_are_traced_for_a_gpu(implementation, capability, packed, at
     for kernel in ["rat_recurrence_forward", *attention_kernels, "rat_recurrence_backward"]:
         assert kernel in text
     assert ("_mosaic" in text) == (attention_kernels is MOSAIC)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "head_dim", "packed", "taken"),
+    [
+        ("mosaic_gpu", 128, False, True),
+        (None, 128, False, True),
+        ("mosaic_gpu", 128, True, False),
+        ("mosaic_gpu", 64, False, False),
+        ("triton", 128, False, False),
+        ("cudnn", 128, False, False),
+    ],
+)
+def test_the_backward_recurrence_of_mosaic_gpu_is_that_of_whole_rows(
+    implementation, head_dim, packed, taken, monkeypatch
+):
+    require_jax_triton()
+    monkeypatch.setattr(platform, "expected_platform", lambda: "gpu")
+    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
+    gradient, arrays = gradient_of_256_tokens(implementation, packed, head_dim)
+    text = str(gradient.trace(*arrays).jaxpr)
+    assert ("rat_recurrence_backward_mosaic" in text) == taken
 
 
 def test_a_layer_that_is_computed_again_keeps_the_places_of_documents(monkeypatch):

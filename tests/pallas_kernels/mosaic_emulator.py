@@ -65,6 +65,11 @@ def install(monkeypatch: pytest.MonkeyPatch, seed: int, *, all_used: bool = Fals
             for alias in real.keys() & vars(module).keys():
                 names = _Names(real[alias], NAMES[alias], host.get(alias, {}))
                 monkeypatch.setattr(module, alias, names)
+    launch = sys.modules["pallas_kernels.launch.mosaic_gpu"]
+    monkeypatch.setattr(
+        launch, "overwriting_kernel", lambda body, **options: _overwriting(draws, all_used, body, **options)
+    )
+    monkeypatch.setattr(launch, "load_row_of_other_half", lambda ref: np.roll(ref[...], ref.shape[0] // 2))
 
 
 class _NeedsWholeGrid(Exception):
@@ -100,8 +105,12 @@ def _kernel(
     compiler_params: Any,
     cluster: tuple[int, ...] = (1,),
     cluster_names: tuple[str, ...] = ("cluster",),
+    overwrites: bool = False,
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` for a grid of one axis."""
+    """`plgpu.kernel` for a grid of one axis.
+
+    If it `overwrites` its last argument, that is written as results are, and follows them.
+    """
     places = list(itertools.product(*map(range, cluster)))  # of programs in their cluster
     parameters = [name for name, q in inspect.signature(body).parameters.items() if q.kind == q.POSITIONAL_OR_KEYWORD]
 
@@ -112,7 +121,8 @@ def _kernel(
     def run_in_turn(arrays, turns):
         """The results, which are computed by so many programs at a time."""
         results = out_type if isinstance(out_type, tuple) else (out_type,)
-        memory = [named(i, Global, np.array(x), result=False) for i, x in enumerate(arrays)]
+        overwritten = {len(arrays) - 1} if overwrites else set()
+        memory = [named(i, Global, np.array(x), result=i in overwritten) for i, x in enumerate(arrays)]
         for x in results:
             memory.append(named(len(memory), Global, np.full(x.shape, _undefined(x.dtype), x.dtype), result=True))
         reserved, touched = set(), set()  # shared memory, by name
@@ -149,7 +159,8 @@ def _kernel(
             touched |= {s.name for s in scratch if isinstance(s, Shared) and s.is_used}
         if all_used and reserved != touched:
             raise Fault(f"{kernel_name} has memory that it does not use: {', '.join(sorted(reserved - touched))}")
-        values = tuple(jnp.asarray(x.array) for x in memory[len(arrays) :])
+        written = memory[len(arrays) :] + [memory[i] for i in overwritten]
+        values = tuple(jnp.asarray(x.array) for x in written)
         return values if isinstance(out_type, tuple) else values[0]
 
     def run(*arrays):
@@ -161,6 +172,12 @@ def _kernel(
             return run_in_turn(arrays, [programs])
 
     return run
+
+
+def _overwriting(draws: random.Random, all_used: bool, body: Callable[..., None], *, name: str, programs: int, **types):
+    """`launch.overwriting_kernel`."""
+    axes = {"grid": (programs,), "grid_names": ("program",), "num_threads": 1, "thread_name": "group"}
+    return _kernel(draws, all_used, body, kernel_name=name, compiler_params=None, overwrites=True, **axes, **types)
 
 
 def _scratch(name: str, kind: Any) -> Shared | Barriers | None:

@@ -35,6 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tests.pallas_kernels.mosaic_machine import Fault, Machine, Operation, fault, running
 from tests.pallas_kernels.mosaic_memory import Barrier, Barriers, Global, Ref, Shared, Slice, Transposed
+from tests.pallas_kernels.mosaic_peers import async_store_smem
 
 MODULES = re.compile(r"pallas_kernels\.\w+\.mosaic_gpu\w*")
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
@@ -398,6 +399,7 @@ NAMES = {
     "plgpu": {
         "ACC": AccumulatorType,
         "Layout": plgpu.Layout,
+        "async_store_smem": async_store_smem,
         "barrier_arrive": _barrier_arrive,
         "barrier_wait": lambda barrier: barrier.only.wait(),
         "broadcasted_iota": _iota,

@@ -110,7 +110,7 @@ def between_mixers_mosaic(
 
         def store(values: Sequence[jax.Array], at: Callable[[int], Any]) -> None:
             for row, value in zip(rows, values, strict=True):
-                at(row)[...] = value
+                launch.store_strip(at(row), value)
 
         @pl.when(has_narrow)
         def _out():

@@ -187,6 +187,14 @@ def load_divided(ref: Any) -> jax.Array:
     return _load(ref, layout=layout, optimized=False)
 
 
+def store_strip(ref: Any, value: jax.Array) -> None:
+    """Stores a vector that lies in registers as a sum over an accumulator's rows does, to global memory."""
+    if jax.__version_info__ >= (0, 12):  # which refuses stores of less than 32 bytes a warp, of 16 bit, by default
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def _load(ref: Any, **options: Any) -> jax.Array:
     """All of an array in memory."""
     index = () if jax.__version_info__ >= (0, 12) else ((),)  # jax 0.12 has dropped the argument
@@ -229,15 +237,23 @@ class Ring:
     def fill(self, step: jax.Array, *sources: Any) -> None:
         """Starts the copies of a step, once what its stage held has been consumed."""
         stage = lax.rem(step, self.stages)
-        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[stage]))
+        self.await_free(step)
         for i, source in enumerate(sources):
             tile = self.tiles.at[stage, i] if len(sources) > 1 else self.tiles.at[stage]
             plgpu.copy_gmem_to_smem(source, tile, self.filled.at[stage])
 
+    def await_free(self, step: jax.Array) -> None:
+        """Waits until what a step's stage held has been consumed."""
+        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[lax.rem(step, self.stages)]))
+
     def put(self, step: jax.Array, tile: jax.Array) -> None:
         """Stores a tile that a warpgroup has computed, as `fill` copies one."""
+        self.await_free(step)
+        self.store(step, tile)
+
+    def store(self, step: jax.Array, tile: jax.Array) -> None:
+        """As `put`, after `await_free`."""
         stage = lax.rem(step, self.stages)
-        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[stage]))
         self.tiles.at[stage][...] = tile
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.filled.at[stage])

@@ -10,17 +10,14 @@ those of its tiles are made, rounded each time. Products count for whole tiles. 
 
     states (`linear_attention_sums`)                     2 K H^2
     `linear_attention_outputs`                           2 N H^2 + 4 N L H + 3/4 2 K H^2
-    reverse states, of every tile, the same kernel       2 N H^2
     `linear_attention_queries`                           2 N H^2 + 4 N L H + 3/4 2 K H^2
-    `linear_attention_keys`, which gives d_v too         4 K H^2 + 6 N L H
+    `linear_attention_keys`, reverse states and d_v too  2 N H^2 + 4 K H^2 + 8 N L H
 
-`linear_attention_outputs` takes the product of scores and values, and `linear_attention_queries` that of d_out and
-values, once for each half of the features. Aligned the arrays, states are written once and read once: H^2 K / 2 L
-elements a token forward, which are kept for the backward pass, where they are read again; four times as many in
-reverse. Where rows are too few to fill a card they are cut into segments, and the products of the states are taken
-twice.
-
-Memory limits the kernels: of one H100's rate they reach 66 to 92 % (`docs/performance.md`).
+Each half of the features takes the product of scores and values by itself in `linear_attention_outputs`, that of d_out
+and values in `linear_attention_queries`, and in `linear_attention_keys` that and the one of scores and d_out. Aligned
+the arrays, states are written once and read once: H^2 K / 2 L elements a token forward, which are kept for the backward
+pass, where they are read again; those in reverse stay in registers. Where rows are too few to fill a card they are cut
+into segments, and the products of the states are taken twice.
 """
 
 from typing import NamedTuple
@@ -31,7 +28,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention.mosaic_gpu_keys import keys_gradients
 from pallas_kernels.linear_attention.mosaic_gpu_outputs import outputs
 from pallas_kernels.linear_attention.mosaic_gpu_queries import queries_gradient
-from pallas_kernels.linear_attention.mosaic_gpu_sums import running_sums
+from pallas_kernels.linear_attention.mosaic_gpu_sums import entering_sums, running_sums
 from pallas_kernels.linear_attention.mosaic_gpu_tiling import Tiling
 from pallas_kernels.linear_attention.shape import LinearAttentionShape
 
@@ -66,7 +63,7 @@ def linear_attention_forward(
     tiling = Tiling(shape)
     query, key, value = _padded(query), _padded(key, tiling.rest), _padded(value, tiling.rest)
     nothing = jnp.zeros((shape.batch, shape.key_heads, 2 * shape.head_dim, shape.head_dim), jnp.float32)
-    states, final_state = running_sums(tiling, key, value, nothing, reverse=False)
+    states, final_state = running_sums(tiling, key, value, nothing)
     out = outputs(tiling, query, key, value, states)
     return out[:, : shape.tokens], final_state, LinearResiduals(states)
 
@@ -92,9 +89,9 @@ def linear_attention_backward(
     rest = tiling.rest
     d_out, d_final_state = _padded(d_out.astype(query.dtype)), d_final_state.astype(jnp.float32)
     query, key, value = _padded(query), _padded(key, rest), _padded(value, rest)
-    d_states, _ = running_sums(tiling, query, d_out, d_final_state, reverse=True)
-    d_query = queries_gradient(tiling, query, key, value, d_out, residuals.states)
-    d_key, d_value = keys_gradients(tiling, query, key, value, d_out, d_states)
+    d_query, logs = queries_gradient(tiling, query, key, value, d_out, residuals.states)
+    entering = entering_sums(tiling, query, d_out, d_final_state, reverse=True)
+    d_key, d_value = keys_gradients(tiling, query, key, value, d_out, entering, logs)
     d_key, d_value = (jnp.pad(x[:, rest:], [(0, 0), (0, rest), (0, 0), (0, 0)]) for x in (d_key, d_value))
     return *(x[:, : shape.tokens] for x in (d_query, d_key, d_value)), None
 

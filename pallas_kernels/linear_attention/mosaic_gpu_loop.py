@@ -18,7 +18,7 @@ from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
 from pallas_kernels.launch.sizes import ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_blocks import Places, key_tile, real_keys
-from pallas_kernels.linear_attention.mosaic_gpu_features import half_features
+from pallas_kernels.linear_attention.mosaic_gpu_features import half_features_and_logs
 from pallas_kernels.linear_attention.mosaic_gpu_tiling import BLOCK, TILES, Tiling
 
 STAGES = 6  # tiles of keys and of what a kernel takes of each head in flight, and of results on their way to memory
@@ -99,6 +99,7 @@ def run_tiles(
     arrays: tuple[Any, ...],
     scratch: tuple[Any, ...],
     add_head: AddHead,
+    store_key_logs: Callable[..., None] | None = None,
 ) -> None:
     """The whole of a kernel that has `tile_types` as scratch.
 
@@ -111,6 +112,7 @@ def run_tiles(
       scratch: the kernel's.
       add_head: a warpgroup's part of a head of a tile, whose first array is the ring's tile of that step. It calls
         `release`, for the head before, when its own tiles have been loaded, and stores its part last.
+      store_key_logs: takes half, row, key head and start of a tile of keys, and its logs of `half_features_and_logs`.
     """
     *rings, read, stored, features = scratch
     ring, state_ring, value_ring = (launch.Ring(*rings[i : i + 3]) for i in (0, 3, 6))
@@ -133,9 +135,11 @@ def run_tiles(
                 step = tile * steps
                 keys = ring.wait(step)[...]
                 ring.release(step)
-                found = half_features(
+                found, logs = half_features_and_logs(
                     keys, half, softmax=tiling.shape.softmax, real=real_keys(tiling, start - tiling.offset)
                 )
+                if store_key_logs is not None:
+                    pl.when(start >= tiling.offset)(lambda: store_key_logs(half, row, k, start - tiling.offset, logs))
                 key_features[...] = found.astype(key_features.dtype)
                 plgpu.commit_smem()
                 aligned = Aligned(state, key_features, value_ring.wait(tile))

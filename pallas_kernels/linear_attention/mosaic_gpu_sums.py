@@ -1,7 +1,6 @@
 """States of linear attention: running sums over blocks of phi(x)^T y, in either direction.
 
-Forward, a block is of TILES tiles. In reverse it is a single tile: the kernel that reads those sums makes the features
-of a block's queries once for each tile of keys, which costs more than to write and read twice as many.
+A block is of TILES tiles. In reverse only what leaves a segment is wanted: `linear_attention_keys` sums up again.
 
 Each of the two warpgroups that compute holds one half of a state, [H, H], in the registers of its accumulator. A
 block's array entry holds the sum that enters it from the side where the direction starts.
@@ -17,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.launch import mosaic_gpu as launch
 from pallas_kernels.launch.mosaic_gpu import COMPUTE_GROUPS, MEMORY_GROUP
-from pallas_kernels.launch.sizes import ROWS, cdiv
+from pallas_kernels.launch.sizes import ROWS
 from pallas_kernels.linear_attention.mosaic_gpu_blocks import key_tile, real_keys
 from pallas_kernels.linear_attention.mosaic_gpu_features import half_features
 from pallas_kernels.linear_attention.mosaic_gpu_tiling import TILES, Tiling
@@ -45,10 +44,9 @@ def linear_attention_sums_mosaic(
         lax.rem(lax.div(program, tiling.shape.key_heads), tiling.segments),
     )
     row = lax.div(program, tiling.shape.key_heads * tiling.segments)
-    tiles = _tiles(reverse)  # of a block
-    first = segment * (tiling.span * TILES // tiles)
-    blocks = jnp.minimum(tiling.span * TILES // tiles, cdiv(tiling.shape.tokens, tiles * ROWS) - first)
-    steps = tiles * shared  # of a block
+    first = segment * tiling.span
+    blocks = jnp.minimum(tiling.span, tiling.blocks - first)
+    steps = TILES * shared  # of a block
     group = lax.axis_index("group")
 
     def block_of(i):
@@ -57,8 +55,8 @@ def linear_attention_sums_mosaic(
     def place(step):
         """First token and head of a step's tiles."""
         i, step = lax.div(step, steps), lax.rem(step, steps)
-        start = (block_of(i) * tiles + lax.rem(step, tiles)) * ROWS
-        return start if reverse else start - tiling.offset, k * shared + lax.div(step, tiles)
+        start = (block_of(i) * TILES + lax.rem(step, TILES)) * ROWS
+        return start if reverse else start - tiling.offset, k * shared + lax.div(step, TILES)
 
     def compute(half):
         plgpu.set_max_registers(launch.COMPUTE_REGISTERS, action="increase")
@@ -105,11 +103,6 @@ def linear_attention_sums_mosaic(
             ys.fill(step, key_tile(y, row, start, n))
 
 
-def _tiles(reverse: bool) -> int:
-    """Of a block for which a sum is kept."""
-    return 1 if reverse else TILES
-
-
 def sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool, keep: bool):
     """The sums that enter each block, [B, K, c, 2, H, H] in the dtype of y, if they are kept; those that leave.
 
@@ -117,7 +110,7 @@ def sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, rev
     x is the query and y the gradient of the output, otherwise they are key and value.
     """
     dtype, H, heads = jnp.dtype(tiling.shape.dtype), tiling.shape.head_dim, x.shape[2]
-    shape = tiling.shape.batch, tiling.shape.key_heads, cdiv(tiling.shape.tokens, _tiles(reverse) * ROWS), 2, H, H
+    shape = tiling.shape.batch, tiling.shape.key_heads, tiling.blocks, 2, H, H
     states = [jax.ShapeDtypeStruct(shape, dtype)] if keep else []
     ring = launch.ring_types(STAGES, (ROWS, H), dtype, consumers=COMPUTE_GROUPS)
     found = launch.kernel(
@@ -135,20 +128,23 @@ def sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, rev
     return found[0] if keep else None, found[-1]
 
 
-def running_sums(
-    tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The sums that enter each block, and what leaves the last; `entering`, [B, K, 2 H, H], is what enters the first.
+def entering_sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array, *, reverse: bool) -> jax.Array:
+    """The sums that enter each segment, [B, K, segments, 2 H, H]; `entering`, [B, K, 2 H, H], enters the first.
 
-    Where rows are too few to fill a card, their segments are first summed up in parallel, so that the products are
+    Where rows are too few to fill a card, their segments are summed up here in parallel, so that the products are
     taken twice.
     """
     entering = entering[:, :, None]
-    if tiling.segments > 1:
-        nothing = jnp.zeros((*entering.shape[:2], tiling.segments, *entering.shape[3:]), jnp.float32)
-        _, totals = sums(tiling, x, y, nothing, reverse=reverse, keep=False)
-        up_to = lax.cumsum(totals, axis=2, reverse=reverse)
-        before = up_to[:, :, 1:] if reverse else up_to[:, :, :-1]
-        entering += jnp.pad(before, [(0, 0), (0, 0), (0, 1) if reverse else (1, 0), (0, 0), (0, 0)])
-    states, leaving = sums(tiling, x, y, entering, reverse=reverse, keep=True)
-    return states, leaving[:, :, 0 if reverse else -1]
+    if tiling.segments == 1:
+        return entering
+    nothing = jnp.zeros((*entering.shape[:2], tiling.segments, *entering.shape[3:]), jnp.float32)
+    _, totals = sums(tiling, x, y, nothing, reverse=reverse, keep=False)
+    up_to = lax.cumsum(totals, axis=2, reverse=reverse)
+    before = up_to[:, :, 1:] if reverse else up_to[:, :, :-1]
+    return entering + jnp.pad(before, [(0, 0), (0, 0), (0, 1) if reverse else (1, 0), (0, 0), (0, 0)])
+
+
+def running_sums(tiling: Tiling, x: jax.Array, y: jax.Array, entering: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums that enter each block, and what leaves the last; `entering` as in `entering_sums`."""
+    states, leaving = sums(tiling, x, y, entering_sums(tiling, x, y, entering, reverse=False), reverse=False, keep=True)
+    return states, leaving[:, :, -1]

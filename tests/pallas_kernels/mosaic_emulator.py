@@ -46,6 +46,7 @@ from tests.pallas_kernels.mosaic_memory import (
     Slice,
     Transposed,
 )
+from tests.pallas_kernels.mosaic_peers import async_store_smem
 
 MODULES = re.compile(r"pallas_kernels\.\w+\.mosaic_gpu\w*|tests\.pallas_kernels\.mosaic_gpu\w*")
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
@@ -474,6 +475,7 @@ NAMES = {
         "ACC": AccumulatorType,
         "Layout": plgpu.Layout,
         "SemaphoreType": plgpu.SemaphoreType,
+        "async_store_smem": async_store_smem,
         "barrier_arrive": _barrier_arrive,
         "barrier_wait": lambda barrier: barrier.only.wait(),
         "broadcasted_iota": _iota,
@@ -486,6 +488,7 @@ NAMES = {
         "semaphore_wait": lambda semaphore, value=1, *, decrement=True, memory_scope="sys": semaphore.only.wait(
             value, decrement=decrement
         ),
+        "store": lambda ref, value, *, optimized: ref.__setitem__(..., value),  # of jax 0.12
         "set_max_registers": lambda count, *, action: None,
         "wait_smem_to_gmem": _wait_smem_to_gmem,
         "wgmma": _wgmma,

@@ -195,6 +195,11 @@ def hasty_load(accumulator, *, wait_n, load=mosaic_emulator.NAMES["plgpu"]["wgmm
     return load(accumulator, wait_n=wait_n + 1)
 
 
+def twofold_store(*arguments, store=mosaic_emulator.NAMES["plgpu"]["async_store_smem"], **options):
+    store(*arguments, **options)
+    store(*arguments, **options)
+
+
 def nothing(*_, **options):
     pass
 
@@ -208,6 +213,7 @@ MISTAKES = {  # what replaces what, and the fault
     "copies that are not waited for": ([(RING, "wait", unchecked_wait)], "race"),
     "stores that are not waited for": ([(PLGPU, "wait_smem_to_gmem", nothing)], "race|nothing waited for"),
     "products that are not waited for": ([(PLGPU, "wgmma_accumulator_load", hasty_load)], "is under way"),
+    "parts that are sent twice": ([(PLGPU, "async_store_smem", twofold_store)], "race"),
     "copies that start between tiles": ([(TILING, "offset", 70)], "no multiples of 8"),
 }
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import NORM_EPSILON, Ahead, RmsNorm, project_gelu, project_parts, projection
+from rat_jax.layers import NORM_EPSILON, Ahead, RmsNorm, project_parts, projection
 from rat_jax.mesh import TENSOR_AXIS, constrain_stream, num_parts
 from rat_jax.mixers import MIXERS, kind_of
 from rat_jax.mixers.base import MixerCache
@@ -43,9 +43,11 @@ class Mlp(nnx.Module):
         """Applies the MLP to every token, normed where something is `ahead`."""
         match self.kind:
             case "gelu":
-                if ahead is not None or num_parts(TENSOR_AXIS) > 1:  # which may be in the same launch; columns are cut
-                    return self.down(project_gelu(self.up, x, ahead))
-                return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
+                if num_parts(TENSOR_AXIS) == 1:
+                    x = x if ahead is None else ahead.norm(x)
+                    return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
+                (units,) = project_parts(self.up, x, self.hidden, ahead=ahead)  # whose columns are cut
+                return self.down(gelu(units))
             case "geglu" | "swiglu":
                 gate, value = project_parts(self.up, x, self.hidden, self.hidden, ahead=ahead)
                 gate = gelu(gate) if self.kind == "geglu" else jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype)

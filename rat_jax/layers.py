@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from rat_jax.mesh import TENSOR_AXIS, num_parts
 from rat_jax.ops.normed_product import normed_product
-from rat_jax.ops.normed_product_xla import gelu, multiply_parts, multiply_rows, rms_norm
+from rat_jax.ops.normed_product_xla import multiply_parts, multiply_rows, rms_norm
 from rat_jax.ops.residual_norm import ResidualNormOutput, residual_norm
 from rat_jax.shapes import Array, Float, Float32
 
@@ -62,19 +62,10 @@ def project(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = 
     """x W, or of normed x."""
     if ahead is None:
         return linear(x)
-    return _normed_product(linear, x, ahead.norm, with_gelu=False) if ahead.product is None else ahead.product
-
-
-def project_gelu(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T c"]:
-    """gelu(x W), as `project`; where the mesh in use cuts heads, columns of W are cut among its devices."""
-    if num_parts(TENSOR_AXIS) == 1 and ahead is not None:
-        return _normed_product(linear, x, ahead.norm, with_gelu=True)
-    return gelu(*project_parts(linear, x, linear.out_features, ahead=ahead))
-
-
-def _normed_product(linear: nnx.Linear, x: Array, norm: RmsNorm, *, with_gelu: bool) -> Array:
-    options = {"epsilon": NORM_EPSILON, "gelu": with_gelu, "dtype": linear.dtype}
-    return normed_product(x, norm.scale[...], linear.kernel[...], **options)
+    if ahead.product is not None:
+        return ahead.product
+    matrix, scale = linear.kernel[...], ahead.norm.scale[...]
+    return normed_product(x, scale, matrix, epsilon=NORM_EPSILON, dtype=linear.dtype)
 
 
 def project_parts(linear: nnx.Linear, x: Float[Array, "B T D"], *sizes, ahead: Ahead | None = None) -> list:

@@ -1,7 +1,7 @@
 """From a mixer's result to the next mixer's projection, for single tokens, which decoding of few rows runs at once."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,15 +165,6 @@ class BetweenMixers(dispatch.Kernel):
         )
         return tuple(value[:, None] for value in found), None
 
-    def plain(
-        self,
-        mixed: Array,
-        x: Array,
-        out: Array,
-        up: NormedMatrix,
-        down: Array,
-        following: NormedMatrix | None,
-    ) -> tuple[Array, ...]:
-        dtype = jnp.dtype(self.shape.dtype)
-        found = _by_products(mixed, x, out, up, down, following, self.epsilon, dtype, "xla")
-        return tuple(found) if following else (found.x,)
+    def plain(self, *arguments: Any) -> tuple[Array, ...]:
+        found = _by_products(*arguments, self.epsilon, jnp.dtype(self.shape.dtype), "xla")
+        return (found.x,) if found.product is None else tuple(found)

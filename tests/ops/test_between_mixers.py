@@ -1,23 +1,19 @@
 """What stands between two mixers: values, which implementation is chosen, and decode steps by the kernel."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from flax import nnx
 
 from pallas_kernels.between_mixers import mosaic_gpu, mosaic_gpu_tiling
 from pallas_kernels.between_mixers.shape import BetweenMixersShape
 from rat_jax.decoder import _extend
-from rat_jax.mixers import GatedDeltaNetConfig
-from rat_jax.model import LanguageModel
-from rat_jax.ops import NormedMatrix, UnsupportedError, between_mixers, dispatch, platform
+from rat_jax.ops import NormedMatrix, UnsupportedError, between_mixers
 from tests.abstract_mesh import abstract_mesh
+from tests.ops.devices import trace_for
+from tests.ops.few_rows import check_steps_alone_run, small_model, take_cpu_for_hopper_alone
 from tests.pallas_kernels import mosaic_emulator
-from tests.small import small_model_config
 
 EPSILON = 1e-2  # large enough to be seen in the values
 KERNEL = "between_mixers_mosaic"
@@ -63,12 +59,6 @@ def is_kernel(*given, **options) -> bool:
 
 def sizes(rows=1, inputs=2048, width=2048, hidden=8192, outputs=6656, dtype=jnp.bfloat16):
     return jax.eval_shape(lambda: arrays(rows, inputs, width, hidden, outputs, dtype))
-
-
-def trace_for(monkeypatch, name, capability, multiprocessors=132):
-    monkeypatch.setattr(platform, "expected_platform", lambda: name)
-    monkeypatch.setattr(platform, "expected_capability", lambda: capability)
-    monkeypatch.setattr(platform, "expected_multiprocessors", lambda: multiprocessors)
 
 
 @pytest.mark.parametrize(
@@ -177,38 +167,12 @@ def test_gradients_of_a_call_that_the_kernel_takes_are_plain(monkeypatch):
 
 @pytest.fixture
 def as_hopper(monkeypatch):
-    """The CPU is taken for a Hopper GPU, but for the mixers; a launch of any number of programs will do."""
-    monkeypatch.setitem(dispatch._PLATFORMS, "mosaic_gpu", "cpu")
-    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
-    monkeypatch.setattr(mosaic_gpu_tiling, "fills_card", lambda shape: True)
-    monkeypatch.setattr("rat_jax.ops.rat._FASTEST_FIRST", ())
-
-
-def small_model(*pattern, **changes) -> LanguageModel:
-    sizes = {"width": 128, "num_heads": 2, "num_layers": len(pattern), "mlp_width": 256, "dtype": "bfloat16"}
-    config = small_model_config(pattern, **(sizes | changes))
-    rule = GatedDeltaNetConfig(num_heads=2, head_dim=64)  # with a whole number of tiles
-    return LanguageModel(dataclasses.replace(config, mixers=config.mixers | {"gated_deltanet": rule}), rngs=nnx.Rngs(0))
+    take_cpu_for_hopper_alone(monkeypatch, mosaic_gpu_tiling)
 
 
 @pytest.mark.usefixtures("as_hopper")
 def test_decode_steps_run_the_kernel_and_neither_prompts_nor_training():
-    model = small_model("rat", "rnn")
-    graphdef, params = nnx.split(model)
-    decoder = model.decoder()
-
-    def loss(params, tokens):
-        return nnx.merge(graphdef, params)(tokens).sum()
-
-    def runs_kernel(function, *arguments) -> bool:
-        return KERNEL in str(jax.make_jaxpr(function)(*arguments))
-
-    for rows, tokens, chosen in ((2, 1, True), (3, 1, False), (2, 2, False)):
-        cache = jax.eval_shape(lambda rows=rows: decoder.init_cache(rows, 16))
-        ids = jnp.zeros((rows, tokens), jnp.int32)
-        assert runs_kernel(decoder.extend, ids, cache) == chosen
-        if tokens > 1:
-            assert not runs_kernel(jax.grad(loss), params, ids)
+    check_steps_alone_run(KERNEL, 2)
 
 
 @pytest.mark.usefixtures("as_hopper")

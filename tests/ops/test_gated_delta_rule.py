@@ -16,7 +16,8 @@ from rat_jax.segments import StreamState, from_segments
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
 from tests.jax_triton import require_jax_triton
-from tests.ops.steps import going_on, relative_errors, trace_for
+from tests.ops.devices import trace_for
+from tests.ops.steps import going_on, relative_errors
 
 RECORDED = pathlib.Path(__file__).parent.parent / "testdata" / "gated_delta_net.npz"
 NAMES = ("query", "key", "value", "log_decay", "write_strength", "initial_state")

@@ -10,7 +10,8 @@ from rat_jax.ops import UnsupportedError, linear_attention, linear_attention_ker
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
 from tests.jax_triton import require_jax_triton
-from tests.ops.steps import going_on, relative_errors, trace_for
+from tests.ops.devices import trace_for
+from tests.ops.steps import going_on, relative_errors
 
 ROWS, HEADS, KEY_HEADS = 3, 4, 2
 

@@ -13,10 +13,11 @@ from pallas_kernels.mlp.mosaic_gpu_tiling import DOWN_BACKWARD, UP, tiling_reaso
 from pallas_kernels.mlp.shape import MlpShape
 from rat_jax.blocks import Mlp
 from rat_jax.model import LanguageModel
-from rat_jax.ops import UnsupportedError, dispatch, gelu_mlp, platform
+from rat_jax.ops import UnsupportedError, gelu_mlp
 from tests import reference
 from tests.abstract_mesh import abstract_mesh
 from tests.equations import equations
+from tests.ops.devices import take_cpu_for_hopper, trace_for
 from tests.pallas_kernels import mosaic_emulator
 from tests.small import small_model_config
 
@@ -61,11 +62,6 @@ def is_kernel(x, up, down, _=None, **options) -> bool:
 
 def sizes(**changes):
     return jax.eval_shape(lambda: arrays(**changes))
-
-
-def trace_for(monkeypatch, name, capability):
-    monkeypatch.setattr(platform, "expected_platform", lambda: name)
-    monkeypatch.setattr(platform, "expected_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +176,7 @@ def test_what_is_traced_for_hopper_is_lowered_for_it_and_plain_elsewhere(monkeyp
 
 @pytest.fixture
 def as_hopper(monkeypatch):
-    """The CPU is taken for a Hopper GPU."""
-    monkeypatch.setitem(dispatch._PLATFORMS, "mosaic_gpu", "cpu")
-    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
+    take_cpu_for_hopper(monkeypatch)
 
 
 @pytest.mark.usefixtures("as_hopper")

@@ -5,17 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from flax import nnx
 
 from pallas_kernels.between_mixers import mosaic_gpu_tiling as between_mixers_tiling
 from pallas_kernels.normed_product import mosaic_gpu, mosaic_gpu_tiling
 from pallas_kernels.normed_product.shape import NormedProductShape
 from rat_jax.decoder import _extend
-from rat_jax.model import LanguageModel
-from rat_jax.ops import UnsupportedError, dispatch, normed_product, platform
+from rat_jax.ops import UnsupportedError, normed_product
 from tests.abstract_mesh import abstract_mesh
+from tests.ops.devices import trace_for
+from tests.ops.few_rows import check_steps_alone_run, small_model, take_cpu_for_hopper_alone
 from tests.pallas_kernels import mosaic_emulator
-from tests.small import small_model_config
 
 EPSILON = 1e-2  # large enough to be seen in the values
 
@@ -44,11 +43,6 @@ def is_kernel(*given, **options) -> bool:
 
 def sizes(batch=16, tokens=1, inputs=2048, outputs=6656, dtype=jnp.bfloat16):
     return jax.eval_shape(lambda: arrays(batch, tokens, inputs, outputs, dtype))
-
-
-def trace_for(monkeypatch, name, capability):
-    monkeypatch.setattr(platform, "expected_platform", lambda: name)
-    monkeypatch.setattr(platform, "expected_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(
@@ -137,36 +131,12 @@ def test_gradients_of_a_call_that_the_kernel_takes_are_plain(monkeypatch):
 
 @pytest.fixture
 def as_hopper(monkeypatch):
-    """The CPU is taken for a Hopper GPU, but for RAT's mixing; any number of columns will do."""
-    monkeypatch.setitem(dispatch._PLATFORMS, "mosaic_gpu", "cpu")
-    monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
-    monkeypatch.setattr(mosaic_gpu_tiling, "fills_card", lambda shape: True)
-    monkeypatch.setattr("rat_jax.ops.rat._FASTEST_FIRST", ())
-
-
-def small_model(*pattern, **changes) -> LanguageModel:
-    sizes = {"width": 128, "num_heads": 2, "num_layers": len(pattern), "mlp_width": 256, "dtype": "bfloat16"}
-    return LanguageModel(small_model_config(pattern, **(sizes | changes)), rngs=nnx.Rngs(0))
+    take_cpu_for_hopper_alone(monkeypatch, mosaic_gpu_tiling)
 
 
 @pytest.mark.usefixtures("as_hopper")
 def test_decode_steps_run_the_kernel_and_neither_prompts_nor_training():
-    model = small_model("rat", "rnn")
-    graphdef, params = nnx.split(model)
-    decoder = model.decoder()
-
-    def loss(params, tokens):
-        return nnx.merge(graphdef, params)(tokens).sum()
-
-    def runs_kernel(function, *arguments) -> bool:
-        return "normed_product_mosaic" in str(jax.make_jaxpr(function)(*arguments))
-
-    for rows, tokens, chosen in ((3, 1, True), (17, 1, False), (3, 2, False)):
-        cache = jax.eval_shape(lambda rows=rows: decoder.init_cache(rows, 16))
-        ids = jnp.zeros((rows, tokens), jnp.int32)
-        assert runs_kernel(decoder.extend, ids, cache) == chosen
-        if tokens > 1:
-            assert not runs_kernel(jax.grad(loss), params, ids)
+    check_steps_alone_run("normed_product_mosaic", 16)
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from jax.extend.mlir.dialects import arith, vector
 THREADS = 128  # of a warpgroup
 COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
-WARPGROUP_THREADS = 128
 LAUNCH_REGISTERS = 168  # of each thread of three warpgroups when a program starts, and on average ever after
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read
@@ -183,7 +182,7 @@ def load_transposed(ref: Any) -> jax.Array:
 def load_divided(ref: Any) -> jax.Array:
     """A vector in global memory, whose elements the threads of a warpgroup divide among themselves."""
     (size,) = ref.shape
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // WARPGROUP_THREADS, 4))
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // THREADS, 4))
     return _load(ref, layout=layout, optimized=False)
 
 

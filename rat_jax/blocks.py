@@ -139,4 +139,4 @@ class BlockInput(NamedTuple):
     """What a step of a block is given."""
 
     x: Float[Array, "B 1 D"]
-    product: Float[Array, "B 1 c"] | None = None  # of the block's `first_product` and x, if it is there already
+    product: Float[Array, "B 1 _"] | None = None  # of the block's `first_product` and x, if it is there already

@@ -55,7 +55,7 @@ class Ahead:
     """What decoding has put off until a projection, to run both in one launch, or has done together with it before."""
 
     norm: RmsNorm  # of the projection's input
-    product: Float[Array, "B T c"] | None = None  # of the normed input with all of the projection's matrix
+    product: Float[Array, "B T _"] | None = None  # of the normed input with all of the projection's matrix
 
 
 def project(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T c"]:

@@ -89,7 +89,7 @@ def _environment() -> str:
     """All that programs follow from but the model and the arguments."""
     device, values = jax.devices()[0], jax.config.values
     facts = [f"Python {sys.version}", device.platform, device.device_kind, device.client.platform_version]
-    facts += [repr(jax.devices())]
+    facts += [repr(jax.devices()), f"multiprocessors={getattr(device, 'core_count', None)}"]  # some kernels need all
     for name in (*_COMPILERS, *_PLUGINS):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts.append(f"{name} {importlib.metadata.version(name)}")

@@ -36,3 +36,14 @@ def test_several_continuations_of_a_prompt():
         alone, _ = decoder.extend(jnp.array([[token], [token]]), cache)
         np.testing.assert_allclose(logits[row], alone[prompt], atol=1e-5)
     assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("pattern", [("rat", "local_attention"), ("gated_deltanet", "rnn")], ids="-".join)
+def test_steps_hand_layers_of_other_widths_their_first_products(pattern):
+    model = small_model(pattern, num_layers=4)
+    decoder = model.decoder()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 7)))
+    want, cache = model(tokens), decoder.init_cache(2, 8)
+    for t in range(tokens.shape[1]):
+        logits, cache = decoder.extend(tokens[:, t : t + 1], cache)
+        np.testing.assert_allclose(logits[:, 0], want[:, t], atol=1e-4 * np.abs(want).max())

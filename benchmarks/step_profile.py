@@ -15,8 +15,8 @@ WORK = [
     ("copies", r"memcpy|memset|copy"),
     ("transposes", r"transpose"),
 ]
-# Which part of a training step asked for it, by the scopes of `rat_jax`; the first that fits.
-PARTS = ["optimizer", "loss", "mixer", "mlp"]
+# Which part of a step asked for it, by the scopes of `rat_jax`; the first that fits.
+PARTS = ["optimizer", "loss", "between_mixers", "mixer", "mlp"]
 OWN_KERNELS = (  # how the names of this project's begin
     "attention_decode",
     "between_mixers_",

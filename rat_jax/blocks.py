@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rat_jax.config import ModelConfig
-from rat_jax.layers import NORM_EPSILON, Ahead, RmsNorm, project_parts, projection
+from rat_jax.layers import NORM_EPSILON, Ahead, RmsNorm, has_matrix_alone, project_parts, projection
 from rat_jax.mesh import TENSOR_AXIS, constrain_stream, num_parts
 from rat_jax.mixers import MIXERS, kind_of
 from rat_jax.mixers.base import MixerCache
@@ -43,10 +43,9 @@ class Mlp(nnx.Module):
         """Applies the MLP to every token, normed where something is `ahead`."""
         match self.kind:
             case "gelu":
-                if num_parts(TENSOR_AXIS) == 1:
-                    x = x if ahead is None else ahead.norm(x)
+                if num_parts(TENSOR_AXIS) == 1 and ahead is None:
                     return gelu_mlp(x, self.up.kernel[...], self.down.kernel[...], dtype=self.up.dtype)
-                (units,) = project_parts(self.up, x, self.hidden, ahead=ahead)  # whose columns are cut
+                (units,) = project_parts(self.up, x, self.hidden, ahead=ahead)  # whose columns may be cut
                 return self.down(gelu(units))
             case "geglu" | "swiglu":
                 gate, value = project_parts(self.up, x, self.hidden, self.hidden, ahead=ahead)
@@ -105,7 +104,7 @@ class ResidualBlock(nnx.Module):
         with jax.named_scope("mixer"):
             ahead = Ahead(self.mixer_norm, given.product)
             mixed, memory = self.mixer.mix(given.x, segments, memory, ahead)
-        if self.mlp.kind == "gelu" and num_parts(TENSOR_AXIS) == 1:
+        if self.mlp.kind == "gelu" and num_parts(TENSOR_AXIS) == 1 and has_matrix_alone(self.mixer.out_proj):
             with jax.named_scope("between_mixers"):
                 found = between_mixers(
                     mixed,
@@ -130,7 +129,7 @@ class ResidualBlock(nnx.Module):
 
         Where the mesh in use cuts heads, the mixer orders its matrix's columns by itself.
         """
-        if self.mixer.READS_INPUT or num_parts(TENSOR_AXIS) > 1:
+        if not self.mixer.PROJECTS_ONCE or num_parts(TENSOR_AXIS) > 1 or not has_matrix_alone(self.mixer.in_proj):
             return None
         return NormedMatrix(self.mixer_norm.scale[...], self.mixer.in_proj.kernel[...])
 

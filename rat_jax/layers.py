@@ -52,10 +52,15 @@ class RmsNorm(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """What decoding has put off until a projection, to run both in one launch, or has done together with it before."""
+    """What is put off until a projection of single tokens, to run both in one launch, or has been done with it."""
 
     norm: RmsNorm  # of the projection's input
     product: Float[Array, "B T _"] | None = None  # of the normed input with all of the projection's matrix
+
+
+def has_matrix_alone(linear: nnx.Module) -> bool:
+    """Whether a projection is nothing but the product with its `kernel`, which others may then multiply."""
+    return type(linear) is nnx.Linear and not linear.use_bias
 
 
 def project(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = None) -> Float[Array, "B T c"]:
@@ -64,6 +69,8 @@ def project(linear: nnx.Linear, x: Float[Array, "B T D"], ahead: Ahead | None = 
         return linear(x)
     if ahead.product is not None:
         return ahead.product
+    if not has_matrix_alone(linear):
+        return linear(ahead.norm(x))
     matrix, scale = linear.kernel[...], ahead.norm.scale[...]
     return normed_product(x, scale, matrix, epsilon=NORM_EPSILON, dtype=linear.dtype)
 
@@ -102,11 +109,14 @@ def project_groups(linear: nnx.Linear, x: Float[Array, "B T D"], *groups) -> lis
     """x W as an array [B, T, sum(sizes)] for each group of sizes, interleaved as by `project_interleaved`.
 
     Each is a product of its own, so that their gradients are not put together before the backward pass multiplies them;
-    what is put together are the columns of the gradient of W.
+    what is put together are the columns of the gradient of W. Single tokens are one product, if no heads are cut.
     """
-    kernel = linear.kernel[...].astype(linear.dtype)
-    kernels = jnp.split(kernel, list(itertools.accumulate(map(sum, groups)))[:-1], axis=1)
-    if num_parts(TENSOR_AXIS) > 1:
+    borders = list(itertools.accumulate(map(sum, groups)))[:-1]
+    is_whole = num_parts(TENSOR_AXIS) == 1
+    if is_whole and x.shape[1] == 1:
+        return jnp.split(linear(x), borders, axis=-1)
+    kernels = jnp.split(linear.kernel[...].astype(linear.dtype), borders, axis=1)
+    if not is_whole:
         kernels = [_interleaved(part, sizes, whole=0) for part, sizes in zip(kernels, groups, strict=True)]
     return [_product(x, part) for part in kernels]
 

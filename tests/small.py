@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -38,6 +39,14 @@ def small_config(pattern: tuple[str, ...] = ("rat", "local_attention")) -> Confi
 def small_model_config(pattern: tuple[str, ...], **changes) -> ModelConfig:
     """The model of `small_config` with another pattern and other fields."""
     return dataclasses.replace(small_config(pattern).model, **changes)
+
+
+def with_random_scales(model: LanguageModel) -> LanguageModel:
+    """The model, whose norms have scales of their own: new ones are all ones."""
+    for number, (path, param) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        if path[-1] == "scale":
+            param[...] = 1 + 0.3 * jax.random.normal(jax.random.key(number), param[...].shape)
+    return model
 
 
 def small_model(pattern: tuple[str, ...], seed: int = 0, **changes) -> LanguageModel:

@@ -26,6 +26,12 @@ def test_all_axes_together(mixer):
     assert max(found["loss"], found["gradient"]) < LIMIT, found
 
 
+def test_single_tokens_of_cut_heads():
+    """Which are projected by other products than many; RAT's kernels and plain XLA cut them as whole chunks alone."""
+    found = virtual_devices.run("tests.sharded_single_tokens", count=2)
+    assert max(found.values()) < LIMIT, found
+
+
 def test_rat_exchanges_summaries_where_attention_exchanges_keys():
     """In the compiled programs; RAT's also say of which documents the summaries are."""
     found = virtual_devices.run("tests.exchanged_bytes", count=8)

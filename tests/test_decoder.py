@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rat_jax.decoder import DecoderModule
-from tests.small import small_model
+from tests.small import small_model, with_random_scales
 
 
 @pytest.mark.usefixtures("annotations_unchecked")
@@ -40,7 +40,7 @@ def test_several_continuations_of_a_prompt():
 
 @pytest.mark.parametrize("pattern", [("rat", "local_attention"), ("gated_deltanet", "rnn")], ids="-".join)
 def test_steps_hand_layers_of_other_widths_their_first_products(pattern):
-    model = small_model(pattern, num_layers=4)
+    model = with_random_scales(small_model(pattern, num_layers=4))
     decoder = model.decoder()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 7)))
     want, cache = model(tokens), decoder.init_cache(2, 8)

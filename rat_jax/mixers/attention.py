@@ -67,6 +67,8 @@ class HeadProjections(Mixer):
         "key_norm.scale": VECTOR,
     }
 
+    PROJECTS_ONCE = True
+
     def __init__(self, shape: ModelShape, config: MixerConfig, rngs: nnx.Rngs):
         config.check(shape)
         self.shape, self.config = shape, config

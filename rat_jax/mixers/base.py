@@ -113,7 +113,8 @@ class Mixer(nnx.Module):
     """Moves information between tokens, [B, T, D] to [B, T, D]; see `rat_jax.mixers` for its use.
 
     A subclass takes plain arguments, fields of `ModelShape` and of its config, and holds them as `shape` and `config`;
-    it has `in_proj` and `out_proj` and defines `mix`, `init_memory` and `step_bytes`. Parameters are float32.
+    it has the projections `in_proj` and `out_proj` and defines `mix`, `init_memory` and `step_bytes`. Parameters are
+    float32.
     """
 
     Config: ClassVar[type[MixerConfig]]
@@ -121,7 +122,9 @@ class Mixer(nnx.Module):
     RELEASE: ClassVar[ReleaseCell | None] = None  # None: the release has no such mixer
 
     IMPLEMENTATIONS: ClassVar[tuple[str, ...]] = ()  # names that `implementation` may have
-    READS_INPUT: ClassVar[bool] = False  # whether it reads more of its input than the product with `in_proj`'s matrix
+    # Whether the product with the matrix of `in_proj`, by a function of `rat_jax.layers`, is all that it makes of its
+    # input. Decoding may then have it multiplied ahead.
+    PROJECTS_ONCE: ClassVar[bool] = False
 
     shape: ModelShape
     config: MixerConfig
@@ -214,7 +217,8 @@ class Mixer(nnx.Module):
           x: the tokens.
           segments: of the tokens.
           memory: of earlier tokens.
-          ahead: if given, the mixer is of normed tokens; it goes to the functions of `rat_jax.layers` that project x.
+          ahead: if given, the mixer is of normed tokens; it goes to the functions of `rat_jax.layers` that project x
+            by `in_proj`. What reads x besides takes `ahead.norm(x)`, in a mixer that does not say `PROJECTS_ONCE`.
         """
         raise NotImplementedError
 

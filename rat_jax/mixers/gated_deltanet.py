@@ -103,7 +103,6 @@ class GatedDeltaNet(Mixer):
         "norm.scale": VECTOR,
     }
     IMPLEMENTATIONS = typing.get_args(GatedDeltaRuleImplementation)
-    READS_INPUT = True  # for the logits of strengths and decays
 
     def __init__(
         self,
@@ -157,10 +156,7 @@ class GatedDeltaNet(Mixer):
         heads, key_dim = self.config.heads(self.shape), self.config.key_dim(self.shape)
         key_width, value_width = heads * key_dim, self.out_proj.in_features
         widths = key_width, key_width, value_width
-        if x.shape[1] > 1:
-            projected, output_gate = project_groups(self.in_proj, x, widths, (value_width,))
-        else:  # of few rows one product, which reads the matrix once
-            projected, output_gate = project_parts(self.in_proj, x, sum(widths), value_width)
+        projected, output_gate = project_groups(self.in_proj, x, widths, (value_width,))
         write, decay = (part.astype(jnp.float32) for part in project_parts(self.gate_proj, x, heads, heads))
         with jax.named_scope("convolution"):
             convolved = convolved_heads(

@@ -74,6 +74,7 @@ class Rat(Mixer):
         "gate_bias": VECTOR,
     }
     IMPLEMENTATIONS = typing.get_args(RatImplementation)
+    PROJECTS_ONCE = True
     RELEASE = ReleaseCell(
         "rat",
         fields={"ngroups": "num_groups", "chunk_size": "chunk_size"},

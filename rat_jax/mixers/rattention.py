@@ -90,6 +90,7 @@ class Rattention(Mixer):
 
     Config = RattentionConfig
     IMPLEMENTATIONS = typing.get_args(LinearImplementation)
+    PROJECTS_ONCE = True
     PARAMETERS: ClassVar[Mapping[str, ParameterSpec]] = {
         "in_proj.kernel": MATRIX_IN,
         "out_proj.kernel": MATRIX_OUT,

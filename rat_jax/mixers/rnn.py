@@ -58,6 +58,7 @@ class Rnn(Mixer):
         "gate_bias": VECTOR,
     }
     IMPLEMENTATIONS = typing.get_args(RnnImplementation)
+    PROJECTS_ONCE = True
     RELEASE = ReleaseCell(
         "rnn",
         fields={"seq_len": "max_timescale"},

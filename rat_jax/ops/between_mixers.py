@@ -1,6 +1,7 @@
 """From a mixer's result to the next mixer's projection, for single tokens, which decoding of few rows runs at once."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -62,8 +63,9 @@ def between_mixers(
       epsilon: above 0.
       dtype: of products and results; None: that of x.
       implementation: None takes "mosaic_gpu" on a Hopper GPU for at most 2 rows in bfloat16 or float16, outside of
-        meshes of several devices, where strips of 64 columns of every matrix occupy two thirds of the multiprocessors
-        or more, and no more than there are; elsewhere plain XLA, whose normed products may be kernels of their own
+        meshes of several devices, where strips of 64 columns of every matrix, those of `out` and `down` in as many
+        parts as fit, are at least 88 (two thirds of a large card's multiprocessors) and no more than the card has;
+        elsewhere plain XLA, whose normed products may be kernels of their own
         (`normed_product`), which "xla" by name rules out.
 
     Raises:
@@ -71,20 +73,21 @@ def between_mixers(
       UnsupportedError: if a named implementation cannot run the call; the message says why and what comes nearest.
     """
     dispatch.check_implementation(implementation, BetweenMixersImplementation)
-    matrices = {"out": out, "up": up.matrix, "down": down} | ({"following": following.matrix} if following else {})
+    normed = {"up": up} | ({"following": following} if following else {})
+    matrices = {"out": out, "down": down} | {name: by.matrix for name, by in normed.items()}
     dispatch.check_floating(mixed=mixed, x=x, **matrices)
+    dispatch.check_floating(**{f"the scale of {name}": by.scale for name, by in normed.items()})
     width, hidden = x.shape[-1:], up.matrix.shape[1:]
     wanted = {"out": mixed.shape[2:] + width, "up": width + hidden, "down": hidden + width}
     wanted |= {"following": width + following.matrix.shape[1:]} if following else {}
     if x.ndim != 3 or x.shape[1] != 1 or mixed.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"mixed must be [B, 1, c] and x [B, 1, D], got {mixed.shape} and {x.shape}")
     for name, matrix in matrices.items():
-        if matrix.shape != wanted[name]:
+        if matrix.ndim != 2 or matrix.shape != wanted[name]:
             raise ValueError(f"the matrix of {name} must be {wanted[name]} beside the others, got {matrix.shape}")
-    scales = {"up": up.scale} | ({"following": following.scale} if following else {})
-    for name, scale in scales.items():
-        if scale.shape != width:
-            raise ValueError(f"the scale of {name} must be {width}, got {scale.shape}")
+    for name, by in normed.items():
+        if by.scale.shape != width:
+            raise ValueError(f"the scale of {name} must be {width}, got {by.scale.shape}")
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, got {epsilon}")
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
@@ -106,7 +109,8 @@ def between_mixers(
             return f"x is {x.dtype.name} and the products {dtype.name}; cast x, or take implementation 'xla'"
         return mosaic_gpu_tiling.unsupported_reason(shape)
 
-    order = _FASTEST_FIRST if mosaic_gpu_tiling.fills_card(shape) else ()
+    is_known = shape.multiprocessors is not None  # too few of them would be waited for without end
+    order = _FASTEST_FIRST if is_known and mosaic_gpu_tiling.fills_card(shape) else ()
     mixed, out, down = (array.astype(dtype) for array in (mixed, out, down))
     if dispatch.choose(implementation, order, x.shape[0], unsupported_reason) == "xla":
         return _by_products(mixed, x, out, up, down, following, epsilon, dtype, implementation)
@@ -160,9 +164,11 @@ class BetweenMixers(dispatch.Kernel):
         dtype = self.shape.dtype
         following = (following.scale, following.matrix.astype(dtype)) if following else None
         rows = mixed[:, 0], x[:, 0]
-        found = mosaic_gpu.run(
-            self.shape, *rows, up.scale, out, up.matrix.astype(dtype), down, following, epsilon=self.epsilon
+        # Element by element under `jax.vmap`: the launch has one set of semaphores, and needs the whole card.
+        launch = jax.custom_batching.sequential_vmap(
+            functools.partial(mosaic_gpu.run, self.shape, epsilon=self.epsilon)
         )
+        found = launch(*rows, up.scale, out, up.matrix.astype(dtype), down, following)
         return tuple(value[:, None] for value in found), None
 
     def plain(self, *arguments: Any) -> tuple[Array, ...]:

@@ -22,3 +22,4 @@ def take_cpu_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU, or an emulator on it, run what Hopper GPUs run by Mosaic GPU."""
     monkeypatch.setitem(dispatch._PLATFORMS, "mosaic_gpu", "cpu")
     monkeypatch.setattr(platform, "expected_capability", lambda: (9, 0))
+    monkeypatch.setattr(platform, "expected_multiprocessors", lambda: 132)

@@ -10,7 +10,7 @@ from flax import nnx
 from rat_jax.mixers import GatedDeltaNetConfig
 from rat_jax.model import LanguageModel
 from tests.ops.devices import take_cpu_for_hopper
-from tests.small import small_model_config
+from tests.small import small_model_config, with_random_scales
 
 
 def take_cpu_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tiling) -> None:
@@ -21,11 +21,12 @@ def take_cpu_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, tiling) -> None:
 
 
 def small_model(*pattern: str, **changes) -> LanguageModel:
-    """A model with a layer of each mixer, of whole tiles."""
+    """A model with a layer of each mixer, of whole tiles; each norm has a scale of its own."""
     sizes = {"width": 128, "num_heads": 2, "num_layers": len(pattern), "mlp_width": 256, "dtype": "bfloat16"}
     config = small_model_config(pattern, **(sizes | changes))
     rule = GatedDeltaNetConfig(num_heads=2, head_dim=64)
-    return LanguageModel(dataclasses.replace(config, mixers=config.mixers | {"gated_deltanet": rule}), rngs=nnx.Rngs(0))
+    config = dataclasses.replace(config, mixers=config.mixers | {"gated_deltanet": rule})
+    return with_random_scales(LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def check_steps_alone_run(kernel: str, most_rows: int) -> None:

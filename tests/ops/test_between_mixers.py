@@ -8,6 +8,7 @@ import scipy.special
 
 from pallas_kernels.between_mixers import mosaic_gpu, mosaic_gpu_tiling
 from pallas_kernels.between_mixers.shape import BetweenMixersShape
+from rat_jax import layers
 from rat_jax.decoder import _extend
 from rat_jax.ops import NormedMatrix, UnsupportedError, between_mixers
 from tests.abstract_mesh import abstract_mesh
@@ -82,7 +83,16 @@ def test_the_kernel_is_chosen_for_few_rows(changes, chosen, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "found", [("gpu", (8, 0)), ("gpu", (10, 0)), ("gpu", None), ("tpu", None), ("cpu", None), ("gpu", (9, 0), 114)]
+    "found",
+    [
+        ("gpu", (8, 0)),
+        ("gpu", (10, 0)),
+        ("gpu", None),
+        ("gpu", (9, 0), 114),
+        ("gpu", (9, 0), None),
+        ("tpu", None),
+        ("cpu", None),
+    ],
 )
 def test_the_kernel_is_chosen_for_whole_hopper_cards_alone(found, monkeypatch):
     trace_for(monkeypatch, *found)
@@ -137,12 +147,26 @@ def test_what_does_not_fit_is_refused():
             r"the matrix of following must be \(8, 8\)",
         ),
         ((mixed, x, out, NormedMatrix(up.scale[1:], up.matrix), down), {}, r"the scale of up must be \(8,\)"),
+        ((mixed, x, out, up, down, NormedMatrix(following.scale, x[:, 0, 0])), {}, "the matrix of following must be"),
         ((mixed, x, out.astype(int), up, down), {}, "out must be of floating numbers"),
+        ((mixed, x, out, NormedMatrix(up.scale.astype(int), up.matrix), down), {}, "scale of up must be of floating"),
         ((mixed, x, out, up, down), {"epsilon": 0.0}, "epsilon must be above 0, got 0"),
         ((mixed, x, out, up, down), {"implementation": "cuda"}, "must be one of xla, mosaic"),
     ):
         with pytest.raises(ValueError, match=message):
             between_mixers(*given, **({"epsilon": 1.0} | options))
+
+
+def test_elements_of_a_vmap_are_launches_of_their_own(monkeypatch):
+    """Side by side they would share their semaphores, and not be on the card at once."""
+    trace_for(monkeypatch, "gpu", (9, 0))
+    given = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 3), arrays(1, 2048, 2048, 8192, 6656)))
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 2 else x.dtype), given)
+    traced = jax.jit(jax.vmap(lambda *given: between_mixers(*given, epsilon=EPSILON))).trace(*given)
+    assert [x.shape for x in jax.tree.leaves(traced.out_info)] == [(3, 1, 1, 2048), (3, 1, 1, 6656)]
+    assert KERNEL in str(traced.jaxpr)
+    assert "grid=(128,)" in str(traced.jaxpr)
+    assert "grid=(3, 128)" not in str(traced.jaxpr)
 
 
 def test_gradients_of_a_call_that_the_kernel_takes_are_plain(monkeypatch):
@@ -194,18 +218,22 @@ def emulated(as_hopper, monkeypatch):
 
     mosaic_emulator.install(monkeypatch, seed=0, all_used=True)
     monkeypatch.setattr(mosaic_gpu, "run", run)
+    monkeypatch.setattr(jax.custom_batching, "sequential_vmap", lambda function: function)  # would trace it
     return calls
 
 
 # Gated DeltaNet reads its input twice, so that no product of it is multiplied ahead.
 @pytest.mark.parametrize(("second", "value_width", "ahead"), [("rnn", 128, 384), ("gated_deltanet", 256, 0)])
 def test_a_decode_step_by_the_kernel_is_that_of_xla(second, value_width, ahead, emulated, monkeypatch):
-    decoder = small_model("rat", second).decoder()
+    by, decoder = layers.normed_product, small_model("rat", second).decoder()
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, decoder.config.vocab_size)
     _, cache = decoder.extend(tokens[:, :6], decoder.init_cache(2, 16))
     assert not emulated
-    with jax.disable_jit():  # the emulator takes arrays with values
+    products = []
+    with monkeypatch.context() as patch, jax.disable_jit():  # the emulator takes arrays with values
+        patch.setattr(layers, "normed_product", lambda *given, **options: products.append(1) or by(*given, **options))
         found, _ = decoder.extend(tokens[:, 6:], cache)
+    assert len(products) == 1  # the first layer's; the second one is given its own, or norms before two
     assert emulated == [(2, 128, 128, 256, ahead), (2, value_width, 128, 256, 0)]
     with monkeypatch.context() as patch:
         patch.setattr(mosaic_gpu_tiling, "fills_card", lambda shape: False)

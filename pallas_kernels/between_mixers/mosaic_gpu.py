@@ -36,7 +36,6 @@ from pallas_kernels.launch import mosaic_gpu as launch
 
 COMPUTE, MEMORY = 0, 1  # the warpgroups of a program
 _AROUND, _AFTER, _HIDDEN = 0, 1, 2  # semaphores: parts of the first sum, of the second, and hidden units, by their part
-_ROOT_HALF = 0.5**0.5
 
 
 def between_mixers_mosaic(
@@ -126,9 +125,8 @@ def between_mixers_mosaic(
         @pl.when(has_hidden)
         def _up():
             _put(vectors, around)
-            units = products(up_first, shape.width // DEPTH, normed=True)
-            units = [0.5 * unit * (1.0 + lax.erf(unit * _ROOT_HALF)) for unit in units]
-            store([unit.astype(hidden.dtype) for unit in units], lambda row: hidden.at[row, wide])
+            found = products(up_first, shape.width // DEPTH, normed=True)
+            store([launch.gelu(value).astype(hidden.dtype) for value in found], lambda row: hidden.at[row, wide])
             signal(_HIDDEN + lax.div(program * COLUMNS, down_depth))
 
         @pl.when(has_narrow)

@@ -25,6 +25,7 @@ COMPUTE_GROUPS = 2
 MEMORY_GROUP = COMPUTE_GROUPS
 LAUNCH_REGISTERS = 168  # of each thread of three warpgroups when a program starts, and on average ever after
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+_ROOT_HALF = 0.5**0.5
 NEIGHBOURS = 32  # rows and heads whose programs follow each other block by block, so that they share what they read
 
 
@@ -203,6 +204,11 @@ def _load(ref: Any, **options: Any) -> jax.Array:
 def transposed(x: jax.Array) -> jax.Array:
     """A value laid out like an accumulator, but that a thread holds pairs along the first axis, not the second."""
     return plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by erf."""
+    return 0.5 * x * (1.0 + lax.erf(x * _ROOT_HALF))
 
 
 def ceil_div(a: jax.Array, b: int) -> jax.Array:

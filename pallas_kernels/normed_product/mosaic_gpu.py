@@ -30,7 +30,6 @@ from pallas_kernels.normed_product.mosaic_gpu_tiling import (
 from pallas_kernels.normed_product.shape import NormedProductShape
 
 COMPUTE, MEMORY = 0, 1  # the warpgroups of a program
-_ROOT_HALF = 0.5**0.5
 
 
 def normed_product_mosaic(
@@ -80,7 +79,7 @@ def normed_product_mosaic(
 
         acc = launch.transposed(lax.fori_loop(0, tiles, add_tile, launch.zeros((COLUMNS, rows))))
         if shape.gelu:
-            acc = 0.5 * acc * (1.0 + lax.erf(acc * _ROOT_HALF))
+            acc = launch.gelu(acc)
         out_tile.transpose((1, 0))[...] = acc.astype(out_tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, out.at[every_row, strip])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.between_mixers import mosaic_gpu_tiling
 from pallas_kernels.between_mixers.shape import BetweenMixersShape
-from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, constrain_stream, num_parts
-from rat_jax.ops import dispatch, platform
+from rat_jax.mesh import constrain_stream
+from rat_jax.ops import cut, dispatch, platform
 from rat_jax.ops.normed_product import normed_product
 from rat_jax.ops.normed_product_xla import multiply_rows
 from rat_jax.shapes import Array, Float, Float32
@@ -65,8 +65,8 @@ def between_mixers(
       implementation: None takes "mosaic_gpu" on a Hopper GPU for at most 2 rows in bfloat16 or float16, outside of
         meshes of several devices, where strips of 64 columns of every matrix, those of `out` and `down` in as many
         parts as fit, are at least 88 (two thirds of a large card's multiprocessors) and no more than the card has;
-        elsewhere plain XLA, whose normed products may be kernels of their own
-        (`normed_product`), which "xla" by name rules out.
+        elsewhere plain XLA, whose normed products may be kernels of their own (`normed_product`), which "xla" by name
+        rules out.
 
     Raises:
       ValueError: if shapes do not fit, or epsilon is not above 0.
@@ -103,8 +103,8 @@ def between_mixers(
     )
 
     def unsupported_reason(name: str) -> str | None:
-        if (count := num_parts(*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)) > 1:
-            return f"it runs on one device, and the mesh in use cuts arrays over {count}; implementation 'xla' does"
+        if (reason := cut.several_devices_reason()) is not None:
+            return reason
         if x.dtype != dtype:
             return f"x is {x.dtype.name} and the products {dtype.name}; cast x, or take implementation 'xla'"
         return mosaic_gpu_tiling.unsupported_reason(shape)

@@ -22,6 +22,13 @@ def is_cut() -> bool:
     return num_parts(CONTEXT_AXIS, TENSOR_AXIS) > 1
 
 
+def several_devices_reason() -> str | None:
+    """Why the mesh in use keeps a kernel from running that takes whole arrays; None where it does not."""
+    if (count := num_parts(*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)) > 1:
+        return f"it runs on one device, and the mesh in use cuts arrays over {count}; implementation 'xla' does"
+    return None
+
+
 def refuse_state(name: str, state: Any) -> None:
     """Refuses to continue rows that are cut.
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.normed_product import mosaic_gpu_tiling
 from pallas_kernels.normed_product.shape import NormedProductShape
-from rat_jax.mesh import BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS, num_parts
-from rat_jax.ops import dispatch, normed_product_xla, platform
+from rat_jax.ops import cut, dispatch, normed_product_xla, platform
 from rat_jax.shapes import Array, Float, Float32
 
 NormedProductImplementation = Literal["xla", "mosaic_gpu"]
@@ -63,8 +62,8 @@ def normed_product(
     )
 
     def unsupported_reason(name: str) -> str | None:
-        if (count := num_parts(*BATCH_AXES, CONTEXT_AXIS, TENSOR_AXIS)) > 1:
-            return f"it runs on one device, and the mesh in use cuts arrays over {count}; implementation 'xla' does"
+        if (reason := cut.several_devices_reason()) is not None:
+            return reason
         if x.dtype != dtype:
             return f"x is {x.dtype.name} and the product {dtype.name}; cast x, or take implementation 'xla'"
         return mosaic_gpu_tiling.unsupported_reason(shape)
